@@ -1,0 +1,91 @@
+"""Loads the compiled library, and gives its backward ops their derivatives."""
+
+import torch
+from torch import Tensor
+
+from fastelbo import reference
+
+try:
+    from fastelbo import _C
+except ImportError as error:
+    raise ImportError(
+        f"fastelbo's compiled library does not fit this PyTorch ({torch.__version__}) or is not built; "
+        f"rebuild it: pip install --no-build-isolation --force-reinstall --no-deps .   [{error}]"
+    ) from error
+
+_built_against = _C.build_info()["torch"].split(".")[:2]
+if torch.__version__.split(".")[:2] != _built_against:
+    raise ImportError(
+        f"fastelbo was built against PyTorch {_C.build_info()['torch']}, but this is PyTorch {torch.__version__}; "
+        "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
+    )
+
+KERNEL_DEVICES = frozenset(["cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])])
+
+# Autograd key of the backward ops: reached only when a graph of the gradient is being built. The gradient is then that
+# of the plain-PyTorch twin, made of differentiable operations, so that second and higher derivatives are right.
+_library = torch.library.Library("fastelbo", "IMPL")
+
+
+def _given(grads: list[Tensor | None]) -> list[Tensor]:
+    return [g for g in grads if g is not None]
+
+
+def _log_prob_backward(
+    grad: Tensor,
+    recon: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    mask: Tensor | None,
+    likelihood: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    def twin(recon: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
+        return reference.log_prob(recon, x, scale, mask, likelihood)
+
+    return _given(reference.vjp(twin, [recon, x, scale], [grad], needs))
+
+
+def _gaussian_kl_backward(
+    grad: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    free_bits: float,
+    needs: list[bool],
+) -> list[Tensor]:
+    def twin(*args: Tensor) -> Tensor:
+        return reference.gaussian_kl(*args, free_bits=free_bits)
+
+    return _given(reference.vjp(twin, [mu, logvar, prior_mu, prior_logvar], [grad], needs))
+
+
+def _rsample_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    grad_log_ratio: Tensor | None,
+    mu: Tensor,
+    logvar: Tensor,
+    num_samples: int | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    seed: Tensor | None,
+    eps: Tensor | None,
+    first_sample: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    def twin(mu, logvar, prior_mu, prior_logvar, eps):  # type: ignore[no-untyped-def]
+        return reference.rsample(mu, logvar, num_samples, prior_mu, prior_logvar, seed, eps, first_sample)
+
+    inputs = [mu, logvar, prior_mu, prior_logvar, eps]
+    return _given(reference.vjp(twin, inputs, [grad_z, grad_kl, grad_log_ratio], needs))
+
+
+def _log_mean_exp_backward(grad: Tensor, log_w: Tensor, dim: int) -> Tensor:
+    (result,) = _given(reference.vjp(lambda w: reference.log_mean_exp(w, dim), [log_w], [grad], [True]))
+    return result
+
+
+for _function in (_log_prob_backward, _gaussian_kl_backward, _rsample_backward, _log_mean_exp_backward):
+    _library.impl(_function.__name__, _function, "Autograd")

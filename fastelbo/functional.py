@@ -1,0 +1,399 @@
+"""The public functions: arguments are put in order here, checked in C++ and computed by the ops.
+
+Sizes: B batch, K samples, M latent dimensions, D data dimensions (all event dimensions together). Values are in nats.
+Half and bfloat16 inputs: arithmetic, sums and returned losses are float32, gradients have the input's type.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastelbo import _ops, reference
+
+Recon = Tensor | tuple[Tensor, Tensor]
+
+_op = torch.ops.fastelbo
+_forced_reference = False
+
+
+class Posterior(NamedTuple):
+    """Samples of q(z | x) with what the losses need of them."""
+
+    z: Tensor  # [K?, B, *latent]
+    kl: Tensor  # [B]: KL(q || prior)
+    log_ratio: Tensor  # [K?, B]: log p(z) - log q(z | x)
+    mu: Tensor
+    logvar: Tensor
+    prior_mu: Tensor | None
+    prior_logvar: Tensor | None
+
+
+class LossParts(NamedTuple):
+    """A loss and what it is made of. All three are differentiable."""
+
+    loss: Tensor  # scalar, or [B] with reduction="none"
+    log_likelihood: Tensor  # [B], or [K, B]
+    kl: Tensor  # [B]
+
+
+@contextmanager
+def reference_mode() -> Iterator[None]:
+    """Within it, every function takes the plain-PyTorch path of `fastelbo.reference`: to compare, or to debug."""
+    global _forced_reference
+    before, _forced_reference = _forced_reference, True
+    try:
+        yield
+    finally:
+        _forced_reference = before
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether the plain-PyTorch path serves this call: torch.func transforms, forward-mode AD, devices without kernels."""
+    return (
+        _forced_reference
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or t.device.type not in _ops.KERNEL_DEVICES
+    )
+
+
+def _expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
+    if t.shape == shape:
+        return t
+    try:
+        return t.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{name} must broadcast to the shape {tuple(shape)} of {like}; got {tuple(t.shape)}") from None
+
+
+def _split(recon: Recon) -> tuple[Tensor, Tensor | None]:
+    """recon is one tensor or a pair (mean, logvar): -> (first parameter, second parameter or None)."""
+    if isinstance(recon, Tensor):
+        return recon, None
+    if isinstance(recon, Sequence) and len(recon) == 2 and all(isinstance(t, Tensor) for t in recon):
+        return recon[0], _expand("the second tensor of recon", recon[1], recon[0].shape, "the first")
+    raise TypeError(f"recon must be a tensor or a pair of tensors, such as (mean, logvar); got {type(recon).__name__}")
+
+
+def _mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if mask is None else _expand("mask", mask, x.shape, "x")
+
+
+def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
+    if generator is not None:
+        raise ValueError("seed and generator exclude each other: give one of them")
+    return seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+def rsample(
+    mu: Tensor,
+    logvar: Tensor,
+    num_samples: int | None = None,
+    *,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    eps: Tensor | None = None,
+    first_sample: int = 0,
+) -> Posterior:
+    """Reparameterized samples of a diagonal Gaussian, with their KL and log ratio, in one pass.
+
+    z = mu + exp(logvar / 2) eps, eps ~ N(0, I). The noise is a function of (seed, linear index in [K, B, M]) and is
+    regenerated in the backward: only the 8 bytes of the seed are kept. The noise has float32 resolution in every dtype.
+
+    Args:
+        mu, logvar: [B, *latent], a floating dtype. Mean and log variance of q(z | x).
+        num_samples: K. None draws one sample without the K dimension.
+        prior_mu, prior_logvar: broadcast to mu; N(0, I) without them.
+        seed: an int, or an int64 tensor with one element on mu's device. Drawn from `generator` (the default one if
+            None) where it is not given, so that `torch.manual_seed` reproduces the samples.
+        eps: [K?, B, *latent]. Noise of your own; the result is then plain PyTorch's on that noise.
+        first_sample: index of the first of these K samples in a longer run that is drawn in chunks.
+
+    Returns:
+        Posterior(z [K?, B, *latent] in mu's dtype, kl [B], log_ratio [K?, B], mu, logvar, prior_mu, prior_logvar).
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit, named with what was expected and what came.
+
+    Reference: Kingma & Welling 2014, sec. 2.4 and app. B; noise: Salmon et al. 2011 (Philox 4x32-10).
+    """
+    p_mu = None if prior_mu is None else _expand("prior_mu", prior_mu, mu.shape, "mu")
+    p_logvar = None if prior_logvar is None else _expand("prior_logvar", prior_logvar, mu.shape, "mu")
+    if eps is None:
+        key = _seed(seed, generator, mu.device)
+    elif seed is not None or generator is not None:
+        raise ValueError("eps and seed (or generator) exclude each other: give one of them")
+    else:
+        key = None
+    call = reference.rsample if _plain(mu) else _op.rsample.default
+    z, kl, log_ratio = call(mu, logvar, num_samples, p_mu, p_logvar, key, eps, first_sample)
+    return Posterior(z, kl, log_ratio, mu, logvar, prior_mu, prior_logvar)
+
+
+def gaussian_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    *,
+    free_bits: float = 0.0,
+) -> Tensor:
+    """KL divergence of a diagonal Gaussian from a diagonal Gaussian prior.
+
+    1/2 sum_j [exp(t) - 1 - t + (mu - mu_p)^2 exp(-lv_p)], t = lv - lv_p; free of cancellation and never negative.
+
+    Args:
+        mu, logvar: [B, *latent], a floating dtype.
+        prior_mu, prior_logvar: broadcast to mu; N(0, I) without them.
+        free_bits: floor lambda in nats for the batch mean of every dimension's KL; per datum, a dimension below it
+            counts lambda, so that the mean over B is sum_j max(lambda, mean_b KL_bj).
+
+    Returns:
+        [B], in nats; float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
+
+    Reference: Kingma & Welling 2014, app. B; free bits: Kingma et al. 2016, eq. 15.
+    """
+    p_mu = None if prior_mu is None else _expand("prior_mu", prior_mu, mu.shape, "mu")
+    p_logvar = None if prior_logvar is None else _expand("prior_logvar", prior_logvar, mu.shape, "mu")
+    call = reference.gaussian_kl if _plain(mu) else _op.gaussian_kl.default
+    return call(mu, logvar, p_mu, p_logvar, free_bits)
+
+
+def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Tensor | None = None) -> Tensor:
+    """log p(x | recon) under any likelihood, summed over the event dimensions.
+
+    Args:
+        recon: [B, *event] or [K, B, *event], or a pair of such tensors where the likelihood has a second parameter.
+            "bernoulli": logits. "bernoulli_probs": probabilities in [0, 1], logarithms clamped at -100 as in torch's
+            BCE. "gaussian": mean (unit variance) or (mean, logvar). "laplace": mean (unit scale) or (mean, log_scale).
+        x: [B, *event]. recon's dtype (or float32 beside half types), or uint8 (read as x / 255), or bool.
+        mask: broadcasts to x. 0/1 or weights on the elements' terms; what lies under a 0 is never looked at.
+
+    Returns:
+        [B] or [K, B], in nats; float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: an unknown likelihood, shapes or dtypes that do not fit.
+    """
+    first, scale = _split(recon)
+    call = reference.log_prob if _plain(first) else _op.log_prob.default
+    return call(first, x, scale, _mask(mask, x), likelihood)
+
+
+def bernoulli_log_prob(logits: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Bernoulli log-likelihood from logits: sum_d [x l - softplus(l)], exact for any size of l.
+
+    Args:
+        logits: [B, *event] or [K, B, *event].
+        x: [B, *event], anywhere in [0, 1]; recon's dtype, uint8 (read as x / 255) or bool.
+        mask: broadcasts to x; see `log_prob`.
+
+    Returns:
+        [B] or [K, B], in nats.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
+
+    Reference: Kingma & Welling 2014, app. C.1.
+    """
+    return log_prob(logits, x, likelihood="bernoulli", mask=mask)
+
+
+def gaussian_log_prob(mean: Tensor, x: Tensor, logvar: float | Tensor = 0.0, *, mask: Tensor | None = None) -> Tensor:
+    """Gaussian log-likelihood: -1/2 sum_d [(x - m)^2 exp(-lv) + lv + log 2 pi]; log 2 pi is always kept.
+
+    Args:
+        mean: [B, *event] or [K, B, *event].
+        x: [B, *event].
+        logvar: a float, a 0-d tensor, [*event], or the shape of mean.
+        mask: broadcasts to x; see `log_prob`.
+
+    Returns:
+        [B] or [K, B], in nats.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
+
+    Reference: Kingma & Welling 2014, app. C.2.
+    """
+    if isinstance(logvar, Tensor):
+        scale = _expand("logvar", logvar, mean.shape, "mean")
+    elif logvar == 0.0:
+        return log_prob(mean, x, likelihood="gaussian", mask=mask)
+    else:
+        dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+        scale = torch.full((), logvar, dtype=dtype, device=mean.device).expand(mean.shape)
+    return log_prob((mean, scale), x, likelihood="gaussian", mask=mask)
+
+
+def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
+    """log (1/K) sum_k exp(log w_k) along one dimension, stably.
+
+    Args:
+        log_w: any shape, a floating dtype; K is its size along `dim`.
+        dim: the dimension that is averaged.
+
+    Returns:
+        log_w's shape without `dim`; float32, or float64 for float64 inputs. Where every weight is -inf the value is
+        -inf and the gradient 0.
+
+    Raises:
+        ValueError, IndexError: K = 0, or a dimension out of range.
+
+    Reference: Burda et al. 2016, eq. 8.
+    """
+    call = reference.log_mean_exp if _plain(log_w) else _op.log_mean_exp.default
+    return call(log_w, dim)
+
+
+def elbo_loss(
+    recon: Recon,
+    x: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    likelihood: str = "bernoulli",
+    beta: float | Tensor = 1.0,
+    free_bits: float = 0.0,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    return_parts: bool = False,
+) -> Any:
+    """The loss of a VAE: minus the evidence lower bound, value and gradient in one pass.
+
+    loss_b = -mean_k log p(x_b | z_kb) + beta KL(q(z | x_b) || N(0, I)), reduced over B, never averaged over D.
+
+    Args:
+        recon, x, likelihood, mask: as in `log_prob`. recon may carry K samples in front.
+        mu, logvar: [B, *latent]. The encoder's output.
+        beta: weight of the KL; a float or a 0-d tensor on the device (Higgins et al. 2017).
+        free_bits: floor in nats for each dimension's mean KL; see `gaussian_kl`.
+        reduction: "mean" (over B), "sum" or "none".
+        return_parts: also return log p(x | z) and the KL (without beta and free bits) per datum.
+
+    Returns:
+        A scalar, or [B] with reduction="none"; with return_parts, LossParts(loss, log_likelihood [B] or [K, B], kl [B]).
+        float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: unknown names, shapes or dtypes that do not fit.
+
+    Reference: Kingma & Welling 2014, eq. 10.
+    """
+    first, scale = (recon, None) if isinstance(recon, Tensor) else _split(recon)
+    if mask is not None:
+        mask = _mask(mask, x)
+    if _plain(first):
+        parts = reference.elbo_loss(first, x, mu, logvar, scale, mask, beta, free_bits, likelihood, reduction)
+    elif isinstance(beta, Tensor):
+        parts = _op.elbo_loss.default(first, x, mu, logvar, scale, mask, 1.0, beta, free_bits, likelihood, reduction)
+    else:
+        parts = _op.elbo_loss.default(first, x, mu, logvar, scale, mask, beta, None, free_bits, likelihood, reduction)
+    return LossParts(*parts) if return_parts else parts[0]
+
+
+def iwae_loss(
+    recon: Recon,
+    x: Tensor,
+    log_ratio: Tensor,
+    *,
+    likelihood: str = "bernoulli",
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    return_parts: bool = False,
+) -> Any:
+    """Minus the importance-weighted bound, value and gradient in one pass.
+
+    loss_b = -log mean_k exp(log p(x_b | z_kb) + log_ratio_kb), reduced over B; the mean over k is per datum.
+
+    Args:
+        recon: [K, B, *event] (or a pair of them), x, likelihood, mask: as in `log_prob`.
+        log_ratio: [K, B]. log p(z) - log q(z | x), from `rsample`.
+        reduction: "mean" (over B), "sum" or "none".
+        return_parts: also return log p(x | z) and minus the mean log ratio, the samples' estimate of the KL.
+
+    Returns:
+        A scalar, or [B] with reduction="none"; with return_parts, LossParts(loss, log_likelihood [K, B], kl [B]).
+
+    Raises:
+        ValueError, TypeError: unknown names, shapes or dtypes that do not fit.
+
+    Reference: Burda et al. 2016, eq. 8 and 13.
+    """
+    first, scale = _split(recon)
+    call = reference.iwae_loss if _plain(first) else _op.iwae_loss.default
+    loss, log_likelihood = call(first, x, log_ratio, scale, _mask(mask, x), likelihood, reduction)
+    if not return_parts:
+        return loss
+    return LossParts(loss, log_likelihood, -log_ratio.to(log_likelihood.dtype).mean(0))
+
+
+class ELBOLoss(torch.nn.Module):
+    """`elbo_loss` as a module: the options are set once, the tensors are given at each call."""
+
+    def __init__(
+        self,
+        likelihood: str = "bernoulli",
+        *,
+        beta: float | Tensor = 1.0,
+        free_bits: float = 0.0,
+        reduction: str = "mean",
+        return_parts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.likelihood, self.beta, self.free_bits = likelihood, beta, free_bits
+        self.reduction, self.return_parts = reduction, return_parts
+
+    def forward(self, recon: Recon, x: Tensor, mu: Tensor, logvar: Tensor, mask: Tensor | None = None) -> Any:
+        """See `elbo_loss`."""
+        return elbo_loss(
+            recon,
+            x,
+            mu,
+            logvar,
+            likelihood=self.likelihood,
+            beta=self.beta,
+            free_bits=self.free_bits,
+            mask=mask,
+            reduction=self.reduction,
+            return_parts=self.return_parts,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.likelihood!r}, beta={self.beta}, free_bits={self.free_bits}, reduction={self.reduction!r}"
+
+
+class IWAELoss(torch.nn.Module):
+    """`iwae_loss` as a module: the options are set once, the tensors are given at each call."""
+
+    def __init__(
+        self, likelihood: str = "bernoulli", *, reduction: str = "mean", return_parts: bool = False
+    ) -> None:
+        super().__init__()
+        self.likelihood, self.reduction, self.return_parts = likelihood, reduction, return_parts
+
+    def forward(self, recon: Recon, x: Tensor, log_ratio: Tensor, mask: Tensor | None = None) -> Any:
+        """See `iwae_loss`."""
+        return iwae_loss(
+            recon,
+            x,
+            log_ratio,
+            likelihood=self.likelihood,
+            mask=mask,
+            reduction=self.reduction,
+            return_parts=self.return_parts,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.likelihood!r}, reduction={self.reduction!r}"

@@ -1,0 +1,249 @@
+"""Plain-PyTorch twins of every op, written from the formulas.
+
+They are the oracle of the tests (in float64), the baseline of the benchmarks, the path taken under `torch.func`
+transforms and on devices without kernels, and the derivative of the backward ops when a graph of the gradient is asked
+for. Nothing here is fused; everything here is differentiable any number of times. Sizes: B batch, K samples, M latent
+dimensions, D data dimensions (all event dimensions together). Everything is in nats.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG_2PI = math.log(2.0 * math.pi)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihoods: log p(x | recon) of one element. The names are those that the compiled library reports.
+
+
+def _bernoulli(logits: Tensor, x: Tensor, _: Tensor | None) -> Tensor:
+    """x l - softplus(l), l the logit."""
+    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+
+
+def _bernoulli_probs(probs: Tensor, x: Tensor, _: Tensor | None) -> Tensor:
+    """x log p + (1 - x) log(1 - p), each logarithm clamped at -100."""
+    return -F.binary_cross_entropy(probs, x, reduction="none")
+
+
+def _gaussian(mean: Tensor, x: Tensor, logvar: Tensor | None) -> Tensor:
+    """-1/2 [(x - m)^2 exp(-lv) + lv + log 2 pi]; lv = 0 where it is not given."""
+    square = (x - mean).square()
+    return -0.5 * (square + LOG_2PI if logvar is None else square * torch.exp(-logvar) + logvar + LOG_2PI)
+
+
+LIKELIHOODS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "bernoulli": _bernoulli,
+    "bernoulli_probs": _bernoulli_probs,
+    "gaussian": _gaussian,
+}
+
+
+def _compute_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _data(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 is read as x / 255, bool as 0 and 1."""
+    return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
+
+
+def log_prob(
+    recon: Tensor, x: Tensor, scale: Tensor | None = None, mask: Tensor | None = None, likelihood: str = "bernoulli"
+) -> Tensor:
+    """log p(x | recon), summed over the event dimensions: recon [K?, B, *event], x [B, *event] -> [K?, B]."""
+    dtype = _compute_dtype(recon)
+    recon, x = recon.to(dtype), _data(x, dtype)
+    scale = None if scale is None else scale.to(dtype)
+    event = list(range(recon.dim() - x.dim() + 1, recon.dim()))
+    weight = None
+    if mask is not None:
+        weight = mask.to(dtype).expand(x.shape)
+        keep = weight != 0  # a masked cell is replaced before the maths, so that its NaN reaches neither value nor gradient
+        x = torch.where(keep, x, 0.5)
+        recon = torch.where(keep, recon, 0.5)
+        scale = None if scale is None else torch.where(keep, scale, 0.0)
+    terms = LIKELIHOODS[likelihood](recon, x.expand(recon.shape), scale)
+    if weight is not None:
+        terms = terms * weight
+    return terms.sum(event) if event else terms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latent: KL, noise, reparameterized samples.
+
+
+def kl_terms(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None) -> Tensor:
+    """1/2 [exp(t) - 1 - t + (mu - mu_p)^2 exp(-lv_p)], t = lv - lv_p: the KL of every latent dimension."""
+    dtype = _compute_dtype(mu)
+    mu, logvar = mu.to(dtype), logvar.to(dtype)
+    if prior_mu is not None:
+        mu = mu - prior_mu.to(dtype)
+    square = mu.square()
+    if prior_logvar is not None:
+        square = square * torch.exp(-prior_logvar.to(dtype))
+        logvar = logvar - prior_logvar.to(dtype)
+    return 0.5 * (square + (torch.expm1(logvar) - logvar))
+
+
+def gaussian_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    free_bits: float = 0.0,
+) -> Tensor:
+    """KL(N(mu, exp(lv)) || N(mu_p, exp(lv_p))), summed over the latent dimensions -> [B].
+
+    With free bits (Kingma et al. 2016, eq. 15) a dimension whose batch mean is below lambda counts lambda in every
+    datum, so that the mean over B is sum_j max(lambda, mean_b KL_bj).
+    """
+    terms = kl_terms(mu, logvar, prior_mu, prior_logvar)
+    if free_bits > 0:
+        terms = torch.where(terms.detach().mean(0) >= free_bits, terms, free_bits)
+    return terms.sum(list(range(1, mu.dim()))) if mu.dim() > 1 else terms
+
+
+def philox(seed: Tensor, count: int, offset: int = 0) -> Tensor:
+    """Philox 4x32-10 (Salmon et al. 2011) of the counters offset .. offset + count - 1 -> int64 [count, 4] in [0, 2^32)."""
+    low = 0xFFFFFFFF
+    index = torch.arange(offset, offset + count, dtype=torch.int64, device=seed.device)
+    key0, key1 = seed.reshape(()) & low, (seed.reshape(()) >> 32) & low
+    c0, c1, c2, c3 = index & low, index >> 32, torch.zeros_like(index), torch.zeros_like(index)
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ key0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ key1, p0 & low
+        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
+    return torch.stack([c0, c1, c2, c3], 1)
+
+
+def normal(seed: Tensor, shape: tuple[int, ...], offset: int = 0) -> Tensor:
+    """Standard normal noise as a pure function of (seed, linear index + offset), in float64: Box-Muller on Philox.
+
+    Element e takes number e mod 4 of counter e // 4; the words (a, b) of a pair give r cos t and r sin t with
+    r = sqrt(-2 log((a + 1/2) 2^-32)), t = 2 pi b 2^-32.
+    """
+    count = math.prod(shape)
+    first, last = offset // 4, (offset + count + 3) // 4
+    words = philox(seed, last - first, first).to(torch.float64)
+    # u near 1 is reached from its complement, which float64 holds exactly
+    r = torch.sqrt(-2 * torch.log1p(-((2.0**32 - 0.5) - words[:, 0::2]) * 2.0**-32))
+    t = words[:, 1::2] * (2 * math.pi * 2.0**-32)
+    noise = torch.stack([r * torch.cos(t), r * torch.sin(t)], 2).flatten()
+    return noise[offset - 4 * first :][:count].reshape(shape)
+
+
+def rsample(
+    mu: Tensor,
+    logvar: Tensor,
+    num_samples: int | None = None,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    seed: Tensor | None = None,
+    eps: Tensor | None = None,
+    first_sample: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = mu + exp(lv/2) eps [K?, B, *latent], its KL [B] and log p(z) - log q(z | x) [K?, B]."""
+    dtype = _compute_dtype(mu)
+    m, lv = mu.to(dtype), logvar.to(dtype)
+    if eps is None:
+        assert seed is not None
+        shape = (*(() if num_samples is None else (num_samples,)), *mu.shape)
+        eps = normal(seed, shape, first_sample * mu.numel())
+    e = eps.to(dtype)
+    z = m + torch.exp(0.5 * lv) * e
+    delta = z if prior_mu is None else z - prior_mu.to(dtype)
+    terms = -0.5 * delta.square()
+    if prior_logvar is not None:
+        lv_p = prior_logvar.to(dtype)
+        terms, lv = terms * torch.exp(-lv_p), lv - lv_p
+    terms = terms + 0.5 * e.square() + 0.5 * lv
+    latent = list(range(z.dim() - mu.dim() + 1, z.dim()))
+    return z.to(mu.dtype), gaussian_kl(mu, logvar, prior_mu, prior_logvar), terms.sum(latent)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objectives.
+
+
+def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
+    """log (1/K) sum_k exp(log w_k) along dim; where every weight is -inf the value is -inf and the gradient 0."""
+    log_w = log_w.to(_compute_dtype(log_w))
+    top = log_w.detach().amax(dim, keepdim=True)
+    empty = top == -torch.inf
+    safe = torch.where(empty, 0.0, log_w)
+    total = torch.logsumexp(safe, dim, keepdim=True) - math.log(log_w.shape[dim])
+    return torch.where(empty, -torch.inf, total).squeeze(dim)
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    return {"mean": torch.mean, "sum": torch.sum, "none": torch.clone}[reduction](loss)
+
+
+def elbo_loss(
+    recon: Tensor,
+    x: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    scale: Tensor | None = None,
+    mask: Tensor | None = None,
+    beta: float | Tensor = 1.0,
+    free_bits: float = 0.0,
+    likelihood: str = "bernoulli",
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-(mean_k log p(x | z_k) - beta KL) reduced over B; also log p [K?, B] and KL [B], this one without free bits."""
+    log_likelihood = log_prob(recon, x, scale, mask, likelihood)
+    kl = gaussian_kl(mu, logvar)
+    charged = gaussian_kl(mu, logvar, free_bits=free_bits) if free_bits > 0 else kl
+    fit = log_likelihood.mean(0) if recon.dim() > x.dim() else log_likelihood
+    return _reduce(beta * charged - fit, reduction), log_likelihood, kl
+
+
+def iwae_loss(
+    recon: Tensor,
+    x: Tensor,
+    log_ratio: Tensor,
+    scale: Tensor | None = None,
+    mask: Tensor | None = None,
+    likelihood: str = "bernoulli",
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """-log mean_k exp(log p(x | z_k) + log_ratio_k) reduced over B (Burda et al. 2016, eq. 8); also log p [K, B]."""
+    log_likelihood = log_prob(recon, x, scale, mask, likelihood)
+    log_w = log_likelihood + log_ratio.to(log_likelihood.dtype)
+    return _reduce(-log_mean_exp(log_w, 0), reduction), log_likelihood
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derivatives of the backward ops. When autograd is asked for a graph of the gradient (`create_graph=True`), the ops'
+# backward is this vector-Jacobian product of the twin, built from differentiable operations.
+
+
+def vjp(
+    function: Callable[..., Any], inputs: list[Tensor | None], grads: list[Tensor | None], needs: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of sum_i <grads_i, function(*inputs)_i> for the inputs that need one, as a differentiable graph.
+
+    Every input is made a new node of the graph first: two inputs may be the same tensor, or depend on each other.
+    """
+    with torch.enable_grad():
+        nodes = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
+        outputs = function(*nodes)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        wanted = [n for n, need in zip(nodes, needs, strict=True) if need and n is not None]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [g.to(o.dtype) for o, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    results = iter(found)
+    return [next(results) if need and n is not None else None for n, need in zip(nodes, needs, strict=True)]

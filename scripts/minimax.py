@@ -1,0 +1,108 @@
+"""Derives the polynomial coefficients of csrc/math/elementary.h: Remez exchange for the relative error, in mpmath.
+
+    python scripts/minimax.py          prints every polynomial with the relative error of the exact polynomial
+"""
+
+from collections.abc import Callable
+
+import mpmath as mp
+
+mp.mp.dps = 60
+
+
+def remez(f: Callable, lo: float, hi: float, degree: int, weight: Callable) -> tuple[list, mp.mpf]:
+    """Polynomial p (ascending) that minimizes max |p - f| * weight over [lo, hi]; also that maximum."""
+    n = degree + 2
+    lo, hi = mp.mpf(lo), mp.mpf(hi)
+    nodes = [(lo + hi) / 2 - (hi - lo) / 2 * mp.cos(mp.pi * i / (n - 1)) for i in range(n)]
+    for _ in range(30):
+        a = mp.matrix(n, n)
+        b = mp.matrix(n, 1)
+        for i, t in enumerate(nodes):
+            for j in range(degree + 1):
+                a[i, j] = t**j
+            a[i, degree + 1] = (-1) ** i / weight(t)
+            b[i] = f(t)
+        solution = mp.lu_solve(a, b)
+        coefficients = [solution[j] for j in range(degree + 1)]
+
+        def error(t, c=coefficients):
+            return (mp.polyval(c[::-1], t) - f(t)) * weight(t)
+
+        grid = [lo + (hi - lo) * i / 1500 for i in range(1501)]
+        values = [error(t) for t in grid]
+        # one extremum per run of equal sign
+        extrema, run = [], [0]
+        for i in range(1, len(grid)):
+            if values[i] * values[run[-1]] < 0:
+                extrema.append(max(run, key=lambda j: abs(values[j])))
+                run = []
+            run.append(i)
+        extrema.append(max(run, key=lambda j: abs(values[j])))
+        if len(extrema) < n:
+            break
+        while len(extrema) > n:
+            extrema.pop(0 if abs(values[extrema[0]]) < abs(values[extrema[-1]]) else -1)
+        nodes = [grid[i] for i in extrema]
+        largest = max(abs(values[i]) for i in extrema)
+        if largest / min(abs(values[i]) for i in extrema) < 1.01:
+            break
+    return coefficients, max(abs(error(lo + (hi - lo) * i / 4000)) for i in range(4001))
+
+
+def quotient(f: Callable, subtract: list, power: int) -> Callable:
+    """(f(t) - sum_i subtract_i t^i) / t^power, by series near 0."""
+    taylor = mp.taylor(f, 0, 40)
+    for i, c in enumerate(subtract):
+        taylor[i] -= c
+    tail = taylor[power:]
+
+    def g(t):
+        if abs(t) < mp.mpf("0.02"):
+            return mp.polyval(tail[::-1], t)
+        return (f(t) - sum(c * t**i for i, c in enumerate(subtract))) / t**power
+
+    return g
+
+
+def show(name: str, f: Callable, lo, hi, degree: int, weight: Callable, digits: int) -> None:
+    coefficients, error = remez(f, lo, hi, degree, weight)
+    print(f"{name}  on [{mp.nstr(mp.mpf(lo), 6)}, {mp.nstr(mp.mpf(hi), 6)}]  relative error {mp.nstr(error, 3)}")
+    print("   ", ", ".join(mp.nstr(c, digits, min_fixed=-99, max_fixed=-99) for c in coefficients))
+
+
+if __name__ == "__main__":
+    half_ln2 = mp.log(2) / 2 * mp.mpf("1.0001")
+    for degree, digits in ((3, 10), (4, 10), (9, 19)):
+        f = quotient(mp.exp, [1, 1], 2)
+        show(f"exp: 1 + r + r^2 P{degree}(r)", f, -half_ln2, half_ln2, degree, lambda t: t**2 / mp.exp(t) + mp.mpf(10) ** -30, digits)
+    for degree in (7, 8, 9):
+        f = quotient(mp.log1p, [0], 1)
+        show(f"log1p: e P{degree}(e)", f, 0, 1, degree, lambda t, f=f: 1 / f(t), 10)
+    # log: with s = f / (2 + f), log1p(f) = 2 atanh(s) = 2 s + s^3 P(s^2)
+    def atanh_tail(w):
+        w = mp.mpf(w)
+        if w < mp.mpf("1e-3"):
+            return sum(2 * w**k / (2 * k + 3) for k in range(20))
+        s = mp.sqrt(w)
+        return (2 * mp.atanh(s) - 2 * s) / s**3
+
+    show("log1p on [0, 1], double: 2 s + s^3 P(s^2)", atanh_tail, 0, mp.mpf(1) / 9, 10, lambda w: w / 2 + mp.mpf(10) ** -30, 19)
+    show("log, double: 2 s + s^3 P(s^2)", atanh_tail, 0, (mp.sqrt(2) - 1) ** 2 / (mp.sqrt(2) + 1) ** 2 * mp.mpf("1.001"), 7, lambda w: w / 2 + mp.mpf(10) ** -30, 19)
+    f = quotient(mp.log1p, [0, 1, mp.mpf(-1) / 2], 3)
+    for degree in (6, 7):
+        show(f"log: f - f^2/2 + f^3 P{degree}(f)", f, mp.sqrt(mp.mpf(1) / 2) - 1, mp.sqrt(2) - 1, degree, lambda t: t**2, 10)
+    f = quotient(mp.exp, [1, 1], 2)
+    for degree, digits in ((6, 10), (7, 10), (14, 19)):
+        show(f"expm1 - t: t^2 P{degree}(t)", f, -1, 1, degree, lambda t, f=f: 1 / f(t), digits)
+
+    def sin_tail(w):
+        s = mp.sqrt(w)
+        return mp.sin(2 * mp.pi * s) / s if w > 0 else 2 * mp.pi
+
+    def cos_tail(w):
+        s = mp.sqrt(w)
+        return (mp.cos(2 * mp.pi * s) - 1) / w if w > 0 else -2 * mp.pi**2
+
+    show("sin(2 pi r): r P3(r^2)", sin_tail, 0, mp.mpf(1) / 64, 3, lambda w: 1 / sin_tail(w), 10)
+    show("cos(2 pi r): 1 + r^2 P3(r^2)", cos_tail, 0, mp.mpf(1) / 64, 3, lambda w: w + mp.mpf(10) ** -30, 10)

@@ -18,9 +18,12 @@ except ImportError:
     sys.exit("fastelbo is built against your own PyTorch: pip install torch, then pip install --no-build-isolation .")
 
 ROOT = Path(__file__).parent
-SOURCES = [s for s in (ROOT / "csrc/sources.txt").read_text().splitlines() if s and not s.startswith("#")]
-# No -march=native and no -ffast-math: one source per instruction set, and NaN and infinity must survive.
-FLAGS = ["-std=c++20", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+
+
+def lines(path: str) -> list[str]:
+    """Of a list that CMakeLists.txt reads as well."""
+    return [line for line in (ROOT / path).read_text().splitlines() if line and not line.startswith("#")]
+
 
 if platform.system() == "Windows":
     sys.exit("fastelbo is built with g++ on Linux; Windows is not supported yet")
@@ -31,9 +34,9 @@ setup(
     ext_modules=[
         CppExtension(
             "fastelbo._C",
-            [f"csrc/{source}" for source in SOURCES],
+            [f"csrc/{source}" for source in lines("csrc/sources.txt")],
             include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={"cxx": FLAGS},
+            extra_compile_args={"cxx": lines("csrc/flags.txt")},
         )
     ],
     cmdclass={"build_ext": BuildExtension},

@@ -36,10 +36,17 @@ def _gaussian(mean: Tensor, x: Tensor, logvar: Tensor | None) -> Tensor:
     return -0.5 * (square + LOG_2PI if logvar is None else square * torch.exp(-logvar) + logvar + LOG_2PI)
 
 
+def _laplace(mean: Tensor, x: Tensor, log_scale: Tensor | None) -> Tensor:
+    """-[|x - m| exp(-s) + s + log 2]; s = 0 where it is not given."""
+    distance = (x - mean).abs()
+    return -(distance + math.log(2.0) if log_scale is None else distance * torch.exp(-log_scale) + log_scale + math.log(2.0))
+
+
 LIKELIHOODS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "bernoulli": _bernoulli,
     "bernoulli_probs": _bernoulli_probs,
     "gaussian": _gaussian,
+    "laplace": _laplace,
 }
 
 

@@ -1,0 +1,77 @@
+// What the autograd functions share.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include "ops.h"
+
+namespace fastelbo::autograd {
+
+using namespace ops;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+inline Tensor tensor(const OptionalTensor& t) { return t.has_value() ? *t : Tensor(); }
+inline bool wants_grad(const Tensor& t) { return t.requires_grad(); }
+inline bool wants_grad(const OptionalTensor& t) { return t.has_value() && t->requires_grad(); }
+
+// Whether each of these saved inputs needs a gradient now; the list is in the order of apply()'s tensor arguments, and
+// undefined ones have no edge.
+template <size_t N>
+std::array<bool, N> needs(AutogradContext* ctx, const std::array<Tensor, N>& inputs) {
+  std::array<bool, N> result{};
+  size_t edge = 0;
+  for (size_t i = 0; i < N; ++i) {
+    if (inputs[i].defined()) result[i] = ctx->needs_input_grad(edge++);
+  }
+  return result;
+}
+
+// The backward ops dispatch to the device's kernel; where a graph of the gradient is being built they go through
+// autograd, which there is the plain-PyTorch twin (fastelbo/_ops.py).
+class BelowAutogradUnlessGraph {
+  std::optional<at::AutoDispatchBelowADInplaceOrView> guard_;
+
+ public:
+  BelowAutogradUnlessGraph() {
+    if (!at::GradMode::is_enabled()) guard_.emplace();
+  }
+};
+
+// Hands out the gradients that a backward op returned to the inputs that asked for them.
+template <size_t N>
+variable_list spread(Tensors grads, const std::array<bool, N>& needed) {
+  variable_list result(N);
+  size_t next = 0;
+  for (size_t i = 0; i < N; ++i) {
+    if (needed[i]) result[i] = std::move(grads[next++]);
+  }
+  return result;
+}
+
+// Per-datum upstream gradients [B] of a reduced loss.
+inline Tensor per_datum(const Tensor& grad_loss, std::string_view reduction, c10::SymInt B) {
+  if (reduction == "none") return grad_loss;
+  const Tensor g = reduction == "mean" ? grad_loss.div(at::Scalar(B)) : grad_loss;
+  return g.expand_symint({B});
+}
+
+// The saved gradient of a scalar loss times the upstream gradient. A saved tensor is changed or handed out only when the
+// graph is freed after this backward: otherwise a second backward, or a user's in-place change, would spoil it.
+inline Tensor scaled(const Tensor& saved, const Tensor& grad_loss) {
+  if (at::isTensorSubclassLike(grad_loss) || at::isTensorSubclassLike(saved) || !grad_loss.device().is_cpu()) {
+    return saved * grad_loss;
+  }
+  const double factor = grad_loss.item<double>();
+  if (torch::autograd::get_current_graph_task_keep_graph()) return saved * factor;
+  return factor == 1.0 ? saved : saved.detach().mul_(factor);
+}
+
+}  // namespace fastelbo::autograd

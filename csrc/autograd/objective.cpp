@@ -1,0 +1,214 @@
+// Autograd of the objectives.
+//
+// A loss that is reduced to a scalar has its gradient computed in the forward, while each row is in the cache; the
+// backward multiplies it by the upstream gradient, which is mostly 1. Everything else (reduction "none", gradients of
+// the returned parts, a graph of the gradient, a gradient for x) is put together in the backward from the backward ops
+// of the likelihood and of the KL.
+#include <torch/library.h>
+
+#include "autograd/common.h"
+
+namespace fastelbo::autograd {
+namespace {
+
+struct LogMeanExp : public Function<LogMeanExp> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& log_w, int64_t dim) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({log_w});
+    ctx->saved_data["dim"] = dim;
+    return ops::log_mean_exp(log_w, dim);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    BelowAutogradUnlessGraph guard;
+    return {ops::log_mean_exp_backward(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["dim"].toInt()),
+            Tensor()};
+  }
+};
+
+Tensor log_mean_exp_autograd(const Tensor& log_w, int64_t dim) { return LogMeanExp::apply(log_w, dim); }
+
+// What is left of a likelihood's upstream gradient when a term of it may be missing.
+Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
+
+struct ElboLoss : public Function<ElboLoss> {
+  enum { kRecon, kX, kMu, kLogvar, kScale, kBeta, kMask, kKl, kInputs };
+  static constexpr int kArguments = 11;
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& recon, const Tensor& x, const Tensor& mu,
+                               const Tensor& logvar, const OptionalTensor& scale, const OptionalTensor& beta_tensor,
+                               const OptionalTensor& mask, double beta, double free_bits, std::string_view likelihood,
+                               std::string_view reduction) {
+    const bool fused = reduction != "none" && !wants_grad(x) && !wants_grad(beta_tensor);
+    std::array<bool, 4> wanted{};
+    if (fused) wanted = {wants_grad(recon), wants_grad(mu), wants_grad(logvar), wants_grad(scale)};
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, log_likelihood, kl, grads] = ops::elbo_loss_forward(
+        recon, x, mu, logvar, scale, mask, beta, beta_tensor, free_bits, likelihood, reduction, wanted);
+    ctx->set_materialize_grads(false);
+    variable_list saved{recon, x, mu, logvar, tensor(scale), tensor(beta_tensor), tensor(mask), kl};
+    for (auto& g : grads) saved.push_back(g);
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["options"] = std::tuple<double, double, std::string, std::string>(
+        beta, free_bits, std::string(likelihood), std::string(reduction));
+    ctx->saved_data["fused"] =
+        fused ? wanted[0] + 2 * wanted[1] + 4 * wanted[2] + 8 * wanted[3] : int64_t(0);
+    return {loss, log_likelihood, kl};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    variable_list result(kArguments);
+    const int64_t fused = ctx->saved_data["fused"].toInt();
+    if (fused && !grads[1].defined() && !grads[2].defined() && !at::GradMode::is_enabled()) {
+      if (!grads[0].defined()) return result;
+      const int inputs[] = {kRecon, kMu, kLogvar, kScale};
+      size_t next = kInputs;
+      for (int i = 0; i < 4; ++i) {
+        if (fused >> i & 1) result[inputs[i]] = scaled(saved[next++], grads[0]);
+      }
+      return result;
+    }
+    return compose(ctx, saved, grads);
+  }
+
+  // d loss_b = -mean_k d log p_kb + beta d KL_b, plus the upstream gradients of the parts.
+  static variable_list compose(AutogradContext* ctx, const variable_list& saved, const variable_list& grads) {
+    variable_list result(kArguments);
+    const auto needed = needs<6>(
+        ctx, {saved[kRecon], saved[kX], saved[kMu], saved[kLogvar], saved[kScale], saved[kBeta]});
+    const auto& options = ctx->saved_data["options"].toTupleRef().elements();
+    const double beta = options[0].toDouble(), free_bits = options[1].toDouble();
+    const auto likelihood = options[2].toStringView(), reduction = options[3].toStringView();
+    const Tensor &recon = saved[kRecon], &x = saved[kX], &mu = saved[kMu], &logvar = saved[kLogvar];
+    const bool sampled = recon.dim() > x.dim();
+    Tensor datum, rows, charged;  // upstream gradients: [B] of the loss, [K?, B] of log p, [B] of the loss's KL
+    if (grads[0].defined()) {
+      datum = per_datum(grads[0], reduction, x.sym_size(0));
+      rows = sampled ? (-datum).div(at::Scalar(recon.sym_size(0))).expand_symint({recon.sym_size(0), x.sym_size(0)})
+                     : -datum;
+      charged = saved[kBeta].defined() ? datum * saved[kBeta].to(datum.scalar_type()) : datum * beta;
+    }
+    BelowAutogradUnlessGraph guard;
+    rows = plus(rows, grads[1]);
+    if (rows.defined() && (needed[0] || needed[1] || needed[4])) {
+      const std::array<bool, 3> wanted{needed[0], needed[1], needed[4]};
+      auto found = spread(ops::log_prob_backward(rows, recon, x, optional(saved[kScale]), optional(saved[kMask]),
+                                                 likelihood, wanted),
+                          wanted);
+      result[kRecon] = found[0], result[kX] = found[1], result[kScale] = found[2];
+    }
+    if (needed[2] || needed[3]) {
+      const std::array<bool, 4> wanted{needed[2], needed[3], false, false};
+      const auto add = [&](const Tensor& grad, double bits) {
+        if (!grad.defined()) return;
+        auto found = spread(
+            ops::gaussian_kl_backward(grad, mu, logvar, std::nullopt, std::nullopt, bits, wanted), wanted);
+        result[kMu] = plus(result[kMu], found[0]), result[kLogvar] = plus(result[kLogvar], found[1]);
+      };
+      if (free_bits > 0) {
+        add(charged, free_bits), add(grads[2], 0.0);
+      } else {
+        add(plus(charged, grads[2]), 0.0);
+      }
+    }
+    if (needed[5] && datum.defined()) {
+      const bool again = free_bits > 0 || at::GradMode::is_enabled();
+      const Tensor kl = again ? ops::gaussian_kl(mu, logvar, std::nullopt, std::nullopt, free_bits) : saved[kKl];
+      result[kBeta] = (datum * kl).sum().to(saved[kBeta].scalar_type());
+    }
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> elbo_loss_autograd(const Tensor& recon, const Tensor& x, const Tensor& mu,
+                                                      const Tensor& logvar, const OptionalTensor& scale,
+                                                      const OptionalTensor& mask, double beta,
+                                                      const OptionalTensor& beta_tensor, double free_bits,
+                                                      std::string_view likelihood, std::string_view reduction) {
+  auto out = ElboLoss::apply(recon, x, mu, logvar, scale, beta_tensor, mask, beta, free_bits, likelihood, reduction);
+  return {out[0], out[1], out[2]};
+}
+
+struct IwaeLoss : public Function<IwaeLoss> {
+  enum { kRecon, kX, kLogRatio, kScale, kMask, kLogLikelihood, kInputs };
+  static constexpr int kArguments = 7;
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                               const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood,
+                               std::string_view reduction) {
+    const bool fused = reduction != "none" && !wants_grad(x);
+    std::array<bool, 3> wanted{};
+    if (fused) wanted = {wants_grad(recon), wants_grad(log_ratio), wants_grad(scale)};
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, log_likelihood, grads] =
+        ops::iwae_loss_forward(recon, x, log_ratio, scale, mask, likelihood, reduction, wanted);
+    ctx->set_materialize_grads(false);
+    variable_list saved{recon, x, log_ratio, tensor(scale), tensor(mask), log_likelihood};
+    for (auto& g : grads) saved.push_back(g);
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["likelihood"] = std::string(likelihood);
+    ctx->saved_data["reduction"] = std::string(reduction);
+    ctx->saved_data["fused"] = fused ? wanted[0] + 2 * wanted[1] + 4 * wanted[2] : int64_t(0);
+    return {loss, log_likelihood};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    variable_list result(kArguments);
+    const int64_t fused = ctx->saved_data["fused"].toInt();
+    if (fused && !grads[1].defined() && !at::GradMode::is_enabled()) {
+      if (!grads[0].defined()) return result;
+      const int inputs[] = {kRecon, kLogRatio, kScale};
+      size_t next = kInputs;
+      for (int i = 0; i < 3; ++i) {
+        if (fused >> i & 1) result[inputs[i]] = scaled(saved[next++], grads[0]);
+      }
+      return result;
+    }
+    return compose(ctx, saved, grads);
+  }
+
+  // d loss_b = -sum_k w_kb d log w_kb, w = softmax_k(log w), plus the upstream gradient of the log-likelihood.
+  static variable_list compose(AutogradContext* ctx, const variable_list& saved, const variable_list& grads) {
+    variable_list result(kArguments);
+    const auto needed = needs<4>(ctx, {saved[kRecon], saved[kX], saved[kLogRatio], saved[kScale]});
+    const auto likelihood = ctx->saved_data["likelihood"].toStringView();
+    const Tensor &recon = saved[kRecon], &x = saved[kX], &log_ratio = saved[kLogRatio];
+    const OptionalTensor scale = optional(saved[kScale]), mask = optional(saved[kMask]);
+    BelowAutogradUnlessGraph guard;
+    Tensor rows;
+    if (grads[0].defined()) {
+      const Tensor datum = per_datum(grads[0], ctx->saved_data["reduction"].toStringView(), x.sym_size(0));
+      const Tensor log_likelihood =
+          at::GradMode::is_enabled() ? ops::log_prob(recon, x, scale, mask, likelihood) : saved[kLogLikelihood];
+      const Tensor log_w = log_likelihood + log_ratio.to(log_likelihood.scalar_type());
+      rows = ops::log_mean_exp_backward(-datum, log_w, 0);
+      if (needed[2]) result[kLogRatio] = rows.to(log_ratio.scalar_type());
+    }
+    rows = plus(rows, grads[1]);
+    if (rows.defined() && (needed[0] || needed[1] || needed[3])) {
+      const std::array<bool, 3> wanted{needed[0], needed[1], needed[3]};
+      auto found = spread(ops::log_prob_backward(rows, recon, x, scale, mask, likelihood, wanted), wanted);
+      result[kRecon] = found[0], result[kX] = found[1], result[kScale] = found[2];
+    }
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor> iwae_loss_autograd(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                              const OptionalTensor& scale, const OptionalTensor& mask,
+                                              std::string_view likelihood, std::string_view reduction) {
+  auto out = IwaeLoss::apply(recon, x, log_ratio, scale, mask, likelihood, reduction);
+  return {out[0], out[1]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastelbo, Autograd, m) {
+  m.impl("log_mean_exp", log_mean_exp_autograd);
+  m.impl("elbo_loss", elbo_loss_autograd);
+  m.impl("iwae_loss", iwae_loss_autograd);
+}
+
+}  // namespace fastelbo::autograd

@@ -1,0 +1,222 @@
+// Every argument check, shared by the devices and by meta tensors: what was expected, and what came.
+//
+// TORCH_CHECK_VALUE raises ValueError, TORCH_CHECK_TYPE raises TypeError. Sizes are SymInts, so that one check serves
+// eager calls and traced ones.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "kernels/params.h"
+
+namespace fastelbo::checks {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// "float32", as Python says it
+inline std::string dtype_name(at::ScalarType t) {
+  switch (t) {
+    case at::kFloat: return "float32";
+    case at::kDouble: return "float64";
+    case at::kHalf: return "float16";
+    case at::kBFloat16: return "bfloat16";
+    case at::kByte: return "uint8";
+    case at::kBool: return "bool";
+    case at::kLong: return "int64";
+    default: return c10::toString(t);
+  }
+}
+
+// "(128, 784)", as Python says it
+inline std::string shape_text(c10::SymIntArrayRef sizes) {
+  std::string text = "(";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    std::ostringstream one;
+    one << sizes[i];
+    text += (i ? ", " : "") + one.str();
+  }
+  return text + (sizes.size() == 1 ? ",)" : ")");
+}
+inline std::string shape_text(const at::Tensor& t) { return shape_text(t.sym_sizes()); }
+
+inline bool same_shape(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (a[i] != b[i]) return false;
+  }
+  return true;
+}
+
+inline bool is_float(at::ScalarType t) {
+  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
+}
+
+// float32 for half types, as the sums and the returned losses
+inline at::ScalarType compute_type(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void floating(const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(is_float(t.scalar_type()), name, " must be float32, float64, bfloat16 or float16; got ",
+                   dtype_name(t.scalar_type()));
+}
+
+inline void same_device(const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(t.device() == like.device(), name, " must be on ", like.device(), " like ", like_name, "; got ",
+                    t.device());
+}
+
+// Float types may be mixed, but not with float64: nothing is silently rounded.
+inline void same_precision(const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
+  floating(name, t);
+  TORCH_CHECK_TYPE(compute_type(t) == compute_type(like), name, " is ", dtype_name(t.scalar_type()), " but ", like_name,
+                   " is ", dtype_name(like.scalar_type()), ": float64 does not mix with the other types; convert one");
+}
+
+inline void shaped(const char* name, const at::Tensor& t, const char* like_name, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(same_shape(t.sym_sizes(), like.sym_sizes()), name, " must have the shape ", shape_text(like),
+                    " of ", like_name, "; got ", shape_text(t));
+}
+
+inline int likelihood_index(std::string_view name) {
+  std::string names;
+  for (int i = 0; i < likelihood_count(); ++i) {
+    if (name == likelihood_info(i).name) return i;
+    names += std::string(i ? ", " : "") + '"' + likelihood_info(i).name + '"';
+  }
+  TORCH_CHECK_VALUE(false, "likelihood must be one of ", names, "; got \"", name, "\"");
+}
+
+enum class Reduction { none, mean, sum };
+
+inline Reduction reduction(std::string_view name) {
+  if (name == "mean") return Reduction::mean;
+  if (name == "sum") return Reduction::sum;
+  TORCH_CHECK_VALUE(name == "none", "reduction must be one of \"mean\", \"sum\", \"none\"; got \"", name, "\"");
+  return Reduction::none;
+}
+
+// recon [K?, B, *event] and what goes with it; the returned number is the likelihood's index.
+inline int log_prob(const at::Tensor& recon, const at::Tensor& x, const OptionalTensor& scale,
+                    const OptionalTensor& mask, std::string_view likelihood) {
+  const int index = likelihood_index(likelihood);
+  floating("recon", recon);
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must be [B, *event]; got a 0-d tensor");
+  const auto xs = x.sym_sizes(), rs = recon.sym_sizes();
+  const bool sampled = rs.size() == xs.size() + 1;
+  if (!(sampled ? same_shape(rs.slice(1), xs) : same_shape(rs, xs))) {
+    TORCH_CHECK_VALUE(false, "recon must be [B, *event] or [K, B, *event] with B=", xs[0], " and event=",
+                      shape_text(xs.slice(1)), " from x; got ", shape_text(recon));
+  }
+  TORCH_CHECK_VALUE(!sampled || rs[0] != 0, "recon must hold at least one sample; got K=0 in ", shape_text(recon));
+  same_device("x", x, "recon", recon);
+  const auto xt = x.scalar_type();
+  if (xt != at::kByte && xt != at::kBool) {
+    TORCH_CHECK_TYPE(is_float(xt), "x must be a float type, uint8 (read as x / 255) or bool; got ", dtype_name(xt));
+    same_precision("x", x, "recon", recon);
+  }
+  if (scale.has_value()) {
+    TORCH_CHECK_VALUE(likelihood_info(index).takes_scale, "recon must be one tensor for likelihood \"", likelihood,
+                      "\"; got a pair");
+    shaped("the second tensor of recon", *scale, "the first", recon);
+    same_precision("the second tensor of recon", *scale, "the first", recon);
+    same_device("the second tensor of recon", *scale, "the first", recon);
+  }
+  if (mask.has_value()) {
+    shaped("mask", *mask, "x", x);
+    same_device("mask", *mask, "recon", recon);
+    const auto mt = mask->scalar_type();
+    TORCH_CHECK_TYPE(is_float(mt) || mt == at::kBool || mt == at::kByte,
+                     "mask must be bool, uint8 or a float type; got ", dtype_name(mt));
+    TORCH_CHECK_VALUE(!mask->requires_grad(), "mask must not require a gradient; got requires_grad=True");
+  }
+  return index;
+}
+
+inline void free_bits(double value) {
+  TORCH_CHECK_VALUE(value >= 0, "free_bits must be at least 0 nats; got ", value);
+}
+
+inline void latent(const at::Tensor& mu, const at::Tensor& logvar, const OptionalTensor& prior_mu,
+                   const OptionalTensor& prior_logvar) {
+  floating("mu", mu);
+  TORCH_CHECK_VALUE(mu.dim() >= 1, "mu must be [B, *latent]; got a 0-d tensor");
+  const auto like_mu = [&](const char* name, const at::Tensor& t) {
+    shaped(name, t, "mu", mu);
+    same_precision(name, t, "mu", mu);
+    same_device(name, t, "mu", mu);
+  };
+  like_mu("logvar", logvar);
+  if (prior_mu.has_value()) like_mu("prior_mu", *prior_mu);
+  if (prior_logvar.has_value()) like_mu("prior_logvar", *prior_logvar);
+}
+
+inline void noise(const at::Tensor& mu, const std::optional<c10::SymInt>& num_samples, const OptionalTensor& seed,
+                  const OptionalTensor& eps, const c10::SymInt& first_sample) {
+  TORCH_CHECK_VALUE(!num_samples || *num_samples >= 1, "num_samples must be at least 1; got ", *num_samples);
+  TORCH_CHECK_VALUE(first_sample >= 0, "first_sample must be at least 0; got ", first_sample);
+  TORCH_CHECK_VALUE(seed.has_value() != eps.has_value(), "rsample takes either seed or eps; got ",
+                    seed.has_value() ? "both" : "neither");
+  if (seed.has_value()) {
+    TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "seed must be an int64 tensor; got ",
+                     dtype_name(seed->scalar_type()));
+    TORCH_CHECK_VALUE(seed->sym_numel() == 1, "seed must hold one element; got the shape ", shape_text(*seed));
+    same_device("seed", *seed, "mu", mu);
+    return;
+  }
+  c10::SymDimVector shape;
+  if (num_samples) shape.push_back(*num_samples);
+  for (const auto& s : mu.sym_sizes()) shape.push_back(s);
+  TORCH_CHECK_VALUE(same_shape(eps->sym_sizes(), shape), "eps must have the shape ", shape_text(shape),
+                    " (num_samples and mu); got ", shape_text(*eps));
+  same_precision("eps", *eps, "mu", mu);
+  same_device("eps", *eps, "mu", mu);
+}
+
+inline int elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& mu, const at::Tensor& logvar,
+                     const OptionalTensor& scale, const OptionalTensor& mask, const OptionalTensor& beta,
+                     double free_bits_value, std::string_view likelihood) {
+  const int index = log_prob(recon, x, scale, mask, likelihood);
+  latent(mu, logvar, std::nullopt, std::nullopt);
+  TORCH_CHECK_VALUE(mu.sym_size(0) == x.sym_size(0), "mu must be [B, *latent] with B=", x.sym_size(0),
+                    " from x; got ", shape_text(mu));
+  same_precision("mu", mu, "recon", recon);
+  same_device("mu", mu, "recon", recon);
+  free_bits(free_bits_value);
+  if (beta.has_value()) {
+    floating("beta", *beta);
+    TORCH_CHECK_VALUE(beta->dim() == 0, "beta must be a float or a 0-d tensor; got the shape ", shape_text(*beta));
+    same_device("beta", *beta, "recon", recon);
+  }
+  return index;
+}
+
+inline int iwae_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& log_ratio,
+                     const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood) {
+  const int index = log_prob(recon, x, scale, mask, likelihood);
+  TORCH_CHECK_VALUE(recon.dim() == x.dim() + 1, "recon must be [K, B, *event] with B=", x.sym_size(0),
+                    " and event=", shape_text(x.sym_sizes().slice(1)), " from x; got ", shape_text(recon));
+  TORCH_CHECK_VALUE(same_shape(log_ratio.sym_sizes(), recon.sym_sizes().slice(0, 2)),
+                    "log_ratio must be [K, B] = ", shape_text(recon.sym_sizes().slice(0, 2)), " like recon; got ",
+                    shape_text(log_ratio));
+  same_precision("log_ratio", log_ratio, "recon", recon);
+  same_device("log_ratio", log_ratio, "recon", recon);
+  return index;
+}
+
+// The dimension averaged by log_mean_exp, counted from the front.
+inline int64_t log_mean_exp(const at::Tensor& log_w, int64_t dim) {
+  floating("log_w", log_w);
+  TORCH_CHECK_VALUE(log_w.dim() >= 1, "log_w must have at least one dimension; got a 0-d tensor");
+  TORCH_CHECK_INDEX(dim >= -log_w.dim() && dim < log_w.dim(), "dim must be in [", -log_w.dim(), ", ", log_w.dim() - 1,
+                    "] for log_w of shape ", shape_text(log_w), "; got ", dim);
+  const int64_t d = dim < 0 ? dim + log_w.dim() : dim;
+  TORCH_CHECK_VALUE(log_w.sym_size(d) != 0, "log_w must hold at least one weight along dim ", dim, "; got the shape ",
+                    shape_text(log_w));
+  return d;
+}
+
+}  // namespace fastelbo::checks

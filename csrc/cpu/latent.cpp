@@ -1,0 +1,139 @@
+// The latent ops on the CPU.
+#include "cpu/latent.h"
+
+#include <torch/library.h>
+
+#include "ops.h"
+#include "shapes.h"
+
+namespace fastelbo {
+namespace cpu {
+
+void kl_dim_means(const KlParams& p, bool is_double, Scratch& means) {
+  means.assign(p.D, 0.0);
+  KlDimsParams dims;
+  dims.B = p.B, dims.D = p.D;
+  dims.mu = p.mu, dims.logvar = p.logvar, dims.prior_mu = p.prior_mu, dims.prior_logvar = p.prior_logvar;
+  dims.out = means.data();
+  run(kernels().kl_dims[is_double], dims, (p.D + kTile - 1) / kTile, p.B * std::min(p.D, kTile));
+  for (double& m : means) m /= double(p.B);
+}
+
+void run_kl(const KlParams& p, bool is_double) {
+  if (p.out && p.D == 0) std::fill_n(p.out, p.B, 0.0);
+  if (p.charged && p.D == 0) std::fill_n(p.charged, p.B, 0.0);
+  run(kernels().kl[is_double], p, row_blocks(p.B, p.D), rows_per_block(p.D) * p.D * 4);
+}
+
+namespace {
+
+using namespace ops;
+
+Tensor gaussian_kl_cpu(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                       const OptionalTensor& prior_logvar, double free_bits) {
+  checks::latent(mu, logvar, prior_mu, prior_logvar);
+  checks::free_bits(free_bits);
+  const Tensor result = shapes::batch_like(mu, mu);
+  KlParams p;
+  set_latent(p, mu, logvar, prior_mu, prior_logvar);
+  Scratch out(p.B), charged, means;
+  p.out = out.data();
+  if (free_bits > 0) {
+    kl_dim_means(p, is_double(mu), means);
+    charged.resize(p.B);
+    p.dim_means = means.data(), p.free_bits = free_bits, p.charged = charged.data();
+  }
+  run_kl(p, is_double(mu));
+  write(free_bits > 0 ? charged.data() : out.data(), result);
+  return result;
+}
+
+// Views of the wanted gradients, in the order of the needs.
+template <size_t N>
+void set_grads(const Tensors& grads, std::array<bool, N> needs, std::initializer_list<View*> views,
+               std::initializer_list<const OptionalTensor*> inputs, int64_t dims) {
+  size_t next = 0;
+  const auto* input = inputs.begin();
+  const auto* view = views.begin();
+  for (size_t i = 0; i < N; ++i, ++input, ++view) {
+    if (needs[i] && (*input)->has_value()) **view = view_of(grads[next++], dims);
+  }
+}
+
+Tensors gaussian_kl_backward_cpu(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
+                                 const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, double free_bits,
+                                 std::array<bool, 4> needs) {
+  const OptionalTensor m = mu, lv = logvar;
+  const Tensors grads = shapes::grads_like({&m, &lv, &prior_mu, &prior_logvar}, needs.data());
+  KlParams p;
+  set_latent(p, mu, logvar, prior_mu, prior_logvar);
+  set_grads<4>(grads, needs, {&p.grad_mu, &p.grad_logvar, &p.grad_prior_mu, &p.grad_prior_logvar},
+               {&m, &lv, &prior_mu, &prior_logvar}, mu.dim() - 1);
+  p.grad = rows_of(grad);
+  Scratch means;
+  if (free_bits > 0) {
+    kl_dim_means(p, is_double(mu), means);
+    p.dim_means = means.data(), p.free_bits = free_bits;
+  }
+  run_kl(p, is_double(mu));
+  return grads;
+}
+
+std::tuple<Tensor, Tensor, Tensor> rsample_cpu(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
+                                               const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+                                               const OptionalTensor& seed, const OptionalTensor& eps,
+                                               c10::SymInt first_sample) {
+  checks::latent(mu, logvar, prior_mu, prior_logvar);
+  checks::noise(mu, num_samples, seed, eps, first_sample);
+  const Tensor z = shapes::samples_like(mu, num_samples, true);
+  const Tensor log_ratio = shapes::samples_like(mu, num_samples, false);
+  SampleParams p;
+  set_latent(p, mu, logvar, prior_mu, prior_logvar);
+  p.K = num_samples ? num_samples->expect_int() : 1;
+  p.first_sample = first_sample.expect_int();
+  if (seed.has_value()) p.seed = uint64_t(*seed->const_data_ptr<int64_t>());
+  p.eps = view_of(eps, mu.dim() - 1);
+  p.z = view_of(z, mu.dim() - 1);
+  Scratch ratios(p.K * p.B, 0.0);
+  p.log_ratio = ratios.data();
+  const int64_t samples = std::min(p.K, kSampleBlock);
+  run(kernels().sample[is_double(mu)], p, row_blocks(p.B, p.D) * sample_blocks(p.K),
+      rows_per_block(p.D) * p.D * samples * 2);
+  write(ratios.data(), log_ratio);
+  return {z, gaussian_kl_cpu(mu, logvar, prior_mu, prior_logvar, 0.0), log_ratio};
+}
+
+Tensors rsample_backward_cpu(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
+                             const OptionalTensor& grad_log_ratio, const Tensor& mu, const Tensor& logvar,
+                             OptionalInt num_samples, const OptionalTensor& prior_mu,
+                             const OptionalTensor& prior_logvar, const OptionalTensor& seed, const OptionalTensor& eps,
+                             c10::SymInt first_sample, std::array<bool, 5> needs) {
+  const OptionalTensor m = mu, lv = logvar;
+  const Tensors grads = shapes::grads_like({&m, &lv, &prior_mu, &prior_logvar, &eps}, needs.data());
+  SampleBackwardParams p;
+  set_latent(p, mu, logvar, prior_mu, prior_logvar);
+  const int64_t dims = mu.dim() - 1;
+  p.K = num_samples ? num_samples->expect_int() : 1;
+  p.first_sample = first_sample.expect_int();
+  if (seed.has_value()) p.seed = uint64_t(*seed->const_data_ptr<int64_t>());
+  p.eps = view_of(eps, dims);
+  p.grad_z = view_of(grad_z, dims);
+  if (grad_kl.has_value()) p.grad_kl = rows_of(*grad_kl);
+  if (grad_log_ratio.has_value()) p.grad_log_ratio = rows_of(*grad_log_ratio);
+  set_grads<5>(grads, needs, {&p.grad_mu, &p.grad_logvar, &p.grad_prior_mu, &p.grad_prior_logvar, &p.grad_eps},
+               {&m, &lv, &prior_mu, &prior_logvar, &eps}, dims);
+  run(kernels().sample_backward[is_double(mu)], p, row_blocks(p.B, p.D), rows_per_block(p.D) * p.D * p.K * 2);
+  return grads;
+}
+
+}  // namespace
+}  // namespace cpu
+
+TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
+  m.impl("rsample", cpu::rsample_cpu);
+  m.impl("_rsample_backward", cpu::rsample_backward_cpu);
+  m.impl("gaussian_kl", cpu::gaussian_kl_cpu);
+  m.impl("_gaussian_kl_backward", cpu::gaussian_kl_backward_cpu);
+}
+
+}  // namespace fastelbo

@@ -1,0 +1,259 @@
+// The objectives on the CPU: value and gradient of a loss in one pass over recon and x.
+#include <torch/library.h>
+
+#include "cpu/latent.h"
+#include "cpu/likelihood.h"
+#include "ops.h"
+#include "shapes.h"
+
+namespace fastelbo {
+namespace {
+
+using namespace ops;
+using namespace cpu;
+using checks::Reduction;
+
+double scalar_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return *t.const_data_ptr<float>();
+    case at::kDouble: return *t.const_data_ptr<double>();
+    default: return t.item<double>();
+  }
+}
+
+// The factor of every datum's loss in the returned one.
+double share(Reduction reduction, int64_t B) { return reduction == Reduction::mean ? 1.0 / double(B) : 1.0; }
+
+// Losses per datum (contiguous doubles) into the returned tensor, summed in order.
+void reduce(const double* losses, int64_t B, Reduction reduction, const Tensor& to) {
+  if (reduction == Reduction::none) return write(losses, to);
+  double sum = 0;
+  for (int64_t b = 0; b < B; ++b) sum += losses[b];
+  sum *= share(reduction, B);
+  write(&sum, to);
+}
+
+ElboForward elbo_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Tensor& mu, const Tensor& logvar,
+                                  const OptionalTensor& scale, const OptionalTensor& mask, double beta,
+                                  const OptionalTensor& beta_tensor, double free_bits, std::string_view likelihood,
+                                  std::string_view reduction_name, std::array<bool, 4> needs) {
+  const int index = checks::elbo_loss(recon, x, mu, logvar, scale, mask, beta_tensor, free_bits, likelihood);
+  const Reduction reduction = checks::reduction(reduction_name);
+  if (beta_tensor.has_value()) beta = scalar_of(*beta_tensor);
+  const OptionalTensor r = recon, m = mu, lv = logvar;
+  ElboForward result{shapes::loss_like(recon, x, reduction), shapes::rows_like(recon, x), shapes::batch_like(recon, x),
+                     shapes::grads_like({&r, &m, &lv, &scale}, needs.data())};
+  auto& [loss, log_likelihood, kl, grads] = result;
+
+  const int64_t dims = x.dim() - 1;
+  const Order order = event_order(recon, dims);
+  LogProbParams p = log_prob_params(recon, x, scale, mask, order);
+  KlParams q;
+  set_latent(q, mu, logvar, std::nullopt, std::nullopt);
+  p.grad.constant = -share(reduction, p.B) / double(p.K);
+  q.grad.constant = beta * share(reduction, p.B);
+  size_t next = 0;
+  if (needs[0]) p.grad_recon = view_of(grads[next++], dims, order);
+  if (needs[1]) q.grad_mu = view_of(grads[next++], mu.dim() - 1);
+  if (needs[2]) q.grad_logvar = view_of(grads[next++], mu.dim() - 1);
+  if (needs[3] && scale.has_value()) p.grad_scale = view_of(grads[next], dims, order);
+
+  Scratch fit(p.K * p.B), losses(p.B), divergence(p.B), means;
+  run_log_prob(log_prob_kernel(index, scale, is_double(recon)), p, fit.data());
+  q.out = divergence.data();
+  if (free_bits > 0) {
+    kl_dim_means(q, is_double(mu), means);
+    q.dim_means = means.data(), q.free_bits = free_bits, q.charged = losses.data();
+  }
+  run_kl(q, is_double(mu));
+
+  const double* charged = free_bits > 0 ? losses.data() : divergence.data();
+  for (int64_t b = 0; b < p.B; ++b) {
+    double sum = 0;
+    for (int64_t k = 0; k < p.K; ++k) sum += fit[k * p.B + b];
+    losses[b] = beta * charged[b] - sum / double(p.K);
+  }
+  reduce(losses.data(), p.B, reduction, loss);
+  write(fit.data(), log_likelihood);
+  write(divergence.data(), kl);
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> elbo_loss_cpu(const Tensor& recon, const Tensor& x, const Tensor& mu,
+                                                 const Tensor& logvar, const OptionalTensor& scale,
+                                                 const OptionalTensor& mask, double beta,
+                                                 const OptionalTensor& beta_tensor, double free_bits,
+                                                 std::string_view likelihood, std::string_view reduction) {
+  auto [loss, log_likelihood, kl, grads] = elbo_loss_forward_cpu(recon, x, mu, logvar, scale, mask, beta, beta_tensor,
+                                                                 free_bits, likelihood, reduction, {});
+  return {loss, log_likelihood, kl};
+}
+
+// Per datum, while its K rows are in the cache: log p and its gradient with factor 1, then the weights, then the
+// gradient times its weight. Half types cannot keep the first gradient without rounding it: theirs is computed again.
+IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                  const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood,
+                                  std::string_view reduction_name, std::array<bool, 3> needs) {
+  const int index = checks::iwae_loss(recon, x, log_ratio, scale, mask, likelihood);
+  const Reduction reduction = checks::reduction(reduction_name);
+  const bool wide = is_double(recon);
+  const OptionalTensor r = recon, lr = log_ratio;
+  IwaeForward result{shapes::loss_like(recon, x, reduction), shapes::rows_like(recon, x),
+                     shapes::grads_like({&r, &lr, &scale}, needs.data())};
+  auto& [loss, log_likelihood, grads] = result;
+
+  const int64_t dims = x.dim() - 1;
+  const Order order = event_order(recon, dims);
+  LogProbParams first = log_prob_params(recon, x, scale, mask, order);
+  const int64_t K = first.K, B = first.B, D = first.D, per_row = segments(D);
+  Tensor grad_recon, grad_log_ratio, grad_scale;
+  size_t next = 0;
+  if (needs[0]) grad_recon = grads[next++];
+  if (needs[1]) grad_log_ratio = grads[next++];
+  if (needs[2] && scale.has_value()) grad_scale = grads[next];
+  LogProbParams second = first;
+  if (grad_recon.defined()) second.grad_recon = view_of(grad_recon, dims, order);
+  if (grad_scale.defined()) second.grad_scale = view_of(grad_scale, dims, order);
+  const auto keeps_view = [&](const View& v) {
+    return !v || (v.dtype == (wide ? DType::f64 : DType::f32) && v.ndim == 1 && v.stride[0] == 1);
+  };
+  const bool keeps = keeps_view(second.grad_recon) && keeps_view(second.grad_scale);
+  if (keeps) first.grad_recon = second.grad_recon, first.grad_scale = second.grad_scale;
+  first.grad.constant = 1;
+  const bool any_grad = needs[0] || needs[1] || grad_scale.defined();
+
+  // [K, B] log weights, [K, B] weights times the factor of the loss, [B] bounds and factors; of the compute type
+  const at::TensorOptions options = shapes::compute_options(recon);
+  const Tensor log_w = log_ratio.to(options.dtype().toScalarType(), /*non_blocking=*/false, /*copy=*/true).contiguous();
+  const Tensor bound = at::empty({B}, options);
+  const Tensor weights = any_grad ? at::empty({K, B}, options) : Tensor();
+  const Tensor factor = any_grad ? at::full({B}, -share(reduction, B), options) : Tensor();
+  LogMeanExpParams lme;
+  lme.K = K, lme.inner = B, lme.stride_k = B, lme.stride_inner = 1;
+  lme.log_w = log_w.const_data_ptr();
+  lme.out = bound.mutable_data_ptr();
+  if (any_grad) {
+    lme.grad = factor.const_data_ptr(), lme.grad_log_w = weights.mutable_data_ptr();
+    second.grad = rows_of(weights);
+  }
+
+  Scratch parts(K * B * per_row), fit(K * B);
+  first.out = parts.data();
+  const auto kernel = log_prob_kernel(index, scale, wide);
+  const auto row_items = [&](int64_t k, int64_t b) { return (k * B + b) * per_row; };
+
+  const auto add_row = [&](int64_t k, int64_t b) {
+    const int64_t row = k * B + b;
+    add_segments(parts.data() + row * per_row, per_row, 1, fit.data() + row);
+    if (wide) {
+      log_w.mutable_data_ptr<double>()[row] += fit[row];
+    } else {
+      float& w = log_w.mutable_data_ptr<float>()[row];
+      w = float(double(w) + fit[row]);
+    }
+  };
+  const auto weigh_datum = [&](int64_t b) {
+    kernels().log_mean_exp[wide](lme, b, b + 1);
+    if (any_grad) kernels().log_mean_exp_backward[wide](lme, b, b + 1);
+  };
+  const auto scale_row = [&](const View& v, int64_t k, int64_t b) {
+    if (!v) return;
+    char* row = static_cast<char*>(v.data) + (k * v.stride_k + b * v.stride_b) * int64_t(wide ? 8 : 4);
+    kernels().scale_row[wide](row, D, wide ? weights.const_data_ptr<double>()[k * B + b]
+                                           : double(weights.const_data_ptr<float>()[k * B + b]));
+  };
+  const auto finish_row = [&](int64_t k, int64_t b) {
+    if (!first.grad_recon && !first.grad_scale) {
+      if (second.grad_recon || second.grad_scale) kernel(second, row_items(k, b), row_items(k, b) + per_row);
+    } else {
+      scale_row(first.grad_recon, k, b);
+      scale_row(first.grad_scale, k, b);
+    }
+  };
+
+  if (B >= at::get_num_threads()) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, K * D));
+    at::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        for (int64_t k = 0; k < K; ++k) {
+          kernel(first, row_items(k, b), row_items(k, b) + per_row);
+          add_row(k, b);
+        }
+        weigh_datum(b);
+        for (int64_t k = 0; k < K; ++k) finish_row(k, b);
+      }
+    });
+  } else {  // few data: the rows are shared out instead, in the same arithmetic
+    run(kernel, first, K * B * per_row, std::min(D, kSegment));
+    for (int64_t row = 0; row < K * B; ++row) add_row(row / B, row % B);
+    for (int64_t b = 0; b < B; ++b) weigh_datum(b);
+    at::parallel_for(0, K * B, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, D)), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) finish_row(row / B, row % B);
+    });
+  }
+
+  Scratch losses(B);
+  for (int64_t b = 0; b < B; ++b) {
+    losses[b] = wide ? -bound.const_data_ptr<double>()[b] : -double(bound.const_data_ptr<float>()[b]);
+  }
+  reduce(losses.data(), B, reduction, loss);
+  write(fit.data(), log_likelihood);
+  if (grad_log_ratio.defined()) grad_log_ratio.copy_(weights);
+  return result;
+}
+
+std::tuple<Tensor, Tensor> iwae_loss_cpu(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                         const OptionalTensor& scale, const OptionalTensor& mask,
+                                         std::string_view likelihood, std::string_view reduction) {
+  auto [loss, log_likelihood, grads] =
+      iwae_loss_forward_cpu(recon, x, log_ratio, scale, mask, likelihood, reduction, {});
+  return {loss, log_likelihood};
+}
+
+// Sizes of log_w in front of, at and behind the averaged dimension; log_w and its gradient are contiguous here.
+LogMeanExpParams log_mean_exp_params(const Tensor& log_w, int64_t dim) {
+  LogMeanExpParams p;
+  p.K = log_w.size(dim);
+  p.inner = 1;
+  for (int64_t d = dim + 1; d < log_w.dim(); ++d) p.inner *= log_w.size(d);
+  p.stride_inner = 1, p.stride_k = p.inner, p.stride_outer = p.inner * p.K;
+  p.log_w = log_w.const_data_ptr();
+  return p;
+}
+
+Tensor log_mean_exp_cpu(const Tensor& log_w, int64_t dim) {
+  const int64_t d = checks::log_mean_exp(log_w, dim);
+  const Tensor result = shapes::reduced_like(log_w, d);
+  if (result.numel() == 0) return result;
+  const Tensor w = log_w.to(result.scalar_type()).contiguous();
+  LogMeanExpParams p = log_mean_exp_params(w, d);
+  p.out = result.mutable_data_ptr();
+  run(kernels().log_mean_exp[is_double(w)], p, result.numel(), p.K * 2);
+  return result;
+}
+
+Tensor log_mean_exp_backward_cpu(const Tensor& grad, const Tensor& log_w, int64_t dim) {
+  const Tensor w = log_w.to(checks::compute_type(log_w)).contiguous();
+  const Tensor result = at::empty_like(w, at::MemoryFormat::Contiguous);
+  if (result.numel() != 0) {
+    LogMeanExpParams p = log_mean_exp_params(w, dim < 0 ? dim + log_w.dim() : dim);
+    const Tensor g = grad.contiguous();
+    p.grad = g.const_data_ptr();
+    p.grad_log_w = result.mutable_data_ptr();
+    run(kernels().log_mean_exp_backward[is_double(w)], p, g.numel(), p.K * 3);
+  }
+  return result.to(log_w.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
+  m.impl("log_mean_exp", log_mean_exp_cpu);
+  m.impl("_log_mean_exp_backward", log_mean_exp_backward_cpu);
+  m.impl("elbo_loss", elbo_loss_cpu);
+  m.impl("_elbo_loss_forward", elbo_loss_forward_cpu);
+  m.impl("iwae_loss", iwae_loss_cpu);
+  m.impl("_iwae_loss_forward", iwae_loss_forward_cpu);
+}
+
+}  // namespace fastelbo

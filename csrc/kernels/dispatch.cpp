@@ -1,0 +1,88 @@
+// Which instruction set is used: the last of the list that the CPU has, or the one that FASTELBO_CPU_CAPABILITY names.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/std.h"
+#include "kernels/params.h"
+#include "likelihoods/list.h"
+
+namespace fastelbo {
+
+namespace baseline {
+const KernelTable& table();
+}
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FASTELBO_X86_ISAS
+namespace avx2 {
+const KernelTable& table();
+}
+namespace avx512 {
+const KernelTable& table();
+}
+#endif
+
+namespace {
+
+// In ascending order.
+const IsaInfo* isas(int* count) {
+#ifdef FASTELBO_X86_ISAS
+  static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const IsaInfo list[] = {
+      {"baseline", true, baseline::table}, {"avx2", v3, avx2::table}, {"avx512", v4, avx512::table}};
+#else
+  static const IsaInfo list[] = {{"baseline", true, baseline::table}};
+#endif
+  *count = int(sizeof(list) / sizeof(list[0]));
+  return list;
+}
+
+const IsaInfo& choose() {
+  const char* wanted = std::getenv("FASTELBO_CPU_CAPABILITY");
+  const IsaInfo* best = nullptr;
+  std::string names;
+  for (int i = 0; i < isa_count(); ++i) {
+    const IsaInfo& isa = isa_info(i);
+    if (!isa.supported) continue;
+    names += std::string(names.empty() ? "" : ", ") + isa.name;
+    if (!wanted || std::strcmp(wanted, isa.name) == 0) best = &isa;
+  }
+  if (!best) {
+    throw std::invalid_argument("FASTELBO_CPU_CAPABILITY must be one of " + names + " on this CPU; got " + wanted);
+  }
+  return *best;
+}
+
+template <class... L>
+const LikelihoodInfo* likelihoods(baseline::TypeList<L...>) {
+  static const LikelihoodInfo list[] = {{L::name, L::takes_scale}...};
+  return list;
+}
+
+}  // namespace
+
+int isa_count() {
+  int count = 0;
+  isas(&count);
+  return count;
+}
+const IsaInfo& isa_info(int index) {
+  int count = 0;
+  return isas(&count)[index];
+}
+const IsaInfo& isa_in_use() {
+  static const IsaInfo& isa = choose();
+  return isa;
+}
+const KernelTable& kernels() {
+  static const KernelTable& table = isa_in_use().table();
+  return table;
+}
+
+int likelihood_count() { return baseline::Likelihoods::size; }
+const LikelihoodInfo& likelihood_info(int index) { return likelihoods(baseline::Likelihoods{})[index]; }
+
+}  // namespace fastelbo

@@ -1,0 +1,290 @@
+// The latent side: KL of rows, reparameterized samples with their log ratio, and the gradients of all of it.
+#pragma once
+
+#include "kernels/tile.h"
+#include "math/kl.h"
+#include "math/philox.h"
+
+namespace fastelbo::FASTELBO_ISA {
+
+// One tile of q and of the prior: [rows of a block, columns] of the views, side by side.
+template <class T>
+struct LatentTile {
+  int64_t rows, columns, n;               // n = rows * columns
+  T mu[kTile], logvar[kTile];             //
+  T delta[kTile], t[kTile], inv_p[kTile];  // mu - mu_p, lv - lv_p, exp(-lv_p)
+  T std[kTile];                           // exp(lv / 2)
+
+  void load_view(const View& v, int64_t b, int64_t column, T* to) {
+    for (int64_t r = 0; r < rows; ++r) {
+      T* row = to + r * columns;
+      const T* p = load(v, 0, b + r, column, columns, row);
+      if (p != row) memcpy(row, p, sizeof(T) * columns);
+    }
+  }
+
+  template <class Params>
+  void read(const Params& p, int64_t b, int64_t row_count, int64_t column, int64_t column_count) {
+    rows = row_count, columns = column_count, n = rows * columns;
+    load_view(p.mu, b, column, mu);
+    load_view(p.logvar, b, column, logvar);
+    if (p.prior_mu) {
+      load_view(p.prior_mu, b, column, delta);
+    } else {
+      for (int64_t i = 0; i < n; ++i) delta[i] = 0;
+    }
+    if (p.prior_logvar) {
+      load_view(p.prior_logvar, b, column, t);
+    } else {
+      for (int64_t i = 0; i < n; ++i) t[i] = 0;
+    }
+    T* __restrict d = delta;
+    T* __restrict s = t;
+    T* __restrict q = inv_p;
+    T* __restrict e = std;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      d[i] = mu[i] - d[i];
+      q[i] = exp_full(-s[i]);
+      s[i] = logvar[i] - s[i];
+      e[i] = exp_full(T(0.5) * logvar[i]);
+    }
+  }
+
+  KlTerm<T> kl(int64_t i) const { return kl_term(delta[i], t[i], exp_full(t[i]), inv_p[i]); }
+};
+
+// Work items cover rows [b, b + rows) and all columns: f(tile, b, column).
+template <class T, class Params, class F>
+inline void for_latent_tiles(const Params& p, int64_t block, F f) {
+  const int64_t per_block = rows_per_block(p.D), b = block * per_block;
+  const int64_t rows = p.B - b < per_block ? p.B - b : per_block;
+  LatentTile<T> tile;
+  for (int64_t column = 0; column < p.D; column += kTile) {
+    const int64_t columns = p.D - column < kTile ? p.D - column : kTile;
+    tile.read(p, b, rows, column, columns);
+    f(tile, b, column);
+  }
+}
+
+template <class T>
+inline void store_rows(const View& v, int64_t k, int64_t b, int64_t column, const LatentTile<T>& tile, const T* from) {
+  if (!v) return;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const T* row = from + r * tile.columns;
+    T* to = target(v, k, b + r, column, const_cast<T*>(row));
+    if (to != row) memcpy(to, row, sizeof(T) * tile.columns);
+    store(v, k, b + r, column, tile.columns, row);
+  }
+}
+
+// Gradients of the KL of a tile, times the upstream gradient of each row, added to (or in place of) what is there.
+template <class T>
+struct LatentGrads {
+  T mu[kTile], logvar[kTile], prior_mu[kTile], prior_logvar[kTile];
+
+  template <class Params>
+  void store_to(const Params& p, int64_t b, int64_t column, const LatentTile<T>& tile) {
+    store_rows(p.grad_mu, 0, b, column, tile, mu);
+    store_rows(p.grad_logvar, 0, b, column, tile, logvar);
+    store_rows(p.grad_prior_mu, 0, b, column, tile, prior_mu);
+    store_rows(p.grad_prior_logvar, 0, b, column, tile, prior_logvar);
+  }
+};
+
+template <class T>
+void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
+  T value[kTile];
+  LatentGrads<T> g;
+  const bool grads = p.grad_mu || p.grad_logvar || p.grad_prior_mu || p.grad_prior_logvar;
+  for (int64_t block = begin; block < end; ++block) {
+    for_latent_tiles<T>(p, block, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const T up = at<T>(p.grad, 0, b + r);
+        const int64_t o = r * tile.columns;
+#pragma omp simd
+        for (int64_t i = 0; i < tile.columns; ++i) {
+          const KlTerm<T> k = tile.kl(o + i);
+          value[o + i] = k.value;
+          g.mu[o + i] = up * k.d_mu;
+          g.logvar[o + i] = up * k.d_logvar;
+          g.prior_mu[o + i] = up * k.d_prior_mu;
+          g.prior_logvar[o + i] = up * k.d_prior_logvar;
+        }
+        // the first column starts the row's sum: p.out needs no zeroing
+        if (p.out) p.out[b + r] = (column ? p.out[b + r] : 0) + double(sum_of(value + o, tile.columns));
+        if (!p.dim_means) continue;
+        const double* means = p.dim_means + column;
+        for (int64_t i = 0; i < tile.columns; ++i) {  // few elements, so a plain loop
+          if (means[i] >= p.free_bits) continue;
+          value[o + i] = T(p.free_bits);
+          g.mu[o + i] = g.logvar[o + i] = g.prior_mu[o + i] = g.prior_logvar[o + i] = 0;
+        }
+        if (p.charged) p.charged[b + r] = (column ? p.charged[b + r] : 0) + double(sum_of(value + o, tile.columns));
+      }
+      if (grads) g.store_to(p, b, column, tile);
+    });
+  }
+}
+
+template <class T>
+void kl_dims_kernel(const KlDimsParams& p, int64_t begin, int64_t end) {
+  LatentTile<T> tile;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t column = item * kTile;
+    const int64_t columns = p.D - column < kTile ? p.D - column : kTile;
+    for (int64_t i = 0; i < columns; ++i) p.out[column + i] = 0;
+    for (int64_t b = 0; b < p.B; ++b) {
+      tile.read(p, b, 1, column, columns);
+      for (int64_t i = 0; i < columns; ++i) p.out[column + i] += double(tile.kl(i).value);
+    }
+  }
+}
+
+// Noise of the elements [index, index + n), n <= kTile, at the returned place in the buffer. The counters are index / 4,
+// so a tile that starts inside a counter's four begins up to three numbers late.
+using NoiseBuffer = float[kTile + 64];
+
+inline const float* normal_tile(uint64_t seed, int64_t index, int64_t n, NoiseBuffer& buffer) {
+  const uint64_t first = uint64_t(index) >> 2;
+  const int64_t skip = index & 3;
+  const int64_t counters = (skip + n + 3) / 4;
+  const uint32_t low = uint32_t(first), high = uint32_t(first >> 32);
+  float* __restrict out = buffer;
+#pragma omp simd
+  for (int32_t i = 0; i < int32_t((counters + 15) / 16 * 16); ++i) {
+    const uint32_t counter = low + uint32_t(i);
+    const Words w = philox(seed, counter, high + (counter < low ? 1u : 0u));
+    const NormalPair a = box_muller(w.w0, w.w1), b = box_muller(w.w2, w.w3);
+    out[4 * i] = a.first;
+    out[4 * i + 1] = a.second;
+    out[4 * i + 2] = b.first;
+    out[4 * i + 3] = b.second;
+  }
+  return buffer + skip;
+}
+
+// eps of the tile's elements for sample k, in the compute type.
+template <class T, class Params>
+inline const T* eps_of(const Params& p, const LatentTile<T>& tile, int64_t k, int64_t b, int64_t column, T* to,
+                       NoiseBuffer& noise) {
+  if (p.eps) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      T* row = to + r * tile.columns;
+      const T* from = load(p.eps, k, b + r, column, tile.columns, row);
+      if (from != row) memcpy(row, from, sizeof(T) * tile.columns);
+    }
+    return to;
+  }
+  // a tile is whole rows, or part of one row: its indices in [K, B, D] are contiguous
+  const float* e = normal_tile(p.seed, ((p.first_sample + k) * p.B + b) * p.D + column, tile.n, noise);
+  if constexpr (sizeof(T) == 4) {
+    return e;
+  } else {
+    for (int64_t i = 0; i < tile.n; ++i) to[i] = e[i];
+    return to;
+  }
+}
+
+template <class T>
+void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
+  const int64_t blocks_k = sample_blocks(p.K);
+  T eps_buffer[kTile], z[kTile], ratio[kTile];
+  NoiseBuffer noise;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item % blocks_k * kSampleBlock;
+    const int64_t last = first + kSampleBlock < p.K ? first + kSampleBlock : p.K;
+    for_latent_tiles<T>(p, item / blocks_k, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
+      for (int64_t k = first; k < last; ++k) {
+        const T* __restrict eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
+#pragma omp simd
+        for (int64_t i = 0; i < tile.n; ++i) {
+          const T e = eps[i], step = tile.std[i] * e;
+          const T from_prior = tile.delta[i] + step;  // z - mu_p
+          z[i] = tile.mu[i] + step;
+          ratio[i] = T(0.5) * (tile.t[i] + (e * e - from_prior * from_prior * tile.inv_p[i]));
+        }
+        store_rows(p.z, k, b, column, tile, z);
+        for (int64_t r = 0; r < tile.rows; ++r) {
+          p.log_ratio[k * p.B + b + r] += double(sum_of(ratio + r * tile.columns, tile.columns));
+        }
+      }
+    });
+  }
+}
+
+// With G = grad_z - grad_lr (z - mu_p) exp(-lv_p):
+//   d mu = sum_k G,  d lv = sum_k [G std eps + grad_lr] / 2,  and the KL's own gradient;
+//   d mu_p = sum_k grad_lr (z - mu_p) exp(-lv_p),  d lv_p = sum_k grad_lr [(z - mu_p)^2 exp(-lv_p) - 1] / 2.
+// Sums over k: kInner in the compute type, then in double.
+template <class T>
+void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t kInner = 16;
+  T eps_buffer[kTile], grad_z[kTile], up[kTile], grad_eps[kTile];
+  NoiseBuffer noise;
+  LatentGrads<T> part;
+  double total[4][kTile];
+  T* parts[4] = {part.mu, part.logvar, part.prior_mu, part.prior_logvar};
+  const bool prior = p.grad_prior_mu || p.grad_prior_logvar;
+  const int sums = prior ? 4 : 2;
+  for (int64_t block = begin; block < end; ++block) {
+    for_latent_tiles<T>(p, block, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
+      const int64_t n = tile.n;
+      for (int s = 0; s < sums; ++s) {
+        for (int64_t i = 0; i < n; ++i) total[s][i] = 0, parts[s][i] = 0;
+      }
+      for (int64_t k = 0; k < p.K; ++k) {
+        const T* __restrict eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
+        for (int64_t r = 0; r < tile.rows; ++r) {
+          const T g = at<T>(p.grad_log_ratio, k, b + r);
+          T* row = grad_z + r * tile.columns;
+          for (int64_t i = 0; i < tile.columns; ++i) up[r * tile.columns + i] = g, row[i] = 0;
+          if (!p.grad_z) continue;
+          const T* from = load(p.grad_z, k, b + r, column, tile.columns, row);
+          if (from != row) memcpy(row, from, sizeof(T) * tile.columns);
+        }
+#pragma omp simd
+        for (int64_t i = 0; i < n; ++i) {
+          const T step = tile.std[i] * eps[i];
+          const T slope = up[i] * (tile.delta[i] + step) * tile.inv_p[i];
+          const T g = grad_z[i] - slope;
+          part.mu[i] += g;
+          part.logvar[i] += T(0.5) * (g * step + up[i]);
+          grad_eps[i] = g * tile.std[i] + up[i] * eps[i];
+        }
+        if (prior) {
+#pragma omp simd
+          for (int64_t i = 0; i < n; ++i) {
+            const T from_prior = tile.delta[i] + tile.std[i] * eps[i];
+            const T slope = up[i] * from_prior * tile.inv_p[i];
+            part.prior_mu[i] += slope;
+            part.prior_logvar[i] += T(0.5) * (slope * from_prior - up[i]);
+          }
+        }
+        store_rows(p.grad_eps, k, b, column, tile, grad_eps);
+        if (k % kInner == kInner - 1 || k == p.K - 1) {
+          for (int s = 0; s < sums; ++s) {
+            T* __restrict from = parts[s];
+            double* __restrict to = total[s];
+#pragma omp simd
+            for (int64_t i = 0; i < n; ++i) to[i] += double(from[i]), from[i] = 0;
+          }
+        }
+      }
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const T g = at<T>(p.grad_kl, 0, b + r);
+        for (int64_t i = r * tile.columns; i < (r + 1) * tile.columns; ++i) {
+          const KlTerm<T> kl = tile.kl(i);
+          part.mu[i] = T(total[0][i] + double(g * kl.d_mu));
+          part.logvar[i] = T(total[1][i] + double(g * kl.d_logvar));
+          if (!prior) continue;
+          part.prior_mu[i] = T(total[2][i] + double(g * kl.d_prior_mu));
+          part.prior_logvar[i] = T(total[3][i] + double(g * kl.d_prior_logvar));
+        }
+      }
+      part.store_to(p, b, column, tile);
+    });
+  }
+}
+
+}  // namespace fastelbo::FASTELBO_ISA

@@ -1,0 +1,191 @@
+// Tiles: up to kTile elements of a view, as contiguous numbers of the compute type in the L1 cache.
+//
+// A contiguous view of the compute type is used where it lies; anything else (half types, uint8, bool, any strides) is
+// converted into a buffer on the way in and out. So the maths is compiled once per compute type, not once per
+// combination of dtypes, and no tensor is ever copied as a whole.
+#pragma once
+
+#include <cstring>
+
+#include "kernels/params.h"
+#include "math/elementary.h"
+
+namespace fastelbo::FASTELBO_ISA {
+
+template <class T>
+constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32 : DType::f64;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+FASTELBO_HD float to_float(BFloat16 v) { return bits_to<float>(uint32_t(v.bits) << 16); }
+
+// Round to nearest even; NaN stays NaN.
+FASTELBO_HD BFloat16 to_bfloat16(float v) {
+  const uint32_t b = bits_to<uint32_t>(v);
+  const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1)) >> 16;
+  return {uint16_t(v == v ? rounded : 0x7fc0u)};
+}
+
+#if defined(__F16C__)
+FASTELBO_HD float to_float(Half v) { return _cvtsh_ss(v.bits); }
+FASTELBO_HD Half to_half(float v) { return {uint16_t(_cvtss_sh(v, 0))}; }
+#else
+FASTELBO_HD float to_float(Half v) { return c10::detail::fp16_ieee_to_fp32_value(v.bits); }
+FASTELBO_HD Half to_half(float v) { return {c10::detail::fp16_ieee_from_fp32_value(v)}; }
+#endif
+
+template <class T, class From>
+FASTELBO_HD T convert_in(From v, T factor) {
+  if constexpr (sizeof(From) == 2) {
+    return T(to_float(v));
+  } else if constexpr (sizeof(From) == 1) {
+    return T(v) * factor;
+  } else {
+    return T(v);
+  }
+}
+
+template <class To, class T>
+FASTELBO_HD To convert_out(T v) {
+  if constexpr (__is_same(To, BFloat16)) {
+    return to_bfloat16(float(v));
+  } else if constexpr (__is_same(To, Half)) {
+    return to_half(float(v));
+  } else {
+    return To(v);
+  }
+}
+
+#if defined(__F16C__)
+// Eight halves at a time: the compiler does not vectorize the scalar conversion.
+inline void halves_in(float* __restrict to, const Half* __restrict from, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+  for (; i < n; ++i) to[i] = to_float(from[i]);
+}
+inline void halves_out(Half* __restrict to, const float* __restrict from, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+  }
+  for (; i < n; ++i) to[i] = to_half(from[i]);
+}
+#endif
+
+// Calls f(offset, index, count) for runs of the innermost collapsed dimension that cover elements [begin, begin + n).
+template <class F>
+FASTELBO_HD void for_runs(const View& v, int64_t begin, int64_t n, F f) {
+  int64_t done = 0;
+  while (done < n) {
+    int64_t rest = begin + done, offset = 0;
+    const int last = v.ndim - 1;
+    const int64_t inner = v.size[last], at = rest % inner;
+    rest /= inner;
+    offset += at * v.stride[last];
+    for (int d = last - 1; d >= 0; --d) {
+      offset += rest % v.size[d] * v.stride[d];
+      rest /= v.size[d];
+    }
+    const int64_t count = inner - at < n - done ? inner - at : n - done;
+    f(offset, done, count);
+    done += count;
+  }
+}
+
+template <class T, class From>
+inline void gather(T* __restrict to, const View& v, const From* from, int64_t begin, int64_t n) {
+  const T factor = v.unit ? T(1) / T(255) : T(1);
+  const int64_t step = v.stride[v.ndim - 1];
+  for_runs(v, begin, n, [&](int64_t offset, int64_t index, int64_t count) {
+    const From* __restrict p = from + offset;
+    T* __restrict q = to + index;
+    if (step == 1) {
+#if defined(__F16C__)
+      if constexpr (__is_same(From, Half) && __is_same(T, float)) return halves_in(q, p, count);
+#endif
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) q[i] = convert_in<T>(p[i], factor);
+    } else {
+      for (int64_t i = 0; i < count; ++i) q[i] = convert_in<T>(p[i * step], factor);
+    }
+  });
+}
+
+template <class T, class To>
+inline void scatter(const T* __restrict from, const View& v, To* to, int64_t begin, int64_t n) {
+  const int64_t step = v.stride[v.ndim - 1];
+  for_runs(v, begin, n, [&](int64_t offset, int64_t index, int64_t count) {
+    To* __restrict p = to + offset;
+    const T* __restrict q = from + index;
+    if (step == 1) {
+#if defined(__F16C__)
+      if constexpr (__is_same(To, Half) && __is_same(T, float)) return halves_out(p, q, count);
+#endif
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) p[i] = convert_out<To>(q[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) p[i * step] = convert_out<To>(q[i]);
+    }
+  });
+}
+
+template <class T>
+FASTELBO_HD bool lies_as(const View& v) {
+  return v.dtype == dtype_of<T> && v.ndim == 1 && v.stride[0] == 1;
+}
+
+// Where elements [begin, begin + n) of row (k, b) can be read: in place, or in the buffer after conversion.
+template <class T>
+inline const T* load(const View& v, int64_t k, int64_t b, int64_t begin, int64_t n, T* buffer) {
+  const int64_t row = k * v.stride_k + b * v.stride_b;
+  if (lies_as<T>(v)) return static_cast<const T*>(v.data) + row + begin;
+  switch (v.dtype) {
+    case DType::f32: gather(buffer, v, static_cast<const float*>(v.data) + row, begin, n); break;
+    case DType::f64: gather(buffer, v, static_cast<const double*>(v.data) + row, begin, n); break;
+    case DType::bf16: gather(buffer, v, static_cast<const BFloat16*>(v.data) + row, begin, n); break;
+    case DType::f16: gather(buffer, v, static_cast<const Half*>(v.data) + row, begin, n); break;
+    case DType::u8:
+    case DType::b8: gather(buffer, v, static_cast<const uint8_t*>(v.data) + row, begin, n); break;
+  }
+  return buffer;
+}
+
+// Where elements [begin, begin + n) of row (k, b) are to be written: in place, or in the buffer, which store() converts.
+template <class T>
+inline T* target(const View& v, int64_t k, int64_t b, int64_t begin, T* buffer) {
+  return v && lies_as<T>(v) ? static_cast<T*>(v.data) + k * v.stride_k + b * v.stride_b + begin : buffer;
+}
+template <class T>
+inline void store(const View& v, int64_t k, int64_t b, int64_t begin, int64_t n, const T* buffer) {
+  if (!v || lies_as<T>(v)) return;
+  const int64_t row = k * v.stride_k + b * v.stride_b;
+  switch (v.dtype) {
+    case DType::f32: scatter(buffer, v, static_cast<float*>(v.data) + row, begin, n); break;
+    case DType::f64: scatter(buffer, v, static_cast<double*>(v.data) + row, begin, n); break;
+    case DType::bf16: scatter(buffer, v, static_cast<BFloat16*>(v.data) + row, begin, n); break;
+    case DType::f16: scatter(buffer, v, static_cast<Half*>(v.data) + row, begin, n); break;
+    default: break;
+  }
+}
+
+template <class T>
+FASTELBO_HD T at(const RowScalars& s, int64_t k, int64_t b) {
+  return s.data ? static_cast<const T*>(s.data)[k * s.stride_k + b * s.stride_b] : T(s.constant);
+}
+
+template <class T>
+FASTELBO_HD T sum_of(const T* p, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += p[i];
+  return sum;
+}
+
+}  // namespace fastelbo::FASTELBO_ISA

@@ -1,0 +1,45 @@
+// Every op, once. Names and shapes: K samples, B batch; recon [K?, B, *event], x and mask [B, *event], mu [B, *latent].
+// "scale" is the likelihood's second parameter (a Gaussian's logvar). "needs" says which inputs want a gradient; the
+// backward ops return the wanted ones, in order.
+#include <torch/library.h>
+
+TORCH_LIBRARY(fastelbo, m) {
+  // latent
+  m.def(
+      "rsample(Tensor mu, Tensor logvar, SymInt? num_samples, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, "
+      "Tensor? eps, SymInt first_sample=0) -> (Tensor z, Tensor kl, Tensor log_ratio)");
+  m.def(
+      "_rsample_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_ratio, Tensor mu, Tensor logvar, "
+      "SymInt? num_samples, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, Tensor? eps, SymInt first_sample, "
+      "bool[5] needs) -> Tensor[]");
+  m.def(
+      "gaussian_kl(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, float free_bits=0.) -> Tensor");
+  m.def(
+      "_gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "
+      "float free_bits, bool[4] needs) -> Tensor[]");
+
+  // likelihood
+  m.def("log_prob(Tensor recon, Tensor x, Tensor? scale, Tensor? mask, str likelihood) -> Tensor");
+  m.def(
+      "_log_prob_backward(Tensor grad, Tensor recon, Tensor x, Tensor? scale, Tensor? mask, str likelihood, "
+      "bool[3] needs) -> Tensor[]");
+
+  // objective
+  m.def("log_mean_exp(Tensor log_w, int dim=0) -> Tensor");
+  m.def("_log_mean_exp_backward(Tensor grad, Tensor log_w, int dim) -> Tensor");
+  m.def(
+      "elbo_loss(Tensor recon, Tensor x, Tensor mu, Tensor logvar, Tensor? scale, Tensor? mask, float beta, "
+      "Tensor? beta_tensor, float free_bits, str likelihood, str reduction) "
+      "-> (Tensor loss, Tensor log_likelihood, Tensor kl)");
+  // also the gradients of the loss, computed while each row is in the cache
+  m.def(
+      "_elbo_loss_forward(Tensor recon, Tensor x, Tensor mu, Tensor logvar, Tensor? scale, Tensor? mask, float beta, "
+      "Tensor? beta_tensor, float free_bits, str likelihood, str reduction, bool[4] needs) "
+      "-> (Tensor loss, Tensor log_likelihood, Tensor kl, Tensor[] grads)");
+  m.def(
+      "iwae_loss(Tensor recon, Tensor x, Tensor log_ratio, Tensor? scale, Tensor? mask, str likelihood, "
+      "str reduction) -> (Tensor loss, Tensor log_likelihood)");
+  m.def(
+      "_iwae_loss_forward(Tensor recon, Tensor x, Tensor log_ratio, Tensor? scale, Tensor? mask, str likelihood, "
+      "str reduction, bool[3] needs) -> (Tensor loss, Tensor log_likelihood, Tensor[] grads)");
+}

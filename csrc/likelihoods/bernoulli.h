@@ -1,0 +1,26 @@
+// Bernoulli from the logit l: log p = x l - softplus(l), x anywhere in [0, 1].
+//
+// With h = [l > 0] and e = exp(-|l|):  log p = l (x - h) - log(1 + e),  d/dl = (x - h) +- e / (1 + e).
+// Neither difference cancels: exact for any size of l. At l = -inf the value is the limit, where the textbook forms
+// give inf - inf.
+#pragma once
+
+#include "likelihoods/terms.h"
+
+namespace fastelbo::FASTELBO_ISA {
+
+struct Bernoulli {
+  static constexpr const char* name = "bernoulli";
+  static constexpr bool takes_scale = false;
+
+  template <class T>
+  FASTELBO_HD static Terms<T> eval(T l, T, T x) {
+    const bool positive = l > 0;
+    const T e = exp_nonpositive(positive ? -l : l);
+    const T step = x - (positive ? T(1) : T(0));
+    const T tail = e / (1 + e);  // sigmoid(-|l|)
+    return {.value = l * step - log1p_unit(e), .d_recon = step + (positive ? tail : -tail), .d_x = l};
+  }
+};
+
+}  // namespace fastelbo::FASTELBO_ISA

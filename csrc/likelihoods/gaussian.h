@@ -1,0 +1,26 @@
+// Gaussian from the mean m and, where it is given, the log variance lv (0 otherwise):
+//   log p = -1/2 [(x - m)^2 exp(-lv) + lv + log 2 pi]; log 2 pi is always kept.
+#pragma once
+
+#include "likelihoods/terms.h"
+
+namespace fastelbo::FASTELBO_ISA {
+
+struct Gaussian {
+  static constexpr const char* name = "gaussian";
+  static constexpr bool takes_scale = true;
+
+  template <class T>
+  FASTELBO_HD static Terms<T> eval(T m, T lv, T x) {
+    const T delta = x - m;
+    const T slope = delta * exp_full(-lv);  // the compiler folds exp(0) where no log variance is given
+    const T square = delta * slope;
+    const T log_2pi = T(1.83787706640934548356);
+    return {.value = T(-0.5) * (square + lv + log_2pi),
+            .d_recon = slope,
+            .d_scale = T(0.5) * (square - 1),
+            .d_x = -slope};
+  }
+};
+
+}  // namespace fastelbo::FASTELBO_ISA

@@ -1,0 +1,24 @@
+// Laplace from the mean m and, where it is given, the log scale s (0 otherwise):
+//   log p = -[|x - m| exp(-s) + s + log 2]; the gradient at x = m is 0, as that of torch.abs.
+#pragma once
+
+#include "likelihoods/terms.h"
+
+namespace fastelbo::FASTELBO_ISA {
+
+struct Laplace {
+  static constexpr const char* name = "laplace";
+  static constexpr bool takes_scale = true;
+
+  template <class T>
+  FASTELBO_HD static Terms<T> eval(T m, T s, T x) {
+    const T delta = x - m;
+    const T inverse = exp_full(-s);
+    const T distance = abs_of(delta) * inverse;
+    const T slope = delta > 0 ? inverse : (delta < 0 ? -inverse : delta * inverse);
+    const T log_2 = T(0.69314718055994530942);
+    return {.value = -(distance + s + log_2), .d_recon = slope, .d_scale = distance - 1, .d_x = -slope};
+  }
+};
+
+}  // namespace fastelbo::FASTELBO_ISA

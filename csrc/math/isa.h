@@ -1,0 +1,15 @@
+// What lets one source serve every instruction set and both compilers.
+//
+// Everything in math/, likelihoods/ and kernels/ that is compiled more than once lives in namespace
+// fastelbo::FASTELBO_ISA. The file that includes it names the instruction set; without a name it is "baseline".
+#pragma once
+
+#ifndef FASTELBO_ISA
+#define FASTELBO_ISA baseline
+#endif
+
+#if defined(__CUDACC__)
+#define FASTELBO_HD __host__ __device__ __forceinline__
+#else
+#define FASTELBO_HD inline __attribute__((always_inline))
+#endif

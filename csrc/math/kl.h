@@ -1,0 +1,26 @@
+// KL(N(mu, exp(lv)) || N(mu_p, exp(lv_p))) of one latent dimension, with its gradient.
+//
+//   1/2 [exp(t) - 1 - t + (mu - mu_p)^2 exp(-lv_p)],  t = lv - lv_p      (Kingma & Welling 2014, app. B)
+//
+// No term is negative and none cancels, so neither can the sum.
+#pragma once
+
+#include "math/elementary.h"
+
+namespace fastelbo::FASTELBO_ISA {
+
+template <class T>
+struct KlTerm {
+  T value, d_mu, d_logvar, d_prior_mu, d_prior_logvar;
+};
+
+// exp_t = exp(lv - lv_p); inv_prior = exp(-lv_p)
+template <class T>
+FASTELBO_HD KlTerm<T> kl_term(T delta, T t, T exp_t, T inv_prior) {
+  const Expm1<T> e = expm1_of(t, exp_t);
+  const T slope = delta * inv_prior;
+  const T square = delta * slope;
+  return {T(0.5) * (e.remainder + square), slope, T(0.5) * e.value, -slope, T(-0.5) * (e.value + square)};
+}
+
+}  // namespace fastelbo::FASTELBO_ISA

@@ -1,0 +1,110 @@
+// The ops as C++ functions, called through the dispatcher.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace fastelbo::ops {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalInt = std::optional<c10::SymInt>;
+using Tensors = std::vector<Tensor>;
+
+#define FASTELBO_OP(NAME, ...) \
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastelbo::" NAME, "").typed<__VA_ARGS__>()
+
+inline Tensors rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
+                                const OptionalTensor& grad_log_ratio, const Tensor& mu, const Tensor& logvar,
+                                OptionalInt num_samples, const OptionalTensor& prior_mu,
+                                const OptionalTensor& prior_logvar, const OptionalTensor& seed,
+                                const OptionalTensor& eps, c10::SymInt first_sample, std::array<bool, 5> needs) {
+  FASTELBO_OP("_rsample_backward",
+              Tensors(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                      OptionalInt, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                      const OptionalTensor&, c10::SymInt, std::array<bool, 5>));
+  return op.call(grad_z, grad_kl, grad_log_ratio, mu, logvar, std::move(num_samples), prior_mu, prior_logvar, seed,
+                 eps, std::move(first_sample), needs);
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> rsample(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
+                                                  const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+                                                  const OptionalTensor& seed, const OptionalTensor& eps,
+                                                  c10::SymInt first_sample) {
+  FASTELBO_OP("rsample", std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, OptionalInt,
+                                                            const OptionalTensor&, const OptionalTensor&,
+                                                            const OptionalTensor&, const OptionalTensor&, c10::SymInt));
+  return op.call(mu, logvar, std::move(num_samples), prior_mu, prior_logvar, seed, eps, std::move(first_sample));
+}
+
+inline Tensor gaussian_kl(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                          const OptionalTensor& prior_logvar, double free_bits) {
+  FASTELBO_OP("gaussian_kl",
+              Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double));
+  return op.call(mu, logvar, prior_mu, prior_logvar, free_bits);
+}
+
+inline Tensors gaussian_kl_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
+                                    const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+                                    double free_bits, std::array<bool, 4> needs) {
+  FASTELBO_OP("_gaussian_kl_backward", Tensors(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                               const OptionalTensor&, double, std::array<bool, 4>));
+  return op.call(grad, mu, logvar, prior_mu, prior_logvar, free_bits, needs);
+}
+
+inline Tensor log_prob(const Tensor& recon, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& mask,
+                       std::string_view likelihood) {
+  FASTELBO_OP("log_prob",
+              Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, std::string_view));
+  return op.call(recon, x, scale, mask, likelihood);
+}
+
+inline Tensors log_prob_backward(const Tensor& grad, const Tensor& recon, const Tensor& x, const OptionalTensor& scale,
+                                 const OptionalTensor& mask, std::string_view likelihood, std::array<bool, 3> needs) {
+  FASTELBO_OP("_log_prob_backward", Tensors(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                            const OptionalTensor&, std::string_view, std::array<bool, 3>));
+  return op.call(grad, recon, x, scale, mask, likelihood, needs);
+}
+
+inline Tensor log_mean_exp(const Tensor& log_w, int64_t dim) {
+  FASTELBO_OP("log_mean_exp", Tensor(const Tensor&, int64_t));
+  return op.call(log_w, dim);
+}
+
+inline Tensor log_mean_exp_backward(const Tensor& grad, const Tensor& log_w, int64_t dim) {
+  FASTELBO_OP("_log_mean_exp_backward", Tensor(const Tensor&, const Tensor&, int64_t));
+  return op.call(grad, log_w, dim);
+}
+
+using ElboForward = std::tuple<Tensor, Tensor, Tensor, Tensors>;
+inline ElboForward elbo_loss_forward(const Tensor& recon, const Tensor& x, const Tensor& mu, const Tensor& logvar,
+                                     const OptionalTensor& scale, const OptionalTensor& mask, double beta,
+                                     const OptionalTensor& beta_tensor, double free_bits, std::string_view likelihood,
+                                     std::string_view reduction, std::array<bool, 4> needs) {
+  FASTELBO_OP("_elbo_loss_forward",
+              ElboForward(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                          const OptionalTensor&, double, const OptionalTensor&, double, std::string_view,
+                          std::string_view, std::array<bool, 4>));
+  return op.call(recon, x, mu, logvar, scale, mask, beta, beta_tensor, free_bits, likelihood, reduction, needs);
+}
+
+using IwaeForward = std::tuple<Tensor, Tensor, Tensors>;
+inline IwaeForward iwae_loss_forward(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                     const OptionalTensor& scale, const OptionalTensor& mask,
+                                     std::string_view likelihood, std::string_view reduction,
+                                     std::array<bool, 3> needs) {
+  FASTELBO_OP("_iwae_loss_forward",
+              IwaeForward(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                          std::string_view, std::string_view, std::array<bool, 3>));
+  return op.call(recon, x, log_ratio, scale, mask, likelihood, reduction, needs);
+}
+
+#undef FASTELBO_OP
+
+}  // namespace fastelbo::ops

@@ -1,5 +1,8 @@
 """Loads the compiled library, and gives its backward ops their derivatives."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -87,5 +90,21 @@ def _log_mean_exp_backward(grad: Tensor, log_w: Tensor, dim: int) -> Tensor:
     return result
 
 
-for _function in (_log_prob_backward, _gaussian_kl_backward, _rsample_backward, _log_mean_exp_backward):
-    _library.impl(_function.__name__, _function, "Autograd")
+def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor)]
+
+
+def _register(twin: Callable[..., Any]) -> None:
+    op = getattr(torch.ops.fastelbo, twin.__name__).default
+
+    def autograd(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
+            return twin(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(twin.__name__, autograd, "Autograd")
+
+
+for _twin in (_log_prob_backward, _gaussian_kl_backward, _rsample_backward, _log_mean_exp_backward):
+    _register(_twin)

@@ -238,8 +238,14 @@ def vjp(
 
     Every input is made a new node of the graph first: two inputs may be the same tensor, or depend on each other.
     """
+
+    def node(t: Tensor | None, need: bool) -> Tensor | None:
+        if t is None or not (need or t.requires_grad):
+            return t
+        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
     with torch.enable_grad():
-        nodes = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
+        nodes = [node(t, need) for t, need in zip(inputs, needs, strict=True)]
         outputs = function(*nodes)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]

@@ -63,15 +63,31 @@ inline Tensor per_datum(const Tensor& grad_loss, std::string_view reduction, c10
   return g.expand_symint({B});
 }
 
-// The saved gradient of a scalar loss times the upstream gradient. A saved tensor is changed or handed out only when the
-// graph is freed after this backward: otherwise a second backward, or a user's in-place change, would spoil it.
-inline Tensor scaled(const Tensor& saved, const Tensor& grad_loss) {
-  if (at::isTensorSubclassLike(grad_loss) || at::isTensorSubclassLike(saved) || !grad_loss.device().is_cpu()) {
-    return saved * grad_loss;
+// The saved gradients of a scalar loss times the upstream gradient, into the places that `wanted` (a bit per place)
+// names. A saved tensor is changed or handed out only when the graph is freed after this backward: otherwise a second
+// backward, or a user's in-place change, would spoil it.
+template <size_t N>
+void scale_saved(const variable_list& saved, size_t first, const Tensor& grad_loss, int64_t wanted,
+                 const int (&places)[N], variable_list& result) {
+  const bool plain = grad_loss.is_cpu() && !at::isTensorSubclassLike(grad_loss);
+  const bool keep = torch::autograd::get_current_graph_task_keep_graph();
+  double factor = 1;
+  if (plain) {
+    factor = grad_loss.scalar_type() == at::kFloat ? double(*grad_loss.const_data_ptr<float>())
+                                                   : grad_loss.item<double>();
   }
-  const double factor = grad_loss.item<double>();
-  if (torch::autograd::get_current_graph_task_keep_graph()) return saved * factor;
-  return factor == 1.0 ? saved : saved.detach().mul_(factor);
+  for (size_t i = 0; i < N; ++i) {
+    if (!(wanted >> i & 1)) continue;
+    const Tensor& g = saved[first++];
+    Tensor& to = result[places[i]];
+    if (!plain) {
+      to = g * grad_loss;
+    } else if (keep) {
+      to = g * factor;
+    } else {
+      to = factor == 1 ? g : g.detach().mul_(factor);
+    }
+  }
 }
 
 }  // namespace fastelbo::autograd

@@ -62,11 +62,7 @@ struct ElboLoss : public Function<ElboLoss> {
     const int64_t fused = ctx->saved_data["fused"].toInt();
     if (fused && !grads[1].defined() && !grads[2].defined() && !at::GradMode::is_enabled()) {
       if (!grads[0].defined()) return result;
-      const int inputs[] = {kRecon, kMu, kLogvar, kScale};
-      size_t next = kInputs;
-      for (int i = 0; i < 4; ++i) {
-        if (fused >> i & 1) result[inputs[i]] = scaled(saved[next++], grads[0]);
-      }
+      scale_saved(saved, kInputs, grads[0], fused, {kRecon, kMu, kLogvar, kScale}, result);
       return result;
     }
     return compose(ctx, saved, grads);
@@ -159,11 +155,7 @@ struct IwaeLoss : public Function<IwaeLoss> {
     const int64_t fused = ctx->saved_data["fused"].toInt();
     if (fused && !grads[1].defined() && !at::GradMode::is_enabled()) {
       if (!grads[0].defined()) return result;
-      const int inputs[] = {kRecon, kLogRatio, kScale};
-      size_t next = kInputs;
-      for (int i = 0; i < 3; ++i) {
-        if (fused >> i & 1) result[inputs[i]] = scaled(saved[next++], grads[0]);
-      }
+      scale_saved(saved, kInputs, grads[0], fused, {kRecon, kLogRatio, kScale}, result);
       return result;
     }
     return compose(ctx, saved, grads);

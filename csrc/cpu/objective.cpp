@@ -122,20 +122,17 @@ IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
   first.grad.constant = 1;
   const bool any_grad = needs[0] || needs[1] || grad_scale.defined();
 
-  // [K, B] log weights, [K, B] weights times the factor of the loss, [B] bounds and factors; of the compute type
-  const at::TensorOptions options = shapes::compute_options(recon);
-  const Tensor log_w = log_ratio.to(options.dtype().toScalarType(), /*non_blocking=*/false, /*copy=*/true).contiguous();
-  const Tensor bound = at::empty({B}, options);
-  const Tensor weights = any_grad ? at::empty({K, B}, options) : Tensor();
-  const Tensor factor = any_grad ? at::full({B}, -share(reduction, B), options) : Tensor();
+  // [K, B] log weights, [K, B] weights times the factor of the loss, [B] bounds and factors: in double, they are few
+  const at::TensorOptions doubles = recon.options().dtype(at::kDouble);
+  const Tensor log_w = log_ratio.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).contiguous();
+  const Tensor bound = at::empty({B}, doubles);
+  const Tensor weights = any_grad ? at::empty({K, B}, doubles) : Tensor();
+  const Tensor factor = any_grad ? at::full({B}, -share(reduction, B), doubles) : Tensor();
   LogMeanExpParams lme;
   lme.K = K, lme.inner = B, lme.stride_k = B, lme.stride_inner = 1;
   lme.log_w = log_w.const_data_ptr();
   lme.out = bound.mutable_data_ptr();
-  if (any_grad) {
-    lme.grad = factor.const_data_ptr(), lme.grad_log_w = weights.mutable_data_ptr();
-    second.grad = rows_of(weights);
-  }
+  if (any_grad) lme.grad = factor.const_data_ptr(), lme.grad_log_w = weights.mutable_data_ptr();
 
   Scratch parts(K * B * per_row), fit(K * B);
   first.out = parts.data();
@@ -145,29 +142,27 @@ IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
   const auto add_row = [&](int64_t k, int64_t b) {
     const int64_t row = k * B + b;
     add_segments(parts.data() + row * per_row, per_row, 1, fit.data() + row);
-    if (wide) {
-      log_w.mutable_data_ptr<double>()[row] += fit[row];
-    } else {
-      float& w = log_w.mutable_data_ptr<float>()[row];
-      w = float(double(w) + fit[row]);
-    }
+    log_w.mutable_data_ptr<double>()[row] += fit[row];
   };
   const auto weigh_datum = [&](int64_t b) {
-    kernels().log_mean_exp[wide](lme, b, b + 1);
-    if (any_grad) kernels().log_mean_exp_backward[wide](lme, b, b + 1);
+    kernels().log_mean_exp[1](lme, b, b + 1);
+    if (any_grad) kernels().log_mean_exp_backward[1](lme, b, b + 1);
   };
-  const auto scale_row = [&](const View& v, int64_t k, int64_t b) {
+  const auto scale_row = [&](const View& v, int64_t k, int64_t b, double weight) {
     if (!v) return;
     char* row = static_cast<char*>(v.data) + (k * v.stride_k + b * v.stride_b) * int64_t(wide ? 8 : 4);
-    kernels().scale_row[wide](row, D, wide ? weights.const_data_ptr<double>()[k * B + b]
-                                           : double(weights.const_data_ptr<float>()[k * B + b]));
+    kernels().scale_row[wide](row, D, weight);
   };
   const auto finish_row = [&](int64_t k, int64_t b) {
-    if (!first.grad_recon && !first.grad_scale) {
-      if (second.grad_recon || second.grad_scale) kernel(second, row_items(k, b), row_items(k, b) + per_row);
+    if (!second.grad_recon && !second.grad_scale) return;
+    const double weight = weights.const_data_ptr<double>()[k * B + b];
+    if (keeps) {
+      scale_row(first.grad_recon, k, b, weight);
+      scale_row(first.grad_scale, k, b, weight);
     } else {
-      scale_row(first.grad_recon, k, b);
-      scale_row(first.grad_scale, k, b);
+      LogProbParams again = second;
+      again.grad.constant = weight;
+      kernel(again, row_items(k, b), row_items(k, b) + per_row);
     }
   };
 
@@ -194,7 +189,7 @@ IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
 
   Scratch losses(B);
   for (int64_t b = 0; b < B; ++b) {
-    losses[b] = wide ? -bound.const_data_ptr<double>()[b] : -double(bound.const_data_ptr<float>()[b]);
+    losses[b] = -bound.const_data_ptr<double>()[b];
   }
   reduce(losses.data(), B, reduction, loss);
   write(fit.data(), log_likelihood);

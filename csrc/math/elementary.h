@@ -104,7 +104,7 @@ FASTELBO_HD T exp_full(T x) {
   return exp_reduced(r) * exp2_of_bits(half) * exp2_of_bits(rest);
 }
 
-// log(1 + e) for 0 <= e <= 1. Relative error 1.6e-7 (float), 3e-16 (double).
+// log(1 + e) for 0 <= e <= 1. Relative error 2.2e-7 (float), 3.3e-16 (double).
 FASTELBO_HD float log1p_unit(float e) {
   return e * poly(e, 9.9999997e-1f, -4.999949428e-1f, 3.331911332e-1f, -2.484307123e-1f, 1.91062286e-1f,
                   -1.36635056e-1f, 7.822699378e-2f, -2.950485418e-2f, 5.232383629e-3f);
@@ -153,7 +153,7 @@ struct LogPair {
   T log_p, log_1mp;
 };
 
-// log(p) and log(1 - p) for p in [0, 1]; -inf at 0 and 1; NaN outside. Relative error 2e-7 (float), 3e-16 (double).
+// log(p) and log(1 - p) for p in [0, 1]; -inf at 0 and 1; NaN outside. Relative error 2e-7 (float), 4e-16 (double).
 template <class T>
 FASTELBO_HD LogPair<T> log_and_log1m(T p) {
   using F = Float<T>;
@@ -190,7 +190,7 @@ struct Expm1 {
 };
 
 // exp(t) - 1 and exp(t) - 1 - t from t and exp(t), by series where the closed form cancels (|t| < 1).
-// Relative error of both 3e-7 (float), 6e-16 (double).
+// Relative error of both 3.8e-7 (float), 8e-16 (double).
 template <class T>
 FASTELBO_HD Expm1<T> expm1_of(T t, T exp_t) {
   const T tail = t * t * expm1_series(t);

@@ -1,0 +1,56 @@
+# make demo    train a VAE on handwritten digits with the fused loss and with the plain one, side by side
+# make test    C++ tests, then Python tests
+# make bench   against eager PyTorch and torch.compile; options: make bench ARGS=--quick
+# make lint, make format
+# make clean   removes what was built; .venv, with the downloaded packages, stays
+#
+# Everything happens in .venv, made on first use. PYTHON is the interpreter (3.11 or later) that makes it.
+
+PYTHON ?= python3
+ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+VENV = . .venv/bin/activate &&
+CPP_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test bench lint format clean
+
+demo: .venv/built
+	$(VENV) python examples/demo.py
+
+test: .venv/built .venv/dev
+	$(VENV) cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$$(which python)
+	$(VENV) cmake --build build/cmake
+	$(VENV) ctest --test-dir build/cmake --output-on-failure
+	$(VENV) pytest -n auto --maxprocesses 8
+
+bench: .venv/built
+	$(VENV) python -m benchmarks $(ARGS)
+
+lint: .venv/dev
+	$(VENV) ruff check
+	$(VENV) ruff format --check
+	$(VENV) clang-format --dry-run --Werror $(CPP_FILES)
+	$(VENV) mypy
+
+format: .venv/dev
+	$(VENV) ruff check --fix
+	$(VENV) ruff format
+	$(VENV) clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf .venv/built build dist *.egg-info fastelbo/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The files in .venv below are empty: their dates say when the step was done.
+
+.venv/base: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV) pip install -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/base requirements-dev.txt
+	$(VENV) pip install -r requirements-dev.txt
+	touch $@
+
+.venv/built: .venv/base $(shell find csrc -type f) setup.py pyproject.toml
+	$(VENV) pip install --no-build-isolation --no-deps -e .
+	touch $@

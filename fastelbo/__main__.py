@@ -1,0 +1,8 @@
+"""`python -m fastelbo` is the `fastelbo` command."""
+
+import sys
+
+from fastelbo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

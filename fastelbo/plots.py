@@ -1,0 +1,185 @@
+"""Pictures of a trained VAE as PNG files."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from fastelbo import reference
+from fastelbo.data import Dataset
+from fastelbo.training import Metrics
+from fastelbo.vae import VAE
+
+TRAIN, HELD_OUT = "#9aa5b1", "#1f5fa8"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=130, facecolor="white", bbox_inches="tight", pad_inches=0.12)
+    return path
+
+
+def _axes(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def as_images(x: Tensor) -> Tensor | None:
+    """x [N, *event] as [N, H, W] or [N, H, W, 3] in float, or None where an event is no image.
+
+    Images are [H, W], [C, H, W] or [H, W, C] with 1 or 3 channels, or a flat square number of pixels.
+    """
+    x = x.detach().float() / 255 if x.dtype == torch.uint8 else x.detach().float()
+    if x.dim() == 2 and math.isqrt(x.shape[1]) ** 2 == x.shape[1]:
+        return x.reshape(len(x), math.isqrt(x.shape[1]), -1)
+    if x.dim() == 4 and x.shape[1] in (1, 3):
+        x = x.movedim(1, 3)
+    if x.dim() == 4 and x.shape[3] in (1, 3):
+        return x.squeeze(3)
+    return x if x.dim() == 3 else None
+
+
+def mosaic(images: Tensor, columns: int) -> Tensor:
+    """[N, H, W(, 3)] as one picture of tiles with a white line of one pixel between them; NaN fills what is left."""
+    rows = math.ceil(len(images) / columns)
+    height, width = images.shape[1:3]
+    picture = torch.full((rows * (height + 1) - 1, columns * (width + 1) - 1, *images.shape[3:]), math.nan)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        picture[top : top + height, left : left + width] = image
+    return picture
+
+
+def _show(axes: Axes, images: Tensor, columns: int, limits: tuple[float, float]) -> None:
+    low, high = limits
+    picture = mosaic(images, columns)
+    if picture.dim() == 3:
+        picture = ((picture - low) / (high - low)).clamp(0, 1).nan_to_num(1.0)
+    axes.imshow(picture.numpy(), cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+    axes.set_axis_off()
+
+
+def _limits(x: Tensor) -> tuple[float, float]:
+    """The grey scale: all values but the most extreme ones."""
+    low, high = x.flatten()[:1_000_000].quantile(torch.tensor([0.003, 0.997])).tolist()
+    return low, max(high, low + 1e-6)
+
+
+def curves(history: Sequence[Metrics], path: Path) -> Path:
+    """ELBO, log-likelihood and KL by epoch, training and held-out; also the objective's bound where it is another."""
+    panels = [("elbo", "ELBO"), ("log_likelihood", "log p(x | z)"), ("kl", "KL(q(z | x) || p(z))")]
+    if not all(math.isclose(row["train_bound"], row["train_elbo"], rel_tol=1e-5) for row in history):
+        panels.insert(0, ("bound", "Importance-weighted bound"))
+    figure = Figure(figsize=(3.5 * len(panels), 3.0), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    for axes, (name, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for split, color, label in (("train", TRAIN, "training"), ("held_out", HELD_OUT, "held-out")):
+            axes.plot(epochs, [row[f"{split}_{name}"] for row in history], color=color, lw=1.6, label=label)
+        _axes(axes, title, "epoch", "nats per datum")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25, lw=0.6)
+        axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def reconstructions(model: VAE, x: Tensor, path: Path, columns: int = 10) -> Path | None:
+    """Data beside E[x | z = mu(x)], tile by tile; None where the data are no images."""
+    x = x[: columns * columns]
+    with torch.no_grad():
+        originals, rebuilt = as_images(x), as_images(model.reconstruct(x))
+    if originals is None or rebuilt is None:
+        return None
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    titles = ("Held-out data", "Reconstructions: mean of p(x | z) at the posterior mean")
+    for axes, images, title in zip(figure.subplots(1, 2), (originals, rebuilt), titles, strict=True):
+        _show(axes, images, columns, _limits(originals))
+        axes.set_title(title, fontsize=10, loc="left")
+    return _save(figure, path)
+
+
+def prior_samples(model: VAE, x: Tensor, path: Path, columns: int = 16, rows: int = 8) -> Path | None:
+    """E[x | z] for z ~ N(0, I), on the grey scale of the data x; None where the data are no images."""
+    data = as_images(x)
+    images = as_images(model.sample(rows * columns, mean=True, generator=torch.Generator().manual_seed(0)))
+    if data is None or images is None:
+        return None
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    _show(axes, images, columns, _limits(data))
+    axes.set_title("Prior samples: mean of p(x | z), z ~ N(0, I)", fontsize=10, loc="left")
+    return _save(figure, path)
+
+
+def _posterior(model: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior means [N, M] and mean KL [M] of every latent dimension."""
+    with torch.no_grad():
+        mu, logvar = model.encode(x)
+        return mu.flatten(1), reference.kl_terms(mu, logvar).mean(0).flatten()
+
+
+def latent_plane(model: VAE, x: Tensor, labels: Tensor | None, path: Path) -> Path | None:
+    """Posterior means in the plane of the two dimensions with the largest KL, coloured by label; None for M = 1."""
+    mu, kl = _posterior(model, x)
+    if len(kl) < 2:
+        return None
+    i, j = sorted(kl.topk(2).indices.tolist())
+    figure = Figure(figsize=(6.2, 5.2), layout="constrained")
+    axes = figure.subplots()
+    dots: dict[str, Any] = {"s": 12 if len(mu) < 4000 else 4, "linewidths": 0, "alpha": 0.8}
+    values = [] if labels is None else labels.unique().tolist()
+    if labels is None:
+        axes.scatter(mu[:, i], mu[:, j], color=HELD_OUT, **dots)
+    elif len(values) > 20:
+        points = axes.scatter(mu[:, i], mu[:, j], c=labels.tolist(), cmap="viridis", **dots)
+        figure.colorbar(points, label="label")
+    else:
+        for n, value in enumerate(values):
+            chosen = labels == value
+            color = f"C{n}" if len(values) <= 10 else colormaps["tab20"](n)
+            axes.scatter(mu[chosen, i], mu[chosen, j], color=color, label=str(value), **dots)
+        axes.legend(title="label", frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for radius in (1, 2):
+        axes.add_patch(Circle((0, 0), radius, fill=False, ls="--", lw=1.0, color="black", zorder=3))
+    which = "" if len(kl) == 2 else f"\nthe two of {len(kl)} dimensions with the largest KL"
+    title = f"Posterior means of the training data; circles: 1 and 2 standard deviations of the prior{which}"
+    _axes(axes, title, f"mu[{i}]", f"mu[{j}]")
+    axes.set_aspect("equal", adjustable="datalim")
+    return _save(figure, path)
+
+
+def kl_per_dimension(model: VAE, x: Tensor, path: Path) -> Path:
+    """Mean KL of every latent dimension, largest first."""
+    kl = _posterior(model, x)[1]
+    order = kl.argsort(descending=True).tolist()
+    figure = Figure(figsize=(max(4.2, 0.28 * len(order) + 1.5), 3.0), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(order)), kl[order].tolist(), color=HELD_OUT, width=0.75)
+    if len(order) <= 40:
+        axes.set_xticks(range(len(order)), [str(j) for j in order])
+    _axes(axes, f"KL per latent dimension, held-out: {float(kl.sum()):.2f} nats in all", "dimension", "nats per datum")
+    axes.grid(axis="y", alpha=0.25, lw=0.6)
+    axes.set_axisbelow(True)
+    return _save(figure, path)
+
+
+def save_all(model: VAE, dataset: Dataset, history: Sequence[Metrics], out: Path) -> list[Path]:
+    """Every picture that the data allow, in the folder `out`, which exists -> their paths."""
+    model.eval()
+    made = [
+        curves(history, out / "curves.png"),
+        reconstructions(model, dataset.held_out, out / "reconstructions.png"),
+        prior_samples(model, dataset.held_out, out / "prior_samples.png"),
+        latent_plane(model, dataset.train, dataset.train_labels, out / "latent_plane.png"),
+        kl_per_dimension(model, dataset.held_out, out / "kl_per_dimension.png"),
+    ]
+    return [path for path in made if path is not None]

@@ -1,0 +1,285 @@
+"""The variational autoencoder: any encoder and decoder around `rsample` and the losses."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fastelbo import likelihoods, reference
+from fastelbo.functional import Posterior, Recon, elbo_loss, iwae_loss, rsample
+
+# Every objective with the options that it reads; the others must keep their defaults.
+OBJECTIVES: dict[str, tuple[str, ...]] = {"elbo": ("beta", "free_bits"), "iwae": ()}
+_DEFAULTS = {"beta": 1.0, "free_bits": 0.0, "alpha": 0.0, "groups": 1}
+
+
+class VAEOutput(NamedTuple):
+    """What `VAE.forward` returns: the arguments of the losses."""
+
+    recon: Recon  # [K?, B, *event], or a pair such as (mean, logvar)
+    posterior: Posterior
+
+
+def _check_options(objective: str, **options: Any) -> None:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
+    for name, value in options.items():
+        # a tensor is never compared with the default: on a GPU that would synchronize
+        given = isinstance(value, Tensor) or value != _DEFAULTS[name]
+        if given and name not in OBJECTIVES[objective]:
+            raise ValueError(f"{name} has no effect with objective={objective!r}: leave it out; got {value!r}")
+
+
+def draws(objective: str, num_samples: int) -> int | None:
+    """rsample's num_samples: the plain ELBO of one sample needs no K dimension."""
+    return None if objective == "elbo" and num_samples == 1 else num_samples
+
+
+def objective_loss(
+    objective: str,
+    recon: Recon,
+    x: Tensor,
+    posterior: Posterior,
+    *,
+    beta: float | Tensor = 1.0,
+    free_bits: float = 0.0,
+    **options: Any,
+) -> Any:
+    """The loss of an objective by its name, on what `VAE.forward` returned; the options are those of `elbo_loss`."""
+    if objective == "elbo":
+        return elbo_loss(recon, x, posterior.mu, posterior.logvar, beta=beta, free_bits=free_bits, **options)
+    return iwae_loss(recon, x, posterior.log_ratio, **options)
+
+
+class VAE(nn.Module):
+    """Variational autoencoder: z ~ N(0, I), x ~ p(x | decoder(z)), q(z | x) = N(mu, diag exp(logvar)) from encoder(x).
+
+    Args:
+        encoder: a module x [B, *event] -> (mu, logvar), each [B, *latent], or one tensor that is halved on dim 1.
+        decoder: a module z [B, *latent] -> recon [B, *event], or a pair (mean, logvar) whose second tensor broadcasts
+            to the first: [B, *event], [*event], or 0-d for one learned variance.
+        likelihood: "bernoulli", "bernoulli_probs", "gaussian" or "laplace"; what recon means is in `fastelbo.log_prob`.
+        latent_shape: the shape of one latent, without B. Taken from the latest `encode` where it is not given, so that
+            only `decode` and `sample` before any `encode` need it.
+
+    Raises:
+        ValueError: an unknown likelihood.
+
+    Reference: Kingma & Welling 2014.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: str = "bernoulli",
+        *,
+        latent_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        likelihoods.get(likelihood)
+        self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
+        self.latent_shape = None if latent_shape is None else tuple(latent_shape)
+
+    def _like(self) -> Tensor:
+        """A tensor of the model's dtype, on its device."""
+        return next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def _latent_shape(self) -> tuple[int, ...]:
+        if self.latent_shape is None:
+            raise ValueError("latent_shape is not known yet: encode a batch first, or give VAE(..., latent_shape=(M,))")
+        return self.latent_shape
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Parameters of q(z | x) = N(mu, diag exp(logvar)).
+
+        Args:
+            x: [B, *event]; floating, uint8 (the encoder sees x / 255) or bool.
+
+        Returns:
+            mu, logvar: each [B, *latent].
+
+        Raises:
+            ValueError, TypeError: x of another dtype; an encoder that returns neither a pair of one shape nor a tensor
+                that halves on dim 1.
+
+        Reference: Kingma & Welling 2014, sec. 2.4.
+        """
+        if not x.is_floating_point():
+            if x.dtype not in (torch.uint8, torch.bool):
+                raise TypeError(f"x must be floating, uint8 or bool; got {x.dtype}")
+            x = reference._data(x, self._like().dtype)
+        out = self.encoder(x)
+        if isinstance(out, Tensor):
+            if out.dim() < 2 or out.shape[1] % 2:
+                raise ValueError(
+                    "encoder must return a pair (mu, logvar), or one tensor of even size on dim 1 to split in half; "
+                    f"got a tensor {tuple(out.shape)}"
+                )
+            mu, logvar = out.chunk(2, 1)
+        elif isinstance(out, tuple | list) and len(out) == 2 and all(isinstance(t, Tensor) for t in out):
+            mu, logvar = out
+        else:
+            raise TypeError(f"encoder must return a pair (mu, logvar) or one tensor; got {type(out).__name__}")
+        if mu.shape != logvar.shape:
+            raise ValueError(
+                "encoder must return mu and logvar of the same shape [B, *latent]; "
+                f"got {tuple(mu.shape)} and {tuple(logvar.shape)}"
+            )
+        if self.latent_shape != tuple(mu.shape[1:]):
+            self.latent_shape = tuple(mu.shape[1:])
+        return mu, logvar
+
+    def decode(self, z: Tensor) -> Recon:
+        """Parameters of p(x | z). The decoder sees K and B folded into one batch dimension.
+
+        Args:
+            z: [B, *latent] or [K, B, *latent].
+
+        Returns:
+            recon: [B, *event] or [K, B, *event], or a pair of them; a second tensor that broadcasts is left as it is.
+
+        Raises:
+            ValueError, TypeError: z of another shape; `latent_shape` not known yet; a decoder whose output does not
+                keep the batch, or is neither a tensor nor a pair.
+        """
+        latent = self._latent_shape()
+        lead = z.dim() - len(latent)
+        if lead not in (1, 2) or tuple(z.shape[lead:]) != latent:
+            raise ValueError(f"z must be [B, *latent] or [K, B, *latent] with latent={latent}; got {tuple(z.shape)}")
+        batch = z.flatten(0, 1) if lead == 2 else z
+        out = self.decoder(batch)
+        pair = isinstance(out, tuple | list) and len(out) == 2 and all(isinstance(t, Tensor) for t in out)
+        if not pair and not isinstance(out, Tensor):
+            raise TypeError(f"decoder must return a tensor or a pair such as (mean, logvar); got {type(out).__name__}")
+        first, second = out if pair else (out, None)
+        size = len(batch)
+        if first.dim() == 0 or len(first) != size:
+            raise ValueError(f"decoder must return [{size}, *event] for {size} latents; got {tuple(first.shape)}")
+        if lead == 2:
+            if second is not None and second.dim() == first.dim() and len(second) == size:
+                second = second.unflatten(0, z.shape[:2])
+            first = first.unflatten(0, z.shape[:2])
+        return first if second is None else (first, second)
+
+    def forward(
+        self,
+        x: Tensor,
+        num_samples: int | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        generator: Generator | None = None,
+        eps: Tensor | None = None,
+    ) -> VAEOutput:
+        """Encode, draw z = mu + exp(logvar / 2) eps, decode: everything that a loss needs.
+
+        Args:
+            x: [B, *event]; floating, uint8 or bool.
+            num_samples: K. None draws one sample without the K dimension.
+            seed, generator, eps: the noise, as in `fastelbo.rsample`; torch's default generator without them.
+
+        Returns:
+            VAEOutput(recon [K?, B, *event] or a pair, posterior): posterior is what `fastelbo.rsample` returns.
+
+        Raises:
+            ValueError, TypeError: as in `encode`, `decode` and `fastelbo.rsample`.
+
+        Reference: Kingma & Welling 2014, sec. 2.4.
+        """
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, or None; got {num_samples}")
+        mu, logvar = self.encode(x)
+        posterior = rsample(mu, logvar, num_samples, seed=seed, generator=generator, eps=eps)
+        return VAEOutput(self.decode(posterior.z), posterior)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[x | z = mu(x)]: the mean of the likelihood at the posterior mean; draws nothing.
+
+        Args:
+            x: [B, *event]; floating, uint8 or bool.
+
+        Returns:
+            [B, *event], in the decoder's dtype; for uint8 data on the scale of x / 255.
+
+        Raises:
+            ValueError, TypeError: as in `encode` and `decode`.
+        """
+        return likelihoods.mean(self.decode(self.encode(x)[0]), self.likelihood)
+
+    @torch.no_grad()
+    def sample(self, n: int, *, mean: bool = False, generator: Generator | None = None) -> Tensor:
+        """Ancestral samples: z ~ N(0, I), then x ~ p(x | z).
+
+        Args:
+            n: how many.
+            mean: return E[x | z] in place of the draw x, as pictures of prior samples usually do.
+            generator: the source of the noise, on the model's device; torch's default one if None.
+
+        Returns:
+            [n, *event], in the decoder's dtype.
+
+        Raises:
+            ValueError: `latent_shape` is not known yet.
+        """
+        like = self._like()
+        z = torch.randn(n, *self._latent_shape(), dtype=like.dtype, device=like.device, generator=generator)
+        recon = self.decode(z)
+        if mean:
+            return likelihoods.mean(recon, self.likelihood)
+        return likelihoods.sample(recon, self.likelihood, generator=generator)
+
+    def loss(
+        self,
+        x: Tensor,
+        *,
+        objective: str = "elbo",
+        num_samples: int = 1,
+        beta: float | Tensor = 1.0,
+        free_bits: float = 0.0,
+        alpha: float = 0.0,
+        groups: int = 1,
+        reduction: str = "mean",
+        return_parts: bool = False,
+        seed: int | Tensor | None = None,
+        generator: Generator | None = None,
+        eps: Tensor | None = None,
+    ) -> Any:
+        """Minus a lower bound on log p(x), to be minimized; never averaged over D.
+
+        "elbo": -mean_k log p(x | z_k) + beta KL(q(z | x) || N(0, I)), the KL in closed form.
+        "iwae": -log mean_k exp(log p(x | z_k) + log p(z_k) - log q(z_k | x)).
+
+        Args:
+            x: [B, *event]; floating, uint8 (the loss reads x / 255) or bool.
+            objective: "elbo" or "iwae".
+            num_samples: K. "elbo" draws a single sample without the K dimension.
+            beta, free_bits: weight of the KL and floor of every dimension's KL, in nats; "elbo" only.
+            alpha, groups: read by no objective yet.
+            reduction: "mean" (over B), "sum" or "none".
+            return_parts: also return log p(x | z) and the KL per datum.
+            seed, generator, eps: the noise, as in `fastelbo.rsample`; eps is [B, *latent] for "elbo" with one sample,
+                [K, B, *latent] otherwise.
+
+        Returns:
+            A scalar, or [B] with reduction="none", in nats; with return_parts,
+            LossParts(loss, log_likelihood [B] or [K, B], kl [B]).
+
+        Raises:
+            ValueError: an unknown objective, or an option that the objective does not read.
+            ValueError, TypeError: as in `forward` and in `fastelbo.elbo_loss`.
+
+        Reference: Kingma & Welling 2014, eq. 10; Burda et al. 2016, eq. 8.
+        """
+        _check_options(objective, beta=beta, free_bits=free_bits, alpha=alpha, groups=groups)
+        recon, posterior = self(x, draws(objective, num_samples), seed=seed, generator=generator, eps=eps)
+        return objective_loss(
+            objective,
+            recon,
+            x,
+            posterior,
+            beta=beta,
+            free_bits=free_bits,
+            likelihood=self.likelihood,
+            reduction=reduction,
+            return_parts=return_parts,
+        )

@@ -1,0 +1,6 @@
+#include "check.h"
+#include "kernels/std.h"
+#define FASTELBO_ISA baseline
+#define FASTELBO_NAME "baseline"
+#define FASTELBO_RUN math_baseline
+#include "math_cases.h"

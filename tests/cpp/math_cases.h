@@ -1,0 +1,149 @@
+// The elementary functions against long double over their whole range: the maximum errors that math/*.h states.
+// Included once per instruction set, like the kernels.
+#pragma once
+
+#include "check.h"
+#include "likelihoods/list.h"
+#include "math/kl.h"
+#include "math/log_mean_exp.h"
+#include "math/philox.h"
+
+namespace fastelbo::FASTELBO_ISA {
+
+constexpr int kPoints = 400000;
+
+inline double relative(long double got, long double want) {
+  return want == 0 ? double(fabsl(got)) : double(fabsl((got - want) / want));
+}
+
+// The largest relative error of f over kPoints points of [lo, hi], spaced evenly.
+template <class T, class F, class G>
+double sweep(T lo, T hi, F f, G exact) {
+  double worst = 0;
+  for (int i = 0; i <= kPoints; ++i) {
+    const T x = T(lo + (hi - lo) * (long double)(i) / kPoints);
+    const double error = relative(f(x), exact((long double)(x)));
+    if (!(error <= worst)) worst = error;
+  }
+  return worst;
+}
+
+// The same over powers: x = +-2^(lo..hi).
+template <class T, class F, class G>
+double sweep_powers(double lo, double hi, T sign, F f, G exact) {
+  double worst = 0;
+  for (int i = 0; i <= kPoints; ++i) {
+    const T x = sign * T(exp2l(lo + (hi - lo) * (long double)(i) / kPoints));
+    const double error = relative(f(x), exact((long double)(x)));
+    if (!(error <= worst)) worst = error;
+  }
+  return worst;
+}
+
+template <class T>
+void math_of(Checks& c, const char* type) {
+  const bool wide = sizeof(T) == 8;
+  const T inf = T(__builtin_huge_val()), nan = T(__builtin_nan(""));
+  const auto limit = [&](double single, double twofold) { return wide ? twofold : single; };
+  std::printf("  %s\n", type);
+  const auto report = [&](const char* what, double error, double bound) {
+    std::printf("    %-28s %.2e (stated %.1e)\n", what, error, bound);
+    c.at_most(error, bound, what);
+  };
+
+  const auto exact_exp = [](long double x) { return expl(x); };
+  const auto full = [](T x) { return exp_full(x); };
+  const auto nonpositive = [](T x) { return exp_nonpositive(x); };
+  report("exp, x <= 0", sweep<T>(T(limit(-87.6, -708.6)), 0, nonpositive, exact_exp), limit(1.2e-7, 2.3e-16));
+  report("exp", sweep<T>(T(limit(-87, -708)), T(limit(88.7, 709.7)), full, exact_exp), limit(1.2e-7, 2.3e-16));
+  report("exp near 0", sweep_powers<T>(-60, 0, -1, nonpositive, exact_exp), limit(1.2e-7, 2.3e-16));
+  report("log(1 + e), e in [0, 1]",
+         std::fmax(sweep<T>(0, 1, [](T x) { return log1p_unit(x); }, [](long double x) { return log1pl(x); }),
+                   sweep_powers<T>(limit(-100, -900), 0, 1, [](T x) { return log1p_unit(x); },
+                                   [](long double x) { return log1pl(x); })),
+         limit(2.2e-7, 3.3e-16));
+  const auto log_p = [](T x) { return log_and_log1m(x).log_p; };
+  const auto log_1mp = [](T x) { return log_and_log1m(x).log_1mp; };
+  const auto exact_log = [](long double x) { return logl(x); };
+  const auto exact_log1m = [](long double x) { return log1pl(-x); };
+  const T below_one = 1 - (wide ? T(0x1p-53) : T(0x1p-24));
+  report("log p", std::fmax(sweep<T>(T(1e-6), below_one, log_p, exact_log),
+                            sweep_powers<T>(limit(-148, -1070), -1, 1, log_p, exact_log)),
+         limit(2e-7, 3e-16));
+  report("log(1 - p)", std::fmax(sweep<T>(T(1e-6), below_one, log_1mp, exact_log1m),
+                                 sweep_powers<T>(-60, -1, 1, log_1mp, exact_log1m)),
+         limit(2e-7, 4e-16));
+  const auto remainder = [](T t) { return expm1_of(t, exp_full(t)).remainder; };
+  const auto value = [](T t) { return expm1_of(t, exp_full(t)).value; };
+  // long double cancels too: near 0 the series says what is right
+  const auto exact_remainder = [](long double t) {
+    if (fabsl(t) > 0.5L) return expl(t) - 1 - t;
+    long double term = t * t / 2, sum = 0;
+    for (int n = 3; n < 24; ++n) sum += term, term *= t / n;
+    return sum;
+  };
+  const auto exact_expm1 = [](long double t) { return expm1l(t); };
+  double worst = 0, worst_value = 0;
+  for (const T sign : {T(1), T(-1)}) {
+    worst = std::fmax(worst, sweep_powers<T>(-40, 6, sign, remainder, exact_remainder));
+    worst_value = std::fmax(worst_value, sweep_powers<T>(-40, 6, sign, value, exact_expm1));
+  }
+  report("exp(t) - 1 - t", worst, limit(3.8e-7, 8e-16));
+  report("exp(t) - 1", worst_value, limit(3e-7, 6e-16));
+
+  c.expect(exp_nonpositive(-inf) == 0 && exp_nonpositive(T(-1e4)) == 0, "exp(-inf) is 0", 0, 0);
+  c.expect(exp_nonpositive(nan) != exp_nonpositive(nan), "exp(nan), x <= 0", 0, 0);
+  c.expect(exp_full(inf) == inf && exp_full(-inf) == 0 && exp_full(T(0)) == 1, "exp of infinities and 0", 0, 0);
+  c.expect(exp_full(nan) != exp_full(nan), "exp(nan)", 0, 0);
+  c.expect(log_and_log1m(T(0)).log_p == -inf && log_and_log1m(T(0)).log_1mp == 0, "log at p = 0", 0, 0);
+  c.expect(log_and_log1m(T(1)).log_p == 0 && log_and_log1m(T(1)).log_1mp == -inf, "log at p = 1", 0, 0);
+  for (const T bad : {T(-0.1), T(1.1), nan, inf, -inf}) {
+    const LogPair<T> logs = log_and_log1m(bad);
+    c.expect(logs.log_p != logs.log_p && logs.log_1mp != logs.log_1mp, "log outside [0, 1] is NaN", double(bad), 0);
+  }
+  for (const T t : {T(0), T(1e-4), T(-1e-4), T(1e-20), T(-30), T(5)}) {
+    c.expect(expm1_of(t, exp_full(t)).remainder >= 0, "KL is never negative", double(t), 0);
+  }
+  const Terms<T> sure = Bernoulli::eval(T(1e4), T(0), T(1)), wrong = Bernoulli::eval(T(-1e4), T(0), T(1));
+  c.expect(sure.value == 0 && sure.d_recon == 0, "Bernoulli at logit 1e4, x = 1", double(sure.value), 0);
+  c.expect(wrong.value == T(-1e4) && wrong.d_recon == 1, "Bernoulli at logit -1e4, x = 1", double(wrong.value), 0);
+}
+
+inline void philox_cases(Checks& c) {
+  // Known answers of the Random123 distribution (kat_vectors, philox4x32 10), for counters of 64 bits
+  const Words zero = philox(0, 0, 0);
+  c.expect(zero.w0 == 0x6627e8d5u && zero.w1 == 0xe169c58du && zero.w2 == 0xbc57ac4cu && zero.w3 == 0x9b00dbd8u,
+           "Philox of zeros", zero.w0, 0);
+  const Words ones = philox_rounds<10>({~0u, ~0u, ~0u, ~0u}, ~0u, ~0u);
+  c.expect(ones.w0 == 0x408f276du && ones.w1 == 0x41c83b0eu && ones.w2 == 0xa20bc7c6u && ones.w3 == 0x6d5451fdu,
+           "Philox of ones", ones.w0, 0);
+  const Words pi = philox_rounds<10>({0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}, 0xa4093822u, 0x299f31d0u);
+  c.expect(pi.w0 == 0xd16cfe09u && pi.w1 == 0x94fdccebu && pi.w2 == 0x5001e420u && pi.w3 == 0x24126ea1u,
+           "Philox of pi", pi.w0, 0);
+  double radius = 0, angle = 0;
+  for (int i = 0; i < kPoints; ++i) {
+    const Words w = philox(7, uint32_t(i), 0);
+    // every size of u, both ends included
+    const uint32_t a = i % 3 == 0 ? w.w0 >> (i % 32) : i % 3 == 1 ? ~(w.w0 >> (i % 32)) : w.w0;
+    const long double u = ((long double)(a) + 0.5L) * 0x1p-32L, t = 2 * M_PIl * w.w1 * 0x1p-32L;
+    const long double r = sqrtl(-2 * logl(u));
+    const NormalPair z = box_muller(a, w.w1);
+    radius = std::fmax(radius, relative(sqrtl((long double)(z.first) * z.first + (long double)(z.second) * z.second), r));
+    angle = std::fmax(angle, double(fmaxl(fabsl(z.first / r - cosl(t)), fabsl(z.second / r - sinl(t)))));
+  }
+  std::printf("    %-28s %.2e (stated 4.0e-07)\n    %-28s %.2e (stated 4.0e-07)\n", "Box-Muller radius", radius,
+              "Box-Muller angle", angle);
+  c.at_most(radius, 4e-7, "Box-Muller radius");
+  c.at_most(angle, 4e-7, "Box-Muller angle");
+}
+
+inline void math_cases(Checks& c, const char* isa) {
+  std::printf("maths, %s\n", isa);
+  math_of<float>(c, "float");
+  math_of<double>(c, "double");
+  philox_cases(c);
+}
+
+}  // namespace fastelbo::FASTELBO_ISA
+
+void FASTELBO_RUN(Checks& c) { fastelbo::FASTELBO_ISA::math_cases(c, FASTELBO_NAME); }

@@ -1,0 +1,170 @@
+// The kernels without torch: what a 30-line C++ program can call. Every instruction set that this CPU has, against long
+// double: values and gradients, tails, strides, dtypes, masks.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+#include "kernels/params.h"
+
+using namespace fastelbo;
+
+namespace {
+
+View view(void* data, DType dtype, int64_t stride_k, int64_t stride_b, int64_t size, int64_t stride = 1) {
+  View v;
+  v.data = data, v.dtype = dtype, v.stride_k = stride_k, v.stride_b = stride_b;
+  v.size[0] = size, v.stride[0] = stride;
+  return v;
+}
+
+uint32_t state = 12345;
+double uniform() { return (state = state * 1664525u + 1013904223u) / 4294967296.0; }
+
+uint16_t bfloat16_of(float f) {
+  uint32_t b;
+  std::memcpy(&b, &f, 4);
+  return uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+}
+float float_of(uint16_t h) {
+  const uint32_t b = uint32_t(h) << 16;
+  float f;
+  std::memcpy(&f, &b, 4);
+  return f;
+}
+
+// Bernoulli, the only formula that is needed here twice
+long double value_of(long double l, long double x) { return l * (x - (l > 0)) - log1pl(expl(-fabsl(l))); }
+long double slope_of(long double l, long double x) { return x - 1 / (1 + expl(-l)); }
+
+void bernoulli(Checks& c, const KernelTable& t, int64_t D, int64_t stride, bool masked) {
+  const int64_t K = 2, B = 3, n = K * B * D;
+  std::vector<float> l(n * stride), x(B * D), mask(B * D), grad(n, -1);
+  std::vector<uint16_t> half(n), half_grad(n);
+  for (auto& v : l) v = float(uniform() * 20 - 10);
+  for (auto& v : x) v = float(uniform());
+  for (int64_t i = 0; i < B * D; ++i) {
+    mask[i] = masked ? float(i % 3) : 1;
+    if (mask[i] == 0) x[i] = NAN;
+  }
+  for (int64_t i = 0; i < n; ++i) half[i] = bfloat16_of(l[i * stride]);
+  for (const bool is_half : {false, true}) {
+    std::vector<double> out(K * B * segments(D));
+    LogProbParams p;
+    p.K = K, p.B = B, p.D = D;
+    p.recon = is_half ? view(half.data(), DType::bf16, B * D, D, D)
+                      : view(l.data(), DType::f32, B * D * stride, D * stride, D, stride);
+    p.x = view(x.data(), DType::f32, 0, D, D);
+    if (masked) p.mask = view(mask.data(), DType::f32, 0, D, D);
+    p.grad_recon = is_half ? view(half_grad.data(), DType::bf16, B * D, D, D)
+                           : view(grad.data(), DType::f32, B * D, D, D);
+    p.grad.constant = -0.25;
+    p.out = out.data();
+    t.log_prob[0][0][0](p, 0, K * B * segments(D));
+    double worst = 0, worst_grad = 0;
+    for (int64_t row = 0; row < K * B; ++row) {
+      long double sum = 0, size = 1;
+      for (int64_t d = 0; d < D; ++d) {
+        const int64_t i = row * D + d, b = row % B;
+        const long double m = mask[b * D + d], logit = is_half ? float_of(half[i]) : l[i * stride];
+        const long double got = is_half ? float_of(half_grad[i]) : grad[i];
+        if (m == 0) {
+          worst_grad = std::fmax(worst_grad, std::fabs(double(got)));
+          continue;
+        }
+        const long double v = m * value_of(logit, x[b * D + d]), g = -0.25L * m * slope_of(logit, x[b * D + d]);
+        sum += v, size += fabsl(v);
+        worst_grad = std::fmax(worst_grad, double(fabsl(got - g) / (is_half ? fabsl(g) + 1e-3L : 1)));
+      }
+      double got = 0;
+      for (int64_t s = 0; s < segments(D); ++s) got += out[row * segments(D) + s];
+      worst = std::fmax(worst, double(fabsl(got - sum) / size));
+    }
+    c.at_most(worst, 3e-7, "log p of a row, relative to its absolute sum");
+    c.at_most(worst_grad, is_half ? 0x1p-8 : 2e-7, "gradient of a row");
+  }
+}
+
+void split_anywhere(Checks& c, const KernelTable& t) {
+  const int64_t B = 5, D = 10000, n = segments(D);
+  std::vector<float> l(B * D), x(B * D);
+  for (auto& v : l) v = float(uniform() * 4 - 2);
+  for (auto& v : x) v = float(uniform());
+  std::vector<double> whole(B * n), parts(B * n);
+  LogProbParams p;
+  p.B = B, p.D = D;
+  p.recon = view(l.data(), DType::f32, 0, D, D), p.x = view(x.data(), DType::f32, 0, D, D);
+  p.out = whole.data();
+  t.log_prob[0][0][0](p, 0, B * n);
+  p.out = parts.data();
+  for (int64_t i = B * n; i-- > 0;) t.log_prob[0][0][0](p, i, i + 1);
+  c.expect(whole == parts, "the same bits for any split of the work", 0, 0);
+}
+
+void samples(Checks& c, const KernelTable& t) {
+  for (const int64_t D : {1, 3, 50, 513}) {
+    const int64_t K = 70, B = 9, blocks = row_blocks(B, D) * sample_blocks(K);
+    std::vector<float> mu(B * D), logvar(B * D), z(K * B * D), part(3 * B * D);
+    for (auto& v : mu) v = float(uniform());
+    for (auto& v : logvar) v = float(uniform() - 1);
+    std::vector<double> ratio(K * B), part_ratio(3 * B);
+    SampleParams p;
+    p.K = K, p.B = B, p.D = D, p.seed = 99;
+    p.mu = view(mu.data(), DType::f32, 0, D, D), p.logvar = view(logvar.data(), DType::f32, 0, D, D);
+    p.z = view(z.data(), DType::f32, B * D, D, D), p.log_ratio = ratio.data();
+    t.sample[0](p, 0, blocks);
+    double worst = 0;
+    for (int64_t row = 0; row < K * B; ++row) {
+      long double sum = 0, size = 1;
+      for (int64_t d = 0; d < D; ++d) {
+        const long double lv = logvar[row % B * D + d], zi = z[row * D + d];
+        const long double e = (zi - mu[row % B * D + d]) / expl(lv / 2);
+        sum += (e * e - zi * zi + lv) / 2, size += e * e + zi * zi;
+      }
+      worst = std::fmax(worst, double(fabsl(ratio[row] - sum) / size));
+    }
+    c.at_most(worst, 3e-6, "log ratio of the samples that came");
+    p.K = 3, p.first_sample = 65;
+    p.z = view(part.data(), DType::f32, B * D, D, D), p.log_ratio = part_ratio.data();
+    t.sample[0](p, 0, row_blocks(B, D) * sample_blocks(3));
+    c.expect(std::memcmp(part.data(), z.data() + 65 * B * D, part.size() * 4) == 0, "samples by chunk", double(D), 0);
+  }
+}
+
+}  // namespace
+
+void math_baseline(Checks&);
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+void math_avx2(Checks&);
+void math_avx512(Checks&);
+void (*const kMaths[])(Checks&) = {math_baseline, math_avx2, math_avx512};
+#else
+void (*const kMaths[])(Checks&) = {math_baseline};
+#endif
+
+int main() {
+  Checks c;
+  int skipped = 0;
+  for (int i = 0; i < isa_count(); ++i) {
+    const IsaInfo& isa = isa_info(i);
+    if (!isa.supported) {
+      std::printf("SKIPPED %s: this CPU has not got it\n", isa.name);
+      ++skipped;
+      continue;
+    }
+    kMaths[i](c);
+    std::printf("kernels, %s\n", isa.name);
+    for (int64_t D = 1; D <= 70; ++D) bernoulli(c, isa.table(), D, 1, false);
+    for (const int64_t D : {511, 512, 513, 784, 4096, 4097, 9000}) {
+      for (const int64_t stride : {1, 3}) {
+        bernoulli(c, isa.table(), D, stride, false);
+        bernoulli(c, isa.table(), D, stride, true);
+      }
+    }
+    split_anywhere(c, isa.table());
+    samples(c, isa.table());
+  }
+  std::printf("%d passed, %d failed, %d skipped\n", c.passed, c.failed, skipped);
+  return c.failed != 0;
+}

@@ -68,7 +68,10 @@ cuda_sources = [source for source in sources if source.endswith(".cu")]
 obstacle = "FASTELBO_CUDA=0" if CUDA_CHOICE == "0" else cuda_obstacle(cuda_sources)
 if CUDA_CHOICE == "1" and obstacle:
     sys.exit(f"FASTELBO_CUDA=1, but the CUDA kernels cannot be built: {obstacle}")
-print(f"fastelbo: for torch {torch.__version__}, " + (f"CPU only ({obstacle})" if obstacle else "CPU and CUDA"), flush=True)
+print(
+    f"fastelbo: for torch {torch.__version__}, " + (f"CPU only ({obstacle})" if obstacle else "CPU and CUDA"),
+    flush=True,
+)
 
 os.environ.setdefault("CXX", "g++")
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))

@@ -108,8 +108,8 @@ inline int log_prob(const at::Tensor& recon, const at::Tensor& x, const Optional
   const auto xs = x.sym_sizes(), rs = recon.sym_sizes();
   const bool sampled = rs.size() == xs.size() + 1;
   if (!(sampled ? same_shape(rs.slice(1), xs) : same_shape(rs, xs))) {
-    TORCH_CHECK_VALUE(false, "recon must be [B, *event] or [K, B, *event] with B=", xs[0], " and event=",
-                      shape_text(xs.slice(1)), " from x; got ", shape_text(recon));
+    TORCH_CHECK_VALUE(false, "recon must be [B, *event] or [K, B, *event] with B=", xs[0],
+                      " and event=", shape_text(xs.slice(1)), " from x; got ", shape_text(recon));
   }
   TORCH_CHECK_VALUE(!sampled || rs[0] != 0, "recon must hold at least one sample; got K=0 in ", shape_text(recon));
   same_device("x", x, "recon", recon);
@@ -136,9 +136,7 @@ inline int log_prob(const at::Tensor& recon, const at::Tensor& x, const Optional
   return index;
 }
 
-inline void free_bits(double value) {
-  TORCH_CHECK_VALUE(value >= 0, "free_bits must be at least 0 nats; got ", value);
-}
+inline void free_bits(double value) { TORCH_CHECK_VALUE(value >= 0, "free_bits must be at least 0 nats; got ", value); }
 
 inline void latent(const at::Tensor& mu, const at::Tensor& logvar, const OptionalTensor& prior_mu,
                    const OptionalTensor& prior_logvar) {
@@ -181,8 +179,8 @@ inline int elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Ten
                      double free_bits_value, std::string_view likelihood) {
   const int index = log_prob(recon, x, scale, mask, likelihood);
   latent(mu, logvar, std::nullopt, std::nullopt);
-  TORCH_CHECK_VALUE(mu.sym_size(0) == x.sym_size(0), "mu must be [B, *latent] with B=", x.sym_size(0),
-                    " from x; got ", shape_text(mu));
+  TORCH_CHECK_VALUE(mu.sym_size(0) == x.sym_size(0), "mu must be [B, *latent] with B=", x.sym_size(0), " from x; got ",
+                    shape_text(mu));
   same_precision("mu", mu, "recon", recon);
   same_device("mu", mu, "recon", recon);
   free_bits(free_bits_value);

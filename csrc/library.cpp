@@ -12,8 +12,7 @@ TORCH_LIBRARY(fastelbo, m) {
       "_rsample_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_ratio, Tensor mu, Tensor logvar, "
       "SymInt? num_samples, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, Tensor? eps, SymInt first_sample, "
       "bool[5] needs) -> Tensor[]");
-  m.def(
-      "gaussian_kl(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, float free_bits=0.) -> Tensor");
+  m.def("gaussian_kl(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, float free_bits=0.) -> Tensor");
   m.def(
       "_gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "
       "float free_bits, bool[4] needs) -> Tensor[]");

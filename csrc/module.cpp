@@ -21,9 +21,9 @@ PYBIND11_MODULE(_C, m) {
       if (fastelbo::isa_info(i).supported) supported.append(fastelbo::isa_info(i).name);
     }
     const std::string archs = FASTELBO_CUDA_ARCHS;
-    return py::dict(py::arg("torch") = TORCH_VERSION, py::arg("compiler") = "g++ " __VERSION__,
-                    py::arg("isas") = isas, py::arg("isas_of_this_cpu") = supported,
-                    py::arg("isa") = fastelbo::isa_in_use().name, py::arg("cuda") = !archs.empty(),
-                    py::arg("cuda_archs") = archs, py::arg("likelihoods") = likelihoods);
+    return py::dict(py::arg("torch") = TORCH_VERSION, py::arg("compiler") = "g++ " __VERSION__, py::arg("isas") = isas,
+                    py::arg("isas_of_this_cpu") = supported, py::arg("isa") = fastelbo::isa_in_use().name,
+                    py::arg("cuda") = !archs.empty(), py::arg("cuda_archs") = archs,
+                    py::arg("likelihoods") = likelihoods);
   });
 }

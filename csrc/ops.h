@@ -29,8 +29,8 @@ inline Tensors rsample_backward(const OptionalTensor& grad_z, const OptionalTens
               Tensors(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
                       OptionalInt, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                       const OptionalTensor&, c10::SymInt, std::array<bool, 5>));
-  return op.call(grad_z, grad_kl, grad_log_ratio, mu, logvar, std::move(num_samples), prior_mu, prior_logvar, seed,
-                 eps, std::move(first_sample), needs);
+  return op.call(grad_z, grad_kl, grad_log_ratio, mu, logvar, std::move(num_samples), prior_mu, prior_logvar, seed, eps,
+                 std::move(first_sample), needs);
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> rsample(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,

@@ -18,10 +18,12 @@ from fastelbo.functional import (
     reference_mode,
     rsample,
 )
+from fastelbo.vae import VAE
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "VAE",
     "ELBOLoss",
     "IWAELoss",
     "LossParts",

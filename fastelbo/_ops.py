@@ -9,7 +9,7 @@ from torch import Tensor
 from fastelbo import reference
 
 try:
-    from fastelbo import _C
+    from fastelbo import _C as _C
 except ImportError as error:
     raise ImportError(
         f"fastelbo's compiled library does not fit this PyTorch ({torch.__version__}) or is not built; "
@@ -58,8 +58,8 @@ def _gaussian_kl_backward(
     free_bits: float,
     needs: list[bool],
 ) -> list[Tensor]:
-    def twin(*args: Tensor) -> Tensor:
-        return reference.gaussian_kl(*args, free_bits=free_bits)
+    def twin(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Tensor:
+        return reference.gaussian_kl(mu, logvar, prior_mu, prior_logvar, free_bits)
 
     return _given(reference.vjp(twin, [mu, logvar, prior_mu, prior_logvar], [grad], needs))
 

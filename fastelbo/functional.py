@@ -52,7 +52,7 @@ def reference_mode() -> Iterator[None]:
 
 
 def _plain(t: Tensor) -> bool:
-    """Whether the plain-PyTorch path serves this call: torch.func transforms, forward-mode AD, devices without kernels."""
+    """Whether the plain-PyTorch path serves this call: torch.func, forward-mode AD, devices without kernels."""
     return (
         _forced_reference
         or torch._C._are_functorch_transforms_active()
@@ -70,7 +70,7 @@ def _expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
         raise ValueError(f"{name} must broadcast to the shape {tuple(shape)} of {like}; got {tuple(t.shape)}") from None
 
 
-def _split(recon: Recon) -> tuple[Tensor, Tensor | None]:
+def split_recon(recon: Recon) -> tuple[Tensor, Tensor | None]:
     """recon is one tensor or a pair (mean, logvar): -> (first parameter, second parameter or None)."""
     if isinstance(recon, Tensor):
         return recon, None
@@ -186,7 +186,7 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
     Raises:
         ValueError, TypeError: an unknown likelihood, shapes or dtypes that do not fit.
     """
-    first, scale = _split(recon)
+    first, scale = split_recon(recon)
     call = reference.log_prob if _plain(first) else _op.log_prob.default
     return call(first, x, scale, _mask(mask, x), likelihood)
 
@@ -283,7 +283,7 @@ def elbo_loss(
         return_parts: also return log p(x | z) and the KL (without beta and free bits) per datum.
 
     Returns:
-        A scalar, or [B] with reduction="none"; with return_parts, LossParts(loss, log_likelihood [B] or [K, B], kl [B]).
+        A scalar, or [B] with reduction="none". With return_parts, LossParts(loss, log_likelihood [K?, B], kl [B]).
         float32, or float64 for float64 inputs.
 
     Raises:
@@ -291,7 +291,7 @@ def elbo_loss(
 
     Reference: Kingma & Welling 2014, eq. 10.
     """
-    first, scale = (recon, None) if isinstance(recon, Tensor) else _split(recon)
+    first, scale = (recon, None) if isinstance(recon, Tensor) else split_recon(recon)
     if mask is not None:
         mask = _mask(mask, x)
     if _plain(first):
@@ -331,7 +331,7 @@ def iwae_loss(
 
     Reference: Burda et al. 2016, eq. 8 and 13.
     """
-    first, scale = _split(recon)
+    first, scale = split_recon(recon)
     call = reference.iwae_loss if _plain(first) else _op.iwae_loss.default
     loss, log_likelihood = call(first, x, log_ratio, scale, _mask(mask, x), likelihood, reduction)
     if not return_parts:
@@ -377,9 +377,7 @@ class ELBOLoss(torch.nn.Module):
 class IWAELoss(torch.nn.Module):
     """`iwae_loss` as a module: the options are set once, the tensors are given at each call."""
 
-    def __init__(
-        self, likelihood: str = "bernoulli", *, reduction: str = "mean", return_parts: bool = False
-    ) -> None:
+    def __init__(self, likelihood: str = "bernoulli", *, reduction: str = "mean", return_parts: bool = False) -> None:
         super().__init__()
         self.likelihood, self.reduction, self.return_parts = likelihood, reduction, return_parts
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from fastelbo.functional import Recon, _split
+from fastelbo.functional import Recon, split_recon
 
 
 def _identity(t: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def mean(recon: Recon, likelihood: str = "bernoulli") -> Tensor:
         ValueError, TypeError: an unknown likelihood, or a recon that is neither a tensor nor a pair.
     """
     row = get(likelihood)
-    return row.mean(_split(recon)[0])
+    return row.mean(split_recon(recon)[0])
 
 
 def sample(recon: Recon, likelihood: str = "bernoulli", *, generator: Generator | None = None) -> Tensor:
@@ -85,5 +85,5 @@ def sample(recon: Recon, likelihood: str = "bernoulli", *, generator: Generator 
     """
     row = get(likelihood)
     with torch.no_grad():
-        first, scale = _split(recon)
+        first, scale = split_recon(recon)
         return row.draw(row.mean(first), scale, generator)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LOG_2 = math.log(2.0)
 LOG_2PI = math.log(2.0 * math.pi)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def _gaussian(mean: Tensor, x: Tensor, logvar: Tensor | None) -> Tensor:
 def _laplace(mean: Tensor, x: Tensor, log_scale: Tensor | None) -> Tensor:
     """-[|x - m| exp(-s) + s + log 2]; s = 0 where it is not given."""
     distance = (x - mean).abs()
-    return -(distance + math.log(2.0) if log_scale is None else distance * torch.exp(-log_scale) + log_scale + math.log(2.0))
+    return -(distance + LOG_2 if log_scale is None else distance * torch.exp(-log_scale) + log_scale + LOG_2)
 
 
 LIKELIHOODS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
@@ -54,7 +55,7 @@ def _compute_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _data(x: Tensor, dtype: torch.dtype) -> Tensor:
+def read_data(x: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 is read as x / 255, bool as 0 and 1."""
     return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
 
@@ -64,13 +65,14 @@ def log_prob(
 ) -> Tensor:
     """log p(x | recon), summed over the event dimensions: recon [K?, B, *event], x [B, *event] -> [K?, B]."""
     dtype = _compute_dtype(recon)
-    recon, x = recon.to(dtype), _data(x, dtype)
+    recon, x = recon.to(dtype), read_data(x, dtype)
     scale = None if scale is None else scale.to(dtype)
     event = list(range(recon.dim() - x.dim() + 1, recon.dim()))
     weight = None
     if mask is not None:
         weight = mask.to(dtype).expand(x.shape)
-        keep = weight != 0  # a masked cell is replaced before the maths, so that its NaN reaches neither value nor gradient
+        # a masked cell is replaced before the maths, so that its NaN reaches neither value nor gradient
+        keep = weight != 0
         x = torch.where(keep, x, 0.5)
         recon = torch.where(keep, recon, 0.5)
         scale = None if scale is None else torch.where(keep, scale, 0.0)
@@ -116,7 +118,7 @@ def gaussian_kl(
 
 
 def philox(seed: Tensor, count: int, offset: int = 0) -> Tensor:
-    """Philox 4x32-10 (Salmon et al. 2011) of the counters offset .. offset + count - 1 -> int64 [count, 4] in [0, 2^32)."""
+    """Philox 4x32-10 (Salmon et al. 2011) of counters offset .. offset + count - 1 -> int64 [count, 4] in [0, 2^32)."""
     low = 0xFFFFFFFF
     index = torch.arange(offset, offset + count, dtype=torch.int64, device=seed.device)
     key0, key1 = seed.reshape(()) & low, (seed.reshape(()) >> 32) & low
@@ -188,7 +190,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    return {"mean": torch.mean, "sum": torch.sum, "none": torch.clone}[reduction](loss)
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
 def elbo_loss(

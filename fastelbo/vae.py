@@ -108,7 +108,7 @@ class VAE(nn.Module):
         if not x.is_floating_point():
             if x.dtype not in (torch.uint8, torch.bool):
                 raise TypeError(f"x must be floating, uint8 or bool; got {x.dtype}")
-            x = reference._data(x, self._like().dtype)
+            x = reference.read_data(x, self._like().dtype)
         out = self.encoder(x)
         if isinstance(out, Tensor):
             if out.dim() < 2 or out.shape[1] % 2:

@@ -1,6 +1,6 @@
 """Derives the polynomial coefficients of csrc/math/elementary.h: Remez exchange for the relative error, in mpmath.
 
-    python scripts/minimax.py          prints every polynomial with the relative error of the exact polynomial
+python scripts/minimax.py          prints every polynomial with the relative error of the exact polynomial
 """
 
 from collections.abc import Callable
@@ -71,38 +71,46 @@ def show(name: str, f: Callable, lo, hi, degree: int, weight: Callable, digits: 
     print("   ", ", ".join(mp.nstr(c, digits, min_fixed=-99, max_fixed=-99) for c in coefficients))
 
 
+TINY = mp.mpf(10) ** -30  # keeps a weight from vanishing at 0
+
+
+def atanh_tail(w):
+    """(2 atanh(s) - 2 s) / s^3 with w = s^2; log(1 + f) = 2 atanh(s) for s = f / (2 + f)."""
+    w = mp.mpf(w)
+    if w < mp.mpf("1e-3"):
+        return sum(2 * w**k / (2 * k + 3) for k in range(20))
+    s = mp.sqrt(w)
+    return (2 * mp.atanh(s) - 2 * s) / s**3
+
+
+def sin_tail(w):
+    s = mp.sqrt(w)
+    return mp.sin(2 * mp.pi * s) / s if w > 0 else 2 * mp.pi
+
+
+def cos_tail(w):
+    s = mp.sqrt(w)
+    return (mp.cos(2 * mp.pi * s) - 1) / w if w > 0 else -2 * mp.pi**2
+
+
 if __name__ == "__main__":
-    half_ln2 = mp.log(2) / 2 * mp.mpf("1.0001")
-    for degree, digits in ((3, 10), (4, 10), (9, 19)):
-        f = quotient(mp.exp, [1, 1], 2)
-        show(f"exp: 1 + r + r^2 P{degree}(r)", f, -half_ln2, half_ln2, degree, lambda t: t**2 / mp.exp(t) + mp.mpf(10) ** -30, digits)
-    for degree in (7, 8, 9):
-        f = quotient(mp.log1p, [0], 1)
-        show(f"log1p: e P{degree}(e)", f, 0, 1, degree, lambda t, f=f: 1 / f(t), 10)
-    # log: with s = f / (2 + f), log1p(f) = 2 atanh(s) = 2 s + s^3 P(s^2)
-    def atanh_tail(w):
-        w = mp.mpf(w)
-        if w < mp.mpf("1e-3"):
-            return sum(2 * w**k / (2 * k + 3) for k in range(20))
-        s = mp.sqrt(w)
-        return (2 * mp.atanh(s) - 2 * s) / s**3
+    reach = mp.log(2) / 2 * mp.mpf("1.0001")
+    exp_tail = quotient(mp.exp, [1, 1], 2)
+    for degree, digits in ((4, 10), (9, 19)):
+        show(f"exp: 1 + r + r^2 P{degree}", exp_tail, -reach, reach, degree, lambda t: t**2 / mp.exp(t) + TINY, digits)
 
-    show("log1p on [0, 1], double: 2 s + s^3 P(s^2)", atanh_tail, 0, mp.mpf(1) / 9, 10, lambda w: w / 2 + mp.mpf(10) ** -30, 19)
-    show("log, double: 2 s + s^3 P(s^2)", atanh_tail, 0, (mp.sqrt(2) - 1) ** 2 / (mp.sqrt(2) + 1) ** 2 * mp.mpf("1.001"), 7, lambda w: w / 2 + mp.mpf(10) ** -30, 19)
-    f = quotient(mp.log1p, [0, 1, mp.mpf(-1) / 2], 3)
-    for degree in (6, 7):
-        show(f"log: f - f^2/2 + f^3 P{degree}(f)", f, mp.sqrt(mp.mpf(1) / 2) - 1, mp.sqrt(2) - 1, degree, lambda t: t**2, 10)
-    f = quotient(mp.exp, [1, 1], 2)
-    for degree, digits in ((6, 10), (7, 10), (14, 19)):
-        show(f"expm1 - t: t^2 P{degree}(t)", f, -1, 1, degree, lambda t, f=f: 1 / f(t), digits)
+    log1p_unit = quotient(mp.log1p, [0], 1)
+    show("log(1 + e), float: e P8(e)", log1p_unit, 0, 1, 8, lambda t: 1 / log1p_unit(t), 10)
+    show("log(1 + e), double: 2 s + s^3 P10(s^2)", atanh_tail, 0, mp.mpf(1) / 9, 10, lambda w: w / 2 + TINY, 19)
 
-    def sin_tail(w):
-        s = mp.sqrt(w)
-        return mp.sin(2 * mp.pi * s) / s if w > 0 else 2 * mp.pi
+    log_tail = quotient(mp.log1p, [0, 1, mp.mpf(-1) / 2], 3)
+    low, high = mp.sqrt(mp.mpf(1) / 2) - 1, mp.sqrt(2) - 1
+    show("log, float: f - f^2/2 + f^3 P7(f)", log_tail, low, high, 7, lambda t: t**2, 10)
+    widest = (high / (2 + high)) ** 2 * mp.mpf("1.001")
+    show("log, double: 2 s + s^3 P7(s^2)", atanh_tail, 0, widest, 7, lambda w: w / 2 + TINY, 19)
 
-    def cos_tail(w):
-        s = mp.sqrt(w)
-        return (mp.cos(2 * mp.pi * s) - 1) / w if w > 0 else -2 * mp.pi**2
+    for degree, digits in ((7, 10), (14, 19)):
+        show(f"exp(t) - 1 - t: t^2 P{degree}(t)", exp_tail, -1, 1, degree, lambda t: 1 / exp_tail(t), digits)
 
     show("sin(2 pi r): r P3(r^2)", sin_tail, 0, mp.mpf(1) / 64, 3, lambda w: 1 / sin_tail(w), 10)
-    show("cos(2 pi r): 1 + r^2 P3(r^2)", cos_tail, 0, mp.mpf(1) / 64, 3, lambda w: w + mp.mpf(10) ** -30, 10)
+    show("cos(2 pi r): 1 + r^2 P3(r^2)", cos_tail, 0, mp.mpf(1) / 64, 3, lambda w: w + TINY, 10)

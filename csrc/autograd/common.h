@@ -73,8 +73,8 @@ void scale_saved(const variable_list& saved, size_t first, const Tensor& grad_lo
   const bool keep = torch::autograd::get_current_graph_task_keep_graph();
   double factor = 1;
   if (plain) {
-    factor = grad_loss.scalar_type() == at::kFloat ? double(*grad_loss.const_data_ptr<float>())
-                                                   : grad_loss.item<double>();
+    factor =
+        grad_loss.scalar_type() == at::kFloat ? double(*grad_loss.const_data_ptr<float>()) : grad_loss.item<double>();
   }
   for (size_t i = 0; i < N; ++i) {
     if (!(wanted >> i & 1)) continue;

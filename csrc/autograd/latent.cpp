@@ -28,10 +28,11 @@ struct RSample : public Function<RSample> {
     variable_list result(8);
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
     BelowAutogradUnlessGraph guard;
-    result = spread(ops::rsample_backward(optional(grads[0]), optional(grads[1]), optional(grads[2]), saved[0], saved[1],
-                                          num_samples, optional(saved[2]), optional(saved[3]), optional(saved[5]),
-                                          optional(saved[4]), ctx->saved_data["first_sample"].toSymInt(), needed),
-                    needed);
+    result =
+        spread(ops::rsample_backward(optional(grads[0]), optional(grads[1]), optional(grads[2]), saved[0], saved[1],
+                                     num_samples, optional(saved[2]), optional(saved[3]), optional(saved[5]),
+                                     optional(saved[4]), ctx->saved_data["first_sample"].toSymInt(), needed),
+               needed);
     result.resize(8);
     return result;
   }
@@ -41,8 +42,8 @@ std::tuple<Tensor, Tensor, Tensor> rsample_autograd(const Tensor& mu, const Tens
                                                     const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
                                                     const OptionalTensor& seed, const OptionalTensor& eps,
                                                     c10::SymInt first_sample) {
-  auto out = RSample::apply(mu, logvar, prior_mu, prior_logvar, eps, seed, std::move(num_samples),
-                            std::move(first_sample));
+  auto out =
+      RSample::apply(mu, logvar, prior_mu, prior_logvar, eps, seed, std::move(num_samples), std::move(first_sample));
   return {out[0], out[1], out[2]};
 }
 

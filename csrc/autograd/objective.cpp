@@ -51,8 +51,7 @@ struct ElboLoss : public Function<ElboLoss> {
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["options"] = std::tuple<double, double, std::string, std::string>(
         beta, free_bits, std::string(likelihood), std::string(reduction));
-    ctx->saved_data["fused"] =
-        fused ? wanted[0] + 2 * wanted[1] + 4 * wanted[2] + 8 * wanted[3] : int64_t(0);
+    ctx->saved_data["fused"] = fused ? wanted[0] + 2 * wanted[1] + 4 * wanted[2] + 8 * wanted[3] : int64_t(0);
     return {loss, log_likelihood, kl};
   }
 
@@ -71,8 +70,8 @@ struct ElboLoss : public Function<ElboLoss> {
   // d loss_b = -mean_k d log p_kb + beta d KL_b, plus the upstream gradients of the parts.
   static variable_list compose(AutogradContext* ctx, const variable_list& saved, const variable_list& grads) {
     variable_list result(kArguments);
-    const auto needed = needs<6>(
-        ctx, {saved[kRecon], saved[kX], saved[kMu], saved[kLogvar], saved[kScale], saved[kBeta]});
+    const auto needed =
+        needs<6>(ctx, {saved[kRecon], saved[kX], saved[kMu], saved[kLogvar], saved[kScale], saved[kBeta]});
     const auto& options = ctx->saved_data["options"].toTupleRef().elements();
     const double beta = options[0].toDouble(), free_bits = options[1].toDouble();
     const auto likelihood = options[2].toStringView(), reduction = options[3].toStringView();
@@ -89,17 +88,17 @@ struct ElboLoss : public Function<ElboLoss> {
     rows = plus(rows, grads[1]);
     if (rows.defined() && (needed[0] || needed[1] || needed[4])) {
       const std::array<bool, 3> wanted{needed[0], needed[1], needed[4]};
-      auto found = spread(ops::log_prob_backward(rows, recon, x, optional(saved[kScale]), optional(saved[kMask]),
-                                                 likelihood, wanted),
-                          wanted);
+      auto found = spread(
+          ops::log_prob_backward(rows, recon, x, optional(saved[kScale]), optional(saved[kMask]), likelihood, wanted),
+          wanted);
       result[kRecon] = found[0], result[kX] = found[1], result[kScale] = found[2];
     }
     if (needed[2] || needed[3]) {
       const std::array<bool, 4> wanted{needed[2], needed[3], false, false};
       const auto add = [&](const Tensor& grad, double bits) {
         if (!grad.defined()) return;
-        auto found = spread(
-            ops::gaussian_kl_backward(grad, mu, logvar, std::nullopt, std::nullopt, bits, wanted), wanted);
+        auto found =
+            spread(ops::gaussian_kl_backward(grad, mu, logvar, std::nullopt, std::nullopt, bits, wanted), wanted);
         result[kMu] = plus(result[kMu], found[0]), result[kLogvar] = plus(result[kLogvar], found[1]);
       };
       if (free_bits > 0) {

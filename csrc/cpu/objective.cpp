@@ -84,8 +84,8 @@ std::tuple<Tensor, Tensor, Tensor> elbo_loss_cpu(const Tensor& recon, const Tens
                                                  const OptionalTensor& mask, double beta,
                                                  const OptionalTensor& beta_tensor, double free_bits,
                                                  std::string_view likelihood, std::string_view reduction) {
-  auto [loss, log_likelihood, kl, grads] = elbo_loss_forward_cpu(recon, x, mu, logvar, scale, mask, beta, beta_tensor,
-                                                                 free_bits, likelihood, reduction, {});
+  auto [loss, log_likelihood, kl, grads] =
+      elbo_loss_forward_cpu(recon, x, mu, logvar, scale, mask, beta, beta_tensor, free_bits, likelihood, reduction, {});
   return {loss, log_likelihood, kl};
 }
 

@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/std.h"
 #include "kernels/params.h"
+#include "kernels/std.h"
 #include "likelihoods/list.h"
 
 namespace fastelbo {
@@ -28,7 +28,8 @@ namespace {
 // In ascending order.
 const IsaInfo* isas(int* count) {
 #ifdef FASTELBO_X86_ISAS
-  static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool v3 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   static const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const IsaInfo list[] = {

@@ -3,5 +3,6 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx2,fma,f16c")
 #define FASTELBO_ISA avx2
+#define FASTELBO_X86_LEVEL 3
 #include "kernels/table.h"
 #endif

@@ -1,26 +1,41 @@
 // The latent side: KL of rows, reparameterized samples with their log ratio, and the gradients of all of it.
 #pragma once
 
+#include "kernels/noise.h"
 #include "kernels/tile.h"
 #include "math/kl.h"
-#include "math/philox.h"
 
 namespace fastelbo::FASTELBO_ISA {
+
+// Whether `rows` rows of `columns` elements lie one behind the other, as numbers of the compute type.
+template <class T>
+FASTELBO_HD bool lies_flat(const View& v, int64_t rows, int64_t columns) {
+  return lies_as<T>(v) && (rows == 1 || v.stride_b == columns);
+}
+
+// A block of rows of sample k: in place where it lies flat, else in the buffer.
+template <class T>
+inline const T* load_rows(const View& v, int64_t k, int64_t b, int64_t column, int64_t rows, int64_t columns, T* to) {
+  if (lies_flat<T>(v, rows, columns)) return load(v, k, b, column, columns, to);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = to + r * columns;
+    const T* from = load(v, k, b + r, column, columns, row);
+    if (from != row) memcpy(row, from, sizeof(T) * columns);
+  }
+  return to;
+}
 
 // One tile of q and of the prior: [rows of a block, columns] of the views, side by side.
 template <class T>
 struct LatentTile {
-  int64_t rows, columns, n;               // n = rows * columns
-  T mu[kTile], logvar[kTile];             //
+  int64_t rows, columns, n;                // n = rows * columns
+  T mu[kTile], logvar[kTile];              //
   T delta[kTile], t[kTile], inv_p[kTile];  // mu - mu_p, lv - lv_p, exp(-lv_p)
-  T std[kTile];                           // exp(lv / 2)
+  T std[kTile];                            // exp(lv / 2)
 
   void load_view(const View& v, int64_t b, int64_t column, T* to) {
-    for (int64_t r = 0; r < rows; ++r) {
-      T* row = to + r * columns;
-      const T* p = load(v, 0, b + r, column, columns, row);
-      if (p != row) memcpy(row, p, sizeof(T) * columns);
-    }
+    const T* from = load_rows(v, 0, b, column, rows, columns, to);
+    if (from != to) memcpy(to, from, sizeof(T) * n);
   }
 
   template <class Params>
@@ -67,12 +82,22 @@ inline void for_latent_tiles(const Params& p, int64_t block, F f) {
   }
 }
 
+// Where a tile is to be written: in place where its rows lie flat, else in the buffer, which store_rows() copies out.
 template <class T>
-inline void store_rows(const View& v, int64_t k, int64_t b, int64_t column, const LatentTile<T>& tile, const T* from) {
+inline T* target_rows(const View& v, int64_t k, int64_t b, int64_t column, const LatentTile<T>& tile, T* buffer) {
+  return v && lies_flat<T>(v, tile.rows, tile.columns) ? target(v, k, b, column, buffer) : buffer;
+}
+template <class T>
+inline void store_rows(const View& v, int64_t k, int64_t b, int64_t column, const LatentTile<T>& tile, T* from) {
   if (!v) return;
+  if (lies_flat<T>(v, tile.rows, tile.columns)) {
+    T* to = target(v, k, b, column, from);
+    if (to != from) memcpy(to, from, sizeof(T) * tile.n);
+    return;
+  }
   for (int64_t r = 0; r < tile.rows; ++r) {
-    const T* row = from + r * tile.columns;
-    T* to = target(v, k, b + r, column, const_cast<T*>(row));
+    T* row = from + r * tile.columns;
+    T* to = target(v, k, b + r, column, row);
     if (to != row) memcpy(to, row, sizeof(T) * tile.columns);
     store(v, k, b + r, column, tile.columns, row);
   }
@@ -141,43 +166,13 @@ void kl_dims_kernel(const KlDimsParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Noise of the elements [index, index + n), n <= kTile, at the returned place in the buffer. The counters are index / 4,
-// so a tile that starts inside a counter's four begins up to three numbers late.
-using NoiseBuffer = float[kTile + 64];
-
-inline const float* normal_tile(uint64_t seed, int64_t index, int64_t n, NoiseBuffer& buffer) {
-  const uint64_t first = uint64_t(index) >> 2;
-  const int64_t skip = index & 3;
-  const int64_t counters = (skip + n + 3) / 4;
-  const uint32_t low = uint32_t(first), high = uint32_t(first >> 32);
-  float* __restrict out = buffer;
-#pragma omp simd
-  for (int32_t i = 0; i < int32_t((counters + 15) / 16 * 16); ++i) {
-    const uint32_t counter = low + uint32_t(i);
-    const Words w = philox(seed, counter, high + (counter < low ? 1u : 0u));
-    const NormalPair a = box_muller(w.w0, w.w1), b = box_muller(w.w2, w.w3);
-    out[4 * i] = a.first;
-    out[4 * i + 1] = a.second;
-    out[4 * i + 2] = b.first;
-    out[4 * i + 3] = b.second;
-  }
-  return buffer + skip;
-}
-
 // eps of the tile's elements for sample k, in the compute type.
 template <class T, class Params>
 inline const T* eps_of(const Params& p, const LatentTile<T>& tile, int64_t k, int64_t b, int64_t column, T* to,
                        NoiseBuffer& noise) {
-  if (p.eps) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      T* row = to + r * tile.columns;
-      const T* from = load(p.eps, k, b + r, column, tile.columns, row);
-      if (from != row) memcpy(row, from, sizeof(T) * tile.columns);
-    }
-    return to;
-  }
+  if (p.eps) return load_rows(p.eps, k, b, column, tile.rows, tile.columns, to);
   // a tile is whole rows, or part of one row: its indices in [K, B, D] are contiguous
-  const float* e = normal_tile(p.seed, ((p.first_sample + k) * p.B + b) * p.D + column, tile.n, noise);
+  const float* e = normal_run(p.seed, ((p.first_sample + k) * p.B + b) * p.D + column, tile.n, noise);
   if constexpr (sizeof(T) == 4) {
     return e;
   } else {
@@ -197,14 +192,15 @@ void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
     for_latent_tiles<T>(p, item / blocks_k, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
       for (int64_t k = first; k < last; ++k) {
         const T* __restrict eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
+        T* __restrict z_at = target_rows(p.z, k, b, column, tile, z);
 #pragma omp simd
         for (int64_t i = 0; i < tile.n; ++i) {
           const T e = eps[i], step = tile.std[i] * e;
           const T from_prior = tile.delta[i] + step;  // z - mu_p
-          z[i] = tile.mu[i] + step;
+          z_at[i] = tile.mu[i] + step;
           ratio[i] = T(0.5) * (tile.t[i] + (e * e - from_prior * from_prior * tile.inv_p[i]));
         }
-        store_rows(p.z, k, b, column, tile, z);
+        store_rows(p.z, k, b, column, tile, z_at);
         for (int64_t r = 0; r < tile.rows; ++r) {
           p.log_ratio[k * p.B + b + r] += double(sum_of(ratio + r * tile.columns, tile.columns));
         }
@@ -220,7 +216,7 @@ void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
 template <class T>
 void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_t end) {
   constexpr int64_t kInner = 16;
-  T eps_buffer[kTile], grad_z[kTile], up[kTile], grad_eps[kTile];
+  T eps_buffer[kTile], grad_z[kTile], up[kTile], grad_eps[kTile], zeros[kTile] = {};
   NoiseBuffer noise;
   LatentGrads<T> part;
   double total[4][kTile];
@@ -237,17 +233,14 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
         const T* __restrict eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
         for (int64_t r = 0; r < tile.rows; ++r) {
           const T g = at<T>(p.grad_log_ratio, k, b + r);
-          T* row = grad_z + r * tile.columns;
-          for (int64_t i = 0; i < tile.columns; ++i) up[r * tile.columns + i] = g, row[i] = 0;
-          if (!p.grad_z) continue;
-          const T* from = load(p.grad_z, k, b + r, column, tile.columns, row);
-          if (from != row) memcpy(row, from, sizeof(T) * tile.columns);
+          for (int64_t i = 0; i < tile.columns; ++i) up[r * tile.columns + i] = g;
         }
+        const T* __restrict gz = p.grad_z ? load_rows(p.grad_z, k, b, column, tile.rows, tile.columns, grad_z) : zeros;
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           const T step = tile.std[i] * eps[i];
           const T slope = up[i] * (tile.delta[i] + step) * tile.inv_p[i];
-          const T g = grad_z[i] - slope;
+          const T g = gz[i] - slope;
           part.mu[i] += g;
           part.logvar[i] += T(0.5) * (g * step + up[i]);
           grad_eps[i] = g * tile.std[i] + up[i] * eps[i];

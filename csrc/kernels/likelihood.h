@@ -17,7 +17,8 @@ struct Elements {
   T *grad_recon, *grad_scale, *grad_x;
 };
 
-// Sum over n elements; the gradients are factor x d log p. An element of weight 0 counts for nothing, whatever it holds.
+// Sum over n elements; the gradients are factor x d log p. An element of weight 0 counts for nothing, whatever it
+// holds.
 template <class L, bool kScale, Grads kGrads, bool kWeighted, class T>
 inline T log_prob_tile(const Elements<T>& e, T factor, int64_t n) {
   const T* __restrict recon = e.recon;
@@ -44,8 +45,6 @@ inline T log_prob_tile(const Elements<T>& e, T factor, int64_t n) {
   }
   return sum;
 }
-
-inline constexpr int64_t kLanes = 16;  // the widest vector of the compute types
 
 template <class L, bool kScale, Grads kGrads, class T>
 inline double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int64_t begin, int64_t end) {

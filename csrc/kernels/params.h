@@ -36,8 +36,8 @@ inline constexpr int64_t segments(int64_t d) { return d <= kSegment ? 1 : (d + k
 // log p(x | recon) of every row, its gradient, or both. Work items: rows x segments(D).
 struct LogProbParams {
   int64_t K = 1, B = 0, D = 0;
-  View recon, scale, x, mask;             // scale, mask: may be empty
-  View grad_recon, grad_scale, grad_x;    // written where not empty: row gradient x d log p
+  View recon, scale, x, mask;           // scale, mask: may be empty
+  View grad_recon, grad_scale, grad_x;  // written where not empty: row gradient x d log p
   RowScalars grad;
   double* out = nullptr;  // [K, B, segments] partial sums, or null
 };
@@ -78,9 +78,9 @@ struct SampleBackwardParams {
   View mu, logvar, prior_mu, prior_logvar;
   uint64_t seed = 0;
   int64_t first_sample = 0;
-  View eps, grad_z;          // [K, B, D], may be empty
-  RowScalars grad_log_ratio;  // [K, B]
-  RowScalars grad_kl;         // [B]
+  View eps, grad_z;                                             // [K, B, D], may be empty
+  RowScalars grad_log_ratio;                                    // [K, B]
+  RowScalars grad_kl;                                           // [B]
   View grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;  // [B, D], may be empty
   View grad_eps;                                                // [K, B, D], may be empty
 };

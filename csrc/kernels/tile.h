@@ -31,7 +31,7 @@ FASTELBO_HD BFloat16 to_bfloat16(float v) {
   return {uint16_t(v == v ? rounded : 0x7fc0u)};
 }
 
-#if defined(__F16C__)
+#if FASTELBO_X86_LEVEL >= 3
 FASTELBO_HD float to_float(Half v) { return _cvtsh_ss(v.bits); }
 FASTELBO_HD Half to_half(float v) { return {uint16_t(_cvtss_sh(v, 0))}; }
 #else
@@ -61,7 +61,7 @@ FASTELBO_HD To convert_out(T v) {
   }
 }
 
-#if defined(__F16C__)
+#if FASTELBO_X86_LEVEL >= 3
 // Eight halves at a time: the compiler does not vectorize the scalar conversion.
 inline void halves_in(float* __restrict to, const Half* __restrict from, int64_t n) {
   int64_t i = 0;
@@ -107,7 +107,7 @@ inline void gather(T* __restrict to, const View& v, const From* from, int64_t be
     const From* __restrict p = from + offset;
     T* __restrict q = to + index;
     if (step == 1) {
-#if defined(__F16C__)
+#if FASTELBO_X86_LEVEL >= 3
       if constexpr (__is_same(From, Half) && __is_same(T, float)) return halves_in(q, p, count);
 #endif
 #pragma omp simd
@@ -125,7 +125,7 @@ inline void scatter(const T* __restrict from, const View& v, To* to, int64_t beg
     To* __restrict p = to + offset;
     const T* __restrict q = from + index;
     if (step == 1) {
-#if defined(__F16C__)
+#if FASTELBO_X86_LEVEL >= 3
       if constexpr (__is_same(To, Half) && __is_same(T, float)) return halves_out(p, q, count);
 #endif
 #pragma omp simd
@@ -157,7 +157,8 @@ inline const T* load(const View& v, int64_t k, int64_t b, int64_t begin, int64_t
   return buffer;
 }
 
-// Where elements [begin, begin + n) of row (k, b) are to be written: in place, or in the buffer, which store() converts.
+// Where elements [begin, begin + n) of row (k, b) are to be written: in place, or in the buffer, which store()
+// converts.
 template <class T>
 inline T* target(const View& v, int64_t k, int64_t b, int64_t begin, T* buffer) {
   return v && lies_as<T>(v) ? static_cast<T*>(v.data) + k * v.stride_k + b * v.stride_b + begin : buffer;
@@ -180,11 +181,25 @@ FASTELBO_HD T at(const RowScalars& s, int64_t k, int64_t b) {
   return s.data ? static_cast<const T*>(s.data)[k * s.stride_k + b * s.stride_b] : T(s.constant);
 }
 
+inline constexpr int64_t kLanes = 16;  // the widest vector of the compute types
+
+// The sum of n numbers, the last vector of which overlaps the one before: no scalar loop for the tail of a row.
 template <class T>
-FASTELBO_HD T sum_of(const T* p, int64_t n) {
+inline T sum_of(const T* p, int64_t n) {
   T sum = 0;
+  const int64_t whole = n - n % kLanes;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += p[i];
+  for (int64_t i = 0; i < whole; ++i) sum += p[i];
+  if (n < kLanes) {
+    for (int64_t i = 0; i < n; ++i) sum += p[i];
+  } else if (whole < n) {
+    const T* last = p + n - kLanes;
+    const int fresh = int(kLanes - (n - whole));
+    T rest = 0;
+#pragma omp simd reduction(+ : rest)
+    for (int i = 0; i < int(kLanes); ++i) rest += i >= fresh ? last[i] : T(0);
+    sum += rest;
+  }
   return sum;
 }
 

@@ -16,10 +16,8 @@ struct Gaussian {
     const T slope = delta * exp_full(-lv);  // the compiler folds exp(0) where no log variance is given
     const T square = delta * slope;
     const T log_2pi = T(1.83787706640934548356);
-    return {.value = T(-0.5) * (square + lv + log_2pi),
-            .d_recon = slope,
-            .d_scale = T(0.5) * (square - 1),
-            .d_x = -slope};
+    return {
+        .value = T(-0.5) * (square + lv + log_2pi), .d_recon = slope, .d_scale = T(0.5) * (square - 1), .d_x = -slope};
   }
 };
 

@@ -41,7 +41,7 @@ struct Float<float> {
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693145752f, kLn2Lo = 1.42860677e-6f;
-  static constexpr float kZeroExp = -88.0f;                   // exp there has exponent bits 0: exactly 0
+  static constexpr float kZeroExp = -88.0f;                    // exp there has exponent bits 0: exactly 0
   static constexpr float kLowest = -104.0f, kHighest = 89.0f;  // exp is 0 and infinity beyond
   static constexpr UInt kSqrtHalf = 0x3f3504f3u;
   static constexpr float kMinNormal = 1.17549435e-38f, kTwoMantissa = 8388608.0f;
@@ -127,9 +127,9 @@ FASTELBO_HD float log_split(float exponent, float f) {
 }
 FASTELBO_HD double log_split(double exponent, double f) {
   const double s = f / (2 + f), w = s * s;
-  const double p = poly(w, 6.666666666666666093e-1, 4.000000000000628704e-1, 2.857142856907298424e-1,
-                        2.222222264874744995e-1, 1.818177550875788698e-1, 1.538709764114281472e-1,
-                        1.324996223619122087e-1, 1.325275299187761007e-1);
+  const double p =
+      poly(w, 6.666666666666666093e-1, 4.000000000000628704e-1, 2.857142856907298424e-1, 2.222222264874744995e-1,
+           1.818177550875788698e-1, 1.538709764114281472e-1, 1.324996223619122087e-1, 1.325275299187761007e-1);
   return exponent * Float<double>::kLn2Hi + (2 * s + (s * w * p + exponent * Float<double>::kLn2Lo));
 }
 

@@ -8,6 +8,16 @@
 #define FASTELBO_ISA baseline
 #endif
 
+// The x86-64 level of that instruction set, 0 on other machines. Said by the isa_*.cpp files: in C++, a target pragma
+// does not define __AVX2__ and its like.
+#ifndef FASTELBO_X86_LEVEL
+#if defined(__x86_64__) && !defined(__CUDACC__)
+#define FASTELBO_X86_LEVEL 2
+#else
+#define FASTELBO_X86_LEVEL 0
+#endif
+#endif
+
 #if defined(__CUDACC__)
 #define FASTELBO_HD __host__ __device__ __forceinline__
 #else

@@ -58,21 +58,25 @@ void math_of(Checks& c, const char* type) {
   report("exp", sweep<T>(T(limit(-87, -708)), T(limit(88.7, 709.7)), full, exact_exp), limit(1.2e-7, 2.3e-16));
   report("exp near 0", sweep_powers<T>(-60, 0, -1, nonpositive, exact_exp), limit(1.2e-7, 2.3e-16));
   report("log(1 + e), e in [0, 1]",
-         std::fmax(sweep<T>(0, 1, [](T x) { return log1p_unit(x); }, [](long double x) { return log1pl(x); }),
-                   sweep_powers<T>(limit(-100, -900), 0, 1, [](T x) { return log1p_unit(x); },
-                                   [](long double x) { return log1pl(x); })),
+         std::fmax(
+             sweep<T>(
+                 0, 1, [](T x) { return log1p_unit(x); }, [](long double x) { return log1pl(x); }),
+             sweep_powers<T>(
+                 limit(-100, -900), 0, 1, [](T x) { return log1p_unit(x); }, [](long double x) { return log1pl(x); })),
          limit(2.2e-7, 3.3e-16));
   const auto log_p = [](T x) { return log_and_log1m(x).log_p; };
   const auto log_1mp = [](T x) { return log_and_log1m(x).log_1mp; };
   const auto exact_log = [](long double x) { return logl(x); };
   const auto exact_log1m = [](long double x) { return log1pl(-x); };
   const T below_one = 1 - (wide ? T(0x1p-53) : T(0x1p-24));
-  report("log p", std::fmax(sweep<T>(T(1e-6), below_one, log_p, exact_log),
-                            sweep_powers<T>(limit(-148, -1070), -1, 1, log_p, exact_log)),
+  report("log p",
+         std::fmax(sweep<T>(T(1e-6), below_one, log_p, exact_log),
+                   sweep_powers<T>(limit(-148, -1070), -1, 1, log_p, exact_log)),
          limit(2e-7, 3e-16));
-  report("log(1 - p)", std::fmax(sweep<T>(T(1e-6), below_one, log_1mp, exact_log1m),
-                                 sweep_powers<T>(-60, -1, 1, log_1mp, exact_log1m)),
-         limit(2e-7, 4e-16));
+  report(
+      "log(1 - p)",
+      std::fmax(sweep<T>(T(1e-6), below_one, log_1mp, exact_log1m), sweep_powers<T>(-60, -1, 1, log_1mp, exact_log1m)),
+      limit(2e-7, 4e-16));
   const auto remainder = [](T t) { return expm1_of(t, exp_full(t)).remainder; };
   const auto value = [](T t) { return expm1_of(t, exp_full(t)).value; };
   // long double cancels too: near 0 the series says what is right
@@ -118,8 +122,8 @@ inline void philox_cases(Checks& c) {
   c.expect(ones.w0 == 0x408f276du && ones.w1 == 0x41c83b0eu && ones.w2 == 0xa20bc7c6u && ones.w3 == 0x6d5451fdu,
            "Philox of ones", ones.w0, 0);
   const Words pi = philox_rounds<10>({0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}, 0xa4093822u, 0x299f31d0u);
-  c.expect(pi.w0 == 0xd16cfe09u && pi.w1 == 0x94fdccebu && pi.w2 == 0x5001e420u && pi.w3 == 0x24126ea1u,
-           "Philox of pi", pi.w0, 0);
+  c.expect(pi.w0 == 0xd16cfe09u && pi.w1 == 0x94fdccebu && pi.w2 == 0x5001e420u && pi.w3 == 0x24126ea1u, "Philox of pi",
+           pi.w0, 0);
   double radius = 0, angle = 0;
   for (int i = 0; i < kPoints; ++i) {
     const Words w = philox(7, uint32_t(i), 0);
@@ -128,7 +132,8 @@ inline void philox_cases(Checks& c) {
     const long double u = ((long double)(a) + 0.5L) * 0x1p-32L, t = 2 * M_PIl * w.w1 * 0x1p-32L;
     const long double r = sqrtl(-2 * logl(u));
     const NormalPair z = box_muller(a, w.w1);
-    radius = std::fmax(radius, relative(sqrtl((long double)(z.first) * z.first + (long double)(z.second) * z.second), r));
+    radius =
+        std::fmax(radius, relative(sqrtl((long double)(z.first) * z.first + (long double)(z.second) * z.second), r));
     angle = std::fmax(angle, double(fmaxl(fabsl(z.first / r - cosl(t)), fabsl(z.second / r - sinl(t)))));
   }
   std::printf("    %-28s %.2e (stated 4.0e-07)\n    %-28s %.2e (stated 4.0e-07)\n", "Box-Muller radius", radius,

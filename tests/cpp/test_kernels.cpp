@@ -57,8 +57,8 @@ void bernoulli(Checks& c, const KernelTable& t, int64_t D, int64_t stride, bool 
                       : view(l.data(), DType::f32, B * D * stride, D * stride, D, stride);
     p.x = view(x.data(), DType::f32, 0, D, D);
     if (masked) p.mask = view(mask.data(), DType::f32, 0, D, D);
-    p.grad_recon = is_half ? view(half_grad.data(), DType::bf16, B * D, D, D)
-                           : view(grad.data(), DType::f32, B * D, D, D);
+    p.grad_recon =
+        is_half ? view(half_grad.data(), DType::bf16, B * D, D, D) : view(grad.data(), DType::f32, B * D, D, D);
     p.grad.constant = -0.25;
     p.out = out.data();
     t.log_prob[0][0][0](p, 0, K * B * segments(D));

@@ -1,0 +1,196 @@
+"""Training and the command: figures, files, resuming, and errors of one line."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastelbo import cli, plots, training
+from fastelbo.training import METRICS, Config, Trainer
+
+TIMES = {"ms_per_step", "loss_share"}
+PICTURES = ("curves", "reconstructions", "prior_samples", "latent_plane", "kl_per_dimension")
+SMALL = {"hidden": 16, "latent_dim": 2, "epochs": 4}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Steps of a millisecond: on a busy machine, threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    with (out / "metrics.csv").open(newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def untimed(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in history]
+
+
+def run(config: Config, out: Path, *, resume: bool = False, stop_after: int | None = None) -> Trainer:
+    def stop(row):
+        if row["epoch"] == stop_after:
+            raise KeyboardInterrupt
+
+    trainer = training.prepare(config, out, resume=resume)
+    try:
+        training.fit(trainer, out, stop)
+    except KeyboardInterrupt:
+        assert stop_after is not None
+    return trainer
+
+
+def test_train_writes_everything(tmp_path, capsys):
+    assert cli.main(["train", "--epochs", "2", "--hidden", "32", "--out", str(tmp_path / "run")]) == 0
+    out, lines = tmp_path / "run", capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    history = rows(out)
+    assert tuple(history[0]) == METRICS and [row["epoch"] for row in history] == [1, 2]
+    for row in history:
+        for split in ("train", "held_out"):
+            assert row[f"{split}_elbo"] == pytest.approx(row[f"{split}_log_likelihood"] - row[f"{split}_kl"], abs=1e-9)
+            assert row[f"{split}_bound"] == pytest.approx(row[f"{split}_elbo"], rel=1e-5)
+        assert row["train_kl"] >= 0 and -60 < row["held_out_elbo"] < -15
+        assert row["ms_per_step"] > 0 and 0 < row["loss_share"] < 1
+    assert history[1]["held_out_elbo"] > history[0]["held_out_elbo"]
+    for name in PICTURES:
+        picture = (out / f"{name}.png").read_bytes()
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 5000
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] == 2 and state["config"]["likelihood"] == "bernoulli"
+    assert not list(out.glob("*.partial"))
+
+
+def test_held_out_figures_are_datum_weighted(monkeypatch):
+    trainer = Trainer(Config(**SMALL))
+    whole = trainer.evaluate()
+    x = trainer.data.held_out
+    with torch.no_grad():
+        noise = trainer._noise(x, torch.Generator().manual_seed(0))
+        kl = trainer.model.loss(x, return_parts=True, **noise).kl.double().mean()
+    assert whole["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
+    monkeypatch.setattr(training, "EVALUATION_BATCH", 179)  # 180 held-out digits: a mean of means would be far off
+    assert trainer.evaluate()["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "iwae", "num_samples": 3, "impl": "reference"}])
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, options):
+    config = Config(**SMALL, **options)
+    whole = run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", stop_after=2)
+    with (tmp_path / "parts/metrics.csv").open("a") as file:
+        file.write(
+            "3," + ",".join("0" for _ in METRICS[1:]) + "\n"
+        )  # left by an epoch that was cut before its checkpoint
+    torch.manual_seed(123)
+    parts = run(config, tmp_path / "parts", resume=True)
+    assert untimed(rows(tmp_path / "whole")) == untimed(rows(tmp_path / "parts"))
+    assert untimed(parts.history) == untimed(whole.history)
+    for ours, theirs in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_training_leaves_the_global_generator_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    Trainer(Config(**SMALL)).run_epoch()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_fused_and_reference_take_the_same_first_steps():
+    fused, plain = (Trainer(Config(**SMALL, impl=impl)) for impl in ("fused", "reference"))
+    fused.run_epoch(), plain.run_epoch()
+    np.testing.assert_allclose(fused.step_losses[:5], plain.step_losses[:5], rtol=2e-6)
+    assert fused.history[0]["held_out_elbo"] == pytest.approx(plain.history[0]["held_out_elbo"], rel=1e-4)
+
+
+def test_iwae_trains_and_reports_its_bound(tmp_path, capsys):
+    arguments = ["train", "--objective", "iwae", "--samples", "5", "--epochs", "2", "--hidden", "16"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "iwae bound" in capsys.readouterr().out
+    for row in rows(tmp_path):
+        assert row["held_out_bound"] > row["held_out_elbo"]
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "bernoulli_probs", "gaussian", "laplace"])
+def test_array_files(tmp_path, likelihood):
+    x = (255 * torch.rand(40, 3, 5, generator=torch.Generator().manual_seed(0))).byte().numpy()
+    np.savez(tmp_path / "x.npz", x=x, y=np.arange(40) % 3)
+    arguments = ["train", "--data", str(tmp_path / "x.npz"), "--likelihood", likelihood, "--epochs", "1"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/latent_plane.png").exists()
+
+
+def test_data_that_are_no_images(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 7)))
+    arguments = ["train", "--data", str(tmp_path / "x.npy"), "--latent-dim", "1", "--epochs", "1"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    assert {p.stem for p in (tmp_path / "run").glob("*.png")} == {"curves", "kl_per_dimension"}
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert state["config"]["likelihood"] == "gaussian"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--objective", "elboo"], "argument --objective: invalid choice: 'elboo'"),
+        (["--epochs", "0"], "epochs must be at least 1; got 0"),
+        (["--epochs", "many"], "argument --epochs: invalid int value"),
+        (["--lr", "-1"], "lr must be positive and finite; got -1.0"),
+        (["--data", "mnist.npy"], "No such file"),
+        (["--data", "mnist"], "data must be one of digits, patches"),
+        (["--data", "patches", "--likelihood", "bernoulli"], "data must lie in [0, 1]"),
+        (["--resume"], "nothing to resume"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "--out", str(tmp_path), *arguments])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_options(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plots, "save_all", lambda *_: [])
+    arguments = ["train", "--hidden", "16", "--epochs", "1", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    for extra, message in (([], "already holds a run"), (["--resume", "--lr", "0.1"], "changed: lr 0.002 -> 0.1")):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([*arguments, *extra])
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--epochs", "2", "--out", str(tmp_path)]) == 0
+    assert len(rows(tmp_path)) == 2
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--resume", "--out", str(tmp_path)])
+    assert "is damaged, or no checkpoint" in capsys.readouterr().err
+
+
+def test_divergence_stops_with_a_message_and_without_a_checkpoint(tmp_path, capsys):
+    assert cli.main(["train", "--lr", "1e8", "--epochs", "3", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("fastelbo train: loss is ")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_missing_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "sklearn" else object())
+    assert cli.main(["train", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "fastelbo train needs sklearn: pip install fastelbo[train]\n"
+
+
+def test_info_as_a_module():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fastelbo", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0 and '"torch"' in done.stdout

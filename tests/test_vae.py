@@ -1,0 +1,281 @@
+"""VAE, likelihoods and data: shapes, the folding of K, and losses against the float64 formulas."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastelbo
+from fastelbo import data, likelihoods, reference
+from fastelbo.vae import VAE
+
+B, K, M = 5, 3, 4
+
+
+class LearnedVariance(nn.Module):
+    """A decoder that returns (mean, logvar), logvar of a shape that broadcasts."""
+
+    def __init__(self, shape: tuple[int, ...], full: bool = False) -> None:
+        super().__init__()
+        self.mean = nn.Sequential(nn.Linear(M, 6), nn.Unflatten(1, (2, 3)))
+        self.logvar = nn.Parameter(0.3 * torch.randn(shape))
+        self.full = full
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.mean(z)
+        return mean, self.logvar + z.sum(1)[:, None, None] if self.full else self.logvar
+
+
+def dense(decoder: nn.Module | None = None, likelihood: str = "bernoulli") -> VAE:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(6, 2 * M))
+    return VAE(encoder, decoder or nn.Sequential(nn.Linear(M, 6), nn.Unflatten(1, (2, 3))), likelihood).double()
+
+
+def convolutional() -> VAE:
+    torch.manual_seed(0)
+    encoder = nn.Conv2d(1, 2 * 2, 2, stride=2)
+    return VAE(encoder, nn.ConvTranspose2d(2, 1, 2, stride=2)).double()
+
+
+CASES = {
+    "dense": (dense, (2, 3), (M,)),
+    "conv": (convolutional, (1, 6, 4), (2, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("num_samples", [None, 1, K])
+def test_shapes(case, num_samples):
+    make, event, latent = CASES[case]
+    model, lead = make(), () if num_samples is None else (num_samples,)
+    recon, posterior = model(torch.rand(B, *event).double(), num_samples)
+    assert recon.shape == (*lead, B, *event)
+    assert posterior.z.shape == (*lead, B, *latent)
+    assert posterior.kl.shape == (B,) and posterior.log_ratio.shape == (*lead, B)
+    assert model.reconstruct(torch.rand(B, *event).double()).shape == (B, *event)
+    assert model.sample(7).shape == model.sample(7, mean=True).shape == (7, *event)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decode_folds_k_and_b_in_order(case):
+    make, event, latent = CASES[case]
+    model = make()
+    model.encode(torch.rand(B, *event).double())
+    z = torch.randn(K, B, *latent).double()
+    loop = torch.stack([model.decoder(z[k]) for k in range(K)])
+    torch.testing.assert_close(model.decode(z), loop, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.decode(z[1]), loop[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape, full", [((), False), ((2, 3), False), ((1, 2, 3), False), ((), True)])
+@pytest.mark.parametrize("num_samples", [1, K])
+def test_pair_decoder_broadcasts_and_folds(shape, full, num_samples):
+    model = dense(LearnedVariance(shape, full), "gaussian")
+    x, eps = torch.randn(B, 2, 3).double(), torch.randn(num_samples, B, M).double()
+    loss = model.loss(x, objective="iwae", num_samples=num_samples, eps=eps)
+    mu, logvar = model.encode(x)
+    log_w = []
+    for k in range(num_samples):
+        z = mu + torch.exp(logvar / 2) * eps[k]
+        mean, lv = model.decoder(z)
+        log_p = torch.distributions.Normal(mean, torch.exp(lv / 2).expand_as(mean)).log_prob(x).sum((1, 2))
+        prior, posterior = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(mu, torch.exp(logvar / 2))
+        log_w.append(log_p + (prior.log_prob(z) - posterior.log_prob(z)).sum(1))
+    expected = -(torch.logsumexp(torch.stack(log_w), 0) - np.log(num_samples)).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_samples", [1, K])
+@pytest.mark.parametrize("beta, free_bits", [(1.0, 0.0), (0.5, 0.0), (2.0, 0.1)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_elbo_and_its_gradients(num_samples, beta, free_bits, reduction):
+    model = dense()
+    x = torch.rand(B, 2, 3).double()
+    eps = torch.randn(*((K,) if num_samples > 1 else ()), B, M).double()
+
+    def expected() -> Tensor:
+        mu, logvar = model.encode(x)
+        z = mu + torch.exp(logvar / 2) * eps
+        logits = model.decoder(z.reshape(-1, M)).reshape(*z.shape[:-1], 2, 3)
+        log_p = torch.distributions.Bernoulli(logits=logits, validate_args=False).log_prob(x).sum((-1, -2))
+        log_p = log_p.mean(0) if num_samples > 1 else log_p
+        q = torch.distributions.Normal(mu, torch.exp(logvar / 2))
+        kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0))
+        kl = torch.where(kl.mean(0) >= free_bits, kl, free_bits)
+        loss = beta * kl.sum(1) - log_p
+        return {"mean": loss.mean(), "sum": loss.sum(), "none": loss}[reduction]
+
+    options = {"num_samples": num_samples, "beta": beta, "free_bits": free_bits, "reduction": reduction}
+    parts = model.loss(x, eps=eps, return_parts=True, **options)
+    torch.testing.assert_close(parts.loss, expected(), rtol=1e-10, atol=1e-10)
+    assert parts.kl.shape == (B,) and parts.log_likelihood.shape == eps.shape[:-1]
+    weight = torch.rand_like(parts.loss)
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(parts.loss, parameters, weight)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected(), parameters, weight), rtol=1e-9, atol=1e-10)
+
+
+def test_iwae_bound_lies_above_the_elbo_and_is_per_datum():
+    model, x = dense(), torch.rand(B, 2, 3).double()
+    eps = torch.randn(50, B, M).double()
+    bound = -model.loss(x, objective="iwae", num_samples=50, reduction="none", eps=eps)
+    log_p, kl = model.loss(x, objective="iwae", num_samples=50, return_parts=True, eps=eps)[1:]
+    assert bound.shape == (B,) and (bound > log_p.mean(0) - kl).all()
+    alone = -model.loss(x[2:3], objective="iwae", num_samples=50, reduction="none", eps=eps[:, 2:3])
+    torch.testing.assert_close(alone, bound[2:3], rtol=1e-12, atol=0)
+
+
+def test_noise_is_reproducible_by_seed_and_by_generator():
+    model, x = dense(), torch.rand(B, 2, 3).double()
+    assert model.loss(x, seed=3) == model.loss(x, seed=3) != model.loss(x, seed=4)
+    first, second = (model.loss(x, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert first == second
+    torch.manual_seed(6)
+    before = model.loss(x)
+    assert model.loss(x) != before
+    torch.manual_seed(6)
+    assert model.loss(x) == before
+    draws = [model.sample(4, generator=torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*draws)
+
+
+def test_encoder_may_return_a_pair():
+    class Pair(nn.Module):
+        def __init__(self, whole: nn.Module) -> None:
+            super().__init__()
+            self.whole = whole
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            out = self.whole(x)
+            return out[:, :M], out[:, M:]
+
+    halved, x = dense(), torch.rand(B, 2, 3).double()
+    pair = VAE(Pair(halved.encoder), halved.decoder)
+    assert pair.loss(x, seed=1) == halved.loss(x, seed=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_integer_data(dtype):
+    model = dense().float()
+    x = torch.randint(0, 256 if dtype == torch.uint8 else 2, (B, 2, 3)).to(dtype)
+    as_float = x.float() / 255 if dtype == torch.uint8 else x.float()
+    for objective in ("elbo", "iwae"):
+        options = {"objective": objective, "num_samples": 2, "seed": 1}
+        torch.testing.assert_close(model.loss(x, **options), model.loss(as_float, **options), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.reconstruct(x), model.reconstruct(as_float))
+
+
+@pytest.mark.parametrize("name", likelihoods.LIKELIHOODS)
+def test_likelihood_draws_have_the_mean_and_density_of_the_reference(name):
+    generator = torch.Generator().manual_seed(0)
+    row = likelihoods.get(name)
+    first = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64).expand(100_000, 3)
+    recon = (first, torch.tensor(-0.7, dtype=torch.float64)) if row.has_scale else first
+    draws = likelihoods.sample(recon, name, generator=generator)
+    torch.testing.assert_close(draws.mean(0), likelihoods.mean(recon, name)[0], rtol=0, atol=0.01)
+    # the mean of log p over draws from p is minus its entropy
+    scale = recon[1].expand_as(first) if row.has_scale else None
+    score = reference.log_prob(first, draws, scale, likelihood=name).mean()
+    p = likelihoods.mean(first[0], name)
+    entropy = {
+        "gaussian": lambda: 3 * 0.5 * (reference.LOG_2PI + 1 - 0.7),
+        "laplace": lambda: 3 * (1 + np.log(2) - 0.7),
+    }.get(name, lambda: torch.distributions.Bernoulli(p).entropy().sum().item())()
+    assert abs(score.item() + entropy) < 0.02
+
+
+def test_every_built_likelihood_has_a_row():
+    assert set(fastelbo.build_info()["likelihoods"]) == set(likelihoods.LIKELIHOODS)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"objective": "elboo"}, "objective must be one of elbo, iwae; got 'elboo'"),
+        ({"objective": "iwae", "beta": 0.5}, "beta has no effect"),
+        ({"objective": "iwae", "beta": torch.tensor(1.0)}, "beta has no effect"),
+        ({"objective": "iwae", "free_bits": 0.1}, "free_bits has no effect"),
+        ({"alpha": 0.5}, "alpha has no effect"),
+        ({"objective": "iwae", "groups": 2}, "groups has no effect"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"seed": 1, "generator": torch.Generator()}, "exclude each other"),
+    ],
+)
+def test_loss_options_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        dense().loss(torch.rand(B, 2, 3).double(), **options)
+
+
+def test_shapes_that_do_not_fit():
+    model = dense()
+    with pytest.raises(ValueError, match="latent_shape is not known yet"):
+        model.sample(2)
+    model.latent_shape = (M,)
+    assert model.sample(2).shape == (2, 2, 3)
+    with pytest.raises(ValueError, match=r"with latent=\(4,\); got \(5, 3\)"):
+        model.decode(torch.randn(B, 3).double())
+    with pytest.raises(ValueError, match="likelihood must be one of bernoulli"):
+        VAE(model.encoder, model.decoder, "binomial")
+    with pytest.raises(TypeError, match="x must be floating, uint8 or bool; got"):
+        model.encode(torch.zeros(B, 2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"even size on dim 1.*got a tensor \(5, 3\)"):
+        VAE(nn.Linear(6, 3), model.decoder).encode(torch.rand(B, 6))
+    with pytest.raises(ValueError, match=r"decoder must return \[15, \*event\]"):
+        dense(nn.Flatten(0)).loss(torch.rand(B, 2, 3).double(), num_samples=K)
+    with pytest.raises(TypeError, match="decoder must return a tensor or a pair"):
+        dense(nn.LSTM(M, 3)).loss(torch.rand(B, 2, 3).double())
+
+
+@pytest.mark.parametrize("name", data.BUILT_IN)
+def test_built_in_data(name):
+    first, second = data.load(name), data.load(name)
+    assert torch.equal(first.train, second.train) and torch.equal(first.held_out, second.held_out)
+    assert not torch.equal(first.held_out, data.load(name, seed=1).held_out)
+    assert first.train.shape[1:] == (8, 8) and first.train.dtype == torch.float32
+    assert len(first.train) + len(first.held_out) == {"digits": 1797, "patches": 8480}[name]
+    if name == "digits":
+        assert first.train.min() == 0 and first.train.max() == 1
+        ones = first.train[first.train_labels == 0].mean(0)
+        assert ones[3:5, 3:5].max() < 0.3 < ones[3:5, 1:3].max()  # labels follow their images: zeros are hollow
+
+
+def test_data_from_files(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (20, 3, 2), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", x=x / 255.0, y=np.arange(20))
+    from_npy, from_npz = (data.load(str(tmp_path / f"x.{kind}")) for kind in ("npy", "npz"))
+    assert from_npy.train.dtype == torch.uint8 and from_npz.train.dtype == torch.float32
+    torch.testing.assert_close(from_npy.train / 255, from_npz.train)
+    both = torch.cat([from_npz.train_labels, from_npz.held_out_labels])
+    assert sorted(both.tolist()) == list(range(20)) and len(from_npz.held_out) == 2
+    torch.testing.assert_close(from_npz.held_out, torch.from_numpy(x)[from_npz.held_out_labels] / 255)
+
+
+@pytest.mark.parametrize(
+    "x, likelihood, error, message",
+    [
+        (np.full((4, 2), 1.5), "bernoulli", ValueError, r"must lie in \[0, 1\] .* from 1.5 to 1.5"),
+        (np.full((4, 2), np.nan), "gaussian", ValueError, "must be finite; 8 of 8"),
+        (np.zeros((4, 2), np.int64), None, TypeError, "floating, uint8 or bool; .* int64"),
+        (np.zeros(4), None, ValueError, r"\[N, \*event\]"),
+        (np.zeros((4, 2)), "binomial", ValueError, "likelihood must be one of"),
+    ],
+)
+def test_data_that_do_not_fit(tmp_path, x, likelihood, error, message):
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(error, match=message):
+        data.load(str(tmp_path / "x.npy"), likelihood)
+
+
+def test_files_that_do_not_fit(tmp_path):
+    (tmp_path / "x.npy").write_bytes(b"not an array")
+    with pytest.raises(ValueError, match="cannot be read"):
+        data.load(str(tmp_path / "x.npy"))
+    with pytest.raises(FileNotFoundError):
+        data.load(str(tmp_path / "missing.npy"))
+    with pytest.raises(ValueError, match="data must be one of digits, patches"):
+        data.load("mnist")
+    np.savez(tmp_path / "two.npz", a=np.zeros((3, 2)), b=np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="it holds a, b"):
+        data.load(str(tmp_path / "two.npz"))

@@ -112,5 +112,5 @@ if __name__ == "__main__":
     for degree, digits in ((7, 10), (14, 19)):
         show(f"exp(t) - 1 - t: t^2 P{degree}(t)", exp_tail, -1, 1, degree, lambda t: 1 / exp_tail(t), digits)
 
-    show("sin(2 pi r): r P3(r^2)", sin_tail, 0, mp.mpf(1) / 64, 3, lambda w: 1 / sin_tail(w), 10)
-    show("cos(2 pi r): 1 + r^2 P3(r^2)", cos_tail, 0, mp.mpf(1) / 64, 3, lambda w: w + TINY, 10)
+    show("sin(2 pi t): t P4(t^2)", sin_tail, 0, mp.mpf(1) / 16, 4, lambda w: 1 / sin_tail(w), 10)
+    show("cos(2 pi t): 1 + t^2 P3(t^2), absolute", cos_tail, 0, mp.mpf(1) / 16, 3, lambda w: w + TINY, 10)

@@ -28,41 +28,41 @@ inline const T* load_rows(const View& v, int64_t k, int64_t b, int64_t column, i
 // One tile of q and of the prior: [rows of a block, columns] of the views, side by side.
 template <class T>
 struct LatentTile {
-  int64_t rows, columns, n;                // n = rows * columns
-  T mu[kTile], logvar[kTile];              //
-  T delta[kTile], t[kTile], inv_p[kTile];  // mu - mu_p, lv - lv_p, exp(-lv_p)
-  T std[kTile];                            // exp(lv / 2)
+  int64_t rows, columns, n;                            // n = rows * columns
+  alignas(64) T mu[kTile], logvar[kTile];              //
+  alignas(64) T delta[kTile], t[kTile], inv_p[kTile];  // mu - mu_p, lv - lv_p, exp(-lv_p)
+  alignas(64) T std[kTile];                            // exp(lv / 2)
 
   void load_view(const View& v, int64_t b, int64_t column, T* to) {
     const T* from = load_rows(v, 0, b, column, rows, columns, to);
     if (from != to) memcpy(to, from, sizeof(T) * n);
   }
 
-  template <class Params>
+  template <bool kStd, class Params>
   void read(const Params& p, int64_t b, int64_t row_count, int64_t column, int64_t column_count) {
     rows = row_count, columns = column_count, n = rows * columns;
     load_view(p.mu, b, column, mu);
     load_view(p.logvar, b, column, logvar);
     if (p.prior_mu) {
       load_view(p.prior_mu, b, column, delta);
+      for (int64_t i = 0; i < n; ++i) delta[i] = mu[i] - delta[i];
     } else {
-      for (int64_t i = 0; i < n; ++i) delta[i] = 0;
+      memcpy(delta, mu, sizeof(T) * n);
     }
     if (p.prior_logvar) {
-      load_view(p.prior_logvar, b, column, t);
-    } else {
-      for (int64_t i = 0; i < n; ++i) t[i] = 0;
-    }
-    T* __restrict d = delta;
-    T* __restrict s = t;
-    T* __restrict q = inv_p;
-    T* __restrict e = std;
+      load_view(p.prior_logvar, b, column, inv_p);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      d[i] = mu[i] - d[i];
-      q[i] = exp_full(-s[i]);
-      s[i] = logvar[i] - s[i];
-      e[i] = exp_full(T(0.5) * logvar[i]);
+      for (int64_t i = 0; i < n; ++i) {
+        t[i] = logvar[i] - inv_p[i];
+        inv_p[i] = exp_full(-inv_p[i]);
+      }
+    } else {
+      memcpy(t, logvar, sizeof(T) * n);
+      for (int64_t i = 0; i < n; ++i) inv_p[i] = 1;
+    }
+    if constexpr (kStd) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) std[i] = exp_full(T(0.5) * logvar[i]);
     }
   }
 
@@ -70,14 +70,14 @@ struct LatentTile {
 };
 
 // Work items cover rows [b, b + rows) and all columns: f(tile, b, column).
-template <class T, class Params, class F>
+template <class T, bool kStd, class Params, class F>
 inline void for_latent_tiles(const Params& p, int64_t block, F f) {
   const int64_t per_block = rows_per_block(p.D), b = block * per_block;
   const int64_t rows = p.B - b < per_block ? p.B - b : per_block;
   LatentTile<T> tile;
   for (int64_t column = 0; column < p.D; column += kTile) {
     const int64_t columns = p.D - column < kTile ? p.D - column : kTile;
-    tile.read(p, b, rows, column, columns);
+    tile.template read<kStd>(p, b, rows, column, columns);
     f(tile, b, column);
   }
 }
@@ -106,7 +106,7 @@ inline void store_rows(const View& v, int64_t k, int64_t b, int64_t column, cons
 // Gradients of the KL of a tile, times the upstream gradient of each row, added to (or in place of) what is there.
 template <class T>
 struct LatentGrads {
-  T mu[kTile], logvar[kTile], prior_mu[kTile], prior_logvar[kTile];
+  alignas(64) T mu[kTile], logvar[kTile], prior_mu[kTile], prior_logvar[kTile];
 
   template <class Params>
   void store_to(const Params& p, int64_t b, int64_t column, const LatentTile<T>& tile) {
@@ -119,11 +119,11 @@ struct LatentGrads {
 
 template <class T>
 void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
-  T value[kTile];
+  alignas(64) T value[kTile];
   LatentGrads<T> g;
   const bool grads = p.grad_mu || p.grad_logvar || p.grad_prior_mu || p.grad_prior_logvar;
   for (int64_t block = begin; block < end; ++block) {
-    for_latent_tiles<T>(p, block, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
+    for_latent_tiles<T, false>(p, block, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
       for (int64_t r = 0; r < tile.rows; ++r) {
         const T up = at<T>(p.grad, 0, b + r);
         const int64_t o = r * tile.columns;
@@ -160,7 +160,7 @@ void kl_dims_kernel(const KlDimsParams& p, int64_t begin, int64_t end) {
     const int64_t columns = p.D - column < kTile ? p.D - column : kTile;
     for (int64_t i = 0; i < columns; ++i) p.out[column + i] = 0;
     for (int64_t b = 0; b < p.B; ++b) {
-      tile.read(p, b, 1, column, columns);
+      tile.template read<false>(p, b, 1, column, columns);
       for (int64_t i = 0; i < columns; ++i) p.out[column + i] += double(tile.kl(i).value);
     }
   }
@@ -184,12 +184,12 @@ inline const T* eps_of(const Params& p, const LatentTile<T>& tile, int64_t k, in
 template <class T>
 void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
   const int64_t blocks_k = sample_blocks(p.K);
-  T eps_buffer[kTile], z[kTile], ratio[kTile];
+  alignas(64) T eps_buffer[kTile], z[kTile], ratio[kTile];
   NoiseBuffer noise;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item % blocks_k * kSampleBlock;
     const int64_t last = first + kSampleBlock < p.K ? first + kSampleBlock : p.K;
-    for_latent_tiles<T>(p, item / blocks_k, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
+    for_latent_tiles<T, true>(p, item / blocks_k, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
       for (int64_t k = first; k < last; ++k) {
         const T* __restrict eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
         T* __restrict z_at = target_rows(p.z, k, b, column, tile, z);
@@ -216,15 +216,15 @@ void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
 template <class T>
 void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_t end) {
   constexpr int64_t kInner = 16;
-  T eps_buffer[kTile], grad_z[kTile], up[kTile], grad_eps[kTile], zeros[kTile] = {};
+  alignas(64) T eps_buffer[kTile], grad_z[kTile], up[kTile], grad_eps[kTile], zeros[kTile] = {};
   NoiseBuffer noise;
   LatentGrads<T> part;
-  double total[4][kTile];
+  alignas(64) double total[4][kTile];
   T* parts[4] = {part.mu, part.logvar, part.prior_mu, part.prior_logvar};
   const bool prior = p.grad_prior_mu || p.grad_prior_logvar;
   const int sums = prior ? 4 : 2;
   for (int64_t block = begin; block < end; ++block) {
-    for_latent_tiles<T>(p, block, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
+    for_latent_tiles<T, true>(p, block, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
       const int64_t n = tile.n;
       for (int s = 0; s < sums; ++s) {
         for (int64_t i = 0; i < n; ++i) total[s][i] = 0, parts[s][i] = 0;

@@ -28,7 +28,9 @@ FASTELBO_HD Lanes mul_wide(Lanes a, Lanes b) {
 #endif
 }
 
-using NoiseBuffer = float[kTile + 64];
+struct NoiseBuffer {
+  alignas(64) float values[kTile + 64];
+};
 
 // Noise of the elements [index, index + n), n <= kTile, at the returned place in the buffer. The counters are index /
 // 4, so a run that starts inside a counter's four begins up to three numbers late.
@@ -58,7 +60,7 @@ inline const float* normal_run(uint64_t seed, int64_t index, int64_t n, NoiseBuf
       memcpy(&words[j][i], &low, sizeof(low));
     }
   }
-  float* __restrict out = buffer;
+  float* __restrict out = buffer.values;
 #pragma omp simd
   for (int i = 0; i < counters; ++i) {
     const NormalPair x = box_muller(words[0][i], words[1][i]), y = box_muller(words[2][i], words[3][i]);
@@ -67,7 +69,7 @@ inline const float* normal_run(uint64_t seed, int64_t index, int64_t n, NoiseBuf
     out[4 * i + 2] = y.first;
     out[4 * i + 3] = y.second;
   }
-  return buffer + skip;
+  return buffer.values + skip;
 }
 
 }  // namespace fastelbo::FASTELBO_ISA

@@ -16,7 +16,7 @@ inline const T* column_tile(const T* column, int64_t stride, int64_t k, int64_t 
 
 template <class T>
 inline LogMeanExp<T> accumulate(const T* column, int64_t stride, int64_t K) {
-  T buffer[kTile];
+  alignas(64) T buffer[kTile];
   T largest = -T(__builtin_huge_val());
   for (int64_t k = 0; k < K; k += kTile) {
     const int64_t n = K - k < kTile ? K - k : kTile;
@@ -51,7 +51,7 @@ void log_mean_exp_kernel(const LogMeanExpParams& p, int64_t begin, int64_t end) 
 
 template <class T>
 void log_mean_exp_backward_kernel(const LogMeanExpParams& p, int64_t begin, int64_t end) {
-  T buffer[kTile], weights[kTile];
+  alignas(64) T buffer[kTile], weights[kTile];
   for (int64_t item = begin; item < end; ++item) {
     const T* column = column_of<T>(p, item);
     T* to = static_cast<T*>(p.grad_log_w) + (column - static_cast<const T*>(p.log_w));

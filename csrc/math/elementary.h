@@ -27,11 +27,6 @@ FASTELBO_HD T poly(T x, T c0, C... c) {
 }
 
 template <class T>
-FASTELBO_HD T abs_of(T x) {
-  return x < 0 ? -x : x;
-}
-
-template <class T>
 struct Float;  // layout and reduction constants of an IEEE type
 
 template <>
@@ -39,7 +34,8 @@ struct Float<float> {
   using Int = int32_t;
   using UInt = uint32_t;
   static constexpr int kMantissa = 23, kBias = 127;
-  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  // 1.5 * 2^23 + bias: adding it to n rounds it to an integer and leaves n + bias in the low bits
+  static constexpr float kMagic = 12583039.0f;
   static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693145752f, kLn2Lo = 1.42860677e-6f;
   static constexpr float kZeroExp = -88.0f;                    // exp there has exponent bits 0: exactly 0
   static constexpr float kLowest = -104.0f, kHighest = 89.0f;  // exp is 0 and infinity beyond
@@ -52,7 +48,7 @@ struct Float<double> {
   using Int = int64_t;
   using UInt = uint64_t;
   static constexpr int kMantissa = 52, kBias = 1023;
-  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kMagic = 6755399441056767.0;  // 1.5 * 2^52 + bias
   static constexpr double kLog2e = 1.4426950408889634074, kLn2Hi = 0.693147180369123816490,
                           kLn2Lo = 1.90821492927058770002e-10;
   static constexpr double kZeroExp = -709.2;
@@ -60,6 +56,32 @@ struct Float<double> {
   static constexpr UInt kSqrtHalf = 0x3fe6a09e667f3bcdull;
   static constexpr double kMinNormal = 2.2250738585072014e-308, kTwoMantissa = 4503599627370496.0;
 };
+
+// By the sign bit, without a comparison, which would be control flow to the compiler.
+template <class T>
+constexpr typename Float<T>::UInt kSignBit = typename Float<T>::UInt(1) << (8 * sizeof(T) - 1);
+
+template <class T>
+FASTELBO_HD T abs_of(T x) {
+  return bits_to<T>(bits_to<typename Float<T>::UInt>(x) & ~kSignBit<T>);
+}
+template <class T>
+FASTELBO_HD T minus_abs(T x) {
+  return bits_to<T>(bits_to<typename Float<T>::UInt>(x) | kSignBit<T>);
+}
+// y >= 0 with the sign of x
+template <class T>
+FASTELBO_HD T with_sign_of(T x, T y) {
+  using U = typename Float<T>::UInt;
+  return bits_to<T>(bits_to<U>(y) | (bits_to<U>(x) & kSignBit<T>));
+}
+// 0 where x has the sign bit, else 1
+template <class T>
+FASTELBO_HD T one_unless_negative(T x) {
+  using U = typename Float<T>::UInt;
+  const U negative = bits_to<U>(x) >> (8 * sizeof(T) - 1);  // 1 or 0
+  return bits_to<T>(bits_to<U>(T(1)) & (negative - 1));
+}
 
 // exp(r) for |r| <= ln(2)/2
 FASTELBO_HD float exp_reduced(float r) {
@@ -73,11 +95,11 @@ FASTELBO_HD double exp_reduced(double r) {
                            2.500005559962514668e-8));
 }
 
-// 2^n for an integer n given as the low bits of n + kMagic; n in [-bias, bias], and 0 at n = -bias
+// 2^n for an integer n given as n + kMagic; n in [-bias, bias], and 0 at n = -bias
 template <class T>
-FASTELBO_HD T exp2_of_bits(T shifted) {
+FASTELBO_HD T exp2_of(T shifted) {
   using U = typename Float<T>::UInt;
-  return bits_to<T>((bits_to<U>(shifted) + U(Float<T>::kBias)) << Float<T>::kMantissa);
+  return bits_to<T>(bits_to<U>(shifted) << Float<T>::kMantissa);
 }
 
 // exp(x) for x <= 0. Relative error 1.2e-7 (float), 2.3e-16 (double); 0 below -87.7 and -708.7.
@@ -88,7 +110,7 @@ FASTELBO_HD T exp_nonpositive(T x) {
   const T shifted = x * F::kLog2e + F::kMagic;
   const T n = shifted - F::kMagic;
   const T r = (x - n * F::kLn2Hi) - n * F::kLn2Lo;
-  return exp_reduced(r) * exp2_of_bits(shifted);
+  return exp_reduced(r) * exp2_of(shifted);
 }
 
 // exp(x) for any x, denormal results included. Relative error 1.2e-7 (float), 2.3e-16 (double) of normal results.
@@ -101,7 +123,7 @@ FASTELBO_HD T exp_full(T x) {
   const T r = (x - n * F::kLn2Hi) - n * F::kLn2Lo;
   const T half = n * T(0.5) + F::kMagic;  // 2^n in two steps: n may pass the exponent's range
   const T rest = (n - (half - F::kMagic)) + F::kMagic;
-  return exp_reduced(r) * exp2_of_bits(half) * exp2_of_bits(rest);
+  return exp_reduced(r) * exp2_of(half) * exp2_of(rest);
 }
 
 // log(1 + e) for 0 <= e <= 1. Relative error 2.2e-7 (float), 3.3e-16 (double).
@@ -146,6 +168,13 @@ FASTELBO_HD Split<T> split_log(T u) {
   const U exponent = bits >> F::kMantissa;
   const U mantissa = (bits & ((U(1) << F::kMantissa) - 1)) + F::kSqrtHalf;
   return {T(typename F::Int(exponent) - (F::kBias + 1)), bits_to<T>(mantissa) - 1};
+}
+
+// log(u) for normal u > 0
+template <class T>
+FASTELBO_HD T log_of(T u) {
+  const Split<T> s = split_log(u);
+  return log_split(s.exponent, s.f);
 }
 
 template <class T>

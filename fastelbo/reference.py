@@ -60,6 +60,11 @@ def read_data(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
 
 
+def _sum_from(t: Tensor, dim: int) -> Tensor:
+    """Sum over the dimensions from dim on; over none of them, t itself (torch's sum over no dimensions sums all)."""
+    return t.sum(list(range(dim, t.dim()))) if t.dim() > dim else t
+
+
 def log_prob(
     recon: Tensor, x: Tensor, scale: Tensor | None = None, mask: Tensor | None = None, likelihood: str = "bernoulli"
 ) -> Tensor:
@@ -67,7 +72,6 @@ def log_prob(
     dtype = _compute_dtype(recon)
     recon, x = recon.to(dtype), read_data(x, dtype)
     scale = None if scale is None else scale.to(dtype)
-    event = list(range(recon.dim() - x.dim() + 1, recon.dim()))
     weight = None
     if mask is not None:
         weight = mask.to(dtype).expand(x.shape)
@@ -79,7 +83,7 @@ def log_prob(
     terms = LIKELIHOODS[likelihood](recon, x.expand(recon.shape), scale)
     if weight is not None:
         terms = terms * weight
-    return terms.sum(event) if event else terms
+    return _sum_from(terms, recon.dim() - x.dim() + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,7 +118,7 @@ def gaussian_kl(
     terms = kl_terms(mu, logvar, prior_mu, prior_logvar)
     if free_bits > 0:
         terms = torch.where(terms.detach().mean(0) >= free_bits, terms, free_bits)
-    return terms.sum(list(range(1, mu.dim()))) if mu.dim() > 1 else terms
+    return _sum_from(terms, 1)
 
 
 def philox(seed: Tensor, count: int, offset: int = 0) -> Tensor:
@@ -171,8 +175,8 @@ def rsample(
         lv_p = prior_logvar.to(dtype)
         terms, lv = terms * torch.exp(-lv_p), lv - lv_p
     terms = terms + 0.5 * e.square() + 0.5 * lv
-    latent = list(range(z.dim() - mu.dim() + 1, z.dim()))
-    return z.to(mu.dtype), gaussian_kl(mu, logvar, prior_mu, prior_logvar), terms.sum(latent)
+    log_ratio = _sum_from(terms, z.dim() - mu.dim() + 1)
+    return z.to(mu.dtype), gaussian_kl(mu, logvar, prior_mu, prior_logvar), log_ratio
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -119,33 +119,46 @@ struct LatentGrads {
 
 template <class T>
 void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
-  alignas(64) T value[kTile];
+  alignas(64) T value[kTile], up[kTile];
   LatentGrads<T> g;
-  const bool grads = p.grad_mu || p.grad_logvar || p.grad_prior_mu || p.grad_prior_logvar;
+  const bool prior = p.grad_prior_mu || p.grad_prior_logvar;
+  const bool grads = p.grad_mu || p.grad_logvar || prior;
   for (int64_t block = begin; block < end; ++block) {
     for_latent_tiles<T, false>(p, block, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
+      const int64_t columns = tile.columns;
       for (int64_t r = 0; r < tile.rows; ++r) {
-        const T up = at<T>(p.grad, 0, b + r);
-        const int64_t o = r * tile.columns;
+        const T row = at<T>(p.grad, 0, b + r);
+        for (int64_t i = 0; i < columns; ++i) up[r * columns + i] = row;
+      }
 #pragma omp simd
-        for (int64_t i = 0; i < tile.columns; ++i) {
-          const KlTerm<T> k = tile.kl(o + i);
-          value[o + i] = k.value;
-          g.mu[o + i] = up * k.d_mu;
-          g.logvar[o + i] = up * k.d_logvar;
-          g.prior_mu[o + i] = up * k.d_prior_mu;
-          g.prior_logvar[o + i] = up * k.d_prior_logvar;
+      for (int64_t i = 0; i < tile.n; ++i) {
+        const KlTerm<T> k = tile.kl(i);
+        value[i] = k.value;
+        g.mu[i] = up[i] * k.d_mu;
+        g.logvar[i] = up[i] * k.d_logvar;
+      }
+      if (prior) {
+#pragma omp simd
+        for (int64_t i = 0; i < tile.n; ++i) {
+          const KlTerm<T> k = tile.kl(i);
+          g.prior_mu[i] = up[i] * k.d_prior_mu;
+          g.prior_logvar[i] = up[i] * k.d_prior_logvar;
         }
-        // the first column starts the row's sum: p.out needs no zeroing
-        if (p.out) p.out[b + r] = (column ? p.out[b + r] : 0) + double(sum_of(value + o, tile.columns));
-        if (!p.dim_means) continue;
-        const double* means = p.dim_means + column;
-        for (int64_t i = 0; i < tile.columns; ++i) {  // few elements, so a plain loop
-          if (means[i] >= p.free_bits) continue;
-          value[o + i] = T(p.free_bits);
-          g.mu[o + i] = g.logvar[o + i] = g.prior_mu[o + i] = g.prior_logvar[o + i] = 0;
+      }
+      // the first column starts a row's sum: the outputs need no zeroing
+      const auto add_rows = [&](double* out) {
+        for (int64_t r = 0; out && r < tile.rows; ++r) {
+          out[b + r] = (column ? out[b + r] : 0) + double(sum_of(value + r * columns, columns));
         }
-        if (p.charged) p.charged[b + r] = (column ? p.charged[b + r] : 0) + double(sum_of(value + o, tile.columns));
+      };
+      add_rows(p.out);
+      if (p.dim_means) {
+        for (int64_t i = 0; i < tile.n; ++i) {
+          if (p.dim_means[column + i % columns] >= p.free_bits) continue;
+          value[i] = T(p.free_bits);
+          g.mu[i] = g.logvar[i] = g.prior_mu[i] = g.prior_logvar[i] = 0;
+        }
+        add_rows(p.charged);
       }
       if (grads) g.store_to(p, b, column, tile);
     });

@@ -8,19 +8,19 @@ from torch import Tensor
 
 from fastelbo import reference
 
+_REBUILD = "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
+
 try:
     from fastelbo import _C as _C
+except ModuleNotFoundError as error:
+    raise ImportError(f"fastelbo's compiled library is not built here; {_REBUILD}") from error
 except ImportError as error:
-    raise ImportError(
-        f"fastelbo's compiled library does not fit this PyTorch ({torch.__version__}) or is not built; "
-        f"rebuild it: pip install --no-build-isolation --force-reinstall --no-deps .   [{error}]"
-    ) from error
+    raise ImportError(f"fastelbo was not built against this PyTorch ({torch.__version__}); {_REBUILD}") from error
 
-_built_against = _C.build_info()["torch"].split(".")[:2]
-if torch.__version__.split(".")[:2] != _built_against:
+_BUILT_AGAINST = _C.build_info()["torch"]
+if torch.__version__.split(".")[:2] != _BUILT_AGAINST.split(".")[:2]:
     raise ImportError(
-        f"fastelbo was built against PyTorch {_C.build_info()['torch']}, but this is PyTorch {torch.__version__}; "
-        "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
+        f"fastelbo was built against PyTorch {_BUILT_AGAINST}, but this is PyTorch {torch.__version__}; {_REBUILD}"
     )
 
 KERNEL_DEVICES = frozenset(["cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])])

@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> elbo_loss_cpu(const Tensor& recon, const Tens
   return {loss, log_likelihood, kl};
 }
 
-// Per datum, while its K rows are in the cache: log p and its gradient with factor 1, then the weights, then the
+// For a few data, while their K rows are in the cache: log p and its gradient with factor 1, then the weights, then the
 // gradient times its weight. Half types cannot keep the first gradient without rounding it: theirs is computed again.
 IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
                                   const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood,
@@ -166,16 +166,24 @@ IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
     }
   };
 
+  // Data are taken in blocks whose gradients stay in the cache: next to each other, so that the K runs of memory that
+  // a block reads are long enough for the processor to see them coming.
+  constexpr int64_t kCache = 1 << 21;  // bytes
+  const int64_t datum = std::max<int64_t>(1, K * D * int64_t(wide ? 8 : 4));
+  const int64_t block = std::clamp<int64_t>(kCache / datum, 1, std::max<int64_t>(1, B / at::get_num_threads()));
   if (B >= at::get_num_threads()) {
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, K * D));
-    at::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, block * K * D));
+    at::parallel_for(0, (B + block - 1) / block, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t b0 = begin * block; b0 < std::min(end * block, B); b0 += block) {
+        const int64_t b1 = std::min(b0 + block, B);
         for (int64_t k = 0; k < K; ++k) {
-          kernel(first, row_items(k, b), row_items(k, b) + per_row);
-          add_row(k, b);
+          kernel(first, row_items(k, b0), row_items(k, b1));
+          for (int64_t b = b0; b < b1; ++b) add_row(k, b);
         }
-        weigh_datum(b);
-        for (int64_t k = 0; k < K; ++k) finish_row(k, b);
+        for (int64_t b = b0; b < b1; ++b) weigh_datum(b);
+        for (int64_t k = 0; k < K; ++k) {
+          for (int64_t b = b0; b < b1; ++b) finish_row(k, b);
+        }
       }
     });
   } else {  // few data: the rows are shared out instead, in the same arithmetic

@@ -1,6 +1,7 @@
 """Loads the compiled library, and gives its backward ops their derivatives."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from fastelbo import reference
 
 _REBUILD = "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
 
+if find_spec("fastelbo._C") is None:
+    raise ImportError("fastelbo's compiled library is not built here; build it: pip install --no-build-isolation .")
 try:
     from fastelbo import _C as _C
-except ModuleNotFoundError as error:
-    raise ImportError(f"fastelbo's compiled library is not built here; {_REBUILD}") from error
 except ImportError as error:
     raise ImportError(f"fastelbo was not built against this PyTorch ({torch.__version__}); {_REBUILD}") from error
 
@@ -24,6 +25,17 @@ if torch.__version__.split(".")[:2] != _BUILT_AGAINST.split(".")[:2]:
     )
 
 KERNEL_DEVICES = frozenset(["cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])])
+
+
+def check(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """The op's own checks of its arguments, on stand-ins without data: for calls that its twin is going to serve."""
+
+    def stand_in(a: Any) -> Any:
+        return torch.empty(a.shape, dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a
+
+    with torch._C._DisableFuncTorch(), torch.no_grad():
+        op(*map(stand_in, args))
+
 
 # Autograd key of the backward ops: reached only when a graph of the gradient is being built. The gradient is then that
 # of the plain-PyTorch twin, made of differentiable operations, so that second and higher derivatives are right.

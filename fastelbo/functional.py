@@ -4,9 +4,9 @@ Sizes: B batch, K samples, M latent dimensions, D data dimensions (all event dim
 Half and bfloat16 inputs: arithmetic, sums and returned losses are float32, gradients have the input's type.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from fastelbo import _ops, reference
 
 Recon = Tensor | tuple[Tensor, Tensor]
+_R = TypeVar("_R")
 
 _op = torch.ops.fastelbo
 _forced_reference = False
@@ -42,7 +43,10 @@ class LossParts(NamedTuple):
 
 @contextmanager
 def reference_mode() -> Iterator[None]:
-    """Within it, every function takes the plain-PyTorch path of `fastelbo.reference`: to compare, or to debug."""
+    """Within it, every function takes the plain-PyTorch path of `fastelbo.reference`: to compare, or to debug.
+
+    It holds for the whole process, other threads included.
+    """
     global _forced_reference
     before, _forced_reference = _forced_reference, True
     try:
@@ -51,14 +55,18 @@ def reference_mode() -> Iterator[None]:
         _forced_reference = before
 
 
-def _plain(t: Tensor) -> bool:
-    """Whether the plain-PyTorch path serves this call: torch.func, forward-mode AD, devices without kernels."""
-    return (
+def _call(op: Callable[..., Any], twin: Callable[..., _R], *args: Any) -> _R:
+    """The op, or its plain-PyTorch twin: under torch.func, in forward-mode AD, on devices without kernels."""
+    if (
         _forced_reference
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or t.device.type not in _ops.KERNEL_DEVICES
-    )
+        or args[0].device.type not in _ops.KERNEL_DEVICES
+    ):
+        if not torch.compiler.is_compiling():
+            _ops.check(op, args)
+        return twin(*args)
+    return op(*args)  # type: ignore[no-any-return]
 
 
 def _expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
@@ -133,8 +141,9 @@ def rsample(
         raise ValueError("eps and seed (or generator) exclude each other: give one of them")
     else:
         key = None
-    call = reference.rsample if _plain(mu) else _op.rsample.default
-    z, kl, log_ratio = call(mu, logvar, num_samples, p_mu, p_logvar, key, eps, first_sample)
+    z, kl, log_ratio = _call(
+        _op.rsample.default, reference.rsample, mu, logvar, num_samples, p_mu, p_logvar, key, eps, first_sample
+    )
     return Posterior(z, kl, log_ratio, mu, logvar, prior_mu, prior_logvar)
 
 
@@ -166,8 +175,7 @@ def gaussian_kl(
     """
     p_mu = None if prior_mu is None else _expand("prior_mu", prior_mu, mu.shape, "mu")
     p_logvar = None if prior_logvar is None else _expand("prior_logvar", prior_logvar, mu.shape, "mu")
-    call = reference.gaussian_kl if _plain(mu) else _op.gaussian_kl.default
-    return call(mu, logvar, p_mu, p_logvar, free_bits)
+    return _call(_op.gaussian_kl.default, reference.gaussian_kl, mu, logvar, p_mu, p_logvar, free_bits)
 
 
 def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Tensor | None = None) -> Tensor:
@@ -187,8 +195,7 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
         ValueError, TypeError: an unknown likelihood, shapes or dtypes that do not fit.
     """
     first, scale = split_recon(recon)
-    call = reference.log_prob if _plain(first) else _op.log_prob.default
-    return call(first, x, scale, _mask(mask, x), likelihood)
+    return _call(_op.log_prob.default, reference.log_prob, first, x, scale, _mask(mask, x), likelihood)
 
 
 def bernoulli_log_prob(logits: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -253,8 +260,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 
     Reference: Burda et al. 2016, eq. 8.
     """
-    call = reference.log_mean_exp if _plain(log_w) else _op.log_mean_exp.default
-    return call(log_w, dim)
+    return _call(_op.log_mean_exp.default, reference.log_mean_exp, log_w, dim)
 
 
 def elbo_loss(
@@ -291,15 +297,23 @@ def elbo_loss(
 
     Reference: Kingma & Welling 2014, eq. 10.
     """
-    first, scale = (recon, None) if isinstance(recon, Tensor) else split_recon(recon)
-    if mask is not None:
-        mask = _mask(mask, x)
-    if _plain(first):
-        parts = reference.elbo_loss(first, x, mu, logvar, scale, mask, beta, free_bits, likelihood, reduction)
-    elif isinstance(beta, Tensor):
-        parts = _op.elbo_loss.default(first, x, mu, logvar, scale, mask, 1.0, beta, free_bits, likelihood, reduction)
-    else:
-        parts = _op.elbo_loss.default(first, x, mu, logvar, scale, mask, beta, None, free_bits, likelihood, reduction)
+    first, scale = split_recon(recon)
+    weight, weight_tensor = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
+    parts = _call(
+        _op.elbo_loss.default,
+        reference.elbo_loss,
+        first,
+        x,
+        mu,
+        logvar,
+        scale,
+        _mask(mask, x),
+        weight,
+        weight_tensor,
+        free_bits,
+        likelihood,
+        reduction,
+    )
     return LossParts(*parts) if return_parts else parts[0]
 
 
@@ -332,8 +346,9 @@ def iwae_loss(
     Reference: Burda et al. 2016, eq. 8 and 13.
     """
     first, scale = split_recon(recon)
-    call = reference.iwae_loss if _plain(first) else _op.iwae_loss.default
-    loss, log_likelihood = call(first, x, log_ratio, scale, _mask(mask, x), likelihood, reduction)
+    loss, log_likelihood = _call(
+        _op.iwae_loss.default, reference.iwae_loss, first, x, log_ratio, scale, _mask(mask, x), likelihood, reduction
+    )
     if not return_parts:
         return loss
     return LossParts(loss, log_likelihood, -log_ratio.to(log_likelihood.dtype).mean(0))

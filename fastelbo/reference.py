@@ -117,7 +117,7 @@ def gaussian_kl(
     """
     terms = kl_terms(mu, logvar, prior_mu, prior_logvar)
     if free_bits > 0:
-        terms = torch.where(terms.detach().mean(0) >= free_bits, terms, free_bits)
+        terms = torch.where(terms.detach().mean(0) < free_bits, free_bits, terms)  # NaN is not below the floor
     return _sum_from(terms, 1)
 
 
@@ -204,7 +204,8 @@ def elbo_loss(
     logvar: Tensor,
     scale: Tensor | None = None,
     mask: Tensor | None = None,
-    beta: float | Tensor = 1.0,
+    beta: float = 1.0,
+    beta_tensor: Tensor | None = None,
     free_bits: float = 0.0,
     likelihood: str = "bernoulli",
     reduction: str = "mean",
@@ -214,7 +215,8 @@ def elbo_loss(
     kl = gaussian_kl(mu, logvar)
     charged = gaussian_kl(mu, logvar, free_bits=free_bits) if free_bits > 0 else kl
     fit = log_likelihood.mean(0) if recon.dim() > x.dim() else log_likelihood
-    return _reduce(beta * charged - fit, reduction), log_likelihood, kl
+    weight = beta if beta_tensor is None else beta_tensor.to(charged.dtype)
+    return _reduce(weight * charged - fit, reduction), log_likelihood, kl
 
 
 def iwae_loss(

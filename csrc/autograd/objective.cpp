@@ -1,9 +1,9 @@
 // Autograd of the objectives.
 //
 // A loss that is reduced to a scalar has its gradient computed in the forward, while each row is in the cache; the
-// backward multiplies it by the upstream gradient, which is mostly 1. Everything else (reduction "none", gradients of
-// the returned parts, a graph of the gradient, a gradient for x) is put together in the backward from the backward ops
-// of the likelihood and of the KL.
+// backward multiplies it by the upstream gradient, which is mostly 1. Everything else (reduction "none", half types,
+// gradients of the returned parts, a graph of the gradient, a gradient for x) is put together in the backward from the
+// backward ops of the likelihood and of the KL.
 #include <torch/library.h>
 
 #include "autograd/common.h"
@@ -39,14 +39,17 @@ struct ElboLoss : public Function<ElboLoss> {
                                const Tensor& logvar, const OptionalTensor& scale, const OptionalTensor& beta_tensor,
                                const OptionalTensor& mask, double beta, double free_bits, std::string_view likelihood,
                                std::string_view reduction) {
-    const bool fused = reduction != "none" && !wants_grad(x) && !wants_grad(beta_tensor);
+    const bool fused = reduction != "none" && !wants_grad(x) && !wants_grad(beta_tensor) && keeps_precision(recon) &&
+                       keeps_precision(mu) && keeps_precision(logvar) && keeps_precision(scale);
     std::array<bool, 4> wanted{};
     if (fused) wanted = {wants_grad(recon), wants_grad(mu), wants_grad(logvar), wants_grad(scale)};
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, log_likelihood, kl, grads] = ops::elbo_loss_forward(
         recon, x, mu, logvar, scale, mask, beta, beta_tensor, free_bits, likelihood, reduction, wanted);
     ctx->set_materialize_grads(false);
-    variable_list saved{recon, x, mu, logvar, tensor(scale), tensor(beta_tensor), tensor(mask), kl};
+    // an output is saved only where the backward may need it: its owner may change it in place
+    const Tensor kept = wants_grad(beta_tensor) ? kl : Tensor();
+    variable_list saved{recon, x, mu, logvar, tensor(scale), tensor(beta_tensor), tensor(mask), kept};
     for (auto& g : grads) saved.push_back(g);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["options"] = std::tuple<double, double, std::string, std::string>(
@@ -121,6 +124,12 @@ std::tuple<Tensor, Tensor, Tensor> elbo_loss_autograd(const Tensor& recon, const
                                                       const OptionalTensor& mask, double beta,
                                                       const OptionalTensor& beta_tensor, double free_bits,
                                                       std::string_view likelihood, std::string_view reduction) {
+  if (!at::GradMode::is_enabled()) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, log_likelihood, kl, grads] = ops::elbo_loss_forward(recon, x, mu, logvar, scale, mask, beta,
+                                                                    beta_tensor, free_bits, likelihood, reduction, {});
+    return {loss, log_likelihood, kl};
+  }
   auto out = ElboLoss::apply(recon, x, mu, logvar, scale, beta_tensor, mask, beta, free_bits, likelihood, reduction);
   return {out[0], out[1], out[2]};
 }
@@ -132,14 +141,15 @@ struct IwaeLoss : public Function<IwaeLoss> {
   static variable_list forward(AutogradContext* ctx, const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
                                const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood,
                                std::string_view reduction) {
-    const bool fused = reduction != "none" && !wants_grad(x);
+    const bool fused = reduction != "none" && !wants_grad(x) && keeps_precision(recon) && keeps_precision(log_ratio) &&
+                       keeps_precision(scale);
     std::array<bool, 3> wanted{};
     if (fused) wanted = {wants_grad(recon), wants_grad(log_ratio), wants_grad(scale)};
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, log_likelihood, grads] =
         ops::iwae_loss_forward(recon, x, log_ratio, scale, mask, likelihood, reduction, wanted);
     ctx->set_materialize_grads(false);
-    variable_list saved{recon, x, log_ratio, tensor(scale), tensor(mask), log_likelihood};
+    variable_list saved{recon, x, log_ratio, tensor(scale), tensor(mask), fused ? Tensor() : log_likelihood};
     for (auto& g : grads) saved.push_back(g);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["likelihood"] = std::string(likelihood);
@@ -171,8 +181,8 @@ struct IwaeLoss : public Function<IwaeLoss> {
     Tensor rows;
     if (grads[0].defined()) {
       const Tensor datum = per_datum(grads[0], ctx->saved_data["reduction"].toStringView(), x.sym_size(0));
-      const Tensor log_likelihood =
-          at::GradMode::is_enabled() ? ops::log_prob(recon, x, scale, mask, likelihood) : saved[kLogLikelihood];
+      const bool again = !saved[kLogLikelihood].defined() || at::GradMode::is_enabled();
+      const Tensor log_likelihood = again ? ops::log_prob(recon, x, scale, mask, likelihood) : saved[kLogLikelihood];
       const Tensor log_w = log_likelihood + log_ratio.to(log_likelihood.scalar_type());
       rows = ops::log_mean_exp_backward(-datum, log_w, 0);
       if (needed[2]) result[kLogRatio] = rows.to(log_ratio.scalar_type());
@@ -190,6 +200,12 @@ struct IwaeLoss : public Function<IwaeLoss> {
 std::tuple<Tensor, Tensor> iwae_loss_autograd(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
                                               const OptionalTensor& scale, const OptionalTensor& mask,
                                               std::string_view likelihood, std::string_view reduction) {
+  if (!at::GradMode::is_enabled()) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, log_likelihood, grads] =
+        ops::iwae_loss_forward(recon, x, log_ratio, scale, mask, likelihood, reduction, {});
+    return {loss, log_likelihood};
+  }
   auto out = IwaeLoss::apply(recon, x, log_ratio, scale, mask, likelihood, reduction);
   return {out[0], out[1]};
 }

@@ -117,7 +117,9 @@ Tensors rsample_backward_cpu(const OptionalTensor& grad_z, const OptionalTensor&
   p.first_sample = first_sample.expect_int();
   if (seed.has_value()) p.seed = uint64_t(*seed->const_data_ptr<int64_t>());
   p.eps = view_of(eps, dims);
-  p.grad_z = view_of(grad_z, dims);
+  // an upstream gradient's layout is not the caller's to mend
+  const Tensor dense_grad_z = !grad_z.has_value() ? Tensor() : dims > View::kMaxDims ? grad_z->contiguous() : *grad_z;
+  if (grad_z.has_value()) p.grad_z = view_of(dense_grad_z, dims);
   if (grad_kl.has_value()) p.grad_kl = rows_of(*grad_kl);
   if (grad_log_ratio.has_value()) p.grad_log_ratio = rows_of(*grad_log_ratio);
   set_grads<5>(grads, needs, {&p.grad_mu, &p.grad_logvar, &p.grad_prior_mu, &p.grad_prior_logvar, &p.grad_eps},

@@ -43,7 +43,11 @@ Tensors log_prob_backward_cpu(const Tensor& grad, const Tensor& recon, const Ten
   }
   if (needs[2] && scale.has_value()) p.grad_scale = view_of(grads[next], dims, order);
   run_log_prob(log_prob_kernel(checks::likelihood_index(likelihood), scale, is_double(recon)), p, nullptr);
-  if (needs[1] && p.K > 1) grads[x_index].copy_(grad_x.sum(0));
+  if (needs[1] && p.K > 1) {  // in order: torch's sum over K would depend on the number of threads
+    Tensor sum = grad_x[0];
+    for (int64_t k = 1; k < p.K; ++k) sum.add_(grad_x[k]);
+    grads[x_index].copy_(sum);
+  }
   return grads;
 }
 

@@ -43,6 +43,7 @@ const IsaInfo* isas(int* count) {
 
 const IsaInfo& choose() {
   const char* wanted = std::getenv("FASTELBO_CPU_CAPABILITY");
+  if (wanted && !*wanted) wanted = nullptr;
   const IsaInfo* best = nullptr;
   std::string names;
   for (int i = 0; i < isa_count(); ++i) {

@@ -154,7 +154,7 @@ void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
       add_rows(p.out);
       if (p.dim_means) {
         for (int64_t i = 0; i < tile.n; ++i) {
-          if (p.dim_means[column + i % columns] >= p.free_bits) continue;
+          if (!(p.dim_means[column + i % columns] < p.free_bits)) continue;  // NaN is not below the floor
           value[i] = T(p.free_bits);
           g.mu[i] = g.logvar[i] = g.prior_mu[i] = g.prior_logvar[i] = 0;
         }
@@ -235,6 +235,7 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
   alignas(64) double total[4][kTile];
   T* parts[4] = {part.mu, part.logvar, part.prior_mu, part.prior_logvar};
   const bool prior = p.grad_prior_mu || p.grad_prior_logvar;
+  const bool ratio = p.grad_log_ratio.data;  // without it, nothing of the log ratio is multiplied by 0: it may be inf
   const int sums = prior ? 4 : 2;
   for (int64_t block = begin; block < end; ++block) {
     for_latent_tiles<T, true>(p, block, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
@@ -244,21 +245,30 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
       }
       for (int64_t k = 0; k < p.K; ++k) {
         const T* __restrict eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
-        for (int64_t r = 0; r < tile.rows; ++r) {
+        for (int64_t r = 0; ratio && r < tile.rows; ++r) {
           const T g = at<T>(p.grad_log_ratio, k, b + r);
           for (int64_t i = 0; i < tile.columns; ++i) up[r * tile.columns + i] = g;
         }
         const T* __restrict gz = p.grad_z ? load_rows(p.grad_z, k, b, column, tile.rows, tile.columns, grad_z) : zeros;
+        if (!ratio) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          const T step = tile.std[i] * eps[i];
-          const T slope = up[i] * (tile.delta[i] + step) * tile.inv_p[i];
-          const T g = gz[i] - slope;
-          part.mu[i] += g;
-          part.logvar[i] += T(0.5) * (g * step + up[i]);
-          grad_eps[i] = g * tile.std[i] + up[i] * eps[i];
+          for (int64_t i = 0; i < n; ++i) {
+            part.mu[i] += gz[i];
+            part.logvar[i] += T(0.5) * (gz[i] * (tile.std[i] * eps[i]));
+            grad_eps[i] = gz[i] * tile.std[i];
+          }
+        } else {
+#pragma omp simd
+          for (int64_t i = 0; i < n; ++i) {
+            const T step = tile.std[i] * eps[i];
+            const T slope = up[i] * (tile.delta[i] + step) * tile.inv_p[i];
+            const T g = gz[i] - slope;
+            part.mu[i] += g;
+            part.logvar[i] += T(0.5) * (g * step + up[i]);
+            grad_eps[i] = g * tile.std[i] + up[i] * eps[i];
+          }
         }
-        if (prior) {
+        if (ratio && prior) {
 #pragma omp simd
           for (int64_t i = 0; i < n; ++i) {
             const T from_prior = tile.delta[i] + tile.std[i] * eps[i];
@@ -277,7 +287,10 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
           }
         }
       }
-      for (int64_t r = 0; r < tile.rows; ++r) {
+      for (int q = 0; q < sums; ++q) {
+        for (int64_t i = 0; i < n; ++i) parts[q][i] = T(total[q][i]);
+      }
+      for (int64_t r = 0; p.grad_kl.data && r < tile.rows; ++r) {
         const T g = at<T>(p.grad_kl, 0, b + r);
         for (int64_t i = r * tile.columns; i < (r + 1) * tile.columns; ++i) {
           const KlTerm<T> kl = tile.kl(i);

@@ -13,68 +13,36 @@ enum class Grads { none, parameters, all };
 
 template <class T>
 struct Elements {
-  const T* __restrict recon, * __restrict scale, * __restrict x, * __restrict weight;
-  T* __restrict grad_recon, * __restrict grad_scale, * __restrict grad_x;
+  const T *recon, *scale, *x, *weight;
+  T *grad_recon, *grad_scale, *grad_x;
 };
 
-template <class L, bool kScale, Grads kGrads, class T>
-FASTELBO_HD void write_grads(const Elements<T>& e, int64_t i, const Terms<T>& t, T factor, bool seen) {
-  if constexpr (kGrads != Grads::none) {
-    e.grad_recon[i] = seen ? factor * t.d_recon : T(0);
-    if constexpr (kScale) e.grad_scale[i] = seen ? factor * t.d_scale : T(0);
-  }
-  if constexpr (kGrads == Grads::all) e.grad_x[i] = seen ? factor * t.d_x : T(0);
-}
-
-// Sum over n elements; the gradients are factor x d log p.
-template <class L, bool kScale, Grads kGrads, class T>
+// Sum over n elements; the gradients are factor x d log p. An element of weight 0 counts for nothing, whatever it
+// holds.
+template <class L, bool kScale, Grads kGrads, bool kWeighted, class T>
 inline T log_prob_tile(const Elements<T>& e, T factor, int64_t n) {
+  const T* __restrict recon = e.recon;
+  const T* __restrict scale = e.scale;
+  const T* __restrict x = e.x;
+  const T* __restrict weight = e.weight;
+  T* __restrict grad_recon = e.grad_recon;
+  T* __restrict grad_scale = e.grad_scale;
+  T* __restrict grad_x = e.grad_x;
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
     // one const value: gcc keeps a struct that is assigned in pieces in memory, and then does not vectorize
-    const Terms<T> t = L::eval(e.recon[i], kScale ? e.scale[i] : T(0), e.x[i]);
-    sum += t.value;
-    write_grads<L, kScale, kGrads>(e, i, t, factor, true);
+    const Terms<T> t = L::eval(recon[i], kScale ? scale[i] : T(0), x[i]);
+    const T m = kWeighted ? weight[i] : T(1);
+    const bool seen = !kWeighted || m != 0;
+    const T w = kWeighted ? factor * m : factor;
+    sum += seen ? m * t.value : T(0);
+    if constexpr (kGrads != Grads::none) {
+      grad_recon[i] = seen ? w * t.d_recon : T(0);
+      if constexpr (kScale) grad_scale[i] = seen ? w * t.d_scale : T(0);
+    }
+    if constexpr (kGrads == Grads::all) grad_x[i] = seen ? w * t.d_x : T(0);
   }
-  return sum;
-}
-
-// The same where every element has a weight. An element of weight 0 counts for nothing, whatever it holds.
-template <class L, bool kScale, Grads kGrads, class T>
-inline T log_prob_weighted(const Elements<T>& e, T factor, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const Terms<T> t = L::eval(e.recon[i], kScale ? e.scale[i] : T(0), e.x[i]);
-    const T weight = e.weight[i];
-    const bool seen = weight != 0;
-    sum += seen ? weight * t.value : T(0);
-    write_grads<L, kScale, kGrads>(e, i, t, factor * weight, seen);
-  }
-  return sum;
-}
-
-// The same for a likelihood that splits its logarithm, n a multiple of kLanes: the factors are multiplied, at most
-// kTile / kLanes of them in each lane (2^32 at most), and one logarithm is taken of each product.
-template <class L, bool kScale, Grads kGrads, class T>
-inline T log_prob_product(const Elements<T>& e, T factor, int64_t n) {
-  alignas(64) T factors[kTile], product[kLanes];
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const Terms<T> t = L::eval(e.recon[i], kScale ? e.scale[i] : T(0), e.x[i]);
-    sum += t.linear;
-    factors[i] = t.factor;
-    write_grads<L, kScale, kGrads>(e, i, t, factor, true);
-  }
-  for (int j = 0; j < kLanes; ++j) product[j] = 1;
-  for (int64_t i = 0; i < n; i += kLanes) {
-#pragma omp simd
-    for (int j = 0; j < kLanes; ++j) product[j] *= factors[i + j];
-  }
-#pragma omp simd reduction(+ : sum)
-  for (int j = 0; j < kLanes; ++j) sum -= log_of(product[j]);
   return sum;
 }
 
@@ -96,11 +64,9 @@ inline double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int
     const int64_t whole = n - n % kLanes, tail = n - whole;
     T tile_sum = 0;
     if (e.weight) {
-      tile_sum = log_prob_weighted<L, kScale, kGrads>(e, factor, whole);
-    } else if constexpr (L::splits_log) {
-      tile_sum = log_prob_product<L, kScale, kGrads>(e, factor, whole);
+      tile_sum = log_prob_tile<L, kScale, kGrads, true>(e, factor, whole);
     } else {
-      tile_sum = log_prob_tile<L, kScale, kGrads>(e, factor, whole);
+      tile_sum = log_prob_tile<L, kScale, kGrads, false>(e, factor, whole);
     }
     if (tail) {  // one more vector, padded with elements of weight 0: no scalar loop
       alignas(64) T ti[4][kLanes], to[3][kLanes];
@@ -112,7 +78,7 @@ inline double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int
         ti[3][j] = inside ? (e.weight ? e.weight[whole + j] : T(1)) : T(0);
       }
       const Elements<T> padded{ti[0], ti[2], ti[1], ti[3], to[0], to[1], to[2]};
-      tile_sum += log_prob_weighted<L, kScale, kGrads>(padded, factor, kLanes);
+      tile_sum += log_prob_tile<L, kScale, kGrads, true>(padded, factor, kLanes);
       for (int64_t j = 0; j < tail; ++j) {
         if constexpr (kGrads != Grads::none) e.grad_recon[whole + j] = to[0][j];
         if constexpr (kGrads != Grads::none && kScale) e.grad_scale[whole + j] = to[1][j];

@@ -1,4 +1,4 @@
-// The headers that kernel sources use, to be included before any target pragma.
+// What kernel sources share, to be included before any target pragma: standard headers and the parameter structs.
 #pragma once
 
 #include <c10/util/Half.h>
@@ -9,3 +9,5 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "kernels/params.h"

@@ -11,7 +11,6 @@ namespace fastelbo::FASTELBO_ISA {
 struct BernoulliProbs {
   static constexpr const char* name = "bernoulli_probs";
   static constexpr bool takes_scale = false;
-  static constexpr bool splits_log = false;
 
   template <class T>
   FASTELBO_HD static Terms<T> eval(T p, T, T x) {

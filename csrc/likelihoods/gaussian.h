@@ -9,7 +9,6 @@ namespace fastelbo::FASTELBO_ISA {
 struct Gaussian {
   static constexpr const char* name = "gaussian";
   static constexpr bool takes_scale = true;
-  static constexpr bool splits_log = false;
 
   template <class T>
   FASTELBO_HD static Terms<T> eval(T m, T lv, T x) {

@@ -1,7 +1,7 @@
 // Elementary functions: branch-free, so that a loop over them is vectorized, and the same on host and device.
 //
 // Coefficients: scripts/minimax.py (Remez, relative error). The maximum errors stated are over the whole stated range,
-// measured against long double by tests/cpp/test_math.cpp. NaN in gives NaN out; infinities go to the limits.
+// measured against long double by tests/cpp/math_cases.h. NaN in gives NaN out; infinities go to the limits.
 #pragma once
 
 #include <cstdint>
@@ -168,13 +168,6 @@ FASTELBO_HD Split<T> split_log(T u) {
   const U exponent = bits >> F::kMantissa;
   const U mantissa = (bits & ((U(1) << F::kMantissa) - 1)) + F::kSqrtHalf;
   return {T(typename F::Int(exponent) - (F::kBias + 1)), bits_to<T>(mantissa) - 1};
-}
-
-// log(u) for normal u > 0
-template <class T>
-FASTELBO_HD T log_of(T u) {
-  const Split<T> s = split_log(u);
-  return log_split(s.exponent, s.f);
 }
 
 template <class T>

@@ -31,9 +31,11 @@ def check(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """The op's own checks of its arguments, on stand-ins without data: for calls that its twin is going to serve."""
 
     def stand_in(a: Any) -> Any:
-        return torch.empty(a.shape, dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a
+        if not isinstance(a, Tensor):
+            return a
+        return torch.empty(a.shape, dtype=a.dtype, device="meta", requires_grad=a.requires_grad)
 
-    with torch._C._DisableFuncTorch(), torch.no_grad():
+    with torch._C._DisableFuncTorch(), torch._C._AutoDispatchBelowAutograd():
         op(*map(stand_in, args))
 
 

@@ -1,6 +1,6 @@
 // log p(x | recon) of rows, with its gradient: one pass over recon and x.
 //
-// Sums run over at most kTile elements in vector lanes of the compute type, then in double: their order depends on D
+// Sums run over at most kRun elements in vector lanes of the compute type, then in double: their order depends on D
 // and the instruction set alone, never on threads.
 #pragma once
 
@@ -46,6 +46,22 @@ inline T log_prob_tile(const Elements<T>& e, T factor, int64_t n) {
   return sum;
 }
 
+// Elements that are added up in the compute type: 32 to a lane of float, 64 of double, whatever the instruction set.
+inline constexpr int64_t kRun = FASTELBO_X86_LEVEL == 4 ? 512 : FASTELBO_X86_LEVEL == 3 ? 256 : 128;
+static_assert(kTile % kRun == 0 && kRun % kLanes == 0);
+
+template <class L, bool kScale, Grads kGrads, bool kWeighted, class T>
+inline double log_prob_runs(const Elements<T>& e, T factor, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; i += kRun) {
+    const auto from = [i](auto* p) { return p ? p + i : p; };
+    const Elements<T> run{from(e.recon),      from(e.scale),      from(e.x),     from(e.weight),
+                          from(e.grad_recon), from(e.grad_scale), from(e.grad_x)};
+    sum += log_prob_tile<L, kScale, kGrads, kWeighted>(run, factor, n - i < kRun ? n - i : kRun);
+  }
+  return sum;
+}
+
 template <class L, bool kScale, Grads kGrads, class T>
 inline double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int64_t begin, int64_t end) {
   alignas(64) T in[4][kTile], out[3][kTile];
@@ -62,12 +78,8 @@ inline double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int
     e.grad_scale = target(p.grad_scale, k, b, i, out[1]);
     e.grad_x = target(p.grad_x, k, b, i, out[2]);
     const int64_t whole = n - n % kLanes, tail = n - whole;
-    T tile_sum = 0;
-    if (e.weight) {
-      tile_sum = log_prob_tile<L, kScale, kGrads, true>(e, factor, whole);
-    } else {
-      tile_sum = log_prob_tile<L, kScale, kGrads, false>(e, factor, whole);
-    }
+    sum += e.weight ? log_prob_runs<L, kScale, kGrads, true>(e, factor, whole)
+                    : log_prob_runs<L, kScale, kGrads, false>(e, factor, whole);
     if (tail) {  // one more vector, padded with elements of weight 0: no scalar loop
       alignas(64) T ti[4][kLanes], to[3][kLanes];
       for (int64_t j = 0; j < kLanes; ++j) {
@@ -78,14 +90,13 @@ inline double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int
         ti[3][j] = inside ? (e.weight ? e.weight[whole + j] : T(1)) : T(0);
       }
       const Elements<T> padded{ti[0], ti[2], ti[1], ti[3], to[0], to[1], to[2]};
-      tile_sum += log_prob_tile<L, kScale, kGrads, true>(padded, factor, kLanes);
+      sum += log_prob_tile<L, kScale, kGrads, true>(padded, factor, kLanes);
       for (int64_t j = 0; j < tail; ++j) {
         if constexpr (kGrads != Grads::none) e.grad_recon[whole + j] = to[0][j];
         if constexpr (kGrads != Grads::none && kScale) e.grad_scale[whole + j] = to[1][j];
         if constexpr (kGrads == Grads::all) e.grad_x[whole + j] = to[2][j];
       }
     }
-    sum += tile_sum;
     store(p.grad_recon, k, b, i, n, e.grad_recon);
     store(p.grad_scale, k, b, i, n, e.grad_scale);
     store(p.grad_x, k, b, i, n, e.grad_x);

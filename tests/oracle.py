@@ -1,0 +1,212 @@
+"""The accuracy rule, once: how an op is compared with its float64 twin.
+
+The twin is the same public call within `fastelbo.reference_mode()`. Evaluated in float64 on the same (rounded) inputs
+it is the truth; evaluated in the inputs' own dtype it is eager PyTorch. Element by element, the op's error may be twice
+that of eager PyTorch, plus a floor:
+
+    FLOOR ulp of the compute dtype (float32, or float64 for float64 inputs) of the magnitude, and
+    for a result of a half type, one ulp of that type of the result itself.
+
+The magnitude of a value is the sum of its |terms|; that of a gradient is the largest of its tensor. An element of eager
+PyTorch may be right by luck: where the rule fails, the error of eager PyTorch is the largest of SAMPLES evaluations in
+which every intermediate result is off by up to one ulp at random.
+
+Where eager PyTorch is not finite, the op must give the same infinity or NaN; elsewhere it must be finite.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import fastelbo
+from fastelbo import reference
+
+FLOOR = 4.0
+SAMPLES = 8
+HALF_TYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Call = Callable[..., Any]
+_SUMS = (torch.sum, torch.mean, Tensor.sum, Tensor.mean)
+
+
+def _accurate_bernoulli(logits: Tensor, x: Tensor, _: Tensor | None) -> Tensor:
+    """torch's binary_cross_entropy_with_logits subtracts a log sigmoid from the logit; this loses no digits."""
+    return x * logsigmoid(logits) + (1 - x) * logsigmoid(-logits)
+
+
+class _SumsOfMagnitudes(TorchFunctionMode):
+    """Every sum and mean is taken over |terms|."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _SUMS:
+            args = (args[0].abs(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+class _RandomRounding(TorchDispatchMode):
+    """Every intermediate result, in the backward too, is off by up to one ulp at random. Probabilities stay below 1."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        exact = func is torch.ops.aten._to_copy.default or any(r.alias_info for r in func._schema.returns)
+        return result if exact else tree_map_only(Tensor, self._off, result)
+
+    def _off(self, t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        off = t * (1 + self.eps * (2 * torch.rand_like(t) - 1))
+        return torch.where(t.abs() <= 1, off.clamp(-1, 1), off)
+
+
+@contextmanager
+def reference_mode(exact: bool) -> Iterator[None]:
+    """The twins; `exact`: the more accurate ones where torch's own function is not good enough to be the truth."""
+    before = dict(reference.LIKELIHOODS)
+    if exact:
+        reference.LIKELIHOODS["bernoulli"] = _accurate_bernoulli
+    try:
+        with fastelbo.reference_mode():
+            yield
+    finally:
+        reference.LIKELIHOODS.update(before)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
+
+
+def leaves_of(inputs: Sequence[Any], dtype: torch.dtype | None = None) -> list[Any]:
+    """New leaves with the values, strides and requires_grad of the inputs; floating tensors in `dtype` if given."""
+
+    def leaf(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return t
+        fresh = t.detach() if dtype is None else t.detach().to(dtype)
+        return fresh.requires_grad_(t.requires_grad)
+
+    return [leaf(t) for t in inputs]
+
+
+def upstream_for(outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.randn(o.shape, dtype=torch.float64).to(o.dtype) for o in outputs]
+
+
+def gradients(outputs: Sequence[Tensor], inputs: Sequence[Any], upstream: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients for the inputs that require one; zeros where no output depends on it."""
+    wanted = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    pairs = [(o, u) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
+    if not pairs or not wanted:
+        return [torch.zeros_like(t) for t in wanted]
+    roots, grads = [o for o, _ in pairs], [u.to(o.dtype) for o, u in pairs]
+    return list(torch.autograd.grad(roots, wanted, grads, allow_unused=True, materialize_grads=True))
+
+
+def evaluate(call: Call, inputs: Sequence[Any], upstream: Sequence[Tensor]) -> list[Tensor]:
+    """Values, then gradients."""
+    outputs = tensors_of(call(*inputs))
+    shapes = [tuple(o.shape) for o in outputs], [tuple(u.shape) for u in upstream]
+    assert shapes[0] == shapes[1], f"the twin's results have the shapes {shapes[0]}, the op's {shapes[1]}"
+    return [*outputs, *gradients(outputs, inputs, upstream)]
+
+
+def assert_accurate(
+    actual: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    magnitude: Tensor,
+    what: str = "result",
+    sampled: Callable[[], Tensor] | None = None,
+) -> None:
+    """`actual` is as good as the rule at the top of this file asks; `sampled`: eager's error by random rounding."""
+    assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, expected {eager.dtype}"
+    assert actual.shape == eager.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(eager.shape)}"
+    if actual.numel() == 0:
+        return
+    a, e, exact, magnitude = (t.detach().double() for t in (actual, eager, exact, magnitude))
+    finite = e.isfinite()
+    torch.testing.assert_close(a[~finite], e[~finite], rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
+    assert a[finite].isfinite().all(), f"{what}: not finite where eager PyTorch is"
+    compute = torch.finfo(compute_dtype(actual.dtype))
+    floor = FLOOR * compute.eps * magnitude + compute.tiny
+    if actual.dtype in HALF_TYPES:
+        half = torch.finfo(actual.dtype)
+        floor = floor + half.eps * exact.abs().clamp(min=half.tiny)
+    error, eager_error = (a - exact).abs(), (e - exact).abs()
+    wrong = finite & (a != exact) & (error > 2 * eager_error + floor)
+    if wrong.any() and sampled is not None:
+        eager_error = torch.maximum(eager_error, sampled())
+        wrong &= error > 2 * eager_error + floor
+    if wrong.any():
+        allowed = 2 * eager_error + floor
+        at = int(torch.where(wrong, error / allowed, 0.0).argmax())
+        a, e, exact, error, allowed = (t.flatten()[at].item() for t in (a, e, exact, error, allowed))
+        raise AssertionError(
+            f"{what}, element {at} of {tuple(actual.shape)} {actual.dtype}: {a!r}, exactly {exact!r}, eager {e!r}; "
+            f"the error is {error:.3g}, {allowed:.3g} is allowed"
+        )
+
+
+def check(call: Call, *inputs: Any, twin: Call | None = None, label: str = "") -> None:
+    """Values and all gradients of `call(*inputs)` against `twin(*inputs)` (or the same call) in reference mode.
+
+    The upstream gradients are random and differ from element to element. Gradients are taken for the inputs that
+    require one.
+    """
+    twin = twin or call
+    leaves, wide = leaves_of(inputs), partial(leaves_of, inputs, torch.float64)
+    outputs = tensors_of(call(*leaves))
+    upstream = upstream_for(outputs)
+    actual = [*outputs, *gradients(outputs, leaves, upstream)]
+    with reference_mode(exact=False):
+        eager = evaluate(twin, leaves_of(inputs), upstream)
+    with reference_mode(exact=True):
+        exact = evaluate(twin, wide(), upstream)
+        with _SumsOfMagnitudes():
+            magnitudes = [
+                torch.maximum(m.abs(), x.abs()) for m, x in zip(tensors_of(twin(*wide())), exact, strict=False)
+            ]
+    magnitudes += [
+        x.abs().nan_to_num(0.0, 0.0, 0.0).max().expand(x.shape) if x.numel() else x for x in exact[len(outputs) :]
+    ]
+    random_runs: list[list[Tensor]] = []
+
+    def sampled(index: int) -> Tensor:
+        if not random_runs:
+            eps = max(torch.finfo(compute_dtype(o.dtype)).eps for o in outputs)
+            with reference_mode(exact=True), _RandomRounding(eps):
+                random_runs.extend(evaluate(twin, wide(), upstream) for _ in range(SAMPLES))
+        errors = torch.stack([run[index] for run in random_runs]).double() - exact[index]
+        return errors.detach().abs().nan_to_num().amax(0)
+
+    names = [f"gradient of input {i}" for i, t in enumerate(inputs) if isinstance(t, Tensor) and t.requires_grad]
+    names = [*(f"output {i}" for i in range(len(outputs))), *names]
+    for i, name in enumerate(names):
+        if i < len(outputs):
+            assert actual[i].requires_grad == eager[i].requires_grad, f"{label} {name}: requires_grad is wrong"
+        what = f"{label} {name}".strip()
+        assert_accurate(actual[i], eager[i], exact[i], magnitudes[i], what, partial(sampled, i))
+
+
+def allocated(function: Callable[[], Any]) -> int:
+    """Bytes that `function` allocates for tensors, whether it frees them or not."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")

@@ -1,0 +1,232 @@
+"""Derivatives of every order, and the ways PyTorch has to ask for them: autograd, torch.func, forward mode, compile."""
+
+import pytest
+import torch
+from functions import FUNCTIONS, K
+from oracle import gradients, tensors_of, upstream_for
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.library import opcheck
+
+import fastelbo
+
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+B, D = 2, 3
+ops = torch.ops.fastelbo
+
+
+def leaves(name: str, b: int = B, d: int = D, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [t.to(dtype).requires_grad_() for t in FUNCTIONS[name].make(b, d)]
+
+
+def scalar(name: str):
+    """All results of a function, mixed into one number with fixed weights."""
+
+    def call(*inputs: Tensor) -> Tensor:
+        outputs = tensors_of(FUNCTIONS[name].call(*inputs))
+        return sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).reshape(o.shape)).sum() for o in outputs)
+
+    return call
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finite differences
+
+
+@every_function
+def test_gradcheck(name):
+    # the noise of a seed has float32 resolution, but is a constant: nothing is lost in the differences
+    assert torch.autograd.gradcheck(FUNCTIONS[name].call, leaves(name), fast_mode=False)
+
+
+@every_function
+def test_gradgradcheck(name):
+    assert torch.autograd.gradgradcheck(FUNCTIONS[name].call, leaves(name))
+
+
+@every_function
+def test_a_graph_of_the_gradient_changes_nothing(name):
+    """create_graph=True takes another path; its first derivatives agree, and the second are the twin's."""
+    inputs = leaves(name)
+    plain = torch.autograd.grad(scalar(name)(*inputs), inputs)
+    first = torch.autograd.grad(scalar(name)(*inputs), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, materialize_grads=True)
+    with fastelbo.reference_mode():
+        expected = torch.autograd.grad(scalar(name)(*inputs), inputs, create_graph=True)
+        expected2 = torch.autograd.grad(sum(g.square().sum() for g in expected), inputs, materialize_grads=True)
+    # what is drawn from a seed has float32 resolution in the kernel
+    close = {"rtol": 1e-5, "atol": 1e-5} if "seed" in name else {"rtol": 1e-9, "atol": 1e-9}
+    for a, b, c in zip(plain, first, expected, strict=True):
+        torch.testing.assert_close(a, c, **close)
+        torch.testing.assert_close(b, c, **close)
+    for a, b in zip(second, expected2, strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch.func and forward mode
+
+
+@every_function
+def test_torch_func(name):
+    """grad, vmap(grad), jvp and hessian run, and agree with autograd of the twin."""
+    inputs = [t.detach() for t in leaves(name)]
+    call = scalar(name)
+    (grad,) = [torch.func.grad(call)(*inputs)]
+    again = [t.clone().requires_grad_() for t in inputs]
+    close = {"rtol": 1e-5, "atol": 1e-5} if "seed" in name else {"rtol": 1e-9, "atol": 1e-9}
+    (expected,) = torch.autograd.grad(call(*again), again[:1])
+    torch.testing.assert_close(grad, expected, **close)
+
+    stack = [torch.stack([t, 0.5 * t, 0.9 * t]) for t in inputs]
+    per_item = torch.func.vmap(torch.func.grad(call))(*stack)
+    for i in range(3):
+        torch.testing.assert_close(per_item[i], torch.func.grad(call)(*(t[i] for t in stack)))
+
+    tangent = torch.randn_like(inputs[0])
+    _, directional = torch.func.jvp(lambda t: call(t, *inputs[1:]), (inputs[0],), (tangent,))
+    torch.testing.assert_close(directional, (expected * tangent).sum(), **close)
+
+    hessian = torch.func.hessian(call)(*inputs)
+    with fastelbo.reference_mode():
+        expected = torch.autograd.functional.hessian(lambda t: call(t, *inputs[1:]), inputs[0])
+    torch.testing.assert_close(hessian, expected)
+
+
+@every_function
+def test_forward_mode(name):
+    inputs = [t.detach() for t in leaves(name)]
+    tangents = [torch.randn_like(t) for t in inputs]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, v) for t, v in zip(inputs, tangents, strict=True)]
+        directional = forward_ad.unpack_dual(scalar(name)(*duals)).tangent
+    grads = torch.autograd.grad(scalar(name)(*(again := [t.requires_grad_() for t in inputs])), again)
+    expected = sum((g * v).sum() for g, v in zip(grads, tangents, strict=True))
+    torch.testing.assert_close(directional, expected, rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What PyTorch asks of a registered op
+
+
+def _op_calls() -> dict[str, tuple]:
+    def r(*shape: int) -> Tensor:
+        return torch.randn(shape, requires_grad=True)
+
+    mu, seed = r(4, 5), torch.tensor([3])
+    x, mask = torch.rand(4, 6), torch.rand(4, 6) < 0.5
+    need = [True] * 5
+    return {
+        "rsample seed": (ops.rsample.default, (mu, r(4, 5), 3, None, r(4, 5), seed, None, 1)),
+        "rsample eps": (ops.rsample.default, (mu, r(4, 5), None, r(4, 5), None, None, r(4, 5), 0)),
+        "gaussian_kl": (ops.gaussian_kl.default, (mu, r(4, 5), None, r(4, 5), 0.3)),
+        "log_prob": (ops.log_prob.default, (r(3, 4, 6), x, None, mask, "bernoulli")),
+        "log_prob pair": (ops.log_prob.default, (r(4, 6), r(4, 6), r(4, 6), None, "gaussian")),
+        "log_mean_exp": (ops.log_mean_exp.default, (r(4, 5), 1)),
+        "elbo_loss": (
+            ops.elbo_loss.default,
+            (r(3, 4, 6), x, mu, r(4, 5), None, mask, 0.5, None, 0.0, "bernoulli", "mean"),
+        ),
+        "elbo_loss beta": (
+            ops.elbo_loss.default,
+            (r(4, 6), x, mu, r(4, 5), r(4, 6), None, 1.0, r(), 0.1, "laplace", "none"),
+        ),
+        "iwae_loss": (ops.iwae_loss.default, (r(3, 4, 6), x, r(3, 4), None, mask, "bernoulli", "sum")),
+        "iwae_loss pair": (ops.iwae_loss.default, (r(3, 4, 6), x, r(3, 4), r(3, 4, 6), None, "gaussian", "none")),
+        "backward of log_prob": (
+            ops._log_prob_backward.default,
+            (r(3, 4), r(3, 4, 6), r(4, 6), r(3, 4, 6), mask, "gaussian", need[:3]),
+        ),
+        "backward of gaussian_kl": (
+            ops._gaussian_kl_backward.default,
+            (r(4), mu, r(4, 5), r(4, 5), None, 0.0, [True, False, True, False]),
+        ),
+        "backward of rsample": (
+            ops._rsample_backward.default,
+            (r(3, 4, 5), r(4), None, mu, r(4, 5), 3, None, None, seed, None, 0, [True, True, False, False, False]),
+        ),
+        "backward of log_mean_exp": (ops._log_mean_exp_backward.default, (r(4), r(4, 5), 1)),
+    }
+
+
+@pytest.mark.parametrize("name", _op_calls())
+def test_opcheck(name):
+    torch.manual_seed(0)
+    op, args = _op_calls()[name]
+    opcheck(op, args)
+
+
+def test_every_op_is_checked():
+    registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastelbo::")}
+    checked = {op.name().split("::")[1] for op, _ in _op_calls().values()}
+    # the forward ops with gradients are not called by users: autograd calls them below itself
+    assert registered - checked == {"_elbo_loss_forward", "_iwae_loss_forward"}
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+def test_shapes_and_dtypes_without_data(fake):
+    """Meta and fake tensors give what real ones give, in every dtype."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for name, function in FUNCTIONS.items():
+            inputs = [t.to(dtype) for t in function.make(4, 5)]
+            real = tensors_of(function.call(*inputs))
+            if fake:
+                with FakeTensorMode() as mode:
+                    empty = tensors_of(function.call(*(mode.from_tensor(t) for t in inputs)))
+            else:
+                empty = tensors_of(function.call(*(t.to("meta") for t in inputs)))
+            for r, e in zip(real, empty, strict=True):
+                assert (r.shape, r.dtype, r.stride()) == (e.shape, e.dtype, e.stride()), (name, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_leaves_the_losses_alone(dtype):
+    """Half inputs are taken as they are, float32 comes out; float32 inputs are not rounded."""
+    for name in FUNCTIONS:
+        for given in (dtype, torch.float32):
+            inputs = leaves(name, 4, 5, given)
+            expected = tensors_of(FUNCTIONS[name].call(*inputs))
+            with torch.autocast("cpu", dtype=dtype):
+                actual = tensors_of(FUNCTIONS[name].call(*inputs))
+            assert all(torch.equal(a, e) and a.dtype == e.dtype for a, e in zip(actual, expected, strict=True)), name
+
+
+def test_no_grad_and_inference_mode_give_the_same_values():
+    for name, function in FUNCTIONS.items():
+        inputs = leaves(name)
+        expected = tensors_of(function.call(*inputs))
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                actual = tensors_of(function.call(*inputs))
+            assert all(torch.equal(a, e) and not a.requires_grad for a, e in zip(actual, expected, strict=True)), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+def _training_step(recon, scale, x, mu, logvar, beta):
+    posterior = fastelbo.rsample(mu, logvar, K, prior_mu=torch.zeros_like(mu), seed=torch.tensor([4]))
+    elbo = fastelbo.elbo_loss((recon, scale), x, mu, logvar, likelihood="gaussian", beta=beta, return_parts=True)
+    bound = fastelbo.iwae_loss(recon, x, posterior.log_ratio, likelihood="laplace", reduction="none")
+    kl = fastelbo.gaussian_kl(posterior.z[0].tanh(), logvar, free_bits=0.1)
+    fit = fastelbo.bernoulli_log_prob(recon * 2, x.sigmoid(), mask=x > 0)
+    return elbo.loss, elbo.log_likelihood, elbo.kl, bound, kl, fastelbo.log_mean_exp(fit), posterior.z
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_graph(dynamic):
+    """One graph of all functions, without breaks: values and gradients are those of eager calls."""
+    compiled = torch.compile(_training_step, fullgraph=True, dynamic=dynamic)
+    for b, d in ((4, 5), (6, 9)) if dynamic else ((4, 5),):
+        shapes = (K, b, d), (K, b, d), (b, d), (b, 7), (b, 7), ()
+        inputs = [torch.randn(s).requires_grad_(i != 2) for i, s in enumerate(shapes)]
+        expected = tensors_of(_training_step(*inputs))
+        upstream = upstream_for(expected)
+        expected_grads = gradients(expected, inputs, upstream)
+        actual = tensors_of(compiled(*inputs))
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+        for a, e in zip(gradients(actual, inputs, upstream), expected_grads, strict=True):
+            torch.testing.assert_close(a, e)

@@ -1,0 +1,198 @@
+"""Every bad argument raises an error that says which one, what was expected and what came."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastelbo
+
+
+def _arguments() -> SimpleNamespace:
+    """Good ones; each case below spoils one of them."""
+    r = torch.randn
+    return SimpleNamespace(
+        recon=r(3, 4, 6),
+        x=torch.rand(4, 6),
+        mu=r(4, 5),
+        logvar=r(4, 5),
+        prior_mu=r(4, 5),
+        prior_logvar=r(4, 5),
+        eps=r(3, 4, 5),
+        log_ratio=r(3, 4),
+        mask=None,
+        likelihood="bernoulli",
+        reduction="mean",
+        beta=1.0,
+        free_bits=0.0,
+        seed=None,
+        num_samples=3,
+        first_sample=0,
+        logvar_x=0.0,
+        dim=0,
+    )
+
+
+CALLS = {
+    "log_prob": lambda a: fastelbo.log_prob(a.recon, a.x, likelihood=a.likelihood, mask=a.mask),
+    "bernoulli_log_prob": lambda a: fastelbo.bernoulli_log_prob(a.recon, a.x, mask=a.mask),
+    "gaussian_log_prob": lambda a: fastelbo.gaussian_log_prob(a.recon, a.x, a.logvar_x, mask=a.mask),
+    "elbo_loss": lambda a: fastelbo.elbo_loss(
+        a.recon,
+        a.x,
+        a.mu,
+        a.logvar,
+        likelihood=a.likelihood,
+        beta=a.beta,
+        free_bits=a.free_bits,
+        mask=a.mask,
+        reduction=a.reduction,
+    ),
+    "iwae_loss": lambda a: fastelbo.iwae_loss(
+        a.recon, a.x, a.log_ratio, likelihood=a.likelihood, mask=a.mask, reduction=a.reduction
+    ),
+    "gaussian_kl": lambda a: fastelbo.gaussian_kl(a.mu, a.logvar, a.prior_mu, a.prior_logvar, free_bits=a.free_bits),
+    "rsample": lambda a: fastelbo.rsample(
+        a.mu,
+        a.logvar,
+        a.num_samples,
+        prior_mu=a.prior_mu,
+        prior_logvar=a.prior_logvar,
+        seed=a.seed,
+        first_sample=a.first_sample,
+    ),
+    "rsample eps": lambda a: fastelbo.rsample(a.mu, a.logvar, a.num_samples, eps=a.eps),
+    "log_mean_exp": lambda a: fastelbo.log_mean_exp(a.log_ratio, a.dim),
+}
+ANY_LIKELIHOOD = ("log_prob", "elbo_loss", "iwae_loss")
+LIKELIHOODS = fastelbo.build_info()["likelihoods"]
+ANY_RECON = (*ANY_LIKELIHOOD, "bernoulli_log_prob", "gaussian_log_prob")
+
+r = torch.randn
+# what is spoiled, by what, in which calls, the error, what its message says
+CASES = [
+    ("recon", r(4, 7), ANY_RECON, ValueError, ["recon", "B=4", "(6,)", "(4, 7)"]),
+    ("recon", r(3, 5, 6), ANY_RECON, ValueError, ["recon", "B=4", "(6,)", "(3, 5, 6)"]),
+    ("recon", r(2, 3, 4, 6), ANY_RECON, ValueError, ["recon", "[K, B, *event]", "(2, 3, 4, 6)"]),
+    ("recon", r(6), ANY_RECON, ValueError, ["recon", "(6,)"]),
+    ("recon", r(0, 4, 6), ANY_RECON, ValueError, ["recon", "K=0", "(0, 4, 6)"]),
+    ("recon", torch.ones(3, 4, 6, dtype=torch.int64), ANY_RECON, TypeError, ["recon", "float32", "int64"]),
+    ("recon", r(3, 4, 6).to(torch.complex64), ANY_RECON, TypeError, ["recon", "float32"]),
+    ("recon", "logits", ANY_LIKELIHOOD, TypeError, ["recon", "str"]),
+    ("recon", (r(3, 4, 6),), ANY_LIKELIHOOD, TypeError, ["recon", "pair"]),
+    ("recon", (r(3, 4, 6), 1.0), ANY_LIKELIHOOD, TypeError, ["recon", "pair"]),
+    ("recon", (r(3, 4, 6), r(3, 4, 6)), ANY_LIKELIHOOD, ValueError, ["recon", "bernoulli", "pair"]),
+    ("recon", (r(3, 4, 6), r(3, 4, 5)), ANY_LIKELIHOOD, ValueError, ["second", "recon", "(3, 4, 6)", "(3, 4, 5)"]),
+    ("x", torch.ones(4, 6, dtype=torch.int64), ANY_RECON, TypeError, ["x", "uint8", "bool", "int64"]),
+    ("x", torch.rand(4, 6, dtype=torch.float64), ANY_RECON, TypeError, ["x", "float64", "recon", "float32"]),
+    ("x", torch.tensor(0.5), ANY_RECON, ValueError, ["x", "[B, *event]", "0-d"]),
+    ("mask", torch.ones(4, 5), ANY_RECON, ValueError, ["mask", "(4, 6)", "(4, 5)"]),
+    ("mask", torch.ones(3, 4, 6), ANY_RECON, ValueError, ["mask", "(4, 6)", "(3, 4, 6)"]),
+    ("mask", torch.ones(4, 6, dtype=torch.int64), ANY_RECON, TypeError, ["mask", "bool", "int64"]),
+    ("mask", torch.ones(4, 6, requires_grad=True), ANY_RECON, ValueError, ["mask", "requires_grad"]),
+    ("mask", torch.ones(1, 6, requires_grad=True), ANY_RECON, ValueError, ["mask", "requires_grad"]),
+    (
+        "likelihood",
+        "poisson",
+        ANY_LIKELIHOOD,
+        ValueError,
+        ["likelihood", '"poisson"', *fastelbo.build_info()["likelihoods"]],
+    ),
+    ("likelihood", "Bernoulli", ANY_LIKELIHOOD, ValueError, ["likelihood", '"Bernoulli"', '"bernoulli"']),
+    ("likelihood", "", ANY_LIKELIHOOD, ValueError, ["likelihood", '""']),
+    ("reduction", "avg", ("elbo_loss", "iwae_loss"), ValueError, ["reduction", '"mean"', '"sum"', '"none"', '"avg"']),
+    ("logvar_x", r(3, 4, 5), ("gaussian_log_prob",), ValueError, ["logvar", "(3, 4, 6)", "(3, 4, 5)"]),
+    ("logvar_x", r(3, 4, 6).double(), ("gaussian_log_prob",), TypeError, ["float64", "float32"]),
+    ("mu", r(5, 5), ("elbo_loss",), ValueError, ["mu", "B=4", "(5, 5)"]),
+    ("mu", r(4, 5).double(), ("elbo_loss",), TypeError, ["mu", "float64", "float32"]),
+    ("mu", torch.tensor(1.0), ("gaussian_kl", "rsample", "elbo_loss"), ValueError, ["mu", "[B, *latent]"]),
+    ("mu", torch.ones(4, 5, dtype=torch.int64), ("gaussian_kl", "rsample", "elbo_loss"), TypeError, ["mu", "int64"]),
+    ("logvar", r(4, 6), ("gaussian_kl", "rsample", "elbo_loss"), ValueError, ["logvar", "(4, 5)", "(4, 6)"]),
+    ("logvar", r(4, 1), ("gaussian_kl", "rsample", "elbo_loss"), ValueError, ["logvar", "(4, 5)", "(4, 1)"]),
+    ("logvar", r(4, 5).double(), ("gaussian_kl", "rsample", "elbo_loss"), TypeError, ["logvar", "float64", "mu"]),
+    ("prior_mu", r(4, 6), ("gaussian_kl", "rsample"), ValueError, ["prior_mu", "(4, 5)", "(4, 6)"]),
+    ("prior_logvar", r(2, 4, 5), ("gaussian_kl", "rsample"), ValueError, ["prior_logvar", "(4, 5)", "(2, 4, 5)"]),
+    ("prior_mu", r(4, 5).double(), ("gaussian_kl", "rsample"), TypeError, ["prior_mu", "float64", "mu"]),
+    ("free_bits", -0.1, ("gaussian_kl", "elbo_loss"), ValueError, ["free_bits", "-0.1"]),
+    ("free_bits", float("nan"), ("gaussian_kl", "elbo_loss"), ValueError, ["free_bits", "nan"]),
+    ("beta", torch.ones(4), ("elbo_loss",), ValueError, ["beta", "0-d", "(4,)"]),
+    ("beta", torch.tensor(1), ("elbo_loss",), TypeError, ["beta", "float32", "int64"]),
+    ("log_ratio", r(4, 3), ("iwae_loss",), ValueError, ["log_ratio", "(3, 4)", "(4, 3)"]),
+    ("log_ratio", r(4), ("iwae_loss",), ValueError, ["log_ratio", "(3, 4)", "(4,)"]),
+    ("log_ratio", r(3, 4).double(), ("iwae_loss",), TypeError, ["log_ratio", "float64", "float32"]),
+    ("recon", r(4, 6), ("iwae_loss",), ValueError, ["recon", "[K, B, *event]", "(4, 6)"]),
+    ("seed", torch.tensor([1, 2]), ("rsample",), ValueError, ["seed", "one", "(2,)"]),
+    ("seed", torch.tensor([1.0]), ("rsample",), TypeError, ["seed", "int64", "float32"]),
+    ("seed", torch.tensor([1], dtype=torch.int32), ("rsample",), TypeError, ["seed", "int64"]),
+    ("num_samples", 0, ("rsample", "rsample eps"), ValueError, ["num_samples", "0"]),
+    ("num_samples", -2, ("rsample",), ValueError, ["num_samples", "-2"]),
+    ("num_samples", 2, ("rsample eps",), ValueError, ["eps", "(2, 4, 5)", "(3, 4, 5)"]),
+    ("num_samples", None, ("rsample eps",), ValueError, ["eps", "(4, 5)", "(3, 4, 5)"]),
+    ("eps", r(4, 5), ("rsample eps",), ValueError, ["eps", "(3, 4, 5)", "(4, 5)"]),
+    ("eps", r(3, 4, 5).double(), ("rsample eps",), TypeError, ["eps", "float64"]),
+    ("first_sample", -1, ("rsample",), ValueError, ["first_sample", "-1"]),
+    ("log_ratio", torch.tensor(1.0), ("log_mean_exp",), ValueError, ["log_w", "0-d"]),
+    ("log_ratio", torch.ones(3, 4, dtype=torch.int64), ("log_mean_exp",), TypeError, ["log_w", "int64"]),
+    ("log_ratio", r(0, 4), ("log_mean_exp",), ValueError, ["log_w", "(0, 4)"]),
+    ("dim", 2, ("log_mean_exp",), IndexError, ["dim", "2", "(3, 4)"]),
+    ("dim", -3, ("log_mean_exp",), IndexError, ["dim", "-3", "(3, 4)"]),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_good_arguments_are_taken(call):
+    CALLS[call](_arguments())
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "call", "error", "says"),
+    [
+        pytest.param(argument, value, call, error, says, id=f"{call}-{argument}-{i}")
+        for i, (argument, value, calls, error, says) in enumerate(CASES)
+        for call in calls
+    ],
+)
+@pytest.mark.parametrize("path", [nullcontext, fastelbo.reference_mode], ids=["op", "twin"])
+def test_bad_argument(path, argument, value, call, error, says):
+    """Whichever path serves the call."""
+    arguments = _arguments()
+    setattr(arguments, argument, value)
+    if argument == "mu":  # the others have its shape
+        arguments.logvar, arguments.prior_mu, arguments.prior_logvar = value, None, None
+    with path(), pytest.raises(error) as caught:
+        CALLS[call](arguments)
+    message = str(caught.value)
+    assert all(word in message for word in says), f"{says} in: {message}"
+    assert message.splitlines()[0], "the first line says it"
+
+
+@pytest.mark.parametrize("call", ["elbo_loss", "iwae_loss", "rsample", "gaussian_kl"])
+def test_bad_arguments_are_refused_for_meta_tensors_too(call):
+    arguments = _arguments()
+    for name, value in vars(arguments).items():
+        if isinstance(value, torch.Tensor):
+            setattr(arguments, name, value.to("meta"))
+    CALLS[call](arguments)
+    arguments.logvar, arguments.log_ratio = r(4, 9).to("meta"), r(9, 4).to("meta")
+    with pytest.raises(ValueError, match=r"\(4, 9\)|\(9, 4\)"):
+        CALLS[call](arguments)
+
+
+def test_noise_comes_from_one_place():
+    mu = r(4, 5)
+    for options in (
+        {"seed": 1, "generator": torch.Generator()},
+        {"seed": 1, "eps": r(4, 5)},
+        {"generator": torch.Generator(), "eps": r(4, 5)},
+    ):
+        with pytest.raises(ValueError, match="exclude each other"):
+            fastelbo.rsample(mu, mu, **options)
+
+
+def test_tensors_on_different_devices():
+    mu, meta = r(4, 5), r(4, 5).to("meta")
+    with pytest.raises(ValueError, match=r"logvar must be on cpu like mu; got meta"):
+        fastelbo.gaussian_kl(mu, meta)
+    with pytest.raises(ValueError, match=r"x must be on cpu like recon; got meta"):
+        fastelbo.bernoulli_log_prob(mu, meta)

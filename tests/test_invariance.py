@@ -1,0 +1,113 @@
+"""The same bits for any number of threads and from run to run; every instruction set against the reference."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from functions import FUNCTIONS
+from oracle import evaluate, tensors_of
+from torch import Tensor
+
+import fastelbo
+
+INFO = fastelbo.build_info()
+SIZES = {"few long rows": (2, 40_000), "many short rows": (5000, 3), "a row per thread": (3, 5000)}
+
+
+@pytest.fixture(autouse=True)
+def _threads_afterwards():
+    yield
+    torch.set_num_threads(1)
+
+
+def results(name: str, b: int, d: int, dtype: torch.dtype, threads: int) -> list[Tensor]:
+    """Values and gradients, from inputs and upstream gradients that are the same at every call."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    # a number that was expanded is left out: its gradient is summed up by PyTorch, whose order depends on threads
+    inputs = [t.to(dtype).requires_grad_(t.dim() > 0 or "elbo" in name) for t in FUNCTIONS[name].make(b, d)]
+    shapes = [o.shape for o in tensors_of(FUNCTIONS[name].call(*(t.detach().to("meta") for t in inputs)))]
+    return evaluate(FUNCTIONS[name].call, inputs, [torch.randn(s) for s in shapes])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_any_number_of_threads_gives_the_same_bits(name, size, dtype):
+    expected = results(name, *SIZES[size], dtype, threads=1)
+    for threads in (1, 2, 3, 8):
+        for i, (a, e) in enumerate(zip(results(name, *SIZES[size], dtype, threads), expected, strict=True)):
+            assert torch.equal(a, e), f"tensor {i} with {threads} threads"
+
+
+def _fused_gradients(threads: int, samples: int, batch: int, size: int, dtype: torch.dtype) -> list[Tensor]:
+    """Of the losses alone, as in training: the gradient that the forward writes."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    recon, scale = (torch.randn(samples, batch, size).to(dtype).requires_grad_() for _ in range(2))
+    x, latent = torch.rand(batch, size), torch.randn(batch, 700, requires_grad=True)
+    log_ratio = torch.randn(samples, batch, requires_grad=True)
+    found = []
+    for free_bits in (0.0, 0.3):
+        loss = fastelbo.elbo_loss((recon, scale), x, latent, latent, likelihood="laplace", free_bits=free_bits)
+        found += [loss, *torch.autograd.grad(loss, [recon, scale, latent])]
+    loss = fastelbo.iwae_loss((recon, scale), x, log_ratio, likelihood="gaussian")
+    return [*found, loss, *torch.autograd.grad(loss, [recon, scale, log_ratio])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1, 50_000), (40, 2, 900), (2, 3, 9000), (3, 700, 30), (5, 64, 784)], ids=str)
+def test_gradients_written_by_the_forward_have_the_same_bits(shape, dtype):
+    expected = _fused_gradients(1, *shape, dtype)
+    for threads in (2, 3, 8):
+        for i, (a, e) in enumerate(zip(_fused_gradients(threads, *shape, dtype), expected, strict=True)):
+            assert torch.equal(a, e), f"tensor {i} with {threads} threads"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Instruction sets
+
+TESTS = Path(__file__).parent
+
+
+def run(isa: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"FASTELBO_CPU_CAPABILITY": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for name in [n for n in environment if n.startswith("PYTEST_")]:
+        del environment[name]
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=TESTS, text=True, capture_output=True, check=False
+    )
+
+
+def test_the_best_instruction_set_is_chosen():
+    if "FASTELBO_CPU_CAPABILITY" in os.environ:
+        pytest.skip("FASTELBO_CPU_CAPABILITY chooses another one")
+    assert INFO["isa"] == INFO["isas_of_this_cpu"][-1]
+    assert set(INFO["isas_of_this_cpu"]) <= set(INFO["isas"])
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert "avx2" in INFO["isas_of_this_cpu"]
+
+
+@pytest.mark.parametrize("isa", INFO["isas"])
+def test_instruction_set_against_the_reference(isa):
+    """The value and gradient tests once more, in a process that uses it."""
+    if isa not in INFO["isas_of_this_cpu"]:
+        pytest.skip(f"this CPU has no {isa}")
+    if "FASTELBO_CPU_CAPABILITY" in os.environ:
+        pytest.skip("FASTELBO_CPU_CAPABILITY is set: this is such a process")
+    if isa == INFO["isa"]:
+        pytest.skip(f"{isa} is the one that all other tests use")
+    chosen = run(isa, "-c", "import fastelbo; print(fastelbo.build_info()['isa'])")
+    assert chosen.stdout.strip() == isa, chosen.stderr
+    files = ["test_likelihood.py", "test_latent.py", "test_elbo.py", "test_iwae.py"]
+    tests = run(isa, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *files)
+    assert tests.returncode == 0, tests.stdout[-4000:] + tests.stderr[-2000:]
+
+
+def test_unknown_instruction_set_is_refused():
+    process = run("sse9", "-c", "import fastelbo; print(fastelbo.build_info()['isa'])")
+    assert process.returncode != 0
+    assert "FASTELBO_CPU_CAPABILITY must be one of baseline" in process.stderr and "sse9" in process.stderr

@@ -1,0 +1,277 @@
+"""gaussian_kl and rsample: values and gradients, priors, free bits, noise of one's own or from a seed."""
+
+from itertools import combinations
+
+import mpmath
+import pytest
+import torch
+import torch.distributions as td
+from oracle import DTYPES, FLOOR, HALF_TYPES, check, compute_dtype, gradients, tensors_of
+from torch import Tensor
+
+import fastelbo
+from fastelbo import reference
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+PRIORS = {"standard": (False, False), "mean": (True, False), "variance": (False, True), "both": (True, True)}
+every_prior = pytest.mark.parametrize("prior", PRIORS)
+
+
+def latent(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, prior: str = "standard") -> list[Tensor | None]:
+    """mu, logvar, prior_mu, prior_logvar, all requiring a gradient."""
+    present = (True, True, *PRIORS[prior])
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() if p else None for p in present]
+
+
+def sample(samples: int | None, seed: int | None = None, first: int = 0, outputs: tuple[int, ...] = (0, 1, 2)):
+    """(mu, logvar, prior_mu, prior_logvar, eps) -> the chosen ones of z, kl, log_ratio."""
+
+    def call(mu, logvar, prior_mu, prior_logvar, eps):
+        prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
+        noise = {"eps": eps} if seed is None else {"seed": seed, "first_sample": first}
+        result = fastelbo.rsample(mu, logvar, samples, **prior, **noise)
+        return [result[i] for i in outputs]
+
+    return call
+
+
+def drawn(seed: int, samples: int | None, shape: tuple[int, ...], first: int = 0) -> Tensor:
+    """The noise itself: samples of N(0, I), exactly."""
+    zero = torch.zeros(shape)
+    return fastelbo.rsample(zero, zero, samples, seed=seed, first_sample=first).z
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# KL
+
+
+@every_dtype
+@every_prior
+def test_kl(dtype, prior):
+    for shape in ((6, 20), (4, 2, 3, 5), (9,), (1, 1), (0, 4), (3, 0), (2, 700), (600, 3)):
+        check(fastelbo.gaussian_kl, *latent(shape, dtype, prior), label=str(shape))
+
+
+@every_prior
+def test_kl_tails(prior):
+    for size in (*range(1, 71), *range(510, 515), 1025, 4096):
+        check(fastelbo.gaussian_kl, *latent((3, size), torch.float32, prior), label=f"M={size}")
+
+
+@every_dtype
+@every_prior
+@pytest.mark.parametrize("free_bits", [0.05, 0.5, 100.0])
+def test_free_bits(dtype, prior, free_bits):
+    for shape in ((7, 12), (3, 2, 4), (5, 600), (6,)):
+        inputs = latent(shape, dtype, prior)
+        with torch.no_grad():  # from dimensions that say nothing to busy ones
+            inputs[0].mul_(torch.linspace(0, 2, inputs[0][0].numel()).reshape(inputs[0][0].shape).to(dtype))
+            inputs[1].mul_(0.3)
+        check(lambda *given: fastelbo.gaussian_kl(*given, free_bits=free_bits), *inputs, label=str(shape))
+
+
+def test_free_bits_formula():
+    """The mean over the batch is sum_j max(lambda, mean_b KL_bj), the floor in each datum (Kingma et al. 2016)."""
+    mu, logvar = torch.randn(2, 8, 10, dtype=torch.float64) * torch.linspace(0, 1.5, 10)
+    per_dimension = td.kl_divergence(td.Normal(mu, torch.exp(logvar / 2)), td.Normal(0.0, 1.0)).mean(0)
+    result = fastelbo.gaussian_kl(mu, logvar, free_bits=0.4)
+    torch.testing.assert_close(result.mean(), per_dimension.clamp(min=0.4).sum())
+    assert 0 < (per_dimension < 0.4).sum() < 10
+
+
+def test_kl_agrees_with_torch_distributions():
+    mu, logvar, prior_mu, prior_logvar = torch.randn(4, 5, 7, dtype=torch.float64)
+    q, p = td.Normal(mu, torch.exp(logvar / 2)), td.Normal(prior_mu, torch.exp(prior_logvar / 2))
+    expected = td.kl_divergence(q, p).sum(1)
+    torch.testing.assert_close(fastelbo.gaussian_kl(mu, logvar, prior_mu, prior_logvar), expected)
+
+
+def test_prior_broadcasts():
+    mu, logvar, *_ = latent((4, 3, 5))
+    for shape in ((5,), (3, 1), (), (1, 3, 5), (4, 1, 1)):
+        prior_mu, prior_logvar = torch.randn(2, *shape).unbind()
+        inputs = mu, logvar, prior_mu.requires_grad_(), prior_logvar.requires_grad_()
+        check(fastelbo.gaussian_kl, *inputs, label=str(shape))
+        check(sample(2), *inputs, torch.randn(2, 4, 3, 5), label=str(shape))
+
+
+def _exact_kl(logvar: float) -> float:
+    """1/2 [exp(t) - 1 - t] of the number as it is, to 60 digits."""
+    with mpmath.workdps(60):
+        t = mpmath.mpf(logvar)
+        return float((mpmath.exp(t) - 1 - t) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kl_is_free_of_cancellation_and_never_negative(dtype):
+    """The textbook form is wrong by 100 % at logvar = 1e-4 in float32."""
+    sizes = [10.0**e for e in range(-12, 2)] + [1e-4, 1e-8, 0.3, 0.5, 0.999999, 1.0, 1.000001, 1.5, 3.0, 20.0, 80.0]
+    logvar = torch.tensor([s * t for t in sizes for s in (1, -1)], dtype=dtype)[:, None]
+    mu = torch.zeros_like(logvar)
+    expected = torch.tensor([_exact_kl(t) for t in logvar.flatten().tolist()], dtype=torch.float64)
+    ulp = torch.finfo(dtype).eps
+    for kl in (fastelbo.gaussian_kl(mu, logvar), fastelbo.rsample(mu, logvar, 1, seed=0).kl):
+        assert (kl >= 0).all()
+        torch.testing.assert_close(kl.double(), expected, rtol=FLOOR * ulp, atol=torch.finfo(dtype).tiny)
+    # a prior far away, and a posterior a hair from it
+    prior = torch.full_like(logvar, 3.0)
+    near = prior + logvar * 1e-3
+    steps = (near.double() - prior.double()).flatten().tolist()
+    expected = torch.tensor([_exact_kl(t) for t in steps], dtype=torch.float64)
+    kl = fastelbo.gaussian_kl(mu, near, None, prior)
+    assert (kl >= 0).all()
+    torch.testing.assert_close(kl.double(), expected, rtol=FLOOR * ulp, atol=torch.finfo(dtype).tiny)
+
+
+@every_dtype
+def test_kl_extremes(dtype):
+    inf, nan = float("inf"), float("nan")
+    mu = torch.tensor([0.0, inf, nan, 0.0, 0.0, 100.0, -60000.0], dtype=dtype)
+    logvar = torch.tensor([nan, 0.0, 0.0, inf, -inf, -60000.0, 80.0], dtype=dtype)
+    kl = fastelbo.gaussian_kl(mu, logvar)
+    assert kl[[0, 2]].isnan().all() and kl[[1, 4]].isposinf().all() and not kl[3].isfinite()
+    check(fastelbo.gaussian_kl, mu[5:].requires_grad_(), logvar[5:].requires_grad_())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+@every_dtype
+@every_prior
+@pytest.mark.parametrize("samples", [None, 1, 5])
+def test_rsample_with_noise_of_ones_own(dtype, prior, samples):
+    for shape in ((6, 20), (4, 2, 3, 5), (9,), (1, 1), (0, 4), (3, 0), (2, 700), (300, 3)):
+        whole = shape if samples is None else (samples, *shape)
+        eps = torch.randn(whole, dtype=torch.float64).to(dtype).requires_grad_()
+        check(sample(samples), *latent(shape, dtype, prior), eps, label=str(shape))
+
+
+@every_dtype
+@every_prior
+@pytest.mark.parametrize("samples", [None, 1, 70])
+def test_rsample_from_a_seed(dtype, prior, samples):
+    """The result is that of the noise which the seed stands for; the backward draws the same noise again."""
+    for shape in ((6, 5), (3, 2, 7), (2, 700 if samples != 70 else 70)):
+        eps = drawn(5, samples, shape, first=3).to(compute_dtype(dtype))
+        seeded, given = sample(samples, seed=5, first=3), sample(samples)
+        check(seeded, *latent(shape, dtype, prior), eps, twin=given, label=str(shape))
+
+
+def test_rsample_tails():
+    for size in (*range(1, 71), *range(510, 515), 1025):
+        inputs = latent((3, size), torch.float32, "both")
+        check(sample(2, seed=7), *inputs, drawn(7, 2, (3, size)), twin=sample(2), label=f"M={size}")
+
+
+def test_rsample_is_plain_pytorch_on_the_same_noise():
+    mu, logvar, prior_mu, prior_logvar = torch.randn(4, 5, 7, dtype=torch.float64)
+    eps = torch.randn(3, 5, 7, dtype=torch.float64)
+    posterior = fastelbo.rsample(mu, logvar, 3, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
+    q, p = td.Normal(mu, torch.exp(logvar / 2)), td.Normal(prior_mu, torch.exp(prior_logvar / 2))
+    z = mu + torch.exp(logvar / 2) * eps
+    torch.testing.assert_close(posterior.z, z)
+    torch.testing.assert_close(posterior.log_ratio, (p.log_prob(z) - q.log_prob(z)).sum(-1))
+    torch.testing.assert_close(posterior.kl, td.kl_divergence(q, p).sum(-1))
+    assert posterior.mu is mu and posterior.logvar is logvar
+    assert posterior.prior_mu is prior_mu and posterior.prior_logvar is prior_logvar
+
+
+@every_prior
+@pytest.mark.parametrize("from_seed", [True, False], ids=["seed", "eps"])
+def test_backward_of_every_subset_of_the_results(prior, from_seed):
+    for count in (1, 2, 3):
+        for outputs in combinations(range(3), count):
+            inputs = latent((4, 6), torch.float32, prior)
+            eps = drawn(11, 3, (4, 6))
+            if not from_seed:
+                eps = torch.randn(3, 4, 6, requires_grad=True)
+            call = sample(3, seed=11 if from_seed else None, outputs=outputs)
+            check(call, *inputs, eps, twin=sample(3, outputs=outputs), label=f"outputs {outputs}")
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_strided_latents(layout):
+    def lay(t: Tensor) -> Tensor:
+        t = t.detach()
+        if layout == "transposed":
+            t = t.mT.contiguous().mT
+        elif layout == "sliced":
+            t = torch.cat([t, t], -1)[..., : t.shape[-1]]
+        else:
+            t = t[:1].expand(t.shape)
+        return t.requires_grad_()
+
+    inputs = [lay(t) for t in latent((6, 21), prior="both")]
+    check(fastelbo.gaussian_kl, *inputs)
+    check(sample(4), *inputs, lay(torch.randn(4, 6, 21)))
+    check(sample(4, seed=3), *inputs, drawn(3, 4, (6, 21)), twin=sample(4))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Seeds
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF])
+def test_noise_is_the_documented_function_of_seed_and_index(seed):
+    for samples, shape, first in (
+        (None, (5, 7), 0),
+        (40, (9, 13), 0),
+        (3, (2, 3, 5), 2**33 + 1),
+        (2, (1, 8), 2**31 - 1),
+    ):
+        whole = shape if samples is None else (samples, *shape)
+        count = torch.Size(shape).numel()
+        expected = reference.normal(torch.tensor([seed]), whole, first * count)
+        noise = drawn(seed, samples, shape, first).double()
+        # a few float32 ulp of the radius, which is that of the largest noise
+        torch.testing.assert_close(noise, expected, rtol=8 * 2.0**-23, atol=8 * 2.0**-23)
+
+
+@every_dtype
+def test_chunks_are_parts_of_the_whole_to_the_bit(dtype):
+    mu, logvar, prior_mu, prior_logvar = latent((5, 7), dtype, "both")
+    prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
+    whole = fastelbo.rsample(mu, logvar, 150, **prior, seed=9)
+    for first, last in ((0, 1), (1, 64), (63, 65), (64, 150), (149, 150)):
+        chunk = fastelbo.rsample(mu, logvar, last - first, **prior, seed=9, first_sample=first)
+        assert torch.equal(chunk.z, whole.z[first:last])
+        assert torch.equal(chunk.log_ratio, whole.log_ratio[first:last])
+        assert torch.equal(chunk.kl, whole.kl)
+
+
+def test_one_sample_with_and_without_its_dimension():
+    mu, logvar, *_ = latent((5, 7))
+    without, with_one = fastelbo.rsample(mu, logvar, seed=2), fastelbo.rsample(mu, logvar, 1, seed=2)
+    assert torch.equal(without.z, with_one.z[0]) and torch.equal(without.log_ratio, with_one.log_ratio[0])
+    assert torch.equal(without.kl, with_one.kl)
+
+
+def test_seed_may_be_a_tensor_of_any_one_element_shape():
+    mu, logvar, *_ = latent((5, 7))
+    expected = fastelbo.rsample(mu, logvar, 3, seed=123).z
+    for seed in (torch.tensor(123), torch.tensor([123]), torch.tensor([[123]])):
+        assert torch.equal(fastelbo.rsample(mu, logvar, 3, seed=seed).z, expected)
+
+
+def test_same_noise_for_every_dtype():
+    noise = drawn(4, 3, (5, 7))
+    for dtype in DTYPES:
+        zero = torch.zeros(5, 7, dtype=dtype)
+        assert torch.equal(fastelbo.rsample(zero, zero, 3, seed=4).z, noise.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
+def test_noise_is_not_saved(dtype):
+    """What is kept for the backward: mu, logvar, the prior and 8 bytes."""
+    inputs = latent((20, 30), dtype, "both")
+    sizes: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        sizes.append(t.numel() * t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = tensors_of(sample(100, seed=1)(*inputs, None))
+    assert sum(sizes) <= 8 + sum(t.numel() * t.element_size() for t in inputs)
+    assert all(g.isfinite().all() for g in gradients(outputs, inputs, [torch.ones_like(o) for o in outputs]))

@@ -1,0 +1,269 @@
+"""log_prob, bernoulli_log_prob and gaussian_log_prob: values and gradients, masks, shapes and extremes."""
+
+import pytest
+import torch
+import torch.distributions as td
+from cases import LIKELIHOOD_IDS, LIKELIHOODS, ROWS, draw
+from oracle import DTYPES, HALF_TYPES, check, gradients
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+import fastelbo
+from fastelbo import reference
+
+every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=LIKELIHOOD_IDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+inf, nan = float("inf"), float("nan")
+
+
+def log_prob(name: str):
+    """(recon, x, scale, mask) -> log p under the likelihood of that name."""
+
+    def call(recon: Tensor, x: Tensor, scale: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return fastelbo.log_prob(recon if scale is None else (recon, scale), x, likelihood=name, mask=mask)
+
+    return call
+
+
+def test_every_compiled_likelihood_has_a_twin_and_a_row():
+    names = set(fastelbo.build_info()["likelihoods"])
+    assert names == set(reference.LIKELIHOODS), "compiled likelihoods and reference.LIKELIHOODS differ"
+    assert names == set(ROWS), "compiled likelihoods and the rows of tests/cases.py differ"
+
+
+DISTRIBUTIONS = {
+    "bernoulli": lambda r, s: td.Bernoulli(logits=r, validate_args=False),
+    "bernoulli_probs": lambda r, s: td.Bernoulli(probs=r, validate_args=False),
+    "gaussian": lambda r, s: td.Normal(r, 1.0 if s is None else torch.exp(s / 2)),
+    "laplace": lambda r, s: td.Laplace(r, 1.0 if s is None else torch.exp(s)),
+}
+
+
+@every_likelihood
+def test_agrees_with_torch_distributions(likelihood):
+    if likelihood[0] not in DISTRIBUTIONS:
+        pytest.skip(f"torch.distributions has no {likelihood[0]}")
+    recon, x, scale = draw(likelihood, (5, 7), 3, torch.float64, requires_grad=False)
+    expected = DISTRIBUTIONS[likelihood[0]](recon, scale).log_prob(x).sum(-1)
+    torch.testing.assert_close(log_prob(likelihood[0])(recon, x, scale), expected)
+
+
+@every_likelihood
+@every_dtype
+@pytest.mark.parametrize("x_dtype", [None, torch.uint8, torch.bool], ids=["same", "uint8", "bool"])
+def test_values_and_gradients(likelihood, dtype, x_dtype):
+    for samples in (None, 1, 4):
+        check(log_prob(likelihood[0]), *draw(likelihood, (6, 3, 25), samples, dtype, x_dtype), label=f"K={samples}")
+
+
+@every_likelihood
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_float32_data_beside_half_parameters(likelihood, dtype):
+    for samples in (None, 4):
+        check(log_prob(likelihood[0]), *draw(likelihood, (6, 3, 25), samples, dtype, torch.float32))
+
+
+@every_likelihood
+def test_only_what_requires_a_gradient_gets_one(likelihood):
+    recon, x, scale = draw(likelihood, (4, 33), 3)
+    given = [t for t in (recon, x, scale) if t is not None]
+    for chosen in range(2 ** len(given)):
+        for i, t in enumerate(given):
+            t.requires_grad_(bool(chosen >> i & 1))
+        check(log_prob(likelihood[0]), recon, x, scale, label=f"subset {chosen:b}")
+
+
+@every_dtype
+@pytest.mark.parametrize("samples", [None, 3])
+def test_gaussian_logvar_forms(dtype, samples):
+    mean, x, full = draw(("gaussian", True), (4, 3, 5), samples, dtype)
+    event = full.detach()[(0,) * (full.dim() - 2)].requires_grad_()
+    scalar = full.detach().flatten()[0].requires_grad_()
+    for logvar in (full, event, scalar):
+        check(fastelbo.gaussian_log_prob, mean, x, logvar, label=f"logvar {tuple(logvar.shape)}")
+    for number in (0.0, -0.7, 2):
+        check(lambda m, y, lv=number: fastelbo.gaussian_log_prob(m, y, lv), mean, x, label=f"logvar {number}")
+
+
+def test_named_functions_are_log_prob():
+    recon, x, _ = draw(("bernoulli", False), (4, 9), 2)
+    assert torch.equal(fastelbo.bernoulli_log_prob(recon, x), fastelbo.log_prob(recon, x, likelihood="bernoulli"))
+    mean, x, logvar = draw(("gaussian", True), (4, 9), 2)
+    expected = fastelbo.log_prob((mean, logvar), x, likelihood="gaussian")
+    assert torch.equal(fastelbo.gaussian_log_prob(mean, x, logvar), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def _masks(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    keep = torch.rand(shape) < 0.6
+    return {
+        "bool": keep,
+        "0/1": keep.float(),
+        "uint8": keep.to(torch.uint8),
+        "weights": torch.rand(shape) * 3 * keep,
+        "half weights": (torch.rand(shape) * 3 * keep).to(torch.float16),
+        "all": torch.ones(shape, dtype=torch.bool),
+        "nothing": torch.zeros(shape, dtype=torch.bool),
+        "per event": keep[0],
+        "per datum": keep[:, :1, :1],
+    }
+
+
+@every_likelihood
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_mask(likelihood, dtype):
+    for samples in (None, 3):
+        drawn = draw(likelihood, (5, 4, 9), samples, dtype)
+        for kind, mask in _masks((5, 4, 9)).items():
+            check(log_prob(likelihood[0]), *drawn, mask, label=f"{kind} mask, K={samples}")
+
+
+@every_likelihood
+@pytest.mark.parametrize("poison", [nan, inf, -inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_nothing_leaks_from_masked_cells(likelihood, poison, dtype):
+    call, keep = log_prob(likelihood[0]), torch.rand(5, 37) < 0.6
+    clean = draw(likelihood, (5, 37), 3, dtype)
+    upstream = [torch.randn(3, 5)]
+    for mask in (keep, keep.float(), keep * torch.rand(5, 37)):
+        expected = call(*clean, mask)
+        expected_grads = gradients([expected], clean, upstream)
+        poisoned = [None if t is None else torch.where(keep, t.detach(), poison).requires_grad_() for t in clean]
+        actual = call(*poisoned, mask)
+        assert torch.equal(actual, expected)
+        for a, e in zip(gradients([actual], poisoned, upstream), expected_grads, strict=True):
+            assert torch.equal(a, e)
+            assert (a.masked_select(~keep) == 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+@every_likelihood
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_vector_tail(likelihood, dtype):
+    for size in (*range(1, 71), *range(509, 516), 1023, 1025, 4095, 4096, 4097, 5000, 8193):
+        check(log_prob(likelihood[0]), *draw(likelihood, (3, size), 2, dtype), label=f"D={size}")
+
+
+@every_likelihood
+def test_masked_and_half_tails(likelihood):
+    for size in (*range(1, 35), 511, 513, 4097):
+        drawn = draw(likelihood, (2, size), dtype=torch.bfloat16)
+        check(log_prob(likelihood[0]), *drawn, torch.rand(2, size) < 0.5, label=f"D={size}")
+
+
+@every_likelihood
+@every_dtype
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (0,), (1,), (7,), (4, 0), (4, 3, 0), (1, 1), (3, 1, 1), (2, 1, 3, 1, 2)], ids=str
+)
+def test_degenerate_shapes(likelihood, dtype, shape):
+    for samples in (None, 1, 2):
+        check(log_prob(likelihood[0]), *draw(likelihood, shape, samples, dtype), label=f"K={samples}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Extremes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bernoulli_is_exact_at_any_logit(dtype):
+    logits = torch.tensor([1e4, -1e4, 1e4, -1e4, 100.0, -100.0, 0.0, -0.0, 3e38, -3e38], dtype=dtype)
+    x = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0], dtype=dtype)
+    half = torch.tensor(0.5, dtype=dtype).log().item()
+    value = torch.tensor([0.0, 0.0, -1e4, -1e4, -100.0, -100.0, half, half, 0.0, 0.0], dtype=dtype)
+    slope = torch.tensor([0.0, 0.0, -1.0, 1.0, -1.0, 1.0, 0.5, -0.5, 0.0, 0.0], dtype=dtype)
+    logits.requires_grad_()
+    result = fastelbo.bernoulli_log_prob(logits, x)
+    torch.testing.assert_close(result, value, rtol=torch.finfo(dtype).eps, atol=1e-40)
+    torch.testing.assert_close(gradients([result], [logits], [torch.ones(10)])[0], slope, rtol=0, atol=1e-40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bernoulli_over_the_range_of_logits(dtype):
+    """One element a row: the value and the slope are right relative to themselves, however small they are."""
+    logits = torch.linspace(-80, 80, 4001, dtype=torch.float64).to(dtype).requires_grad_()
+    wide, four_ulp = logits.detach().double(), 4 * torch.finfo(dtype).eps
+    for x in (0.0, 1.0):
+        result = fastelbo.bernoulli_log_prob(logits, torch.full((4001,), x, dtype=dtype))
+        (slope,) = gradients([result], [logits], [torch.ones(4001)])
+        away = wide if x == 1 else -wide
+        torch.testing.assert_close(result.double(), logsigmoid(away), rtol=four_ulp, atol=0)
+        torch.testing.assert_close(slope.double(), (2 * x - 1) * torch.sigmoid(-away), rtol=four_ulp, atol=0)
+
+
+@every_dtype
+@pytest.mark.parametrize("size", [48, 700])
+def test_rows_of_good_and_of_bad_reconstructions(dtype, size):
+    """All elements of a row are about as likely: sums of tiny terms keep their digits, as in eager PyTorch."""
+    x = (torch.rand(161, size) < 0.5).to(dtype)
+    logits = torch.linspace(-40, 40, 161)[:, None] + torch.randn(161, size)
+    logits = (logits * (2 * x - 1)).to(dtype).requires_grad_()
+    check(fastelbo.bernoulli_log_prob, logits, x, label="logits")
+    probs = torch.logspace(-7, -0.1, 161)[:, None] * (0.5 + 0.5 * torch.rand(161, size))
+    probs = torch.where(x == 1, 1 - probs, probs).to(dtype).requires_grad_()
+    check(log_prob("bernoulli_probs"), probs, x, label="probabilities")
+
+
+@every_dtype
+def test_bernoulli_probs_at_the_ends(dtype):
+    """The logarithms are clamped at -100, as in torch's binary_cross_entropy."""
+    tiny = torch.finfo(torch.float32).smallest_normal
+    for p in (0.0, tiny, 1e-30, 1e-10, 1e-3, 0.5, 0.999, 1 - 2.0**-24, 1.0):
+        recon = torch.full((3,), p, dtype=torch.float64).to(dtype).requires_grad_()
+        inside = recon.detach().tolist()[0] not in (0.0, 1.0)
+        x = torch.tensor([0.0, 0.25, 1.0], dtype=dtype, requires_grad=inside)
+        check(log_prob("bernoulli_probs"), recon, x, label=f"p={p}")
+    # torch's derivative by the data forgets the clamp
+    x = torch.tensor([0.25, 0.25], dtype=dtype, requires_grad=True)
+    result = log_prob("bernoulli_probs")(torch.tensor([0.0, 1.0], dtype=dtype), x)
+    assert gradients([result], [x], [torch.ones(2)])[0].tolist() == [-100.0, 100.0]
+
+
+@pytest.mark.parametrize("name", ["gaussian", "laplace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scales_of_any_size(name, dtype):
+    for scale in (-80.0, -30.0, -1e-6, 0.0, 30.0, 80.0):
+        recon, x, _ = draw((name, False), (4, 20), dtype=dtype)
+        check(log_prob(name), recon, x, torch.full((4, 20), scale, dtype=dtype, requires_grad=True), label=f"{scale}")
+
+
+@every_likelihood
+@every_dtype
+def test_nan_comes_through(likelihood, dtype):
+    clean = draw(likelihood, (3, 40), 2, dtype)
+    for which, t in enumerate(clean):
+        if t is None:
+            continue
+        inputs = [None if c is None else c.detach().clone() for c in clean]
+        inputs[which].select(-1, 17).select(-1, 1).fill_(nan)  # datum 1, element 17
+        inputs = [None if c is None else c.requires_grad_() for c in inputs]
+        result = log_prob(likelihood[0])(*inputs)
+        assert result[..., 1].isnan().all() and result[..., [0, 2]].isfinite().all()
+        recon_grad = gradients([result], inputs, [torch.ones_like(result)])[0]
+        assert recon_grad[:, 1, 17].isnan().all()
+        assert recon_grad.isfinite().sum() == recon_grad.numel() - recon_grad.shape[0]
+
+
+@every_dtype
+def test_infinity_comes_through(dtype):
+    """At an infinite logit torch's formula meets inf - inf; the limit is as good, a finite number is not."""
+    logits = torch.tensor([inf, -inf, inf, -inf], dtype=dtype)
+    x = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=dtype)
+    result = fastelbo.bernoulli_log_prob(logits, x)
+    assert ((result[:2] == -inf) | result[:2].isnan()).all()
+    assert ((result[2:] == 0) | result[2:].isnan()).all()
+    for name in ("gaussian", "laplace"):
+        recon = torch.tensor([inf, -inf, 1.0, 1.0], dtype=dtype, requires_grad=True)
+        check(log_prob(name), recon, torch.tensor([0.0, 0.0, inf, -inf], dtype=dtype), label=name)
+        assert log_prob(name)(recon[:1], recon[:1]).isnan()
+
+
+def test_unknown_values_outside_the_unit_interval_are_nan():
+    probs = torch.tensor([-0.1, 1.1, 0.5])
+    assert log_prob("bernoulli_probs")(probs, torch.tensor([0.5, 0.5, 0.5])).isnan().tolist() == [True, True, False]

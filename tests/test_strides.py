@@ -1,0 +1,159 @@
+"""Strided and expanded inputs: the results of contiguous ones, without copies of the large tensors."""
+
+import pytest
+import torch
+from cases import LIKELIHOOD_IDS, LIKELIHOODS, draw
+from oracle import allocated, check, gradients
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastelbo
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "channels last": lambda t: t.movedim(-3, -1).contiguous().movedim(-1, -3),
+    "batch last": lambda t: t.movedim(-4, -1).contiguous().movedim(-1, -4),
+    "sliced": lambda t: F.pad(t, (2, 1, 1, 0))[..., 1:, 2:-1],
+    "every second": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "reversed twice": lambda t: t.flip(-1).flip(-1).mT.mT,
+}
+SHAPE = (5, 3, 6, 7)  # [B, C, H, W]
+
+
+def lay(t: Tensor | None, layout: str) -> Tensor | None:
+    if t is None:
+        return None
+    with torch.no_grad():
+        laid = LAYOUTS[layout](t)
+    assert torch.equal(laid, t)
+    return laid.detach().requires_grad_(t.requires_grad)
+
+
+def elbo(likelihood: str, reduction: str = "none"):
+    def call(recon, x, scale, mask, mu, logvar):
+        pair = recon if scale is None else (recon, scale)
+        return fastelbo.elbo_loss(pair, x, mu, logvar, likelihood=likelihood, mask=mask, reduction=reduction)
+
+    return call
+
+
+def iwae(likelihood: str, reduction: str = "none"):
+    def call(recon, x, scale, mask, log_ratio):
+        pair = recon if scale is None else (recon, scale)
+        return fastelbo.iwae_loss(pair, x, log_ratio, likelihood=likelihood, mask=mask, reduction=reduction)
+
+    return call
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=LIKELIHOOD_IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts(likelihood, layout, dtype):
+    """One layout for all inputs, and a different one for each."""
+    name = likelihood[0]
+    for samples in (None, 3):
+        recon, x, scale = draw(likelihood, SHAPE, samples, dtype)
+        mask = (torch.rand(SHAPE) < 0.7).float()
+        mu, logvar = (torch.randn(5, 1, 4, 2, dtype=dtype, requires_grad=True) for _ in range(2))
+        log_ratio = torch.randn(3, 5, dtype=dtype).requires_grad_()
+        others = [*list(LAYOUTS)[list(LAYOUTS).index(layout) :], *LAYOUTS]
+        for chosen in ([layout] * 5, others):
+            laid = [lay(t, kind) for t, kind in zip((recon, x, scale, mask), chosen, strict=False)]
+            latent = lay(mu, chosen[4]), lay(logvar, chosen[0])
+            check(elbo(name), *laid, *latent, label=f"elbo none, {chosen[:5]}")
+            check(elbo(name, "mean"), *laid, *latent, label=f"elbo mean, {chosen[:5]}")
+            if samples:
+                ratio = log_ratio.detach().T.contiguous().T.requires_grad_()
+                check(iwae(name), *laid, ratio, label=f"iwae none, {chosen[:5]}")
+                check(iwae(name, "sum"), *laid, ratio, label=f"iwae sum, {chosen[:5]}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_those_of_contiguous_inputs_to_the_bit(layout):
+    recon, x, scale = draw(("gaussian", True), SHAPE, 2)
+    mu, logvar = (torch.randn(5, 1, 4, 2, requires_grad=True) for _ in range(2))
+    strided = [lay(recon, layout), lay(x, layout), lay(scale, layout), None, lay(mu, layout), lay(logvar, layout)]
+    upstream = [torch.randn(5)]
+    expected = gradients([elbo("gaussian")(recon, x, scale, None, mu, logvar)], (recon, x, scale, mu, logvar), upstream)
+    actual = gradients([elbo("gaussian")(*strided)], strided, upstream)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.equal(a, e), f"input {i}"
+
+
+EXPANSIONS = {
+    "over samples": lambda t: t[:1].expand_as(t),
+    "over the batch": lambda t: t[:, :1].expand_as(t),
+    "over rows": lambda t: t[..., :1, :].expand_as(t),
+    "over columns": lambda t: t[..., :1].expand_as(t),
+    "one number": lambda t: t[(0,) * t.dim()].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("how", EXPANSIONS)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=LIKELIHOOD_IDS)
+def test_expanded_inputs(likelihood, how):
+    name, expand = likelihood[0], EXPANSIONS[how]
+    recon, x, scale = draw(likelihood, SHAPE, 3)
+
+    def with_expanded(index: int):
+        """The input is expanded inside the call, so that the gradient of what it was expanded from is compared too."""
+
+        def call(recon, x, scale, log_ratio):
+            given = [recon, x, scale]
+            given[index] = expand(x[None]).squeeze(0) if index == 1 else expand(given[index])
+            recon, x, scale = given
+            pair = recon if scale is None else (recon, scale)
+            return (
+                fastelbo.log_prob(pair, x, likelihood=name),
+                fastelbo.iwae_loss(pair, x, log_ratio, likelihood=name, reduction="none"),
+            )
+
+        return call
+
+    for index in range(2 + likelihood[1]):
+        check(with_expanded(index), recon, x, scale, torch.randn(3, 5, requires_grad=True), label=f"input {index}")
+
+
+def test_allocations_are_seen():
+    assert allocated(lambda: torch.empty(1000) + 1) >= 8000
+
+
+@pytest.mark.parametrize("kind", ["sliced", "transposed", "channels last", "every second"])
+def test_no_copies_of_large_tensors(kind):
+    """A strided call allocates what a contiguous one does: the results, the gradients and small change."""
+    shape, samples = (16, 8, 32, 32), 4
+
+    def bytes_of(layout: str, step) -> int:
+        recon, x, scale = (lay(t, layout) for t in draw(("gaussian", True), shape, samples))
+        mask = lay(torch.ones(shape, dtype=torch.bool), layout)
+        return allocated(lambda: step(recon, x.detach(), scale, mask))
+
+    def forward(recon, x, scale, mask):
+        with torch.no_grad():
+            fastelbo.log_prob((recon, scale), x, likelihood="gaussian", mask=mask)
+
+    def log_prob(recon, x, scale, mask):
+        fastelbo.log_prob((recon, scale), x, likelihood="gaussian", mask=mask).sum().backward()
+
+    def elbo_loss(recon, x, scale, mask):
+        mu = torch.zeros(16, 2)
+        fastelbo.elbo_loss((recon, scale), x, mu, mu, likelihood="gaussian", mask=mask).backward()
+
+    def iwae_loss(recon, x, scale, mask):
+        fastelbo.iwae_loss((recon, scale), x, torch.zeros(4, 16), likelihood="gaussian", mask=mask).backward()
+
+    small = 64 * 1024
+    assert bytes_of(kind, forward) < small
+    gradient = 4 * samples * 16 * 8 * 32 * 32
+    for step in (log_prob, elbo_loss, iwae_loss):
+        assert bytes_of("contiguous", step) < 2 * gradient + small, step.__name__
+        assert bytes_of(kind, step) < 2 * gradient + small, step.__name__
+
+
+def test_no_copies_of_expanded_or_converted_inputs():
+    recon = torch.randn(1, 64, 4096).expand(50, 64, 4096)
+    for x in (torch.rand(1, 4096).expand(64, 4096), torch.randint(0, 256, (64, 4096), dtype=torch.uint8)):
+        assert allocated(lambda x=x: fastelbo.bernoulli_log_prob(recon, x)) < 64 * 1024
+    half = torch.randn(64, 4096, dtype=torch.bfloat16)
+    assert allocated(lambda: fastelbo.bernoulli_log_prob(half, half.float().sigmoid())) < 2 * 4 * 64 * 4096 + 64 * 1024

@@ -215,6 +215,18 @@ def test_inputs_and_results_are_never_overwritten(reduction, free_bits):
 
 
 @every_reduction
+def test_an_input_that_was_changed_before_the_backward_is_noticed(reduction):
+    """As by every op of PyTorch: the gradient would be wrong."""
+    for changed in (0, 2, 3):
+        inputs, loss_of = losses(reduction)
+        loss = loss_of().sum()
+        with torch.no_grad():
+            inputs[changed].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@every_reduction
 def test_no_two_gradients_share_memory(reduction):
     inputs, loss_of = losses(reduction)
     grads = gradients([loss_of()], inputs, [torch.ones_like(loss_of())])

@@ -1,5 +1,7 @@
 """Strided and expanded inputs: the results of contiguous ones, without copies of the large tensors."""
 
+import math
+
 import pytest
 import torch
 from cases import LIKELIHOOD_IDS, LIKELIHOODS, draw
@@ -157,3 +159,11 @@ def test_no_copies_of_expanded_or_converted_inputs():
         assert allocated(lambda x=x: fastelbo.bernoulli_log_prob(recon, x)) < 64 * 1024
     half = torch.randn(64, 4096, dtype=torch.bfloat16)
     assert allocated(lambda: fastelbo.bernoulli_log_prob(half, half.float().sigmoid())) < 2 * 4 * 64 * 4096 + 64 * 1024
+
+
+def test_more_elements_than_32_bits_can_count():
+    """One number, expanded: 2^31 elements and some, without their memory."""
+    size = 2**31 + 4097
+    logits, x = torch.zeros(1, 1).expand(1, size), torch.ones(1, 1, dtype=torch.bool).expand(1, size)
+    value = fastelbo.bernoulli_log_prob(logits, x).item()
+    assert value == pytest.approx(size * math.log(0.5), rel=1e-6)

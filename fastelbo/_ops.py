@@ -104,15 +104,11 @@ def _log_mean_exp_backward(grad: Tensor, log_w: Tensor, dim: int) -> Tensor:
     return result
 
 
-def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
-    return [a for a in args if isinstance(a, Tensor)]
-
-
 def _register(twin: Callable[..., Any]) -> None:
     op = getattr(torch.ops.fastelbo, twin.__name__).default
 
     def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
+        if torch.is_grad_enabled() and any(a.requires_grad for a in args if isinstance(a, Tensor)):
             return twin(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)

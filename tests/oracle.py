@@ -210,3 +210,17 @@ def allocated(function: Callable[[], Any]) -> int:
         function()
     events = profile.profiler.kineto_results.events()
     return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
+
+
+def assert_backward_repeats(loss: Tensor, inputs: Sequence[Tensor], upstream: float) -> None:
+    """A second and a third backward are right, also when the first one's results were overwritten by the user."""
+    up = torch.full_like(loss, upstream)
+    first = torch.autograd.grad(loss, inputs, up, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.mul_(-3).add_(1)
+    second = torch.autograd.grad(loss, inputs, 2 * up, retain_graph=True)
+    third = torch.autograd.grad(loss, inputs, up)
+    for a, b, c in zip(kept, second, third, strict=True):
+        torch.testing.assert_close(b, 2 * a, rtol=1e-6, atol=0)
+        assert torch.equal(c, a)

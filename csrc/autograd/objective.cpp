@@ -28,7 +28,7 @@ struct LogMeanExp : public Function<LogMeanExp> {
 
 Tensor log_mean_exp_autograd(const Tensor& log_w, int64_t dim) { return LogMeanExp::apply(log_w, dim); }
 
-// What is left of a likelihood's upstream gradient when a term of it may be missing.
+// The sum of two gradients, either of which may be absent.
 Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
 
 struct ElboLoss : public Function<ElboLoss> {
@@ -119,6 +119,17 @@ struct ElboLoss : public Function<ElboLoss> {
   }
 };
 
+// The loss without gradients, on any device: its forward op, asked for none.
+std::tuple<Tensor, Tensor, Tensor> elbo_loss_value(const Tensor& recon, const Tensor& x, const Tensor& mu,
+                                                   const Tensor& logvar, const OptionalTensor& scale,
+                                                   const OptionalTensor& mask, double beta,
+                                                   const OptionalTensor& beta_tensor, double free_bits,
+                                                   std::string_view likelihood, std::string_view reduction) {
+  auto [loss, log_likelihood, kl, grads] = ops::elbo_loss_forward(recon, x, mu, logvar, scale, mask, beta, beta_tensor,
+                                                                  free_bits, likelihood, reduction, {});
+  return {loss, log_likelihood, kl};
+}
+
 std::tuple<Tensor, Tensor, Tensor> elbo_loss_autograd(const Tensor& recon, const Tensor& x, const Tensor& mu,
                                                       const Tensor& logvar, const OptionalTensor& scale,
                                                       const OptionalTensor& mask, double beta,
@@ -126,9 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> elbo_loss_autograd(const Tensor& recon, const
                                                       std::string_view likelihood, std::string_view reduction) {
   if (!at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, log_likelihood, kl, grads] = ops::elbo_loss_forward(recon, x, mu, logvar, scale, mask, beta,
-                                                                    beta_tensor, free_bits, likelihood, reduction, {});
-    return {loss, log_likelihood, kl};
+    return elbo_loss_value(recon, x, mu, logvar, scale, mask, beta, beta_tensor, free_bits, likelihood, reduction);
   }
   auto out = ElboLoss::apply(recon, x, mu, logvar, scale, beta_tensor, mask, beta, free_bits, likelihood, reduction);
   return {out[0], out[1], out[2]};
@@ -197,20 +206,31 @@ struct IwaeLoss : public Function<IwaeLoss> {
   }
 };
 
+std::tuple<Tensor, Tensor> iwae_loss_value(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                           const OptionalTensor& scale, const OptionalTensor& mask,
+                                           std::string_view likelihood, std::string_view reduction) {
+  auto [loss, log_likelihood, grads] =
+      ops::iwae_loss_forward(recon, x, log_ratio, scale, mask, likelihood, reduction, {});
+  return {loss, log_likelihood};
+}
+
 std::tuple<Tensor, Tensor> iwae_loss_autograd(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
                                               const OptionalTensor& scale, const OptionalTensor& mask,
                                               std::string_view likelihood, std::string_view reduction) {
   if (!at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, log_likelihood, grads] =
-        ops::iwae_loss_forward(recon, x, log_ratio, scale, mask, likelihood, reduction, {});
-    return {loss, log_likelihood};
+    return iwae_loss_value(recon, x, log_ratio, scale, mask, likelihood, reduction);
   }
   auto out = IwaeLoss::apply(recon, x, log_ratio, scale, mask, likelihood, reduction);
   return {out[0], out[1]};
 }
 
 }  // namespace
+
+TORCH_LIBRARY_IMPL(fastelbo, CompositeExplicitAutograd, m) {
+  m.impl("elbo_loss", elbo_loss_value);
+  m.impl("iwae_loss", iwae_loss_value);
+}
 
 TORCH_LIBRARY_IMPL(fastelbo, Autograd, m) {
   m.impl("log_mean_exp", log_mean_exp_autograd);

@@ -79,18 +79,9 @@ ElboForward elbo_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> elbo_loss_cpu(const Tensor& recon, const Tensor& x, const Tensor& mu,
-                                                 const Tensor& logvar, const OptionalTensor& scale,
-                                                 const OptionalTensor& mask, double beta,
-                                                 const OptionalTensor& beta_tensor, double free_bits,
-                                                 std::string_view likelihood, std::string_view reduction) {
-  auto [loss, log_likelihood, kl, grads] =
-      elbo_loss_forward_cpu(recon, x, mu, logvar, scale, mask, beta, beta_tensor, free_bits, likelihood, reduction, {});
-  return {loss, log_likelihood, kl};
-}
-
 // For a few data, while their K rows are in the cache: log p and its gradient with factor 1, then the weights, then the
-// gradient times its weight. Half types cannot keep the first gradient without rounding it: theirs is computed again.
+// gradient times its weight. Where the first gradient cannot be kept in place and unrounded, in half types and strided
+// outputs, it is computed again.
 IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
                                   const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood,
                                   std::string_view reduction_name, std::array<bool, 3> needs) {
@@ -205,14 +196,6 @@ IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
   return result;
 }
 
-std::tuple<Tensor, Tensor> iwae_loss_cpu(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                         const OptionalTensor& scale, const OptionalTensor& mask,
-                                         std::string_view likelihood, std::string_view reduction) {
-  auto [loss, log_likelihood, grads] =
-      iwae_loss_forward_cpu(recon, x, log_ratio, scale, mask, likelihood, reduction, {});
-  return {loss, log_likelihood};
-}
-
 // Sizes of log_w in front of, at and behind the averaged dimension; log_w and its gradient are contiguous here.
 LogMeanExpParams log_mean_exp_params(const Tensor& log_w, int64_t dim) {
   LogMeanExpParams p;
@@ -253,9 +236,7 @@ Tensor log_mean_exp_backward_cpu(const Tensor& grad, const Tensor& log_w, int64_
 TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
   m.impl("log_mean_exp", log_mean_exp_cpu);
   m.impl("_log_mean_exp_backward", log_mean_exp_backward_cpu);
-  m.impl("elbo_loss", elbo_loss_cpu);
   m.impl("_elbo_loss_forward", elbo_loss_forward_cpu);
-  m.impl("iwae_loss", iwae_loss_cpu);
   m.impl("_iwae_loss_forward", iwae_loss_forward_cpu);
 }
 

@@ -4,7 +4,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/params.h"
 #include "kernels/std.h"
 #include "likelihoods/list.h"
 

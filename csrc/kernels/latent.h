@@ -28,8 +28,8 @@ inline const T* load_rows(const View& v, int64_t k, int64_t b, int64_t column, i
 // One tile of q and of the prior: [rows of a block, columns] of the views, side by side.
 template <class T>
 struct LatentTile {
-  int64_t rows, columns, n;                            // n = rows * columns
-  alignas(64) T mu[kTile], logvar[kTile];              //
+  int64_t rows, columns, n;  // n = rows * columns
+  alignas(64) T mu[kTile], logvar[kTile];
   alignas(64) T delta[kTile], t[kTile], inv_p[kTile];  // mu - mu_p, lv - lv_p, exp(-lv_p)
   alignas(64) T std[kTile];                            // exp(lv / 2)
 
@@ -103,7 +103,7 @@ inline void store_rows(const View& v, int64_t k, int64_t b, int64_t column, cons
   }
 }
 
-// Gradients of the KL of a tile, times the upstream gradient of each row, added to (or in place of) what is there.
+// The gradients of a tile, before they are stored.
 template <class T>
 struct LatentGrads {
   alignas(64) T mu[kTile], logvar[kTile], prior_mu[kTile], prior_logvar[kTile];

@@ -1,8 +1,8 @@
 // Bernoulli from the logit l: log p = x l - softplus(l), x anywhere in [0, 1].
 //
 // With h = [l >= 0] and e = exp(-|l|):  log p = l (x - h) - log(1 + e),  d/dl = (x - h) +- e / (1 + e).
-// Neither difference cancels: exact for any size of l. At l = -inf, x > 0 the value is -inf, the
-// limit, where the textbook forms give inf - inf.
+// Neither difference cancels: exact for any size of l. At l = -inf, x > 0 the value is the limit
+// -inf, where the textbook forms give inf - inf.
 #pragma once
 
 #include "likelihoods/terms.h"

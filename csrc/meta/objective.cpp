@@ -27,16 +27,6 @@ ElboForward elbo_loss_forward_meta(const Tensor& recon, const Tensor& x, const T
           shapes::batch_like(recon, x), shapes::grads_like({&r, &m, &lv, &scale}, needs.data())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> elbo_loss_meta(const Tensor& recon, const Tensor& x, const Tensor& mu,
-                                                  const Tensor& logvar, const OptionalTensor& scale,
-                                                  const OptionalTensor& mask, double beta,
-                                                  const OptionalTensor& beta_tensor, double free_bits,
-                                                  std::string_view likelihood, std::string_view reduction) {
-  auto [loss, log_likelihood, kl, grads] = elbo_loss_forward_meta(recon, x, mu, logvar, scale, mask, beta, beta_tensor,
-                                                                  free_bits, likelihood, reduction, {});
-  return {loss, log_likelihood, kl};
-}
-
 IwaeForward iwae_loss_forward_meta(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
                                    const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood,
                                    std::string_view reduction, std::array<bool, 3> needs) {
@@ -46,22 +36,12 @@ IwaeForward iwae_loss_forward_meta(const Tensor& recon, const Tensor& x, const T
           shapes::grads_like({&r, &lr, &scale}, needs.data())};
 }
 
-std::tuple<Tensor, Tensor> iwae_loss_meta(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                          const OptionalTensor& scale, const OptionalTensor& mask,
-                                          std::string_view likelihood, std::string_view reduction) {
-  auto [loss, log_likelihood, grads] =
-      iwae_loss_forward_meta(recon, x, log_ratio, scale, mask, likelihood, reduction, {});
-  return {loss, log_likelihood};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastelbo, Meta, m) {
   m.impl("log_mean_exp", log_mean_exp_meta);
   m.impl("_log_mean_exp_backward", log_mean_exp_backward_meta);
-  m.impl("elbo_loss", elbo_loss_meta);
   m.impl("_elbo_loss_forward", elbo_loss_forward_meta);
-  m.impl("iwae_loss", iwae_loss_meta);
   m.impl("_iwae_loss_forward", iwae_loss_forward_meta);
 }
 

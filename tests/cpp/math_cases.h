@@ -3,6 +3,7 @@
 #pragma once
 
 #include "check.h"
+#include "kernels/noise.h"
 #include "likelihoods/list.h"
 #include "math/kl.h"
 #include "math/log_mean_exp.h"
@@ -142,11 +143,31 @@ inline void philox_cases(Checks& c) {
   c.at_most(angle, 4e-7, "Box-Muller angle");
 }
 
+// The vectors of counters against one counter at a time, from any place in a counter and across the carry of its words.
+inline void noise_cases(Checks& c) {
+  NoiseBuffer buffer;
+  double worst = 0;
+  for (const int64_t start : {int64_t(0), int64_t(1), int64_t(30), int64_t(4001), (int64_t(1) << 34) - 9}) {
+    for (const int64_t n : {int64_t(1), int64_t(63), kTile}) {
+      const float* run = normal_run(0x123456789abcdefull, start, n, buffer);
+      for (int64_t i = 0; i < n; ++i) {
+        const uint64_t counter = uint64_t(start + i) >> 2;
+        const Words w = philox(0x123456789abcdefull, uint32_t(counter), uint32_t(counter >> 32));
+        const bool second = (start + i) & 2;
+        const NormalPair z = box_muller(second ? w.w2 : w.w0, second ? w.w3 : w.w1);
+        worst = std::fmax(worst, std::fabs(double(run[i]) - double((start + i) & 1 ? z.second : z.first)));
+      }
+    }
+  }
+  c.at_most(worst, 2e-6, "noise by vectors of counters");  // the compiler may fuse other multiplications and additions
+}
+
 inline void math_cases(Checks& c, const char* isa) {
   std::printf("maths, %s\n", isa);
   math_of<float>(c, "float");
   math_of<double>(c, "double");
   philox_cases(c);
+  noise_cases(c);
 }
 
 }  // namespace fastelbo::FASTELBO_ISA

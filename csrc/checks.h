@@ -6,10 +6,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <string_view>
 
+#include "estimator.h"
 #include "kernels/params.h"
 
 namespace fastelbo::checks {
@@ -192,8 +194,9 @@ inline int elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Ten
   return index;
 }
 
-inline int iwae_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& log_ratio,
-                     const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood) {
+inline int multi_sample_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& log_ratio,
+                             const OptionalTensor& gates, const OptionalTensor& scale, const OptionalTensor& mask,
+                             std::string_view likelihood, const Estimator& e) {
   const int index = log_prob(recon, x, scale, mask, likelihood);
   TORCH_CHECK_VALUE(recon.dim() == x.dim() + 1, "recon must be [K, B, *event] with B=", x.sym_size(0),
                     " and event=", shape_text(x.sym_sizes().slice(1)), " from x; got ", shape_text(recon));
@@ -202,6 +205,19 @@ inline int iwae_loss(const at::Tensor& recon, const at::Tensor& x, const at::Ten
                     shape_text(log_ratio));
   same_precision("log_ratio", log_ratio, "recon", recon);
   same_device("log_ratio", log_ratio, "recon", recon);
+  if (gates.has_value()) {
+    const c10::SymInt K = recon.sym_size(0), B = recon.sym_size(1);
+    TORCH_CHECK_VALUE(same_shape(gates->sym_sizes(), {c10::SymInt(2), K, B}), "gates must be [2, K, B] with K=", K,
+                      " and B=", B, " from recon; got ", shape_text(*gates));
+    same_precision("gates", *gates, "recon", recon);
+    same_device("gates", *gates, "recon", recon);
+  }
+  TORCH_CHECK_VALUE(std::isfinite(e.alpha) && (e.alpha != 1 || e.elbo_share == 1),
+                    "alpha must be finite, and 1 only with elbo_share=1; got alpha=", e.alpha,
+                    ", elbo_share=", e.elbo_share);
+  TORCH_CHECK_VALUE(e.elbo_share >= 0 && e.elbo_share <= 1, "elbo_share must be in [0, 1]; got ", e.elbo_share);
+  TORCH_CHECK_VALUE(e.groups >= 1 && recon.sym_size(0) % e.groups == 0,
+                    "groups must divide the number of samples K=", recon.sym_size(0), "; got ", e.groups);
   return index;
 }
 

@@ -7,11 +7,11 @@ TORCH_LIBRARY(fastelbo, m) {
   // latent
   m.def(
       "rsample(Tensor mu, Tensor logvar, SymInt? num_samples, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, "
-      "Tensor? eps, SymInt first_sample=0) -> (Tensor z, Tensor kl, Tensor log_ratio)");
+      "Tensor? eps, SymInt first_sample=0) -> (Tensor z, Tensor kl, Tensor log_ratio, Tensor gates)");
   m.def(
-      "_rsample_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_ratio, Tensor mu, Tensor logvar, "
-      "SymInt? num_samples, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, Tensor? eps, SymInt first_sample, "
-      "bool[5] needs) -> Tensor[]");
+      "_rsample_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_ratio, Tensor? grad_gates, Tensor mu, "
+      "Tensor logvar, SymInt? num_samples, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, Tensor? eps, "
+      "SymInt first_sample, bool[5] needs) -> Tensor[]");
   m.def("gaussian_kl(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, float free_bits=0.) -> Tensor");
   m.def(
       "_gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "
@@ -35,10 +35,13 @@ TORCH_LIBRARY(fastelbo, m) {
       "_elbo_loss_forward(Tensor recon, Tensor x, Tensor mu, Tensor logvar, Tensor? scale, Tensor? mask, float beta, "
       "Tensor? beta_tensor, float free_bits, str likelihood, str reduction, bool[4] needs) "
       "-> (Tensor loss, Tensor log_likelihood, Tensor kl, Tensor[] grads)");
+  // the six numbers of an estimator: see csrc/estimator.h
   m.def(
-      "iwae_loss(Tensor recon, Tensor x, Tensor log_ratio, Tensor? scale, Tensor? mask, str likelihood, "
-      "str reduction) -> (Tensor loss, Tensor log_likelihood)");
+      "multi_sample_loss(Tensor recon, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? scale, Tensor? mask, "
+      "str likelihood, str reduction, float elbo_share=0., float alpha=0., int groups=1, float path=1., "
+      "float path_weight=0., float score=1.) -> (Tensor loss, Tensor log_likelihood)");
   m.def(
-      "_iwae_loss_forward(Tensor recon, Tensor x, Tensor log_ratio, Tensor? scale, Tensor? mask, str likelihood, "
-      "str reduction, bool[3] needs) -> (Tensor loss, Tensor log_likelihood, Tensor[] grads)");
+      "_multi_sample_loss_forward(Tensor recon, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? scale, "
+      "Tensor? mask, str likelihood, str reduction, float elbo_share, float alpha, int groups, float path, "
+      "float path_weight, float score, bool[4] needs) -> (Tensor loss, Tensor log_likelihood, Tensor[] grads)");
 }

@@ -10,6 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "estimator.h"
+
 namespace fastelbo::ops {
 
 using at::Tensor;
@@ -21,25 +23,25 @@ using Tensors = std::vector<Tensor>;
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastelbo::" NAME, "").typed<__VA_ARGS__>()
 
 inline Tensors rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
-                                const OptionalTensor& grad_log_ratio, const Tensor& mu, const Tensor& logvar,
-                                OptionalInt num_samples, const OptionalTensor& prior_mu,
-                                const OptionalTensor& prior_logvar, const OptionalTensor& seed,
-                                const OptionalTensor& eps, c10::SymInt first_sample, std::array<bool, 5> needs) {
+                                const OptionalTensor& grad_log_ratio, const OptionalTensor& grad_gates,
+                                const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
+                                const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+                                const OptionalTensor& seed, const OptionalTensor& eps, c10::SymInt first_sample,
+                                std::array<bool, 5> needs) {
   FASTELBO_OP("_rsample_backward",
-              Tensors(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                      OptionalInt, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                      const OptionalTensor&, c10::SymInt, std::array<bool, 5>));
-  return op.call(grad_z, grad_kl, grad_log_ratio, mu, logvar, std::move(num_samples), prior_mu, prior_logvar, seed, eps,
-                 std::move(first_sample), needs);
+              Tensors(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                      const Tensor&, const Tensor&, OptionalInt, const OptionalTensor&, const OptionalTensor&,
+                      const OptionalTensor&, const OptionalTensor&, c10::SymInt, std::array<bool, 5>));
+  return op.call(grad_z, grad_kl, grad_log_ratio, grad_gates, mu, logvar, std::move(num_samples), prior_mu,
+                 prior_logvar, seed, eps, std::move(first_sample), needs);
 }
 
-inline std::tuple<Tensor, Tensor, Tensor> rsample(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
-                                                  const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                                                  const OptionalTensor& seed, const OptionalTensor& eps,
-                                                  c10::SymInt first_sample) {
-  FASTELBO_OP("rsample", std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, OptionalInt,
-                                                            const OptionalTensor&, const OptionalTensor&,
-                                                            const OptionalTensor&, const OptionalTensor&, c10::SymInt));
+using Samples = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // z, kl, log_ratio, gates
+inline Samples rsample(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples, const OptionalTensor& prior_mu,
+                       const OptionalTensor& prior_logvar, const OptionalTensor& seed, const OptionalTensor& eps,
+                       c10::SymInt first_sample) {
+  FASTELBO_OP("rsample", Samples(const Tensor&, const Tensor&, OptionalInt, const OptionalTensor&,
+                                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, c10::SymInt));
   return op.call(mu, logvar, std::move(num_samples), prior_mu, prior_logvar, seed, eps, std::move(first_sample));
 }
 
@@ -94,15 +96,18 @@ inline ElboForward elbo_loss_forward(const Tensor& recon, const Tensor& x, const
   return op.call(recon, x, mu, logvar, scale, mask, beta, beta_tensor, free_bits, likelihood, reduction, needs);
 }
 
-using IwaeForward = std::tuple<Tensor, Tensor, Tensors>;
-inline IwaeForward iwae_loss_forward(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                     const OptionalTensor& scale, const OptionalTensor& mask,
-                                     std::string_view likelihood, std::string_view reduction,
-                                     std::array<bool, 3> needs) {
-  FASTELBO_OP("_iwae_loss_forward",
-              IwaeForward(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                          std::string_view, std::string_view, std::array<bool, 3>));
-  return op.call(recon, x, log_ratio, scale, mask, likelihood, reduction, needs);
+using MultiSampleForward = std::tuple<Tensor, Tensor, Tensors>;
+inline MultiSampleForward multi_sample_loss_forward(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                                    const OptionalTensor& gates, const OptionalTensor& scale,
+                                                    const OptionalTensor& mask, std::string_view likelihood,
+                                                    std::string_view reduction, const Estimator& e,
+                                                    std::array<bool, 4> needs) {
+  FASTELBO_OP("_multi_sample_loss_forward",
+              MultiSampleForward(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                 const OptionalTensor&, const OptionalTensor&, std::string_view, std::string_view,
+                                 double, double, int64_t, double, double, double, std::array<bool, 4>));
+  return op.call(recon, x, log_ratio, gates, scale, mask, likelihood, reduction, e.elbo_share, e.alpha, e.groups,
+                 e.path, e.path_weight, e.score, needs);
 }
 
 #undef FASTELBO_OP

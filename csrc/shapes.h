@@ -47,6 +47,12 @@ inline at::Tensor samples_like(const at::Tensor& mu, const std::optional<c10::Sy
   return at::empty_symint(shape, whole ? mu.options() : compute_options(mu));
 }
 
+// [2, K, B] zeros, see estimator.h; without K samples there is nothing to weigh.
+inline at::Tensor gates_like(const at::Tensor& mu, const std::optional<c10::SymInt>& num_samples) {
+  if (!num_samples) return at::empty({0}, compute_options(mu));
+  return at::zeros_symint({2, *num_samples, mu.sym_size(0)}, compute_options(mu));
+}
+
 inline at::Tensor reduced_like(const at::Tensor& log_w, int64_t dim) {
   c10::SymDimVector shape;
   for (int64_t d = 0; d < log_w.dim(); ++d) {

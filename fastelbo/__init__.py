@@ -15,6 +15,7 @@ from fastelbo.functional import (
     iwae_loss,
     log_mean_exp,
     log_prob,
+    multi_sample_loss,
     reference_mode,
     rsample,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "iwae_loss",
     "log_mean_exp",
     "log_prob",
+    "multi_sample_loss",
     "reference",
     "reference_mode",
     "rsample",

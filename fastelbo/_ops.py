@@ -82,6 +82,7 @@ def _rsample_backward(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     grad_log_ratio: Tensor | None,
+    grad_gates: Tensor | None,
     mu: Tensor,
     logvar: Tensor,
     num_samples: int | None,
@@ -96,7 +97,7 @@ def _rsample_backward(
         return reference.rsample(mu, logvar, num_samples, prior_mu, prior_logvar, seed, eps, first_sample)
 
     inputs = [mu, logvar, prior_mu, prior_logvar, eps]
-    return _given(reference.vjp(twin, inputs, [grad_z, grad_kl, grad_log_ratio], needs))
+    return _given(reference.vjp(twin, inputs, [grad_z, grad_kl, grad_log_ratio, grad_gates], needs))
 
 
 def _log_mean_exp_backward(grad: Tensor, log_w: Tensor, dim: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastelbo import _ops, reference
+from fastelbo import _ops, estimators, reference
 
 Recon = Tensor | tuple[Tensor, Tensor]
 _R = TypeVar("_R")
@@ -31,6 +31,8 @@ class Posterior(NamedTuple):
     logvar: Tensor
     prior_mu: Tensor | None
     prior_logvar: Tensor | None
+    # [2, K, B] zeros; the way by which an estimator's gradient reaches mu and logvar (csrc/estimator.h)
+    gates: Tensor | None = None
 
 
 class LossParts(NamedTuple):
@@ -126,7 +128,8 @@ def rsample(
         first_sample: index of the first of these K samples in a longer run that is drawn in chunks.
 
     Returns:
-        Posterior(z [K?, B, *latent] in mu's dtype, kl [B], log_ratio [K?, B], mu, logvar, prior_mu, prior_logvar).
+        Posterior(z [K?, B, *latent] in mu's dtype, kl [B], log_ratio [K?, B], mu, logvar, prior_mu, prior_logvar,
+        gates): the first three are differentiable; gates is for `multi_sample_loss`.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, named with what was expected and what came.
@@ -141,10 +144,10 @@ def rsample(
         raise ValueError("eps and seed (or generator) exclude each other: give one of them")
     else:
         key = None
-    z, kl, log_ratio = _call(
+    z, kl, log_ratio, gates = _call(
         _op.rsample.default, reference.rsample, mu, logvar, num_samples, p_mu, p_logvar, key, eps, first_sample
     )
-    return Posterior(z, kl, log_ratio, mu, logvar, prior_mu, prior_logvar)
+    return Posterior(z, kl, log_ratio, mu, logvar, prior_mu, prior_logvar, None if num_samples is None else gates)
 
 
 def gaussian_kl(
@@ -347,11 +350,104 @@ def iwae_loss(
     """
     first, scale = split_recon(recon)
     loss, log_likelihood = _call(
-        _op.iwae_loss.default, reference.iwae_loss, first, x, log_ratio, scale, _mask(mask, x), likelihood, reduction
+        _op.multi_sample_loss.default,
+        reference.multi_sample_loss,
+        first,
+        x,
+        log_ratio,
+        None,
+        scale,
+        _mask(mask, x),
+        likelihood,
+        reduction,
     )
     if not return_parts:
         return loss
     return LossParts(loss, log_likelihood, -log_ratio.to(log_likelihood.dtype).mean(0))
+
+
+def multi_sample_loss(
+    recon: Recon,
+    x: Tensor,
+    posterior: Posterior,
+    *,
+    likelihood: str = "bernoulli",
+    estimator: str = "iwae",
+    alpha: float = 0.0,
+    beta: float = 0.5,
+    groups: int = 1,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    return_parts: bool = False,
+) -> Any:
+    """Minus a K-sample bound with the gradient estimator of your choice, value and gradient in one pass.
+
+    With log w_k = log p(x | z_k) + log p(z_k) - log q(z_k | x), all K samples in one backward pass:
+
+    "elbo"   mean_k log w_k: the KL by Monte Carlo too (Kingma & Welling 2014, eq. 6)
+    "stl"    the same without the score term: zero variance where q is the posterior (Roeder et al. 2017)
+    "iwae"   log mean_k w_k (Burda et al. 2016)
+    "dreg"   the same bound; the encoder's gradient doubly reparameterized, which is unbiased and whose signal-to-noise
+             ratio grows with K where iwae's falls (Tucker et al. 2019). With K = 1 it is "stl".
+    "rws"    the same bound for the decoder; the encoder minimizes KL(p(z | x) || q), the wake phase of reweighted
+             wake-sleep (Bornschein & Bengio 2015). Needs K of 2 or more.
+    "vr"     1/(1 - alpha) log mean_k w_k^(1 - alpha), a Renyi bound (Li & Turner 2016): alpha = 0 is iwae, 1 (by
+             continuity) elbo; a negative alpha goes above the bound of iwae.
+    "ciwae"  beta elbo + (1 - beta) iwae (Rainforth et al. 2018)
+    "miwae"  iwae inside each of `groups` groups of K / groups consecutive samples, averaged (Rainforth et al. 2018)
+
+    Args:
+        recon: [K, B, *event] (or a pair of them), decoded from posterior.z. x, likelihood, mask: as in `log_prob`.
+        posterior: from `rsample` with num_samples.
+        estimator: a name above; for "stl", "dreg" and "rws" see the note.
+        alpha: of "vr". beta: the share of the ELBO in "ciwae". groups: of "miwae"; others ignore them.
+        reduction: "mean" (over B), "sum" or "none".
+        return_parts: also return log p(x | z) and the analytic KL.
+
+    Returns:
+        A scalar, or [B] with reduction="none", in nats: minus the bound, whatever the gradient. With return_parts,
+        LossParts(loss, log_likelihood [K, B], kl [B]).
+
+    Raises:
+        ValueError, TypeError: unknown names, shapes or dtypes that do not fit, groups that do not divide K.
+        NotImplementedError: "stl", "dreg" or "rws" in forward-mode AD.
+
+    Note:
+        "stl", "dreg" and "rws" change what flows back through posterior.z and posterior.log_ratio. Another term of the
+        same loss that reads these two would be changed with them: let it read samples of its own (`rsample` with the
+        same seed gives the same ones). posterior.kl, mu and logvar are not touched.
+    """
+    first, scale = split_recon(recon)
+    log_ratio = posterior.log_ratio
+    if log_ratio.dim() != 2:
+        raise ValueError(
+            "posterior must hold K samples, log_ratio [K, B]: draw it with rsample(mu, logvar, num_samples); "
+            f"got log_ratio {tuple(log_ratio.shape)}"
+        )
+    row = estimators.estimator(estimator, len(log_ratio), alpha=alpha, beta=beta, groups=groups)
+    gates = None if row.is_gradient else posterior.gates
+    if not row.is_gradient:
+        if gates is None:
+            raise ValueError(f"posterior must come from rsample for estimator {estimator!r}; this one has gates=None")
+        if forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                f"estimator {estimator!r} has no forward-mode derivative: it is no gradient of its bound; "
+                "take 'iwae' or 'elbo'"
+            )
+    loss, log_likelihood = _call(
+        _op.multi_sample_loss.default,
+        reference.multi_sample_loss,
+        first,
+        x,
+        log_ratio,
+        gates,
+        scale,
+        _mask(mask, x),
+        likelihood,
+        reduction,
+        *row,
+    )
+    return LossParts(loss, log_likelihood, posterior.kl) if return_parts else loss
 
 
 class ELBOLoss(torch.nn.Module):

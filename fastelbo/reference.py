@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOG_2 = math.log(2.0)
 LOG_2PI = math.log(2.0 * math.pi)
@@ -150,6 +151,44 @@ def normal(seed: Tensor, shape: tuple[int, ...], offset: int = 0) -> Tensor:
     return noise[offset - 4 * first :][:count].reshape(shape)
 
 
+class _Gated(torch.autograd.Function):
+    """The identity on z and log_ratio, with the output `gates`: zeros [2, K, B] (see csrc/estimator.h)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        z: Tensor, log_ratio: Tensor, mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return z.clone(), log_ratio.clone(), log_ratio.new_zeros(2, *log_ratio.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        z, _, *parameters = inputs
+        ctx.save_for_backward(z, *parameters)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_z: Tensor | None, grad_log_ratio: Tensor | None, gates: Tensor | None) -> Any:  # type: ignore[override]
+        """The gates say by how much the path derivative and the score differ from those of the total derivative."""
+        if gates is None:
+            return grad_z, grad_log_ratio, None, None, None, None
+        z, mu, logvar, prior_mu, prior_logvar = ctx.saved_tensors
+        path, score = (g.reshape(g.shape + (1,) * (z.dim() - 2)) for g in gates)
+        if grad_z is not None:
+            grad_z = grad_z * (1 + path)
+        if grad_log_ratio is None:
+            return grad_z, None, None, None, None, None
+        up = grad_log_ratio.reshape(path.shape)
+        of_q = (z - mu) * torch.exp(-logvar)  # -d log q / dz
+        of_p = (z if prior_mu is None else z - prior_mu) * (1 if prior_logvar is None else torch.exp(-prior_logvar))
+        through_z = up * path * (of_q - of_p)
+        grad_mu = -(up * score * of_q).sum(0)
+        grad_logvar = 0.5 * (up * score * (1 - (z - mu) * of_q)).sum(0)
+        through_z = through_z if grad_z is None else grad_z + through_z
+        return through_z, grad_log_ratio, grad_mu, grad_logvar, None, None
+
+
 def rsample(
     mu: Tensor,
     logvar: Tensor,
@@ -159,24 +198,27 @@ def rsample(
     seed: Tensor | None = None,
     eps: Tensor | None = None,
     first_sample: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z = mu + exp(lv/2) eps [K?, B, *latent], its KL [B] and log p(z) - log q(z | x) [K?, B]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z = mu + exp(lv/2) eps [K?, B, *latent], its KL [B], log p(z) - log q(z | x) [K?, B], and gates [2, K, B]."""
     dtype = _compute_dtype(mu)
     m, lv = mu.to(dtype), logvar.to(dtype)
+    m_p = None if prior_mu is None else prior_mu.to(dtype)
+    lv_p = None if prior_logvar is None else prior_logvar.to(dtype)
     if eps is None:
         assert seed is not None
         shape = (*(() if num_samples is None else (num_samples,)), *mu.shape)
         eps = normal(seed, shape, first_sample * mu.numel())
     e = eps.to(dtype)
     z = m + torch.exp(0.5 * lv) * e
-    delta = z if prior_mu is None else z - prior_mu.to(dtype)
-    terms = -0.5 * delta.square()
-    if prior_logvar is not None:
-        lv_p = prior_logvar.to(dtype)
-        terms, lv = terms * torch.exp(-lv_p), lv - lv_p
-    terms = terms + 0.5 * e.square() + 0.5 * lv
+    terms = -0.5 * (z if m_p is None else z - m_p).square()
+    if lv_p is not None:
+        terms = terms * torch.exp(-lv_p)
+    terms = terms + 0.5 * e.square() + 0.5 * (lv if lv_p is None else lv - lv_p)
     log_ratio = _sum_from(terms, z.dim() - mu.dim() + 1)
-    return z.to(mu.dtype), gaussian_kl(mu, logvar, prior_mu, prior_logvar), log_ratio
+    gates = log_ratio.new_empty(0) if num_samples is None else log_ratio.new_zeros(2, *log_ratio.shape)
+    if num_samples is not None and forward_ad._current_level < 0:  # estimators have no forward-mode derivative
+        z, log_ratio, gates = _Gated.apply(z, log_ratio, m, lv, m_p, lv_p)  # type: ignore[no-untyped-call]
+    return z.to(mu.dtype), gaussian_kl(mu, logvar, prior_mu, prior_logvar), log_ratio, gates
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,19 +261,62 @@ def elbo_loss(
     return _reduce(weight * charged - fit, reduction), log_likelihood, kl
 
 
-def iwae_loss(
+class _Steered(torch.autograd.Function):
+    """The identity on the loss; the "gradient" that it returns for `gates` is `factors`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loss: Tensor, gates: Tensor, factors: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad, ctx.saved_tensors[0], None
+
+
+def multi_sample_loss(
     recon: Tensor,
     x: Tensor,
     log_ratio: Tensor,
+    gates: Tensor | None = None,
     scale: Tensor | None = None,
     mask: Tensor | None = None,
     likelihood: str = "bernoulli",
     reduction: str = "mean",
+    elbo_share: float = 0.0,
+    alpha: float = 0.0,
+    groups: int = 1,
+    path: float = 1.0,
+    path_weight: float = 0.0,
+    score: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """-log mean_k exp(log p(x | z_k) + log_ratio_k) reduced over B (Burda et al. 2016, eq. 8); also log p [K, B]."""
+    """Minus the bound of an estimator (see `fastelbo.estimators`) reduced over B; also log p [K, B]."""
     log_likelihood = log_prob(recon, x, scale, mask, likelihood)
     log_w = log_likelihood + log_ratio.to(log_likelihood.dtype)
-    return _reduce(-log_mean_exp(log_w, 0), reduction), log_likelihood
+    bound: Tensor | float = 0.0
+    weights: Tensor | float = 0.0  # a [K, B]
+    if elbo_share != 0:
+        bound = elbo_share * log_w.mean(0)
+        weights = elbo_share / len(log_w)
+    if elbo_share != 1:
+        tempered = ((1 - alpha) * log_w).unflatten(0, (groups, -1))  # [groups, K / groups, B]
+        bound = bound + (1 - elbo_share) / (1 - alpha) * log_mean_exp(tempered, 1).mean(0)
+        if path_weight != 0:
+            empty = tempered.detach().amax(1, keepdim=True) == -torch.inf
+            softmax = torch.where(empty, 0.0, torch.softmax(torch.where(empty, 0.0, tempered), 1)).flatten(0, 1)
+            weights = weights + (1 - elbo_share) / groups * softmax
+    assert isinstance(bound, Tensor)
+    loss = _reduce(-bound, reduction)
+    if gates is not None:
+        for_path = torch.full_like(log_w, path - 1) + path_weight * weights
+        factors = torch.stack([for_path, torch.full_like(log_w, score - 1)]).to(gates.dtype)
+        loss = _Steered.apply(loss, gates, factors)  # type: ignore[no-untyped-call]
+    return loss, log_likelihood
 
 
 # ---------------------------------------------------------------------------------------------------------------------

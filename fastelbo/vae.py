@@ -6,11 +6,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastelbo import likelihoods, reference
-from fastelbo.functional import Posterior, Recon, elbo_loss, iwae_loss, rsample
+from fastelbo.estimators import ESTIMATORS
+from fastelbo.functional import Posterior, Recon, elbo_loss, multi_sample_loss, rsample
 
 # Every objective with the options that it reads; the others must keep their defaults.
-OBJECTIVES: dict[str, tuple[str, ...]] = {"elbo": ("beta", "free_bits"), "iwae": ()}
-_DEFAULTS = {"beta": 1.0, "free_bits": 0.0, "alpha": 0.0, "groups": 1}
+# "elbo" is the one with the KL in closed form; the others are the estimators of `multi_sample_loss`.
+OBJECTIVES: dict[str, tuple[str, ...]] = {name: row.options for name, row in ESTIMATORS.items()}
+OBJECTIVES["elbo"] = ("beta", "free_bits")
+_DEFAULTS = {"beta": None, "free_bits": 0.0, "alpha": 0.0, "groups": 1}
 
 
 class VAEOutput(NamedTuple):
@@ -28,6 +31,8 @@ def _check_options(objective: str, **options: Any) -> None:
         given = isinstance(value, Tensor) or value != _DEFAULTS[name]
         if given and name not in OBJECTIVES[objective]:
             raise ValueError(f"{name} has no effect with objective={objective!r}: leave it out; got {value!r}")
+    if objective != "elbo" and isinstance(options["beta"], Tensor):
+        raise TypeError(f"beta must be a float with objective={objective!r}; got a tensor")
 
 
 def draws(objective: str, num_samples: int) -> int | None:
@@ -41,14 +46,20 @@ def objective_loss(
     x: Tensor,
     posterior: Posterior,
     *,
-    beta: float | Tensor = 1.0,
+    beta: float | Tensor | None = None,
     free_bits: float = 0.0,
+    alpha: float = 0.0,
+    groups: int = 1,
     **options: Any,
 ) -> Any:
-    """The loss of an objective by its name, on what `VAE.forward` returned; the options are those of `elbo_loss`."""
+    """The loss of an objective by its name, on what `VAE.forward` returned; the arguments are those of `VAE.loss`."""
+    _check_options(objective, beta=beta, free_bits=free_bits, alpha=alpha, groups=groups)
     if objective == "elbo":
+        beta = 1.0 if beta is None else beta
         return elbo_loss(recon, x, posterior.mu, posterior.logvar, beta=beta, free_bits=free_bits, **options)
-    return iwae_loss(recon, x, posterior.log_ratio, **options)
+    if beta is not None:
+        options["beta"] = beta
+    return multi_sample_loss(recon, x, posterior, estimator=objective, alpha=alpha, groups=groups, **options)
 
 
 class VAE(nn.Module):
@@ -234,7 +245,7 @@ class VAE(nn.Module):
         *,
         objective: str = "elbo",
         num_samples: int = 1,
-        beta: float | Tensor = 1.0,
+        beta: float | Tensor | None = None,
         free_bits: float = 0.0,
         alpha: float = 0.0,
         groups: int = 1,
@@ -247,14 +258,15 @@ class VAE(nn.Module):
         """Minus a lower bound on log p(x), to be minimized; never averaged over D.
 
         "elbo": -mean_k log p(x | z_k) + beta KL(q(z | x) || N(0, I)), the KL in closed form.
-        "iwae": -log mean_k exp(log p(x | z_k) + log p(z_k) - log q(z_k | x)).
+        "stl", "iwae", "dreg", "rws", "vr", "ciwae", "miwae": see `fastelbo.multi_sample_loss`.
 
         Args:
             x: [B, *event]; floating, uint8 (the loss reads x / 255) or bool.
-            objective: "elbo" or "iwae".
+            objective: a name above.
             num_samples: K. "elbo" draws a single sample without the K dimension.
-            beta, free_bits: weight of the KL and floor of every dimension's KL, in nats; "elbo" only.
-            alpha, groups: read by no objective yet.
+            beta: of "elbo", the weight of the KL (1 if None); of "ciwae", the share of the ELBO (0.5 if None).
+            free_bits: of "elbo", the floor in nats of every dimension's KL.
+            alpha, groups: of "vr" and of "miwae".
             reduction: "mean" (over B), "sum" or "none".
             return_parts: also return log p(x | z) and the KL per datum.
             seed, generator, eps: the noise, as in `fastelbo.rsample`; eps is [B, *latent] for "elbo" with one sample,
@@ -265,10 +277,10 @@ class VAE(nn.Module):
             LossParts(loss, log_likelihood [B] or [K, B], kl [B]).
 
         Raises:
-            ValueError: an unknown objective, or an option that the objective does not read.
-            ValueError, TypeError: as in `forward` and in `fastelbo.elbo_loss`.
+            ValueError: an unknown objective, an option that the objective does not read or is not defined for.
+            ValueError, TypeError: as in `forward`, `fastelbo.elbo_loss` and `fastelbo.multi_sample_loss`.
 
-        Reference: Kingma & Welling 2014, eq. 10; Burda et al. 2016, eq. 8.
+        Reference: Kingma & Welling 2014, eq. 10; those of `fastelbo.multi_sample_loss`.
         """
         _check_options(objective, beta=beta, free_bits=free_bits, alpha=alpha, groups=groups)
         recon, posterior = self(x, draws(objective, num_samples), seed=seed, generator=generator, eps=eps)
@@ -279,6 +291,8 @@ class VAE(nn.Module):
             posterior,
             beta=beta,
             free_bits=free_bits,
+            alpha=alpha,
+            groups=groups,
             likelihood=self.likelihood,
             reduction=reduction,
             return_parts=return_parts,

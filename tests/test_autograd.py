@@ -132,8 +132,18 @@ def _op_calls() -> dict[str, tuple]:
             ops.elbo_loss.default,
             (r(4, 6), x, mu, r(4, 5), r(4, 6), None, 1.0, r(), 0.1, "laplace", "none"),
         ),
-        "iwae_loss": (ops.iwae_loss.default, (r(3, 4, 6), x, r(3, 4), None, mask, "bernoulli", "sum")),
-        "iwae_loss pair": (ops.iwae_loss.default, (r(3, 4, 6), x, r(3, 4), r(3, 4, 6), None, "gaussian", "none")),
+        "multi_sample_loss": (
+            ops.multi_sample_loss.default,
+            (r(4, 4, 6), x, r(4, 4), None, None, mask, "bernoulli", "sum", 0.3, 0.5, 2),
+        ),
+        "multi_sample_loss pair": (
+            ops.multi_sample_loss.default,
+            (r(3, 4, 6), x, r(3, 4), None, r(3, 4, 6), None, "gaussian", "none"),
+        ),
+        "multi_sample_loss gates": (
+            ops.multi_sample_loss.default,
+            (r(3, 4, 6), x, r(3, 4), r(2, 3, 4), None, None, "bernoulli", "mean", 0.0, 0.0, 1, 0.0, 1.0, 0.0),
+        ),
         "backward of log_prob": (
             ops._log_prob_backward.default,
             (r(3, 4), r(3, 4, 6), r(4, 6), r(3, 4, 6), mask, "gaussian", need[:3]),
@@ -144,7 +154,11 @@ def _op_calls() -> dict[str, tuple]:
         ),
         "backward of rsample": (
             ops._rsample_backward.default,
-            (r(3, 4, 5), r(4), None, mu, r(4, 5), 3, None, None, seed, None, 0, [True, True, False, False, False]),
+            (r(3, 4, 5), r(4), None, None, mu, r(4, 5), 3, None, None, seed, None, 0, [True] * 2 + [False] * 3),
+        ),
+        "backward of rsample, gates": (
+            ops._rsample_backward.default,
+            (r(3, 4, 5), r(4), r(3, 4), r(2, 3, 4), mu, r(4, 5), 3, None, r(4, 5), None, r(3, 4, 5), 0, need),
         ),
         "backward of log_mean_exp": (ops._log_mean_exp_backward.default, (r(4), r(4, 5), 1)),
     }
@@ -161,7 +175,7 @@ def test_every_op_is_checked():
     registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastelbo::")}
     checked = {op.name().split("::")[1] for op, _ in _op_calls().values()}
     # the forward ops with gradients are not called by users: autograd calls them below itself
-    assert registered - checked == {"_elbo_loss_forward", "_iwae_loss_forward"}
+    assert registered - checked == {"_elbo_loss_forward", "_multi_sample_loss_forward"}
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])

@@ -192,12 +192,15 @@ def test_every_built_likelihood_has_a_row():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"objective": "elboo"}, "objective must be one of elbo, iwae; got 'elboo'"),
+        ({"objective": "elboo"}, "objective must be one of elbo, stl, iwae, .*; got 'elboo'"),
         ({"objective": "iwae", "beta": 0.5}, "beta has no effect"),
         ({"objective": "iwae", "beta": torch.tensor(1.0)}, "beta has no effect"),
         ({"objective": "iwae", "free_bits": 0.1}, "free_bits has no effect"),
         ({"alpha": 0.5}, "alpha has no effect"),
         ({"objective": "iwae", "groups": 2}, "groups has no effect"),
+        ({"objective": "dreg", "alpha": 0.5}, "alpha has no effect"),
+        ({"objective": "ciwae", "free_bits": 0.5}, "free_bits has no effect"),
+        ({"objective": "miwae", "groups": 2, "num_samples": 3}, "groups must divide the number of samples K=3; got 2"),
         ({"num_samples": 0}, "num_samples must be at least 1"),
         ({"seed": 1, "generator": torch.Generator()}, "exclude each other"),
     ],

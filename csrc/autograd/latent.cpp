@@ -12,12 +12,13 @@ struct RSample : public Function<RSample> {
                                const OptionalTensor& eps, const OptionalTensor& seed, OptionalInt num_samples,
                                c10::SymInt first_sample) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [z, kl, log_ratio] = ops::rsample(mu, logvar, num_samples, prior_mu, prior_logvar, seed, eps, first_sample);
+    auto [z, kl, log_ratio, gates] =
+        ops::rsample(mu, logvar, num_samples, prior_mu, prior_logvar, seed, eps, first_sample);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({mu, logvar, tensor(prior_mu), tensor(prior_logvar), tensor(eps), tensor(seed)});
     if (num_samples) ctx->saved_data["num_samples"] = *num_samples;
     ctx->saved_data["first_sample"] = first_sample;
-    return {z, kl, log_ratio};
+    return {z, kl, log_ratio, gates};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -26,25 +27,24 @@ struct RSample : public Function<RSample> {
     OptionalInt num_samples;
     if (ctx->saved_data.count("num_samples")) num_samples = ctx->saved_data["num_samples"].toSymInt();
     variable_list result(8);
-    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;  // gates alone pass nothing
     BelowAutogradUnlessGraph guard;
-    result =
-        spread(ops::rsample_backward(optional(grads[0]), optional(grads[1]), optional(grads[2]), saved[0], saved[1],
-                                     num_samples, optional(saved[2]), optional(saved[3]), optional(saved[5]),
-                                     optional(saved[4]), ctx->saved_data["first_sample"].toSymInt(), needed),
-               needed);
+    result = spread(
+        ops::rsample_backward(optional(grads[0]), optional(grads[1]), optional(grads[2]), optional(grads[3]), saved[0],
+                              saved[1], num_samples, optional(saved[2]), optional(saved[3]), optional(saved[5]),
+                              optional(saved[4]), ctx->saved_data["first_sample"].toSymInt(), needed),
+        needed);
     result.resize(8);
     return result;
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> rsample_autograd(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
-                                                    const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                                                    const OptionalTensor& seed, const OptionalTensor& eps,
-                                                    c10::SymInt first_sample) {
+Samples rsample_autograd(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
+                         const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, const OptionalTensor& seed,
+                         const OptionalTensor& eps, c10::SymInt first_sample) {
   auto out =
       RSample::apply(mu, logvar, prior_mu, prior_logvar, eps, seed, std::move(num_samples), std::move(first_sample));
-  return {out[0], out[1], out[2]};
+  return {out[0], out[1], out[2], out[3]};
 }
 
 struct GaussianKl : public Function<GaussianKl> {

@@ -143,27 +143,32 @@ std::tuple<Tensor, Tensor, Tensor> elbo_loss_autograd(const Tensor& recon, const
   return {out[0], out[1], out[2]};
 }
 
-struct IwaeLoss : public Function<IwaeLoss> {
-  enum { kRecon, kX, kLogRatio, kScale, kMask, kLogLikelihood, kInputs };
-  static constexpr int kArguments = 7;
+// The gradient of a K-sample bound is a choice: see estimator.h for what reaches the decoder and what the encoder.
+struct MultiSampleLoss : public Function<MultiSampleLoss> {
+  enum { kRecon, kX, kLogRatio, kGates, kScale, kMask, kLogLikelihood, kInputs };
+  static constexpr int kArguments = 9;
 
   static variable_list forward(AutogradContext* ctx, const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                               const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood,
-                               std::string_view reduction) {
+                               const OptionalTensor& gates, const OptionalTensor& scale, const OptionalTensor& mask,
+                               std::string_view likelihood, std::string_view reduction, const Estimator& estimator) {
     const bool fused = reduction != "none" && !wants_grad(x) && keeps_precision(recon) && keeps_precision(log_ratio) &&
                        keeps_precision(scale);
-    std::array<bool, 3> wanted{};
-    if (fused) wanted = {wants_grad(recon), wants_grad(log_ratio), wants_grad(scale)};
+    std::array<bool, 4> wanted{};
+    if (fused) wanted = {wants_grad(recon), wants_grad(log_ratio), wants_grad(gates), wants_grad(scale)};
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, log_likelihood, grads] =
-        ops::iwae_loss_forward(recon, x, log_ratio, scale, mask, likelihood, reduction, wanted);
+    auto [loss, log_likelihood, grads] = ops::multi_sample_loss_forward(recon, x, log_ratio, gates, scale, mask,
+                                                                        likelihood, reduction, estimator, wanted);
     ctx->set_materialize_grads(false);
-    variable_list saved{recon, x, log_ratio, tensor(scale), tensor(mask), fused ? Tensor() : log_likelihood};
+    variable_list saved{
+        recon, x, log_ratio, tensor(gates), tensor(scale), tensor(mask), fused ? Tensor() : log_likelihood};
     for (auto& g : grads) saved.push_back(g);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["likelihood"] = std::string(likelihood);
     ctx->saved_data["reduction"] = std::string(reduction);
-    ctx->saved_data["fused"] = fused ? wanted[0] + 2 * wanted[1] + 4 * wanted[2] : int64_t(0);
+    const Estimator& e = estimator;
+    ctx->saved_data["estimator"] = std::tuple<double, double, int64_t, double, double, double>(
+        e.elbo_share, e.alpha, e.groups, e.path, e.path_weight, e.score);
+    ctx->saved_data["fused"] = fused ? wanted[0] + 2 * wanted[1] + 4 * wanted[2] + 8 * wanted[3] : int64_t(0);
     return {loss, log_likelihood};
   }
 
@@ -173,17 +178,44 @@ struct IwaeLoss : public Function<IwaeLoss> {
     const int64_t fused = ctx->saved_data["fused"].toInt();
     if (fused && !grads[1].defined() && !at::GradMode::is_enabled()) {
       if (!grads[0].defined()) return result;
-      scale_saved(saved, kInputs, grads[0], fused, {kRecon, kLogRatio, kScale}, result);
+      constexpr int64_t kGatesBit = 4;  // factors of gradients: the upstream gradient is already in those
+      variable_list scaled(saved.begin() + kInputs, saved.end());
+      if (fused & kGatesBit) {
+        const auto at = scaled.begin() + (fused & 1) + (fused >> 1 & 1);
+        result[kGates] = *at;
+        scaled.erase(at);
+      }
+      scale_saved(scaled, 0, grads[0], (fused & 3) | (fused >> 1 & 4), {kRecon, kLogRatio, kScale}, result);
       return result;
     }
     return compose(ctx, saved, grads);
   }
 
-  // d loss_b = -sum_k w_kb d log w_kb, w = softmax_k(log w), plus the upstream gradient of the log-likelihood.
+  // The weights a [K, B] of estimator.h times minus `datum` [B].
+  static Tensor weigh(const Estimator& e, const Tensor& log_w, const Tensor& datum) {
+    const c10::SymInt K = log_w.sym_size(0), B = log_w.sym_size(1);
+    Tensor rows;
+    if (e.elbo_share != 1) {
+      const Tensor tempered = e.alpha == 0 ? log_w : log_w * (1 - e.alpha);
+      const Tensor factor = datum * (-(1 - e.elbo_share) / double(e.groups));
+      rows = ops::log_mean_exp_backward(factor.expand_symint({e.groups, B}),
+                                        tempered.reshape_symint({e.groups, K / e.groups, B}), 1)
+                 .reshape_symint({K, B});
+    }
+    if (e.elbo_share != 0) {
+      const Tensor even = (datum * -e.elbo_share).div(at::Scalar(K)).expand_symint({K, B});
+      rows = plus(rows, even);
+    }
+    return rows;
+  }
+
   static variable_list compose(AutogradContext* ctx, const variable_list& saved, const variable_list& grads) {
     variable_list result(kArguments);
-    const auto needed = needs<4>(ctx, {saved[kRecon], saved[kX], saved[kLogRatio], saved[kScale]});
+    const auto needed = needs<5>(ctx, {saved[kRecon], saved[kX], saved[kLogRatio], saved[kGates], saved[kScale]});
     const auto likelihood = ctx->saved_data["likelihood"].toStringView();
+    const auto& row = ctx->saved_data["estimator"].toTupleRef().elements();
+    const Estimator e{row[0].toDouble(), row[1].toDouble(), row[2].toInt(),
+                      row[3].toDouble(), row[4].toDouble(), row[5].toDouble()};
     const Tensor &recon = saved[kRecon], &x = saved[kX], &log_ratio = saved[kLogRatio];
     const OptionalTensor scale = optional(saved[kScale]), mask = optional(saved[kMask]);
     BelowAutogradUnlessGraph guard;
@@ -193,12 +225,17 @@ struct IwaeLoss : public Function<IwaeLoss> {
       const bool again = !saved[kLogLikelihood].defined() || at::GradMode::is_enabled();
       const Tensor log_likelihood = again ? ops::log_prob(recon, x, scale, mask, likelihood) : saved[kLogLikelihood];
       const Tensor log_w = log_likelihood + log_ratio.to(log_likelihood.scalar_type());
-      rows = ops::log_mean_exp_backward(-datum, log_w, 0);
+      rows = weigh(e, log_w, datum);
       if (needed[2]) result[kLogRatio] = rows.to(log_ratio.scalar_type());
+      if (needed[3]) {
+        Tensor path = at::full_like(log_w, e.path - 1);
+        if (e.path_weight != 0) path = path + weigh(e, log_w, at::full_like(datum, -e.path_weight));
+        result[kGates] = at::stack({path, at::full_like(log_w, e.score - 1)}).to(saved[kGates].scalar_type());
+      }
     }
     rows = plus(rows, grads[1]);
-    if (rows.defined() && (needed[0] || needed[1] || needed[3])) {
-      const std::array<bool, 3> wanted{needed[0], needed[1], needed[3]};
+    if (rows.defined() && (needed[0] || needed[1] || needed[4])) {
+      const std::array<bool, 3> wanted{needed[0], needed[1], needed[4]};
       auto found = spread(ops::log_prob_backward(rows, recon, x, scale, mask, likelihood, wanted), wanted);
       result[kRecon] = found[0], result[kX] = found[1], result[kScale] = found[2];
     }
@@ -206,22 +243,29 @@ struct IwaeLoss : public Function<IwaeLoss> {
   }
 };
 
-std::tuple<Tensor, Tensor> iwae_loss_value(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                           const OptionalTensor& scale, const OptionalTensor& mask,
-                                           std::string_view likelihood, std::string_view reduction) {
+std::tuple<Tensor, Tensor> multi_sample_loss_value(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                                   const OptionalTensor& gates, const OptionalTensor& scale,
+                                                   const OptionalTensor& mask, std::string_view likelihood,
+                                                   std::string_view reduction, double elbo_share, double alpha,
+                                                   int64_t groups, double path, double path_weight, double score) {
   auto [loss, log_likelihood, grads] =
-      ops::iwae_loss_forward(recon, x, log_ratio, scale, mask, likelihood, reduction, {});
+      ops::multi_sample_loss_forward(recon, x, log_ratio, gates, scale, mask, likelihood, reduction,
+                                     {elbo_share, alpha, groups, path, path_weight, score}, {});
   return {loss, log_likelihood};
 }
 
-std::tuple<Tensor, Tensor> iwae_loss_autograd(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                              const OptionalTensor& scale, const OptionalTensor& mask,
-                                              std::string_view likelihood, std::string_view reduction) {
+std::tuple<Tensor, Tensor> multi_sample_loss_autograd(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                                      const OptionalTensor& gates, const OptionalTensor& scale,
+                                                      const OptionalTensor& mask, std::string_view likelihood,
+                                                      std::string_view reduction, double elbo_share, double alpha,
+                                                      int64_t groups, double path, double path_weight, double score) {
   if (!at::GradMode::is_enabled()) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return iwae_loss_value(recon, x, log_ratio, scale, mask, likelihood, reduction);
+    return multi_sample_loss_value(recon, x, log_ratio, gates, scale, mask, likelihood, reduction, elbo_share, alpha,
+                                   groups, path, path_weight, score);
   }
-  auto out = IwaeLoss::apply(recon, x, log_ratio, scale, mask, likelihood, reduction);
+  auto out = MultiSampleLoss::apply(recon, x, log_ratio, gates, scale, mask, likelihood, reduction,
+                                    Estimator{elbo_share, alpha, groups, path, path_weight, score});
   return {out[0], out[1]};
 }
 
@@ -229,13 +273,13 @@ std::tuple<Tensor, Tensor> iwae_loss_autograd(const Tensor& recon, const Tensor&
 
 TORCH_LIBRARY_IMPL(fastelbo, CompositeExplicitAutograd, m) {
   m.impl("elbo_loss", elbo_loss_value);
-  m.impl("iwae_loss", iwae_loss_value);
+  m.impl("multi_sample_loss", multi_sample_loss_value);
 }
 
 TORCH_LIBRARY_IMPL(fastelbo, Autograd, m) {
   m.impl("log_mean_exp", log_mean_exp_autograd);
   m.impl("elbo_loss", elbo_loss_autograd);
-  m.impl("iwae_loss", iwae_loss_autograd);
+  m.impl("multi_sample_loss", multi_sample_loss_autograd);
 }
 
 }  // namespace fastelbo::autograd

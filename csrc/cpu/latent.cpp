@@ -79,10 +79,9 @@ Tensors gaussian_kl_backward_cpu(const Tensor& grad, const Tensor& mu, const Ten
   return grads;
 }
 
-std::tuple<Tensor, Tensor, Tensor> rsample_cpu(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
-                                               const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                                               const OptionalTensor& seed, const OptionalTensor& eps,
-                                               c10::SymInt first_sample) {
+Samples rsample_cpu(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples, const OptionalTensor& prior_mu,
+                    const OptionalTensor& prior_logvar, const OptionalTensor& seed, const OptionalTensor& eps,
+                    c10::SymInt first_sample) {
   checks::latent(mu, logvar, prior_mu, prior_logvar);
   checks::noise(mu, num_samples, seed, eps, first_sample);
   const Tensor z = shapes::samples_like(mu, num_samples, true);
@@ -100,12 +99,12 @@ std::tuple<Tensor, Tensor, Tensor> rsample_cpu(const Tensor& mu, const Tensor& l
   run(kernels().sample[is_double(mu)], p, row_blocks(p.B, p.D) * sample_blocks(p.K),
       rows_per_block(p.D) * p.D * samples * 2);
   write(ratios.data(), log_ratio);
-  return {z, gaussian_kl_cpu(mu, logvar, prior_mu, prior_logvar, 0.0), log_ratio};
+  return {z, gaussian_kl_cpu(mu, logvar, prior_mu, prior_logvar, 0.0), log_ratio, shapes::gates_like(mu, num_samples)};
 }
 
 Tensors rsample_backward_cpu(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
-                             const OptionalTensor& grad_log_ratio, const Tensor& mu, const Tensor& logvar,
-                             OptionalInt num_samples, const OptionalTensor& prior_mu,
+                             const OptionalTensor& grad_log_ratio, const OptionalTensor& grad_gates, const Tensor& mu,
+                             const Tensor& logvar, OptionalInt num_samples, const OptionalTensor& prior_mu,
                              const OptionalTensor& prior_logvar, const OptionalTensor& seed, const OptionalTensor& eps,
                              c10::SymInt first_sample, std::array<bool, 5> needs) {
   const OptionalTensor m = mu, lv = logvar;
@@ -122,6 +121,9 @@ Tensors rsample_backward_cpu(const OptionalTensor& grad_z, const OptionalTensor&
   if (grad_z.has_value()) p.grad_z = view_of(dense_grad_z, dims);
   if (grad_kl.has_value()) p.grad_kl = rows_of(*grad_kl);
   if (grad_log_ratio.has_value()) p.grad_log_ratio = rows_of(*grad_log_ratio);
+  if (grad_gates.has_value() && num_samples) {
+    p.gate_path = rows_of(grad_gates->select(0, 0)), p.gate_score = rows_of(grad_gates->select(0, 1));
+  }
   set_grads<5>(grads, needs, {&p.grad_mu, &p.grad_logvar, &p.grad_prior_mu, &p.grad_prior_logvar, &p.grad_eps},
                {&m, &lv, &prior_mu, &prior_logvar, &eps}, dims);
   run(kernels().sample_backward[is_double(mu)], p, row_blocks(p.B, p.D), rows_per_block(p.D) * p.D * p.K * 2);

@@ -82,26 +82,31 @@ ElboForward elbo_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
 // For a few data, while their K rows are in the cache: log p and its gradient with factor 1, then the weights, then the
 // gradient times its weight. Where the first gradient cannot be kept in place and unrounded, in half types and strided
 // outputs, it is computed again.
-IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                  const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood,
-                                  std::string_view reduction_name, std::array<bool, 3> needs) {
-  const int index = checks::iwae_loss(recon, x, log_ratio, scale, mask, likelihood);
+MultiSampleForward multi_sample_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                                 const OptionalTensor& gates, const OptionalTensor& scale,
+                                                 const OptionalTensor& mask, std::string_view likelihood,
+                                                 std::string_view reduction_name, double elbo_share, double alpha,
+                                                 int64_t groups, double path, double path_weight, double score,
+                                                 std::array<bool, 4> needs) {
+  const Estimator e{elbo_share, alpha, groups, path, path_weight, score};
+  const int index = checks::multi_sample_loss(recon, x, log_ratio, gates, scale, mask, likelihood, e);
   const Reduction reduction = checks::reduction(reduction_name);
   const bool wide = is_double(recon);
   const OptionalTensor r = recon, lr = log_ratio;
-  IwaeForward result{shapes::loss_like(recon, x, reduction), shapes::rows_like(recon, x),
-                     shapes::grads_like({&r, &lr, &scale}, needs.data())};
+  MultiSampleForward result{shapes::loss_like(recon, x, reduction), shapes::rows_like(recon, x),
+                            shapes::grads_like({&r, &lr, &gates, &scale}, needs.data())};
   auto& [loss, log_likelihood, grads] = result;
 
   const int64_t dims = x.dim() - 1;
   const Order order = event_order(recon, dims);
   LogProbParams first = log_prob_params(recon, x, scale, mask, order);
   const int64_t K = first.K, B = first.B, D = first.D, per_row = segments(D);
-  Tensor grad_recon, grad_log_ratio, grad_scale;
+  Tensor grad_recon, grad_log_ratio, grad_gates, grad_scale;
   size_t next = 0;
   if (needs[0]) grad_recon = grads[next++];
   if (needs[1]) grad_log_ratio = grads[next++];
-  if (needs[2] && scale.has_value()) grad_scale = grads[next];
+  if (needs[2] && gates.has_value()) grad_gates = grads[next++];
+  if (needs[3] && scale.has_value()) grad_scale = grads[next];
   LogProbParams second = first;
   if (grad_recon.defined()) second.grad_recon = view_of(grad_recon, dims, order);
   if (grad_scale.defined()) second.grad_scale = view_of(grad_scale, dims, order);
@@ -111,19 +116,19 @@ IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
   const bool keeps = keeps_view(second.grad_recon) && keeps_view(second.grad_scale);
   if (keeps) first.grad_recon = second.grad_recon, first.grad_scale = second.grad_scale;
   first.grad.constant = 1;
-  const bool any_grad = needs[0] || needs[1] || grad_scale.defined();
+  const bool any_grad = needs[0] || needs[1] || grad_gates.defined() || grad_scale.defined();
 
-  // [K, B] log weights, [K, B] weights times the factor of the loss, [B] bounds and factors: in double, they are few
-  const at::TensorOptions doubles = recon.options().dtype(at::kDouble);
-  const Tensor log_w = log_ratio.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).contiguous();
-  const Tensor bound = at::empty({B}, doubles);
-  const Tensor weights = any_grad ? at::empty({K, B}, doubles) : Tensor();
-  const Tensor factor = any_grad ? at::full({B}, -share(reduction, B), doubles) : Tensor();
+  // [K, B] log weights, [K, B] weights a, [groups, B] bounds and upstream gradients: in double, they are few
+  const Tensor log_ratios = log_ratio.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).contiguous();
+  double* log_w = log_ratios.mutable_data_ptr<double>();
+  Scratch bounds(groups * B), weights(any_grad ? K * B : 0), losses(B);
+  const Scratch factor(any_grad ? groups * B : 0, (1 - elbo_share) / double(groups));
   LogMeanExpParams lme;
-  lme.K = K, lme.inner = B, lme.stride_k = B, lme.stride_inner = 1;
-  lme.log_w = log_w.const_data_ptr();
-  lme.out = bound.mutable_data_ptr();
-  if (any_grad) lme.grad = factor.const_data_ptr(), lme.grad_log_w = weights.mutable_data_ptr();
+  lme.K = K / groups, lme.inner = B, lme.stride_outer = lme.K * B, lme.stride_k = B, lme.stride_inner = 1;
+  lme.log_w = log_w;
+  lme.out = bounds.data();
+  lme.grad = factor.data(), lme.grad_log_w = weights.data();
+  const double loss_share = share(reduction, B);
 
   Scratch parts(K * B * per_row), fit(K * B);
   first.out = parts.data();
@@ -133,11 +138,26 @@ IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
   const auto add_row = [&](int64_t k, int64_t b) {
     const int64_t row = k * B + b;
     add_segments(parts.data() + row * per_row, per_row, 1, fit.data() + row);
-    log_w.mutable_data_ptr<double>()[row] += fit[row];
+    log_w[row] += fit[row];
   };
   const auto weigh_datum = [&](int64_t b) {
-    kernels().log_mean_exp[1](lme, b, b + 1);
-    if (any_grad) kernels().log_mean_exp_backward[1](lme, b, b + 1);
+    double bound = 0;
+    if (elbo_share != 0) {
+      for (int64_t k = 0; k < K; ++k) bound += log_w[k * B + b];
+      bound *= elbo_share / double(K);
+    }
+    if (elbo_share != 1) {
+      for (int64_t k = 0; alpha != 0 && k < K; ++k) log_w[k * B + b] *= 1 - alpha;
+      double sum = 0;
+      for (int64_t item = b; item < groups * B; item += B) {
+        kernels().log_mean_exp[1](lme, item, item + 1);
+        if (any_grad) kernels().log_mean_exp_backward[1](lme, item, item + 1);
+        sum += bounds[item];
+      }
+      bound += sum * (1 - elbo_share) / (double(groups) * (1 - alpha));
+    }
+    for (int64_t k = 0; any_grad && elbo_share != 0 && k < K; ++k) weights[k * B + b] += elbo_share / double(K);
+    losses[b] = -bound;
   };
   const auto scale_row = [&](const View& v, int64_t k, int64_t b, double weight) {
     if (!v) return;
@@ -146,7 +166,7 @@ IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
   };
   const auto finish_row = [&](int64_t k, int64_t b) {
     if (!second.grad_recon && !second.grad_scale) return;
-    const double weight = weights.const_data_ptr<double>()[k * B + b];
+    const double weight = -loss_share * weights[k * B + b];
     if (keeps) {
       scale_row(first.grad_recon, k, b, weight);
       scale_row(first.grad_scale, k, b, weight);
@@ -186,13 +206,17 @@ IwaeForward iwae_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
     });
   }
 
-  Scratch losses(B);
-  for (int64_t b = 0; b < B; ++b) {
-    losses[b] = -bound.const_data_ptr<double>()[b];
-  }
   reduce(losses.data(), B, reduction, loss);
   write(fit.data(), log_likelihood);
-  if (grad_log_ratio.defined()) grad_log_ratio.copy_(weights);
+  if (grad_gates.defined()) {
+    Scratch factors(2 * K * B, score - 1);
+    for (int64_t row = 0; row < K * B; ++row) factors[row] = path + path_weight * weights[row] - 1;
+    grad_gates.copy_(at::from_blob(factors.data(), {2, K, B}, at::kDouble));
+  }
+  if (grad_log_ratio.defined()) {
+    for (double& w : weights) w *= -loss_share;
+    grad_log_ratio.copy_(at::from_blob(weights.data(), {K, B}, at::kDouble));
+  }
   return result;
 }
 
@@ -237,7 +261,7 @@ TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
   m.impl("log_mean_exp", log_mean_exp_cpu);
   m.impl("_log_mean_exp_backward", log_mean_exp_backward_cpu);
   m.impl("_elbo_loss_forward", elbo_loss_forward_cpu);
-  m.impl("_iwae_loss_forward", iwae_loss_forward_cpu);
+  m.impl("_multi_sample_loss_forward", multi_sample_loss_forward_cpu);
 }
 
 }  // namespace fastelbo

@@ -225,6 +225,9 @@ void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
 // With G = grad_z - grad_lr (z - mu_p) exp(-lv_p):
 //   d mu = sum_k G,  d lv = sum_k [G std eps + grad_lr] / 2,  and the KL's own gradient;
 //   d mu_p = sum_k grad_lr (z - mu_p) exp(-lv_p),  d lv_p = sum_k grad_lr [(z - mu_p)^2 exp(-lv_p) - 1] / 2.
+// Gated, with the path derivative times r = 1 + gate_path and the score times s = 1 + gate_score:
+//   G = r [grad_z - grad_lr (z - mu_p) exp(-lv_p)],
+//   d mu = sum_k [G + grad_lr (r - s) eps / std],  d lv = sum_k [G std eps + grad_lr ((r - s) eps^2 + s)] / 2.
 // Sums over k: kInner in the compute type, then in double.
 template <class T>
 void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_t end) {
@@ -236,6 +239,7 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
   T* parts[4] = {part.mu, part.logvar, part.prior_mu, part.prior_logvar};
   const bool prior = p.grad_prior_mu || p.grad_prior_logvar;
   const bool ratio = p.grad_log_ratio.data;  // without it, nothing of the log ratio is multiplied by 0: it may be inf
+  const bool gated = p.gate_path.data;
   const int sums = prior ? 4 : 2;
   for (int64_t block = begin; block < end; ++block) {
     for_latent_tiles<T, true>(p, block, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
@@ -250,7 +254,22 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
           for (int64_t i = 0; i < tile.columns; ++i) up[r * tile.columns + i] = g;
         }
         const T* __restrict gz = p.grad_z ? load_rows(p.grad_z, k, b, column, tile.rows, tile.columns, grad_z) : zeros;
-        if (!ratio) {
+        if (gated) {
+          for (int64_t r = 0; r < tile.rows; ++r) {
+            const T path = 1 + at<T>(p.gate_path, k, b + r), score = 1 + at<T>(p.gate_score, k, b + r);
+            const T lr = ratio ? at<T>(p.grad_log_ratio, k, b + r) : T(0);
+            const T of_q = lr * (path - score), of_score = lr * score;
+            const int64_t end = (r + 1) * tile.columns;
+#pragma omp simd
+            for (int64_t i = r * tile.columns; i < end; ++i) {
+              const T step = tile.std[i] * eps[i];
+              const T g = path * (gz[i] - lr * (tile.delta[i] + step) * tile.inv_p[i]);
+              part.mu[i] += g + of_q * eps[i] / tile.std[i];
+              part.logvar[i] += T(0.5) * (g * step + (of_q * eps[i] * eps[i] + of_score));
+              grad_eps[i] = g * tile.std[i] + lr * path * eps[i];
+            }
+          }
+        } else if (!ratio) {
 #pragma omp simd
           for (int64_t i = 0; i < n; ++i) {
             part.mu[i] += gz[i];

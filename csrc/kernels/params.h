@@ -80,6 +80,7 @@ struct SampleBackwardParams {
   int64_t first_sample = 0;
   View eps, grad_z;                                             // [K, B, D], may be empty
   RowScalars grad_log_ratio;                                    // [K, B]
+  RowScalars gate_path, gate_score;                             // [K, B], see estimator.h; no data: 0
   RowScalars grad_kl;                                           // [B]
   View grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;  // [B, D], may be empty
   View grad_eps;                                                // [K, B, D], may be empty

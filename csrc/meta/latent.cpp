@@ -9,20 +9,19 @@ namespace {
 
 using namespace ops;
 
-std::tuple<Tensor, Tensor, Tensor> rsample_meta(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
-                                                const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                                                const OptionalTensor& seed, const OptionalTensor& eps,
-                                                c10::SymInt first_sample) {
+Samples rsample_meta(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples, const OptionalTensor& prior_mu,
+                     const OptionalTensor& prior_logvar, const OptionalTensor& seed, const OptionalTensor& eps,
+                     c10::SymInt first_sample) {
   checks::latent(mu, logvar, prior_mu, prior_logvar);
   checks::noise(mu, num_samples, seed, eps, first_sample);
   return {shapes::samples_like(mu, num_samples, true), shapes::batch_like(mu, mu),
-          shapes::samples_like(mu, num_samples, false)};
+          shapes::samples_like(mu, num_samples, false), shapes::gates_like(mu, num_samples)};
 }
 
-Tensors rsample_backward_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor& mu,
-                              const Tensor& logvar, OptionalInt, const OptionalTensor& prior_mu,
-                              const OptionalTensor& prior_logvar, const OptionalTensor&, const OptionalTensor& eps,
-                              c10::SymInt, std::array<bool, 5> needs) {
+Tensors rsample_backward_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                              const OptionalTensor&, const Tensor& mu, const Tensor& logvar, OptionalInt,
+                              const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, const OptionalTensor&,
+                              const OptionalTensor& eps, c10::SymInt, std::array<bool, 5> needs) {
   const OptionalTensor m = mu, lv = logvar;
   return shapes::grads_like({&m, &lv, &prior_mu, &prior_logvar, &eps}, needs.data());
 }

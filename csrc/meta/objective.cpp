@@ -27,13 +27,17 @@ ElboForward elbo_loss_forward_meta(const Tensor& recon, const Tensor& x, const T
           shapes::batch_like(recon, x), shapes::grads_like({&r, &m, &lv, &scale}, needs.data())};
 }
 
-IwaeForward iwae_loss_forward_meta(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                   const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood,
-                                   std::string_view reduction, std::array<bool, 3> needs) {
-  checks::iwae_loss(recon, x, log_ratio, scale, mask, likelihood);
+MultiSampleForward multi_sample_loss_forward_meta(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                                  const OptionalTensor& gates, const OptionalTensor& scale,
+                                                  const OptionalTensor& mask, std::string_view likelihood,
+                                                  std::string_view reduction, double elbo_share, double alpha,
+                                                  int64_t groups, double path, double path_weight, double score,
+                                                  std::array<bool, 4> needs) {
+  checks::multi_sample_loss(recon, x, log_ratio, gates, scale, mask, likelihood,
+                            {elbo_share, alpha, groups, path, path_weight, score});
   const OptionalTensor r = recon, lr = log_ratio;
   return {shapes::loss_like(recon, x, checks::reduction(reduction)), shapes::rows_like(recon, x),
-          shapes::grads_like({&r, &lr, &scale}, needs.data())};
+          shapes::grads_like({&r, &lr, &gates, &scale}, needs.data())};
 }
 
 }  // namespace
@@ -42,7 +46,7 @@ TORCH_LIBRARY_IMPL(fastelbo, Meta, m) {
   m.impl("log_mean_exp", log_mean_exp_meta);
   m.impl("_log_mean_exp_backward", log_mean_exp_backward_meta);
   m.impl("_elbo_loss_forward", elbo_loss_forward_meta);
-  m.impl("_iwae_loss_forward", iwae_loss_forward_meta);
+  m.impl("_multi_sample_loss_forward", multi_sample_loss_forward_meta);
 }
 
 }  // namespace fastelbo

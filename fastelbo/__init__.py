@@ -19,18 +19,25 @@ from fastelbo.functional import (
     reference_mode,
     rsample,
 )
+from fastelbo.latents import Diagnostics, DiagnosticsMeter, diagnostics
+from fastelbo.marginal import LogMeanExp, MarginalEstimate
 from fastelbo.vae import VAE
 
 __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "Diagnostics",
+    "DiagnosticsMeter",
     "ELBOLoss",
     "IWAELoss",
+    "LogMeanExp",
     "LossParts",
+    "MarginalEstimate",
     "Posterior",
     "bernoulli_log_prob",
     "build_info",
+    "diagnostics",
     "elbo_loss",
     "gaussian_kl",
     "gaussian_log_prob",

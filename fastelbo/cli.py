@@ -1,4 +1,4 @@
-"""The `fastelbo` command: `fastelbo train` fits a small VAE, `fastelbo info` prints what was built."""
+"""The `fastelbo` command: train a small VAE, evaluate one that was trained, print what was built."""
 
 import argparse
 import json
@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 import fastelbo
 from fastelbo import training
-from fastelbo.data import BUILT_IN
+from fastelbo.data import BUILT_IN, load
+from fastelbo.latents import ACTIVE_VARIANCE
 from fastelbo.likelihoods import LIKELIHOODS
 from fastelbo.training import IMPLS, Config, Metrics
 from fastelbo.vae import OBJECTIVES
@@ -26,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     parser = _Parser("fastelbo", description="Fused losses for latent-variable models.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,info}")
     commands.add_parser("info", help="print what was built, for bug reports")
     train = commands.add_parser(
         "train",
@@ -45,6 +46,11 @@ def _parser() -> _Parser:
     option("--data", "data", f"{', '.join(BUILT_IN)}, or an .npy or .npz file of arrays [N, ...]", metavar="DATA")
     option("--objective", "objective", "what is maximized", choices=OBJECTIVES)
     option("--samples", "num_samples", "K, samples per datum", type=int, metavar="K")
+    option("--beta", "beta", "elbo: weight of the KL (1); ciwae: share of the ELBO (0.5)", type=float, metavar="BETA")
+    option("--beta-warmup", "beta_warmup", "epochs in which the KL's weight rises from 0", type=int, metavar="N")
+    option("--free-bits", "free_bits", "floor in nats of every latent dimension's KL", type=float, metavar="NATS")
+    option("--alpha", "alpha", "of objective vr", type=float, metavar="ALPHA")
+    option("--groups", "groups", "of objective miwae: groups of K / N samples", type=int, metavar="N")
     option("--likelihood", "likelihood", "p(x | z); the data decide where it is not given", choices=LIKELIHOODS)
     option("--latent-dim", "latent_dim", "M, latent dimensions", type=int, metavar="M")
     option("--hidden", "hidden", "width of the hidden layers", type=int, metavar="N")
@@ -55,16 +61,37 @@ def _parser() -> _Parser:
     option("--impl", "impl", "the kernels, or plain PyTorch", choices=IMPLS)
     train.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
     train.add_argument("--resume", action="store_true", default=False, help="continue the run in DIR, with its options")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="held-out log p(x) of a trained VAE",
+        description="Estimate log p(x) of held-out data by importance sampling, beside the ELBO.",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint.pt, or the folder of a run")
+    evaluate.add_argument("--data", metavar="DATA", help="as in train; the data of the run if not given")
+    evaluate.add_argument("--samples", type=int, default=5000, metavar="K", help="samples per datum (default: 5000)")
+    evaluate.add_argument("--chunk-size", type=int, metavar="K", help="at most so many samples in memory at a time")
+    evaluate.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the noise (default: 0)")
     return parser
 
 
 def _line(row: Metrics, config: Config) -> str:
     bound = "" if config.objective == "elbo" else f"  {config.objective} bound {row['held_out_bound']:8.3f}"
+    ess = "" if config.num_samples == 1 else f"  ESS {row['ess']:.1f}/{config.num_samples}"
     return (
         f"epoch {row['epoch']:{len(str(config.epochs))}.0f}/{config.epochs}  train ELBO {row['train_elbo']:8.3f}  "
         f"held-out ELBO {row['held_out_elbo']:8.3f}{bound}  log p(x|z) {row['held_out_log_likelihood']:8.3f}  "
-        f"KL {row['held_out_kl']:6.3f}  {row['ms_per_step']:.2f} ms/step, loss {row['loss_share']:.0%}"
+        f"KL {row['held_out_kl']:6.3f}  {row['active_units']:.0f}/{config.latent_dim} units active"
+        f"{ess}  {row['ms_per_step']:.2f} ms/step, loss {row['loss_share']:.0%}"
     )
+
+
+def _collapse(since: dict[int, int]) -> str:
+    epochs = sorted(set(since.values()))
+    named = "; ".join(
+        f"{', '.join(str(d) for d, e in sorted(since.items()) if e == n)} since epoch {n}" for n in epochs
+    )
+    return f"posterior collapse (held-out variance of mu at most {ACTIVE_VARIANCE}) in latent dimensions {named}"
 
 
 def _train(args: argparse.Namespace, parser: _Parser) -> int:
@@ -91,13 +118,52 @@ def _train(args: argparse.Namespace, parser: _Parser) -> int:
     )
     if trainer.history:
         print(f"resumed after epoch {len(trainer.history)}")
+    collapsed = training.collapses(trainer.history)
+
+    def report(row: Metrics) -> None:
+        nonlocal collapsed
+        print(_line(row, config), flush=True)
+        before, collapsed = collapsed, training.collapses(trainer.history)
+        if collapsed.keys() - before.keys():
+            print(_collapse(collapsed), flush=True)
+
     try:
-        training.fit(trainer, out, lambda row: print(_line(row, config), flush=True))
+        training.fit(trainer, out, report)
     except training.Diverged as error:
         print(f"fastelbo train: {error}", file=sys.stderr)
         return 1
+    if collapsed:
+        print(f"at the end: {_collapse(collapsed)}")
     pictures = plots.save_all(trainer.model, data, trainer.history, out)
     print(f"in {out}: metrics.csv, checkpoint.pt, {', '.join(path.name for path in pictures)}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, parser: _Parser) -> int:
+    if find_spec("numpy") is None or find_spec("sklearn") is None:
+        print("fastelbo evaluate needs numpy and sklearn: pip install fastelbo[train]", file=sys.stderr)
+        return 2
+    try:
+        config = Config(**(saved := training.read_checkpoint(args.checkpoint))["config"])
+        data = load(config.data if args.data is None else args.data, config.likelihood)
+        event = tuple(data.held_out.shape[1:])
+        if "event" in saved and tuple(saved["event"]) != event:
+            raise ValueError(f"data must be of shape {tuple(saved['event'])} as in training; got {event}")
+        model = training.build_model(event, config.latent_dim, config.hidden, data.likelihood)
+        model.load_state_dict(saved["model"])
+        found = training.evaluate(model, data.held_out, args.samples, seed=args.seed, chunk_size=args.chunk_size)
+    except (ValueError, TypeError, OSError) as error:
+        parser.exit(2, f"fastelbo evaluate: error: {error}\n")
+    print(
+        f"{config.data if args.data is None else args.data}: {len(data.held_out)} held-out data, "
+        f"{args.samples} samples each, after epoch {saved['epoch']}; nats per datum\n"
+        f"log p(x)         {found.log_prob:10.4f}  standard error {found.sampling_error:.4f} by sampling, "
+        f"{found.data_error:.4f} by the choice of data\n"
+        f"ELBO             {found.elbo:10.4f}  on the same samples\n"
+        f"log p(x) - ELBO  {found.log_prob - found.elbo:10.4f}  the KL of q(z | x) from the posterior\n"
+        f"mean ESS         {found.ess:10.1f}  of {args.samples}; the largest weight is {found.max_weight:.1%} of all\n"
+        f"active units     {found.active_units:10d}  of {found.latent_dim}"
+    )
     return 0
 
 
@@ -109,7 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(fastelbo.build_info(), indent=2, default=str))
         return 0
     try:
-        return _train(args, parser)
+        return _evaluate(args, parser) if args.command == "evaluate" else _train(args, parser)
     except KeyboardInterrupt:
+        if args.command == "evaluate":
+            return 130
         print(f"interrupted: --resume --out {args.out} goes on after the last whole epoch", file=sys.stderr)
         return 130

@@ -93,7 +93,8 @@ def _mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return None if mask is None else _expand("mask", mask, x.shape, "x")
 
 
-def _seed(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """int64 [1] on the device: the given seed, or one drawn from the generator (torch's default one if None)."""
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
     if generator is not None:
@@ -139,7 +140,7 @@ def rsample(
     p_mu = None if prior_mu is None else _expand("prior_mu", prior_mu, mu.shape, "mu")
     p_logvar = None if prior_logvar is None else _expand("prior_logvar", prior_logvar, mu.shape, "mu")
     if eps is None:
-        key = _seed(seed, generator, mu.device)
+        key = seed_tensor(seed, generator, mu.device)
     elif seed is not None or generator is not None:
         raise ValueError("eps and seed (or generator) exclude each other: give one of them")
     else:

@@ -5,24 +5,28 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastelbo import data, likelihoods, reference
-from fastelbo.functional import LossParts, Recon, reference_mode, rsample
-from fastelbo.vae import OBJECTIVES, VAE, draws, objective_loss
+from fastelbo.estimators import estimator
+from fastelbo.functional import LossParts, Posterior, Recon, reference_mode, rsample
+from fastelbo.latents import ACTIVE_VARIANCE, DiagnosticsMeter
+from fastelbo.marginal import LogMeanExp, MarginalEstimate, log_weights, progress
+from fastelbo.vae import OBJECTIVES, VAE, VAEOutput, draws, objective_loss
 
 IMPLS = ("fused", "reference")
 EVALUATION_BATCH = 500
 FIGURES = ("bound", "elbo", "log_likelihood", "kl")  # nats per datum; bound is the objective's own, minus the loss
 METRICS = ("epoch", *(f"{split}_{f}" for split in ("train", "held_out") for f in FIGURES), "ms_per_step", "loss_share")
+LATENT_METRICS = ("active_units", "ess")  # held-out; then KL and variance of mu of every latent dimension
 
 Metrics = dict[str, float]  # one epoch: a row of metrics.csv
 Noise = dict[str, Any]  # rsample's seed= or eps=
@@ -39,6 +43,11 @@ class Config:
     data: str = "digits"  # see `fastelbo.data.load`
     objective: str = "elbo"
     num_samples: int = 1  # K
+    beta: float | None = None  # see `VAE.loss`
+    beta_warmup: int = 0  # epochs in which the KL's weight rises from 0 to beta, step by step (Bowman et al. 2016)
+    free_bits: float = 0.0
+    alpha: float = 0.0
+    groups: int = 1
     likelihood: str | None = None  # None: by the data
     latent_dim: int = 8  # M
     hidden: int = 256  # width of the two hidden layers on either side
@@ -57,6 +66,19 @@ class Config:
         for name, valid in (("objective", OBJECTIVES), ("impl", IMPLS)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(valid)}; got {getattr(self, name)!r}")
+        for option, default in (("beta", None), ("free_bits", 0.0), ("alpha", 0.0), ("groups", 1)):
+            if getattr(self, option) != default and option not in OBJECTIVES[self.objective]:
+                raise ValueError(f"{option} has no effect with objective {self.objective!r}: leave it out")
+        if self.beta_warmup and self.objective != "elbo":
+            raise ValueError(f"beta_warmup has no effect with objective {self.objective!r}: leave it out")
+        if self.beta_warmup < 0 or self.free_bits < 0 or (self.beta or 0) < 0:
+            raise ValueError(
+                "beta, beta_warmup and free_bits must be at least 0; "
+                f"got {self.beta}, {self.beta_warmup} and {self.free_bits}"
+            )
+        if self.objective != "elbo":
+            beta = 0.5 if self.beta is None else self.beta
+            estimator(self.objective, self.num_samples, alpha=self.alpha, beta=beta, groups=self.groups)
 
 
 class LearnedScale(nn.Module):
@@ -92,6 +114,27 @@ def _totals(parts: LossParts, batch: int) -> Tensor:
     fit = (fit.mean(0) if fit.dim() == 2 else fit).sum()
     kl = parts.kl.detach().double().sum()
     return torch.stack([-parts.loss.detach().double() * batch, fit - kl, fit, kl])
+
+
+def _log_w(parts: LossParts, posterior: Posterior) -> Tensor:
+    """The samples' log weights [K, B]."""
+    log_w = parts.log_likelihood + posterior.log_ratio
+    return log_w if log_w.dim() == 2 else log_w[None]
+
+
+def collapses(history: Sequence[Metrics]) -> dict[int, int]:
+    """Latent dimensions whose mu does not vary with x at the end of the history, with the epoch since when."""
+    since: dict[int, int] = {}
+    for row in history:
+        for name, value in row.items():
+            if not name.startswith("mu_variance_"):
+                continue
+            dimension = int(name.removeprefix("mu_variance_"))
+            if value > ACTIVE_VARIANCE:
+                since.pop(dimension, None)
+            else:
+                since.setdefault(dimension, int(row["epoch"]))
+    return since
 
 
 def _means(split: str, totals: Tensor, count: int) -> Metrics:
@@ -130,19 +173,41 @@ class Trainer:
         shape = (*(() if self._draws is None else (self._draws,)), len(x), self.config.latent_dim)
         return {"eps": reference.normal(seed, shape).float()}
 
-    def _loss(self, x: Tensor, noise: Noise) -> LossParts:
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of a row of the history."""
+        latents = range(self.config.latent_dim)
+        return (*METRICS, *LATENT_METRICS, *(f"kl_{j}" for j in latents), *(f"mu_variance_{j}" for j in latents))
+
+    def beta(self, step: int) -> float | None:
+        """The KL's weight in a step, counted from 0 over the whole run."""
+        warmup = self.config.beta_warmup * math.ceil(len(self.data.train) / self.config.batch_size)
+        if step >= warmup:
+            return self.config.beta
+        return (1.0 if self.config.beta is None else self.config.beta) * step / warmup
+
+    def _objective(self, x: Tensor, output: VAEOutput, beta: float | None) -> LossParts:
         config = self.config
-        parts: LossParts = self.model.loss(
-            x, objective=config.objective, num_samples=config.num_samples, return_parts=True, **noise
+        parts: LossParts = objective_loss(
+            config.objective,
+            output.recon,
+            x,
+            output.posterior,
+            beta=beta,
+            free_bits=config.free_bits,
+            alpha=config.alpha,
+            groups=config.groups,
+            likelihood=self.data.likelihood,
+            return_parts=True,
         )
         return parts
 
-    def step(self, x: Tensor) -> LossParts:
-        """One step of the optimizer on the batch x [B, *event]."""
+    def step(self, x: Tensor, beta: float | None = None) -> LossParts:
+        """One step of the optimizer on the batch x [B, *event]; beta: see `VAE.loss`."""
         noise = self._noise(x, self.generator)
         with self._impl():
             start = time.perf_counter()
-            parts = self._loss(x, noise)
+            parts = self._objective(x, self.model(x, self._draws, **noise), beta)
             loss = parts.loss.item()
             if not math.isfinite(loss):
                 raise Diverged(f"loss is {loss} in epoch {len(self.history) + 1}: try a smaller lr")
@@ -167,27 +232,36 @@ class Trainer:
         first_step = len(self.step_times)
         batches = torch.randperm(len(train), generator=self.generator).split(self.config.batch_size)
         label = f"epoch {len(self.history) + 1}"
-        for batch in tqdm(batches, label, leave=False, disable=None):  # None: shown on terminals only
+        start = len(self.history) * len(batches)
+        for step, batch in enumerate(tqdm(batches, label, leave=False, disable=None), start):  # None: on terminals only
             x = train[batch]
-            totals += _totals(self.step(x), len(x))
+            totals += _totals(self.step(x, self.beta(step)), len(x))
         seconds = statistics.median(self.step_times[first_step:])
         share = self.loss_time(train[: self.config.batch_size]) / seconds
         row = {"epoch": len(self.history) + 1} | _means("train", totals, len(train)) | self.evaluate()
-        if not all(map(math.isfinite, row.values())):
+        if not math.isfinite(sum(row.values())):
             raise Diverged(f"held-out loss is {-row['held_out_bound']} after epoch {row['epoch']}: try a smaller lr")
         self.history.append(row | {"ms_per_step": 1e3 * seconds, "loss_share": share})
         return self.history[-1]
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
-        """Means over the held-out part, with the same noise at every epoch."""
+        """Means over the held-out part, with the same noise at every epoch, and what the latent dimensions hold."""
         self.model.eval()
         generator = torch.Generator().manual_seed(self.config.seed)
         totals = torch.zeros(4, dtype=torch.float64)
+        meter = DiagnosticsMeter()
         with self._impl():
             for x in self.data.held_out.split(EVALUATION_BATCH):
-                totals += _totals(self._loss(x, self._noise(x, generator)), len(x))
-        return _means("held_out", totals, len(self.data.held_out))
+                output = self.model(x, self._draws, **self._noise(x, generator))
+                parts = self._objective(x, output, self.config.beta)
+                totals += _totals(parts, len(x))
+                meter.update(output.posterior, _log_w(parts, output.posterior))
+        found = meter.result()
+        latent = {"active_units": found.active_units.item(), "ess": found.ess.item()}
+        latent |= {f"kl_{j}": value for j, value in enumerate(found.kl.tolist())}
+        latent |= {f"mu_variance_{j}": value for j, value in enumerate(found.mu_variance.tolist())}
+        return _means("held_out", totals, len(self.data.held_out)) | latent
 
     def loss_time(self, x: Tensor, repeats: int = 5) -> float:
         """Median seconds of sampling and loss, forward and backward, without encoder and decoder.
@@ -206,7 +280,7 @@ class Trainer:
             for _ in range(repeats):
                 start = time.perf_counter()
                 drawn = rsample(mu, logvar, self._draws, **noise)
-                loss = objective_loss(config.objective, recon, x, drawn, likelihood=self.data.likelihood)
+                loss = self._objective(x, VAEOutput(recon, drawn), config.beta).loss
                 torch.autograd.grad([loss, drawn.z], [mu, logvar, *parts], [None, grad_z])
                 seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
@@ -216,6 +290,7 @@ class Trainer:
         state = {
             "config": asdict(self.config),
             "epoch": len(self.history),
+            "event": tuple(self.data.train.shape[1:]),
             "history": self.history,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -241,11 +316,16 @@ class Trainer:
         self.history = list(state["history"])
 
 
-def read_checkpoint(out: Path) -> dict[str, Any]:
-    """The content of out/checkpoint.pt; FileNotFoundError where there is none, ValueError where it cannot be read."""
-    path = out / "checkpoint.pt"
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, given as a file or as the folder of a run.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read.
+    """
+    path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"nothing to resume: there is no {path}")
+        raise FileNotFoundError(f"no run to go on from: there is no {path}")
     try:
         state = torch.load(path, weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError) as error:
@@ -281,7 +361,7 @@ def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | Non
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, METRICS)
+        writer = csv.DictWriter(file, trainer.columns)
         writer.writeheader()
         writer.writerows(trainer.history)  # the checkpoint decides: a row beyond it belongs to an epoch to be repeated
         while len(trainer.history) < trainer.config.epochs:
@@ -291,3 +371,48 @@ def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | Non
             trainer.save(out / "checkpoint.pt")
             if on_epoch is not None:
                 on_epoch(row)
+
+
+class Evaluation(NamedTuple):
+    """Held-out figures of a trained model, in nats per datum."""
+
+    log_prob: float  # mean over the data of the importance-sampled log p(x)
+    sampling_error: float  # standard error of it from the K samples
+    data_error: float  # standard error of it from the choice of data
+    elbo: float  # on the same samples
+    ess: float  # mean effective sample size
+    max_weight: float  # mean share of the largest weight
+    active_units: int
+    latent_dim: int
+
+
+@torch.no_grad()
+def evaluate(model: VAE, x: Tensor, num_samples: int, *, seed: int = 0, chunk_size: int | None = None) -> Evaluation:
+    """Marginal likelihood of the data x [N, *event] by K importance samples each, beside the ELBO."""
+    model.eval()
+    meter = DiagnosticsMeter()
+    generator = torch.Generator().manual_seed(seed)
+    estimates: list[MarginalEstimate] = []
+    elbos: list[Tensor] = []
+    for batch in x.split(EVALUATION_BATCH):
+        mu, logvar = model.encode(batch)
+        meter.update(rsample(mu, logvar, generator=generator))
+        total, log_w_sum = LogMeanExp(), torch.zeros(len(batch), dtype=torch.float64)
+        chunks = log_weights(model, batch, num_samples, chunk_size=chunk_size, generator=generator)
+        for log_w in progress(chunks, num_samples, f"log p(x), {len(elbos) * EVALUATION_BATCH} of {len(x)} data done"):
+            total.update(log_w)
+            log_w_sum += log_w.double().sum(0)
+        estimates.append(total.result())
+        elbos.append(log_w_sum / num_samples)
+    log_prob, ess, error, share = (torch.cat(parts) for parts in zip(*estimates, strict=True))
+    latent = meter.result()
+    return Evaluation(
+        log_prob.mean().item(),
+        error.square().sum().sqrt().item() / len(x),
+        log_prob.std().item() / math.sqrt(len(x)),
+        torch.cat(elbos).mean().item(),
+        ess.mean().item(),
+        share.mean().item(),
+        int(latent.active_units.item()),
+        latent.kl.numel(),
+    )

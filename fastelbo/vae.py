@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 from fastelbo import likelihoods, reference
 from fastelbo.estimators import ESTIMATORS
 from fastelbo.functional import Posterior, Recon, elbo_loss, multi_sample_loss, rsample
+from fastelbo.marginal import LogMeanExp, MarginalEstimate, log_weights, progress
 
 # Every objective with the options that it reads; the others must keep their defaults.
 # "elbo" is the one with the KL in closed form; the others are the estimators of `multi_sample_loss`.
@@ -297,3 +298,42 @@ class VAE(nn.Module):
             reduction=reduction,
             return_parts=return_parts,
         )
+
+    def log_marginal(
+        self,
+        x: Tensor,
+        num_samples: int,
+        *,
+        chunk_size: int | None = None,
+        proposal: str = "posterior",
+        seed: int | Tensor | None = None,
+        generator: Generator | None = None,
+    ) -> MarginalEstimate:
+        """Estimate log p(x) = log E_{z ~ r}[p(x | z) p(z) / r(z)] with K samples of the proposal r.
+
+        "posterior": r = q(z | x), importance sampling. "prior": r = p(z), plain Monte Carlo: the same K samples serve
+        all data, and the estimate falls off fast with the number of latent dimensions. Both are lower bounds in
+        expectation. The encoder runs once; the memory does not grow with K; no gradient is recorded. Modules run in the
+        mode they are in: call `eval()` first where that matters.
+
+        Args:
+            x: [B, *event]; floating, uint8 or bool.
+            num_samples: K.
+            chunk_size: at most so many samples per datum are decoded at a time; fewer where they would leave the cache.
+                The same seed draws the same samples for any chunk_size.
+            proposal: "posterior" or "prior".
+            seed, generator: the noise, as in `fastelbo.rsample`.
+
+        Returns:
+            MarginalEstimate(log_prob, ess, std_error, max_weight), each [B], float64, log_prob in nats.
+
+        Raises:
+            ValueError, TypeError: a number below 1, an unknown proposal; as in `encode` and `decode`.
+
+        Reference: Burda et al. 2016, eq. 8.
+        """
+        total = LogMeanExp()
+        options = {"chunk_size": chunk_size, "proposal": proposal, "seed": seed, "generator": generator}
+        for log_w in progress(log_weights(self, x, num_samples, **options), num_samples, "log p(x)"):  # type: ignore[arg-type]
+            total.update(log_w)
+        return total.result()

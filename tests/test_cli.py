@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastelbo import cli, plots, training
-from fastelbo.training import METRICS, Config, Trainer
+from fastelbo.training import LATENT_METRICS, METRICS, Config, Trainer
 
 TIMES = {"ms_per_step", "loss_share"}
 PICTURES = ("curves", "reconstructions", "prior_samples", "latent_plane", "kl_per_dimension")
@@ -54,12 +54,15 @@ def test_train_writes_everything(tmp_path, capsys):
     out, lines = tmp_path / "run", capsys.readouterr().out.splitlines()
     assert sum(line.startswith("epoch ") for line in lines) == 2
     history = rows(out)
-    assert tuple(history[0]) == METRICS and [row["epoch"] for row in history] == [1, 2]
+    latents = [f"{name}_{j}" for name in ("kl", "mu_variance") for j in range(8)]
+    assert list(history[0]) == [*METRICS, *LATENT_METRICS, *latents] and [row["epoch"] for row in history] == [1, 2]
     for row in history:
         for split in ("train", "held_out"):
             assert row[f"{split}_elbo"] == pytest.approx(row[f"{split}_log_likelihood"] - row[f"{split}_kl"], abs=1e-9)
             assert row[f"{split}_bound"] == pytest.approx(row[f"{split}_elbo"], rel=1e-5)
         assert row["train_kl"] >= 0 and -60 < row["held_out_elbo"] < -15
+        assert sum(row[f"kl_{j}"] for j in range(8)) == pytest.approx(row["held_out_kl"], rel=1e-5)
+        assert row["active_units"] == sum(row[f"mu_variance_{j}"] > 0.01 for j in range(8)) and row["ess"] == 1
         assert row["ms_per_step"] > 0 and 0 < row["loss_share"] < 1
     assert history[1]["held_out_elbo"] > history[0]["held_out_elbo"]
     for name in PICTURES:
@@ -82,7 +85,7 @@ def test_held_out_figures_are_datum_weighted(monkeypatch):
     assert trainer.evaluate()["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"objective": "iwae", "num_samples": 3, "impl": "reference"}])
+@pytest.mark.parametrize("options", [{"beta_warmup": 3}, {"objective": "dreg", "num_samples": 3, "impl": "reference"}])
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, options):
     config = Config(**SMALL, **options)
     whole = run(config, tmp_path / "whole")
@@ -111,6 +114,87 @@ def test_fused_and_reference_take_the_same_first_steps():
     fused.run_epoch(), plain.run_epoch()
     np.testing.assert_allclose(fused.step_losses[:5], plain.step_losses[:5], rtol=2e-6)
     assert fused.history[0]["held_out_elbo"] == pytest.approx(plain.history[0]["held_out_elbo"], rel=1e-4)
+
+
+def test_fused_and_reference_agree_on_an_estimator_with_a_gradient_of_its_own():
+    options = {**SMALL, "objective": "dreg", "num_samples": 4, "epochs": 1}
+    fused, plain = (Trainer(Config(**options, impl=impl)) for impl in ("fused", "reference"))
+    fused.run_epoch(), plain.run_epoch()
+    np.testing.assert_allclose(fused.step_losses[:5], plain.step_losses[:5], rtol=2e-6)
+
+
+def test_beta_rises_step_by_step():
+    trainer = Trainer(Config(**SMALL, beta=2.0, beta_warmup=2, batch_size=809))  # 1617 data: two steps per epoch
+    assert [trainer.beta(step) for step in range(6)] == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
+    assert Trainer(Config(**SMALL)).beta(0) is None
+    x = trainer.data.train[:5]
+    parts = trainer.step(x, 0.5)
+    expected = (0.5 * parts.kl - parts.log_likelihood).mean()
+    torch.testing.assert_close(parts.loss, expected)
+
+
+def test_free_bits_and_beta_reach_the_loss():
+    for options in ({"free_bits": 0.5}, {"beta": 4.0}, {"objective": "ciwae", "beta": 0.9, "num_samples": 3}):
+        changed, plain = (
+            Trainer(Config(**SMALL, **{k: v for k, v in options.items() if k not in drop}))
+            for drop in ((), ("free_bits", "beta"))
+        )
+        x = plain.data.train[:64]
+        assert changed.step(x, changed.beta(0)).loss != plain.step(x, plain.beta(0)).loss, options
+
+
+def test_collapse_is_named_with_its_epoch(tmp_path, capsys):
+    """A KL of weight 100 leaves nothing of q; free bits keep it."""
+    arguments = ["train", "--latent-dim", "3", "--hidden", "16", "--epochs", "4"]
+    assert cli.main([*arguments, "--beta", "100", "--beta-warmup", "4", "--lr", "0.01", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    history = rows(tmp_path)
+    since = training.collapses(history)
+    assert set(since) == {0, 1, 2} and history[-1]["active_units"] == 0
+    named = [line for line in lines if "posterior collapse" in line]
+    assert named and named[-1].startswith("at the end: ") and f"since epoch {max(since.values())}" in named[-1]
+    for epoch in set(since.values()):  # said when it happens, not only at the end
+        after = next(i for i, line in enumerate(lines) if line.startswith(f"epoch {epoch}/"))
+        assert "posterior collapse" in lines[after + 1]
+
+
+def test_collapses_follow_the_history():
+    def row(epoch: int, *variances: float) -> dict[str, float]:
+        return {"epoch": epoch, **{f"mu_variance_{j}": v for j, v in enumerate(variances)}}
+
+    history = [row(1, 0.001, 1.0, 1.0), row(2, 0.5, 0.009, 1.0), row(3, 0.5, 0.0, 0.01), row(4, 0.5, 0.0, 0.0)]
+    assert training.collapses(history) == {1: 2, 2: 3}
+    assert training.collapses(history[:1]) == {0: 1} and training.collapses([]) == {}
+
+
+def test_evaluate(tmp_path, capsys):
+    arguments = ["--epochs", "2", "--hidden", "16", "--latent-dim", "2", "--out", str(tmp_path)]
+    assert cli.main(["train", *arguments]) == 0
+    capsys.readouterr()
+    outputs = []
+    for target, extra in ((tmp_path, []), (tmp_path / "checkpoint.pt", ["--chunk-size", "7"])):
+        assert cli.main(["evaluate", str(target), "--samples", "100", *extra]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1], "neither the folder nor the chunks make a difference"
+    lines = {line[:17].strip(): line[17:].split() for line in outputs[0].splitlines()[1:]}
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    trainer = training.prepare(Config(**state["config"]), tmp_path, resume=True)
+    x = trainer.data.held_out
+    expected = trainer.model.log_marginal(x, 2000, seed=1)
+    log_p, elbo = float(lines["log p(x)"][0]), float(lines["ELBO"][0])
+    assert abs(log_p - expected.log_prob.mean()) < 5 * float(lines["log p(x)"][3])
+    assert float(lines["log p(x) - ELBO"][0]) == pytest.approx(log_p - elbo, abs=2e-4) and elbo < log_p
+    assert lines["active units"][-1] == "2" and 1 < float(lines["mean ESS"][0]) < 100
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((40, 5)))
+    for wrong, message in (
+        ([str(tmp_path / "none.pt")], "there is no"),
+        ([str(tmp_path), "--data", str(tmp_path / "x.npy")], "data must be of shape (8, 8) as in training; got (5,)"),
+        ([str(tmp_path), "--samples", "0"], "num_samples must be at least 1; got 0"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["evaluate", *wrong])
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2 and message in error and error.count("\n") == 1
 
 
 def test_iwae_trains_and_reports_its_bound(tmp_path, capsys):
@@ -149,7 +233,12 @@ def test_data_that_are_no_images(tmp_path):
         (["--data", "mnist.npy"], "No such file"),
         (["--data", "mnist"], "data must be one of digits, patches"),
         (["--data", "patches", "--likelihood", "bernoulli"], "data must lie in [0, 1]"),
-        (["--resume"], "nothing to resume"),
+        (["--resume"], "no run to go on from"),
+        (["--free-bits", "0.1", "--objective", "iwae"], "free_bits has no effect with objective 'iwae'"),
+        (["--beta-warmup", "2", "--objective", "dreg"], "beta_warmup has no effect with objective 'dreg'"),
+        (["--groups", "3", "--samples", "4", "--objective", "miwae"], "groups must divide the number of samples K=4"),
+        (["--objective", "rws"], "'rws' needs at least 2 samples"),
+        (["--beta", "-1"], "must be at least 0; got -1.0"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )

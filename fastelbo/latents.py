@@ -1,0 +1,106 @@
+"""What the latent dimensions are used for: the KL of each, active units, effective sample size."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastelbo import reference
+from fastelbo.functional import Posterior
+from fastelbo.marginal import LogMeanExp
+
+ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, sec. 5.2 and app. C
+
+
+class Diagnostics(NamedTuple):
+    """Figures over all data seen, on their device, in float64."""
+
+    kl: Tensor  # [*latent]: mean KL of every latent dimension, nats
+    mu_variance: Tensor  # [*latent]: variance of mu over the data
+    active_units: Tensor  # 0-d int64: dimensions whose mu varies by more than ACTIVE_VARIANCE
+    ess: Tensor  # 0-d: mean effective sample size of the K samples; NaN where no weights were given
+
+    @property
+    def collapsed(self) -> Tensor:
+        """[*latent], bool: dimensions whose mu says nothing about x."""
+        return ~(self.mu_variance > ACTIVE_VARIANCE)
+
+
+class DiagnosticsMeter:
+    """Gathers `Diagnostics` over batches, from what a training or evaluation step holds anyway; never synchronizes."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._weighed = 0
+        self._kl = self._mean = self._spread = torch.empty(0)  # each [*latent]
+        self._ess = torch.empty(())
+
+    @torch.no_grad()
+    def update(self, posterior: Posterior, log_w: Tensor | None = None) -> DiagnosticsMeter:
+        """Add a batch.
+
+        Args:
+            posterior: from `rsample`, mu and logvar [B, *latent].
+            log_w: [K, B], the samples' log weights: log p(x | z) + posterior.log_ratio.
+        """
+        mu, count = posterior.mu.detach().double(), len(posterior.mu)
+        if count == 0:
+            return self
+        terms = reference.kl_terms(
+            posterior.mu.detach().double(),
+            posterior.logvar.detach().double(),
+            None if posterior.prior_mu is None else posterior.prior_mu.detach().double(),
+            None if posterior.prior_logvar is None else posterior.prior_logvar.detach().double(),
+        ).sum(0)
+        mean = mu.mean(0)
+        spread = (mu - mean).square().sum(0)
+        if self._count == 0:
+            self._kl, self._mean, self._spread = terms, mean, spread
+        else:  # Chan et al. 1983: sums of squares about a mean, joined without cancellation
+            total = self._count + count
+            step = mean - self._mean
+            self._kl = self._kl + terms
+            self._spread = self._spread + spread + step.square() * (self._count * count / total)
+            self._mean = self._mean + step * (count / total)
+        self._count += count
+        if log_w is not None:
+            ess = LogMeanExp().update(log_w.detach()).result().ess.sum()
+            self._ess = ess if self._weighed == 0 else self._ess + ess
+            self._weighed += count
+        return self
+
+    def result(self) -> Diagnostics:
+        """The figures so far.
+
+        Raises:
+            ValueError: there were no data yet.
+        """
+        if self._count == 0:
+            raise ValueError("diagnostics need at least one datum: call update first")
+        variance = self._spread / self._count
+        active = (variance > ACTIVE_VARIANCE).sum()
+        ess = self._ess / self._weighed if self._weighed else torch.full_like(variance.sum(), float("nan"))
+        return Diagnostics(self._kl / self._count, variance, active, ess)
+
+
+def diagnostics(posterior: Posterior, log_w: Tensor | None = None) -> Diagnostics:
+    """KL per latent dimension, active units and effective sample size of one batch, without another forward pass.
+
+    A dimension is active where the variance of mu over the data exceeds 0.01; few data tell little about that. For
+    many batches use `DiagnosticsMeter`.
+
+    Args:
+        posterior: from `rsample`, or the second field of what `VAE.forward` returns.
+        log_w: [K, B], log p(x | z) + posterior.log_ratio, for the effective sample size.
+
+    Returns:
+        Diagnostics(kl [*latent], mu_variance [*latent], active_units, ess), on the device; nothing synchronizes.
+
+    Raises:
+        ValueError: an empty batch.
+
+    Reference: Burda et al. 2016, sec. 5.2 (active units).
+    """
+    return DiagnosticsMeter().update(posterior, log_w).result()

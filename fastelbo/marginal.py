@@ -1,0 +1,158 @@
+"""Marginal likelihood: a streaming log mean exp of importance weights, and the estimate of log p(x) made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from fastelbo.functional import Recon, log_prob, rsample, seed_tensor, split_recon
+
+if TYPE_CHECKING:
+    from fastelbo.vae import VAE
+
+PROPOSALS = ("posterior", "prior")
+# Elements of recon that are decoded at a time. On a CPU few enough that they and the decoder's hidden layers stay in
+# the cache, which is up to twice as fast; on other devices enough to keep them busy.
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 25}
+
+
+class MarginalEstimate(NamedTuple):
+    """An estimate of log p(x) and how far it can be trusted. All [B], float64."""
+
+    log_prob: Tensor  # log (1/K) sum_k w_k, nats; its expectation is a lower bound on log p(x)
+    ess: Tensor  # effective sample size (sum_k w_k)^2 / sum_k w_k^2: of K samples, how many count
+    std_error: Tensor  # of log_prob, by the delta method: sqrt((K / ess - 1) / (K - 1)); NaN for K = 1
+    max_weight: Tensor  # the largest weight's share of the sum: near 1, a single sample decides
+
+
+class LogMeanExp:
+    """Streaming log mean exp of weights that come in chunks of any size: log (1/K) sum_k exp(log w_k), per datum.
+
+    Keeps the running maximum, the sum and the sum of squares of exp(log w - maximum), and K, in float64; nothing
+    synchronizes. However the samples are cut into chunks, K is their number, and the result is the same to rounding.
+
+    Reference: Burda et al. 2016, eq. 8; effective sample size: Kong 1992; delta method: Owen, Monte Carlo, ch. 9.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0  # K
+        self._top, self._sum, self._squares = torch.empty(0), torch.empty(0), torch.empty(0)  # each [*batch]
+
+    @staticmethod
+    def _shift(top: Tensor) -> Tensor:
+        return torch.where(top.isfinite(), top, 0.0)
+
+    def _add(self, count: int, top: Tensor, total: Tensor, squares: Tensor) -> LogMeanExp:
+        if self.count == 0:
+            self.count, self._top, self._sum, self._squares = count, top, total, squares
+            return self
+        if top.shape != self._top.shape:
+            raise ValueError(f"log_w must be [k, {', '.join(map(str, self._top.shape))}]; got [k, *{tuple(top.shape)}]")
+        largest = torch.maximum(self._top, top)
+        shift = self._shift(largest)
+        ours, theirs = torch.exp(self._top - shift), torch.exp(top - shift)
+        self._sum = self._sum * ours + total * theirs
+        self._squares = self._squares * ours.square() + squares * theirs.square()
+        self._top = largest
+        self.count += count
+        return self
+
+    @torch.no_grad()
+    def update(self, log_w: Tensor) -> LogMeanExp:
+        """Add a chunk of log weights.
+
+        Args:
+            log_w: [k, *batch], a floating dtype; *batch is the same in every chunk, k is not.
+
+        Raises:
+            ValueError, TypeError: no samples, another shape or a dtype that is not floating.
+        """
+        if not log_w.is_floating_point():
+            raise TypeError(f"log_w must be floating; got {log_w.dtype}")
+        if log_w.dim() == 0 or len(log_w) == 0:
+            raise ValueError(f"log_w must be [k, *batch] with k of at least 1; got {tuple(log_w.shape)}")
+        log_w = log_w.double()
+        top = log_w.amax(0)
+        weights = torch.exp(log_w - self._shift(top))
+        return self._add(len(log_w), top, weights.sum(0), weights.square().sum(0))
+
+    def merge(self, other: LogMeanExp) -> LogMeanExp:
+        """Add all that another accumulator, for the same data, has seen; the other stays as it is."""
+        if other.count == 0:
+            return self
+        return self._add(other.count, other._top, other._sum, other._squares)
+
+    def result(self) -> MarginalEstimate:
+        """What is known so far. Where every weight is 0: log_prob -inf, ess 0, std_error inf, max_weight 0.
+
+        Raises:
+            ValueError: there was no update yet.
+        """
+        if self.count == 0:
+            raise ValueError("result needs at least one sample: call update first")
+        nothing = self._sum == 0
+        log_mean = self._shift(self._top) + torch.log(self._sum) - math.log(self.count)
+        ess = torch.where(nothing, 0.0, self._sum.square() / self._squares)
+        std_error = torch.sqrt(((self.count / ess - 1) / (self.count - 1 or math.nan)).clamp_min(0.0))
+        return MarginalEstimate(log_mean, ess, std_error, torch.where(nothing, 0.0, 1 / self._sum))
+
+
+@torch.no_grad()
+def _expand_batch(recon: Recon, x: Tensor) -> Recon:
+    """recon [k, 1, *event] as [k, B, *event], without a copy."""
+    first, second = split_recon(recon)
+    shape = (len(first), *x.shape)
+    return first.expand(shape) if second is None else (first.expand(shape), second.expand(shape))
+
+
+def log_weights(
+    model: VAE,
+    x: Tensor,
+    num_samples: int,
+    *,
+    chunk_size: int | None = None,
+    proposal: str = "posterior",
+    seed: int | Tensor | None = None,
+    generator: Generator | None = None,
+) -> Iterator[Tensor]:
+    """The log importance weights of `VAE.log_marginal`, chunk by chunk: [k, B]; the arguments are its."""
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None; got {chunk_size}")
+    if proposal not in PROPOSALS:
+        raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}; got {proposal!r}")
+    key = seed_tensor(seed, generator, x.device)
+    with torch.no_grad():
+        mu, logvar = model.encode(x)
+        if proposal == "prior":  # the same samples for every datum: K of them are decoded, not K times B
+            mu = logvar = torch.zeros_like(mu[:1])
+    limit = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["other"])
+    chunk = max(1, limit // max(1, x[: len(mu)].numel()))
+    chunk = chunk if chunk_size is None else min(chunk, chunk_size)
+    for first in range(0, num_samples, chunk):
+        with torch.no_grad():
+            drawn = rsample(mu, logvar, min(chunk, num_samples - first), seed=key, first_sample=first)
+            recon = model.decode(drawn.z)
+            if proposal == "prior":
+                log_w = log_prob(_expand_batch(recon, x), x, likelihood=model.likelihood)
+            else:
+                log_w = log_prob(recon, x, likelihood=model.likelihood) + drawn.log_ratio
+        yield log_w
+
+
+def progress(chunks: Iterator[Tensor], num_samples: int, label: str) -> Iterator[Tensor]:
+    """The same chunks, with a progress bar over the samples where it takes long and stderr is a terminal."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # it comes with fastelbo[train]
+        yield from chunks
+        return
+    with tqdm(total=num_samples, desc=label, unit="sample", delay=2.0, disable=None, leave=False) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(len(chunk))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 PROPOSALS = ("posterior", "prior")
 # Elements of recon that are decoded at a time. On a CPU few enough that they and the decoder's hidden layers stay in
 # the cache, which is up to twice as fast; on other devices enough to keep them busy.
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 25}
+PIECE_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 25}
+CHUNK = 512  # samples per datum whose weights are added up at a time, by default
 
 
 class MarginalEstimate(NamedTuple):
@@ -101,7 +103,6 @@ class LogMeanExp:
         return MarginalEstimate(log_mean, ess, std_error, torch.where(nothing, 0.0, 1 / self._sum))
 
 
-@torch.no_grad()
 def _expand_batch(recon: Recon, x: Tensor) -> Recon:
     """recon [k, 1, *event] as [k, B, *event], without a copy."""
     first, second = split_recon(recon)
@@ -131,17 +132,22 @@ def log_weights(
         mu, logvar = model.encode(x)
         if proposal == "prior":  # the same samples for every datum: K of them are decoded, not K times B
             mu = logvar = torch.zeros_like(mu[:1])
-    limit = CHUNK_ELEMENTS.get(x.device.type, CHUNK_ELEMENTS["other"])
-    chunk = max(1, limit // max(1, x[: len(mu)].numel()))
-    chunk = chunk if chunk_size is None else min(chunk, chunk_size)
-    for first in range(0, num_samples, chunk):
+    limit = PIECE_ELEMENTS.get(x.device.type, PIECE_ELEMENTS["other"])
+    piece = max(1, limit // max(1, x[: len(mu)].numel()))
+
+    def weigh(first: int, count: int) -> Tensor:  # [count, B]
+        drawn = rsample(mu, logvar, count, seed=key, first_sample=first)
+        recon = model.decode(drawn.z)
+        if proposal == "prior":
+            return log_prob(_expand_batch(recon, x), x, likelihood=model.likelihood)
+        return log_prob(recon, x, likelihood=model.likelihood) + drawn.log_ratio
+
+    for start in range(0, num_samples, chunk := chunk_size or CHUNK):
+        end = min(start + chunk, num_samples)
         with torch.no_grad():
-            drawn = rsample(mu, logvar, min(chunk, num_samples - first), seed=key, first_sample=first)
-            recon = model.decode(drawn.z)
-            if proposal == "prior":
-                log_w = log_prob(_expand_batch(recon, x), x, likelihood=model.likelihood)
-            else:
-                log_w = log_prob(recon, x, likelihood=model.likelihood) + drawn.log_ratio
+            pieces = max(1, round((end - start) / piece))
+            edges = [start + (end - start) * i // pieces for i in range(pieces + 1)]  # of nearly equal size
+            log_w = torch.cat([weigh(first, last - first) for first, last in pairwise(edges)])
         yield log_w
 
 

@@ -98,6 +98,18 @@ FUNCTIONS = {
     ),
     "iwae_loss mean": Function(_iwae("mean"), lambda b, d: [_r(K, b, d), _unit(b, d), _r(K, b)]),
     "iwae_loss none": Function(_iwae("none"), lambda b, d: [_r(K, b, d), _unit(b, d), _r(K, b)]),
+    "multi_sample_loss, ciwae": Function(
+        lambda logits, x, mu, lv, eps: fastelbo.multi_sample_loss(
+            logits + eps.mean(), x, fastelbo.rsample(mu, lv, K, eps=eps), estimator="ciwae", reduction="sum"
+        ),
+        lambda b, d: [_r(K, b, d), _unit(b, d), _r(b, d), _r(b, d), _r(K, b, d)],
+    ),
+    "multi_sample_loss, vr": Function(
+        lambda logits, x, mu, lv, eps: fastelbo.multi_sample_loss(
+            logits, x, fastelbo.rsample(mu, lv, K, eps=eps), estimator="vr", alpha=-0.7, reduction="none"
+        ),
+        lambda b, d: [_r(K, b, d), _unit(b, d), _r(b, d), _r(b, d), _r(K, b, d)],
+    ),
     "iwae_loss, pair and mask": Function(
         lambda m, s, x, ratio: fastelbo.iwae_loss((m, s), x, ratio, likelihood="gaussian", mask=_mask(x)),
         lambda b, d: [_r(K, b, d), 0.5 * _r(K, b, d), _r(b, d), _r(K, b)],

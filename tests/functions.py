@@ -100,7 +100,7 @@ FUNCTIONS = {
     "iwae_loss none": Function(_iwae("none"), lambda b, d: [_r(K, b, d), _unit(b, d), _r(K, b)]),
     "multi_sample_loss, ciwae": Function(
         lambda logits, x, mu, lv, eps: fastelbo.multi_sample_loss(
-            logits + eps.mean(), x, fastelbo.rsample(mu, lv, K, eps=eps), estimator="ciwae", reduction="sum"
+            logits, x, fastelbo.rsample(mu, lv, K, eps=eps), estimator="ciwae", reduction="sum"
         ),
         lambda b, d: [_r(K, b, d), _unit(b, d), _r(b, d), _r(b, d), _r(K, b, d)],
     ),

@@ -64,7 +64,7 @@ class Build(BuildExtension):
 if CUDA_CHOICE not in ("auto", "0", "1"):
     sys.exit(f"FASTELBO_CUDA must be auto, 0 or 1; got {CUDA_CHOICE!r}")
 sources = [f"csrc/{source}" for source in lines("csrc/sources.txt")]
-cuda_sources = [source for source in sources if source.endswith(".cu")]
+cuda_sources = [source for source in sources if source.endswith(".cu") or source.startswith("csrc/cuda/")]
 obstacle = "FASTELBO_CUDA=0" if CUDA_CHOICE == "0" else cuda_obstacle(cuda_sources)
 if CUDA_CHOICE == "1" and obstacle:
     sys.exit(f"FASTELBO_CUDA=1, but the CUDA kernels cannot be built: {obstacle}")

@@ -35,6 +35,9 @@ TORCH_LIBRARY(fastelbo, m) {
       "_elbo_loss_forward(Tensor recon, Tensor x, Tensor mu, Tensor logvar, Tensor? scale, Tensor? mask, float beta, "
       "Tensor? beta_tensor, float free_bits, str likelihood, str reduction, bool[4] needs) "
       "-> (Tensor loss, Tensor log_likelihood, Tensor kl, Tensor[] grads)");
+  // t times a factor on its device, in place; reads nothing else where that is 1. For gradients that only the caller
+  // has.
+  m.def("_scale_(Tensor(a!) t, Tensor factor) -> ()");
   // the six numbers of an estimator: see csrc/estimator.h
   m.def(
       "multi_sample_loss(Tensor recon, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? scale, Tensor? mask, "

@@ -110,6 +110,11 @@ inline MultiSampleForward multi_sample_loss_forward(const Tensor& recon, const T
                  e.path, e.path_weight, e.score, needs);
 }
 
+inline void scale_(const Tensor& t, const Tensor& factor) {
+  FASTELBO_OP("_scale_", void(const Tensor&, const Tensor&));
+  op.call(t, factor);
+}
+
 #undef FASTELBO_OP
 
 }  // namespace fastelbo::ops

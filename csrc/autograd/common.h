@@ -77,7 +77,7 @@ inline Tensor per_datum(const Tensor& grad_loss, std::string_view reduction, c10
 template <size_t N>
 void scale_saved(const variable_list& saved, size_t first, const Tensor& grad_loss, int64_t wanted,
                  const int (&places)[N], variable_list& result) {
-  const bool plain = grad_loss.is_cpu() && !at::isTensorSubclassLike(grad_loss);
+  const bool real = !at::isTensorSubclassLike(grad_loss), plain = real && grad_loss.is_cpu();
   const bool keep = torch::autograd::get_current_graph_task_keep_graph();
   double factor = 1;
   if (plain) {
@@ -88,7 +88,10 @@ void scale_saved(const variable_list& saved, size_t first, const Tensor& grad_lo
     if (!(wanted >> i & 1)) continue;
     const Tensor& g = saved[first++];
     Tensor& to = result[places[i]];
-    if (!plain) {
+    if (real && grad_loss.is_cuda() && !keep) {
+      to = g.detach();
+      ops::scale_(to, grad_loss);  // the factor is read on the device: nothing waits for it
+    } else if (!plain) {
       to = g * grad_loss;
     } else if (keep) {
       to = g * factor;

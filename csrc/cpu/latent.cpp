@@ -48,18 +48,6 @@ Tensor gaussian_kl_cpu(const Tensor& mu, const Tensor& logvar, const OptionalTen
   return result;
 }
 
-// Views of the wanted gradients, in the order of the needs.
-template <size_t N>
-void set_grads(const Tensors& grads, std::array<bool, N> needs, std::initializer_list<View*> views,
-               std::initializer_list<const OptionalTensor*> inputs, int64_t dims) {
-  size_t next = 0;
-  const auto* input = inputs.begin();
-  const auto* view = views.begin();
-  for (size_t i = 0; i < N; ++i, ++input, ++view) {
-    if (needs[i] && (*input)->has_value()) **view = view_of(grads[next++], dims);
-  }
-}
-
 Tensors gaussian_kl_backward_cpu(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
                                  const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, double free_bits,
                                  std::array<bool, 4> needs) {
@@ -110,22 +98,11 @@ Tensors rsample_backward_cpu(const OptionalTensor& grad_z, const OptionalTensor&
   const OptionalTensor m = mu, lv = logvar;
   const Tensors grads = shapes::grads_like({&m, &lv, &prior_mu, &prior_logvar, &eps}, needs.data());
   SampleBackwardParams p;
-  set_latent(p, mu, logvar, prior_mu, prior_logvar);
-  const int64_t dims = mu.dim() - 1;
-  p.K = num_samples ? num_samples->expect_int() : 1;
-  p.first_sample = first_sample.expect_int();
+  const Tensor dense_grad_z = set_sample_grads(p, grad_z, grad_kl, grad_log_ratio, grad_gates, mu, logvar, num_samples,
+                                               prior_mu, prior_logvar, eps, first_sample.expect_int());
   if (seed.has_value()) p.seed = uint64_t(*seed->const_data_ptr<int64_t>());
-  p.eps = view_of(eps, dims);
-  // an upstream gradient's layout is not the caller's to mend
-  const Tensor dense_grad_z = !grad_z.has_value() ? Tensor() : dims > View::kMaxDims ? grad_z->contiguous() : *grad_z;
-  if (grad_z.has_value()) p.grad_z = view_of(dense_grad_z, dims);
-  if (grad_kl.has_value()) p.grad_kl = rows_of(*grad_kl);
-  if (grad_log_ratio.has_value()) p.grad_log_ratio = rows_of(*grad_log_ratio);
-  if (grad_gates.has_value() && num_samples) {
-    p.gate_path = rows_of(grad_gates->select(0, 0)), p.gate_score = rows_of(grad_gates->select(0, 1));
-  }
   set_grads<5>(grads, needs, {&p.grad_mu, &p.grad_logvar, &p.grad_prior_mu, &p.grad_prior_logvar, &p.grad_eps},
-               {&m, &lv, &prior_mu, &prior_logvar, &eps}, dims);
+               {&m, &lv, &prior_mu, &prior_logvar, &eps}, mu.dim() - 1);
   run(kernels().sample_backward[is_double(mu)], p, row_blocks(p.B, p.D), rows_per_block(p.D) * p.D * p.K * 2);
   return grads;
 }

@@ -1,25 +1,9 @@
 // What the objectives use of the likelihoods.
 #pragma once
 
-#include "cpu/views.h"
+#include "cpu/run.h"
 
 namespace fastelbo::cpu {
-
-// The rows of recon [K?, B, *event] and their inputs, without outputs.
-inline LogProbParams log_prob_params(const at::Tensor& recon, const at::Tensor& x, const OptionalTensor& scale,
-                                     const OptionalTensor& mask, const Order& order) {
-  const int64_t dims = x.dim() - 1;
-  LogProbParams p;
-  p.K = recon.dim() > x.dim() ? recon.size(0) : 1;
-  p.B = x.size(0);
-  p.D = 1;
-  for (int64_t size : x.sizes().slice(1)) p.D *= size;
-  p.recon = view_of(recon, dims, order);
-  p.x = view_of(x, dims, order, /*unit=*/true);
-  p.scale = view_of(scale, dims, order);
-  p.mask = view_of(mask, dims, order);
-  return p;
-}
 
 inline Kernel<LogProbParams> log_prob_kernel(int likelihood, const OptionalTensor& scale, bool is_double) {
   return kernels().log_prob[likelihood][scale.has_value()][is_double];

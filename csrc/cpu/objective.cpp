@@ -21,9 +21,6 @@ double scalar_of(const Tensor& t) {
   }
 }
 
-// The factor of every datum's loss in the returned one.
-double share(Reduction reduction, int64_t B) { return reduction == Reduction::mean ? 1.0 / double(B) : 1.0; }
-
 // Losses per datum (contiguous doubles) into the returned tensor, summed in order.
 void reduce(const double* losses, int64_t B, Reduction reduction, const Tensor& to) {
   if (reduction == Reduction::none) return write(losses, to);
@@ -218,17 +215,6 @@ MultiSampleForward multi_sample_loss_forward_cpu(const Tensor& recon, const Tens
     grad_log_ratio.copy_(at::from_blob(weights.data(), {K, B}, at::kDouble));
   }
   return result;
-}
-
-// Sizes of log_w in front of, at and behind the averaged dimension; log_w and its gradient are contiguous here.
-LogMeanExpParams log_mean_exp_params(const Tensor& log_w, int64_t dim) {
-  LogMeanExpParams p;
-  p.K = log_w.size(dim);
-  p.inner = 1;
-  for (int64_t d = dim + 1; d < log_w.dim(); ++d) p.inner *= log_w.size(d);
-  p.stride_inner = 1, p.stride_k = p.inner, p.stride_outer = p.inner * p.K;
-  p.log_w = log_w.const_data_ptr();
-  return p;
 }
 
 Tensor log_mean_exp_cpu(const Tensor& log_w, int64_t dim) {

@@ -19,7 +19,7 @@ struct View {
   int ndim = 1;
   int64_t size[kMaxDims] = {1}, stride[kMaxDims] = {1};
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 };
 
 // One number for every row, or the same for all: upstream gradients. Type: the kernel's compute type.

@@ -1,0 +1,264 @@
+// What the CUDA kernels share: strided views four elements at a time, sums over groups of threads, the grand total.
+//
+// A group is g threads of a block, g a power of two from 4 to kThreads, that work on one row. All threads of a block
+// take part in every shuffle and barrier, those without a row too.
+#pragma once
+
+#include <c10/util/Half.h>
+
+#include "kernels/launch.h"
+#include "math/elementary.h"
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#endif
+
+namespace fastelbo::cuda {
+
+using namespace FASTELBO_ISA;
+
+template <class T>
+constexpr DType compute_dtype = sizeof(T) == 4 ? DType::f32 : DType::f64;
+
+inline __device__ float half_to_float(uint16_t bits) {
+#if defined(__CUDACC__)
+  return __half2float(__ushort_as_half(bits));
+#else
+  return c10::detail::fp16_ieee_to_fp32_value(bits);
+#endif
+}
+inline __device__ uint16_t float_to_half(float v) {
+#if defined(__CUDACC__)
+  return __half_as_ushort(__float2half_rn(v));
+#else
+  return c10::detail::fp16_ieee_from_fp32_value(v);
+#endif
+}
+inline __device__ float bfloat16_to_float(uint16_t bits) { return bits_to<float>(uint32_t(bits) << 16); }
+inline __device__ uint16_t float_to_bfloat16(float v) {  // to nearest even; NaN stays NaN
+  const uint32_t b = bits_to<uint32_t>(v);
+  return uint16_t(v == v ? (b + 0x7fffu + ((b >> 16) & 1)) >> 16 : 0x7fc0u);
+}
+
+inline __device__ int64_t offset_of(const View& v, int64_t i) {
+  if (v.ndim == 1) return i * v.stride[0];
+  int64_t offset = 0;
+  for (int d = v.ndim - 1; d >= 0; --d) {
+    offset += i % v.size[d] * v.stride[d];
+    i /= v.size[d];
+  }
+  return offset;
+}
+
+template <class T>
+__device__ T load_at(const View& v, int64_t at) {
+  switch (v.dtype) {
+    case DType::f32: return T(static_cast<const float*>(v.data)[at]);
+    case DType::f64: return T(static_cast<const double*>(v.data)[at]);
+    case DType::bf16: return T(bfloat16_to_float(static_cast<const uint16_t*>(v.data)[at]));
+    case DType::f16: return T(half_to_float(static_cast<const uint16_t*>(v.data)[at]));
+    default: return T(static_cast<const uint8_t*>(v.data)[at]) * (v.unit ? T(1) / T(255) : T(1));
+  }
+}
+template <class T>
+__device__ void store_at(const View& v, int64_t at, T value) {
+  switch (v.dtype) {
+    case DType::f32: static_cast<float*>(v.data)[at] = float(value); break;
+    case DType::f64: static_cast<double*>(v.data)[at] = double(value); break;
+    case DType::bf16: static_cast<uint16_t*>(v.data)[at] = float_to_bfloat16(float(value)); break;
+    case DType::f16: static_cast<uint16_t*>(v.data)[at] = float_to_half(float(value)); break;
+    default: break;
+  }
+}
+
+inline __device__ double read(const DeviceScalar& s) {
+  if (!s.data) return 1;
+  View v;
+  v.data = const_cast<void*>(s.data), v.dtype = s.dtype;
+  return load_at<double>(v, 0);
+}
+
+template <class T>
+__device__ T at(const RowScalars& s, int64_t k, int64_t b) {
+  return s.data ? static_cast<const T*>(s.data)[k * s.stride_k + b * s.stride_b] : T(s.constant);
+}
+
+inline __device__ int64_t row_of(const View& v, int64_t k, int64_t b) { return k * v.stride_k + b * v.stride_b; }
+
+template <class Word>
+__device__ bool aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Word) == 0;
+}
+
+// Four neighbours where their memory is contiguous and aligned: one load of 4 to 16 bytes (two of 16 for float64).
+// Otherwise n loads. `row` is the offset of the row, i the index in it.
+template <class T>
+__device__ void load4(const View& v, int64_t row, int64_t i, int n, T* to) {
+  if (n == 4 && v.ndim == 1 && v.stride[0] == 1) {
+    const int64_t at = row + i;
+    if (v.dtype == DType::f32) {
+      const float* p = static_cast<const float*>(v.data) + at;
+      if (aligned<float4>(p)) {
+        const float4 w = *reinterpret_cast<const float4*>(p);
+        to[0] = T(w.x), to[1] = T(w.y), to[2] = T(w.z), to[3] = T(w.w);
+        return;
+      }
+    } else if (v.dtype == DType::f64) {
+      const double* p = static_cast<const double*>(v.data) + at;
+      if (aligned<double2>(p)) {
+        const double2 a = reinterpret_cast<const double2*>(p)[0], b = reinterpret_cast<const double2*>(p)[1];
+        to[0] = T(a.x), to[1] = T(a.y), to[2] = T(b.x), to[3] = T(b.y);
+        return;
+      }
+    } else if (v.dtype == DType::bf16 || v.dtype == DType::f16) {
+      const uint16_t* p = static_cast<const uint16_t*>(v.data) + at;
+      if (aligned<ushort4>(p)) {
+        const ushort4 w = *reinterpret_cast<const ushort4*>(p);
+        const uint16_t bits[4] = {w.x, w.y, w.z, w.w};
+        for (int j = 0; j < 4; ++j)
+          to[j] = T(v.dtype == DType::bf16 ? bfloat16_to_float(bits[j]) : half_to_float(bits[j]));
+        return;
+      }
+    } else {
+      const uint8_t* p = static_cast<const uint8_t*>(v.data) + at;
+      if (aligned<uchar4>(p)) {
+        const uchar4 w = *reinterpret_cast<const uchar4*>(p);
+        const T factor = v.unit ? T(1) / T(255) : T(1);
+        to[0] = T(w.x) * factor, to[1] = T(w.y) * factor, to[2] = T(w.z) * factor, to[3] = T(w.w) * factor;
+        return;
+      }
+    }
+  }
+#pragma unroll  // with n in the loop's bound, the array would have to lie in memory
+  for (int j = 0; j < 4; ++j) {
+    if (j < n) to[j] = load_at<T>(v, row + offset_of(v, i + j));
+  }
+}
+
+template <class T>
+__device__ void store4(const View& v, int64_t row, int64_t i, int n, const T* from) {
+  if (n == 4 && v.ndim == 1 && v.stride[0] == 1) {
+    const int64_t at = row + i;
+    if (v.dtype == DType::f32) {
+      float* p = static_cast<float*>(v.data) + at;
+      if (aligned<float4>(p)) {
+        *reinterpret_cast<float4*>(p) = make_float4(float(from[0]), float(from[1]), float(from[2]), float(from[3]));
+        return;
+      }
+    } else if (v.dtype == DType::f64) {
+      double* p = static_cast<double*>(v.data) + at;
+      if (aligned<double2>(p)) {
+        reinterpret_cast<double2*>(p)[0] = make_double2(double(from[0]), double(from[1]));
+        reinterpret_cast<double2*>(p)[1] = make_double2(double(from[2]), double(from[3]));
+        return;
+      }
+    } else if (v.dtype == DType::bf16 || v.dtype == DType::f16) {
+      uint16_t* p = static_cast<uint16_t*>(v.data) + at;
+      if (aligned<ushort4>(p)) {
+        uint16_t bits[4];
+        for (int j = 0; j < 4; ++j) {
+          bits[j] = v.dtype == DType::bf16 ? float_to_bfloat16(float(from[j])) : float_to_half(float(from[j]));
+        }
+        *reinterpret_cast<ushort4*>(p) = make_ushort4(bits[0], bits[1], bits[2], bits[3]);
+        return;
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (j < n) store_at<T>(v, row + offset_of(v, i + j), from[j]);
+  }
+}
+
+// Whether rows of D elements of this view can be read and written as aligned groups of four float32.
+inline bool is_plain(const View& v, int64_t D) {
+  return !v || (v.dtype == DType::f32 && v.ndim == 1 && v.stride[0] == 1 && D % 4 == 0 && v.stride_k % 4 == 0 &&
+                v.stride_b % 4 == 0 && reinterpret_cast<uintptr_t>(v.data) % 16 == 0);
+}
+
+// Elements [begin, end) of a row in pieces of up to four: first those in front of the leading tensor's alignment, then
+// whole fours, then what is left.
+struct Pieces {
+  int64_t begin, end;
+  int head;
+
+  __device__ Pieces(const View& lead, int64_t row, int64_t begin, int64_t end) : begin(begin), end(end), head(0) {
+    if (lead.ndim != 1 || lead.stride[0] != 1) return;
+    const int64_t size = lead.dtype == DType::f64 ? 8 : lead.dtype == DType::f32 ? 4 : 2;
+    const int64_t past = (int64_t(reinterpret_cast<uintptr_t>(lead.data)) / size + row + begin) & 3;
+    head = int(past ? 4 - past : 0);
+    if (head > end - begin) head = int(end - begin);
+  }
+  __device__ int64_t count() const { return (head != 0) + (end - begin - head + 3) / 4; }
+  // piece c: its first element and how many
+  __device__ int64_t at(int64_t c, int& n) const {
+    if (head != 0 && c == 0) {
+      n = head;
+      return begin;
+    }
+    const int64_t i = begin + head + 4 * (c - (head != 0));
+    n = end - i < 4 ? int(end - i) : 4;
+    return i;
+  }
+};
+
+// The sum over the g threads of a group, in all of them. Every thread of the block calls this.
+template <class T>
+__device__ T group_sum(T value, int g) {
+  __shared__ T warps[kThreads / 32];
+  for (int o = (g < 32 ? g : 32) / 2; o > 0; o /= 2) value += __shfl_xor_sync(0xffffffffu, value, o);
+  if (g <= 32) return value;
+  const int warp = int(threadIdx.x) / 32, per_group = g / 32, first = warp / per_group * per_group;
+  if (threadIdx.x % 32 == 0) warps[warp] = value;
+  __syncthreads();
+  value = 0;
+  for (int w = 0; w < per_group; ++w) value += warps[first + w];
+  __syncthreads();
+  return value;
+}
+
+template <class T>
+__device__ T block_max(T value) {
+  __shared__ T warps[kThreads / 32];
+  for (int o = 16; o > 0; o /= 2) {
+    const T other = __shfl_xor_sync(0xffffffffu, value, o);
+    value = other > value ? other : value;
+  }
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  for (int w = 0; w < kThreads / 32; ++w) value = warps[w] > value ? warps[w] : value;
+  __syncthreads();
+  return value;
+}
+
+// Adds every block's share; the block that comes last adds the blocks, in order, and writes the total. `value` is this
+// thread's share.
+template <class T>
+__device__ void add_to_total(const Total& total, double value) {
+  if (!total.out) return;
+  __shared__ bool last;
+  const double sum = group_sum(value, kThreads);
+  if (threadIdx.x == 0) {
+    total.block_sums[blockIdx.x] = sum;
+    __threadfence();
+    last = atomicAdd(total.ticket, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  double all = 0;
+  for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) {
+    all += static_cast<const volatile double*>(total.block_sums)[b];
+  }
+  all = group_sum(all, kThreads);
+  if (threadIdx.x == 0) *static_cast<T*>(total.out) = T(all);
+}
+
+// Threads for a row of n elements: 4 to 8 pieces of four each, and more threads where there are few rows.
+inline int group_size(int64_t n, int64_t rows) {
+  int g = 4;
+  while (g < kThreads / 2 && int64_t(g) * 32 < n) g *= 2;
+  while (g < kThreads / 2 && rows * g < 65536 && int64_t(g) * 8 < n) g *= 2;
+  return g;
+}
+
+}  // namespace fastelbo::cuda

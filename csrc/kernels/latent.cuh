@@ -1,0 +1,68 @@
+// KL of rows on the device: what latent.cu and likelihood.cu share.
+#pragma once
+
+#include "kernels/device.cuh"
+#include "math/kl.h"
+
+namespace fastelbo::cuda {
+
+// One element of q and of the prior.
+template <class T>
+struct Latent {
+  T mu, logvar, delta, t, inv_p;  // delta = mu - mu_p, t = lv - lv_p, inv_p = exp(-lv_p)
+
+  template <class Params>
+  __device__ Latent(const Params& p, int64_t b, int64_t i) {
+    mu = load_at<T>(p.mu, row_of(p.mu, 0, b) + offset_of(p.mu, i));
+    logvar = load_at<T>(p.logvar, row_of(p.logvar, 0, b) + offset_of(p.logvar, i));
+    delta = mu, t = logvar, inv_p = 1;
+    if (p.prior_mu) delta -= load_at<T>(p.prior_mu, row_of(p.prior_mu, 0, b) + offset_of(p.prior_mu, i));
+    if (p.prior_logvar) {
+      const T lv_p = load_at<T>(p.prior_logvar, row_of(p.prior_logvar, 0, b) + offset_of(p.prior_logvar, i));
+      t -= lv_p, inv_p = exp_full(-lv_p);
+    }
+  }
+  __device__ KlTerm<T> kl() const { return kl_term(delta, t, exp_full(t), inv_p); }
+};
+
+template <class T>
+__device__ void store_one(const View& v, int64_t b, int64_t i, T value) {
+  if (v) store_at<T>(v, row_of(v, 0, b) + offset_of(v, i), value);
+}
+
+// KL of all rows of the grid with its gradient times `factor`. -> the sum over this thread's rows, in one thread per
+// row, of the KL (with free bits where there are any).
+template <class T>
+__device__ double kl_rows(const KlParams& p, T factor, void* out, void* charged, int g) {
+  const int per_block = kThreads / g, lane = int(threadIdx.x) % g, group = int(threadIdx.x) / g;
+  const bool grads = p.grad_mu || p.grad_logvar || p.grad_prior_mu || p.grad_prior_logvar;
+  double total = 0;
+  for (int64_t base = int64_t(blockIdx.x) * per_block; base < p.B; base += int64_t(gridDim.x) * per_block) {
+    const int64_t b = base + group;
+    T sum = 0, sum_charged = 0;
+    if (b < p.B) {
+      const T up = factor * at<T>(p.grad, 0, b);
+      for (int64_t i = lane; i < p.D; i += g) {
+        const KlTerm<T> k = Latent<T>(p, b, i).kl();
+        const bool free = p.dim_means && p.dim_means[i] < p.free_bits;  // NaN is not below the floor
+        sum += k.value;
+        sum_charged += free ? T(p.free_bits) : k.value;
+        if (!grads) continue;
+        store_one(p.grad_mu, b, i, free ? T(0) : up * k.d_mu);
+        store_one(p.grad_logvar, b, i, free ? T(0) : up * k.d_logvar);
+        store_one(p.grad_prior_mu, b, i, free ? T(0) : up * k.d_prior_mu);
+        store_one(p.grad_prior_logvar, b, i, free ? T(0) : up * k.d_prior_logvar);
+      }
+    }
+    sum = group_sum(sum, g);
+    sum_charged = group_sum(sum_charged, g);
+    if (b < p.B && lane == 0) {
+      if (out) static_cast<T*>(out)[b] = sum;
+      if (charged) static_cast<T*>(charged)[b] = sum_charged;
+      total += double(sum_charged);
+    }
+  }
+  return total;
+}
+
+}  // namespace fastelbo::cuda

@@ -1,0 +1,116 @@
+"""The CUDA kernels, run on the host: every value and gradient test once more on the very .cu sources.
+
+tests/cuda_host/ says how. `make test` builds what is needed with CMake; where it is not built, this file is skipped and
+says so. The tests of the ops run in a process whose fastelbo has the CUDA kernels in place of the CPU's.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+BUILD = TESTS.parent / "build/cmake"
+
+pytestmark = pytest.mark.skipif(
+    not (BUILD / "cuda_host.so").exists(), reason="build/cmake has no cuda_host: make test builds it"
+)
+
+# (files or tests, what is left out): what draws for minutes where every thread is a fiber, or is of the CPU alone
+OPS = {
+    "test_likelihood.py": "",
+    "test_latent.py": "",
+    "test_elbo.py": "",
+    "test_iwae.py": "",
+    "test_strides.py": "32_bits",
+    "test_edges.py": "",
+    "test_multi_sample.py": "expectations or signal_to_noise or bounds_grow or torch_func or compiled",
+}
+# under AddressSanitizer and UBSan, which make every test some ten times slower
+SANITIZED = ["test_shapes", "test_mask", "test_rsample_tails", "test_prior_parameters", "test_nan_and_infinity"]
+
+
+def run(library: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    variables = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")} | environment
+    variables["FASTELBO_CUDA_HOST"] = str(BUILD / f"{library}.so")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "cuda_host.plugin",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-x",
+    ]
+    return subprocess.run([*command, *arguments], env=variables, cwd=TESTS, text=True, capture_output=True, check=False)
+
+
+def assert_passed(done: subprocess.CompletedProcess) -> None:
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("file", OPS)
+def test_ops(file):
+    assert_passed(run("cuda_host", file, "-k", f"not ({OPS[file]})" if OPS[file] else ""))
+
+
+def test_the_library_holds_the_cuda_bindings():
+    """And nothing of the CPU's: else the tests above would test that."""
+    code = "import cuda_host.plugin, fastelbo, torch; print(torch._C._dispatch_dump('fastelbo::log_prob'))"
+    variables = os.environ | {"FASTELBO_CUDA_HOST": str(BUILD / "cuda_host.so")}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, cwd=TESTS, text=True, capture_output=True)
+    assert "csrc/cuda/likelihood.cpp" in done.stdout and "csrc/cpu/" not in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        ("skips_a_barrier", "wait at different shuffles or barriers"),
+        ("leaves_while_others_wait", "wait at different barriers"),
+        ("skips_a_shuffle", "wait at different shuffles or barriers"),
+        ("writes_past_shared_memory", "out of bounds"),
+        ("reads_past_global_memory", "heap-buffer-overflow"),
+        ("is_right", ""),
+    ],
+)
+def test_broken_kernels_are_caught(kernel, message):
+    done = subprocess.run([BUILD / "cuda_host_broken", kernel], text=True, capture_output=True)
+    assert (done.returncode == 0) == (kernel == "is_right"), done.stderr
+    assert message in done.stderr
+
+
+def test_scale_kernel():
+    """In place, read on the device; nothing changes where the factor is 1. Called by the backward on CUDA alone."""
+    code = """
+import cuda_host.plugin, torch
+for dtype in (torch.float32, torch.float64):
+    for n in (1, 3, 4, 7, 1000, 5001):
+        for offset in range(4):
+            t = torch.randn(n + 8, dtype=dtype)
+            before, part = t.clone(), t[offset : offset + n]
+            for factor in (1.0, -0.3):
+                torch.ops.fastelbo._scale_(part, torch.tensor(factor, dtype=dtype))
+            assert torch.equal(part, before[offset : offset + n] * torch.tensor(-0.3, dtype=dtype))
+            assert torch.equal(t[:offset], before[:offset]) and torch.equal(t[offset + n :], before[offset + n :])
+"""
+    variables = os.environ | {"FASTELBO_CUDA_HOST": str(BUILD / "cuda_host.so")}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, cwd=TESTS, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_under_sanitizers():
+    library = BUILD / "cuda_host_sanitized.so"
+    if not library.exists():
+        pytest.skip("build/cmake has no cuda_host_sanitized")
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], text=True, capture_output=True).stdout.strip()
+    options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    files = ["test_likelihood.py", "test_latent.py", "test_elbo.py", "test_iwae.py", "test_multi_sample.py"]
+    done = run("cuda_host_sanitized", *files, "-k", " or ".join(SANITIZED), **options)
+    assert_passed(done)
+    assert "runtime error" not in done.stderr

@@ -32,18 +32,18 @@ def lines(path: str) -> list[str]:
     return [line for line in (ROOT / path).read_text().splitlines() if line and not line.startswith("#")]
 
 
-def nvcc_major() -> str | None:
+def ask_nvcc(question: str, pattern: str) -> str | None:
     try:
-        text = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+        done = subprocess.run([f"{CUDA_HOME}/bin/nvcc", *question.split()], capture_output=True, text=True)
     except OSError:
         return None
-    found = re.search(r"release (\d+)", text)
+    found = re.search(pattern, done.stdout + done.stderr)
     return found[1] if found else None
 
 
 def cuda_obstacle(sources: list[str]) -> str | None:
     """Why the CUDA kernels cannot be built, or None. Whether a GPU is present does not matter."""
-    nvcc, wanted = nvcc_major(), torch.version.cuda
+    nvcc, wanted = ask_nvcc("--version", r"release (\d+)"), torch.version.cuda
     if not sources:
         return "this version has no CUDA kernels"
     if wanted is None:
@@ -76,13 +76,25 @@ print(
 os.environ.setdefault("CXX", "g++")
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
 flags = lines("csrc/flags.txt")
+include_dirs, library_dirs = [str(ROOT / "csrc")], []
+if not obstacle:
+    if not torch.cuda.is_available():  # else torch builds for the GPU that is there
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or "{}.{}".format(*torch.cuda.get_device_capability())
+    flags.append(f'-DFASTELBO_CUDA_ARCHS="{archs}"')
+    # nvcc's own toolkit, then what pip installed beside torch: a toolkit may come without cublas.h and others
+    toolkit = Path(ask_nvcc("--dryrun -x cu -c /dev/null", r"TOP=(\S+)") or CUDA_HOME)
+    beside_torch = Path(torch.__file__).parent.parent / f"nvidia/cu{torch.version.cuda.split('.')[0]}"
+    include_dirs += [str(toolkit / "include"), str(beside_torch / "include")]
+    library_dirs += [str(toolkit / "lib64"), str(beside_torch / "lib")]
 setup(
     ext_modules=[
         (CppExtension if obstacle else CUDAExtension)(
             "fastelbo._C",
             [source for source in sources if not (obstacle and source in cuda_sources)],
-            include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={"cxx": flags, "nvcc": ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]},
+            include_dirs=include_dirs,
+            library_dirs=library_dirs,
+            extra_compile_args={"cxx": flags, "nvcc": lines("csrc/nvcc_flags.txt")},
         )
     ],
     cmdclass={"build_ext": Build},

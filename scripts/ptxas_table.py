@@ -1,0 +1,73 @@
+"""Compiles every CUDA kernel with nvcc, warnings being errors, and prints what ptxas says of each: no GPU is needed.
+
+    python scripts/ptxas_table.py [--arch sm_90]
+
+Registers, shared memory and spills per kernel. Exit status 1 where a kernel does not compile, or where a main kernel
+spills: float32 in its plain layout, which is what training steps run, and samples_kernel.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+ENTRY = re.compile(
+    r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers(.*?)\n",
+    re.DOTALL,
+)
+MAIN = re.compile(r"(rows_kernel|multi_sample_kernel)<.*true, float>|(samples_kernel|samples_backward_kernel)<float>")
+
+
+def lines(path: str) -> list[str]:
+    return [line for line in (ROOT / path).read_text().splitlines() if line and not line.startswith("#")]
+
+
+def compile_one(source: str, arch: str, folder: str) -> str:
+    includes = ["-I", str(ROOT / "csrc"), "-isystem", str(Path(torch.__file__).parent / "include")]
+    command = ["nvcc", *lines("csrc/nvcc_flags.txt"), f"-arch={arch}", "-Xptxas=-v", *includes]
+    target = f"{folder}/{Path(source).stem}.o"
+    done = subprocess.run([*command, "-c", str(ROOT / "csrc" / source), "-o", target], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{source}:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="registers, shared memory and spills of every CUDA kernel")
+    parser.add_argument("--arch", default="sm_90")
+    args = parser.parse_args()
+    if not shutil.which("nvcc"):
+        sys.exit("nvcc is not on PATH")
+    sources = [source for source in lines("csrc/sources.txt") if source.endswith(".cu")]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        output = "".join(pool.map(lambda source: compile_one(source, args.arch, folder), sources))
+    found = ENTRY.findall(output)
+    names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True).stdout
+    bad = 0
+    print(f"{'registers':>9}{'shared B':>9}{'spill B':>8}  kernel, {args.arch}")
+    rows = []
+    for name, (_, stores, loads, registers, rest) in zip(names.splitlines(), found, strict=True):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        short = re.sub(r"\(.*\)$", "", re.sub(r"fastelbo::(cuda::\(anonymous namespace\)::|baseline::)", "", name))
+        short = short.removeprefix("void ").replace("(bool)1", "true").replace("(bool)0", "false")
+        spills = int(stores) + int(loads)
+        main_kernel = bool(MAIN.search(short))
+        bad += main_kernel and spills > 0
+        rows.append((short, int(registers), int(shared[1]) if shared else 0, spills, main_kernel))
+    for short, registers, shared_bytes, spills, main_kernel in sorted(rows):
+        print(f"{registers:9d}{shared_bytes:9d}{spills:8d}  {short}{'  (main)' if main_kernel else ''}")
+    mains = sum(row[4] for row in rows)
+    print(f"{len(rows)} kernels compiled for {args.arch}; of {mains} main ones {bad} spill")
+    return 1 if bad or not mains else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

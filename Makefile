@@ -1,6 +1,7 @@
 # make demo    train a VAE on handwritten digits with the fused loss and with the plain one, side by side
 # make test    C++ tests, then Python tests
 # make bench   against eager PyTorch and torch.compile; options: make bench ARGS=--quick
+# make cuda-build   builds everything for CUDA, without a GPU, in .venv-cuda; then registers and spills of every kernel
 # make lint, make format
 # make clean   removes what was built; .venv, with the downloaded packages, stays
 #
@@ -12,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV = . .venv/bin/activate &&
 CPP_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench cuda-build lint format clean
 
 demo: .venv/built
 	$(VENV) python examples/demo.py
@@ -25,6 +26,18 @@ test: .venv/built .venv/dev
 
 bench: .venv/built
 	$(VENV) python -m benchmarks $(ARGS)
+
+# A CUDA build of torch (5.5 GB) in an environment of its own, and a copy of the sources: the build in .venv stays.
+cuda-build:
+	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
+	. .venv-cuda/bin/activate && pip install -r requirements-cuda.txt
+	mkdir -p build/cuda
+	cp -r csrc fastelbo tests setup.py pyproject.toml README.md LICENSE CHANGELOG.md build/cuda/
+	rm -f build/cuda/fastelbo/_C*.so
+	. .venv-cuda/bin/activate && cd build/cuda && FASTELBO_CUDA=1 python setup.py build_ext --inplace
+	. .venv-cuda/bin/activate && cd build/cuda && python -m fastelbo info && python -m pytest -n auto \
+		tests/test_likelihood.py tests/test_latent.py tests/test_elbo.py tests/test_iwae.py tests/test_multi_sample.py
+	. .venv-cuda/bin/activate && python scripts/ptxas_table.py
 
 lint: .venv/dev
 	$(VENV) ruff check

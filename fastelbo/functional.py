@@ -99,7 +99,7 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, de
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
     if generator is not None:
         raise ValueError("seed and generator exclude each other: give one of them")
-    return seed if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=device)
+    return seed if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def rsample(

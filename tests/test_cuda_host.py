@@ -27,7 +27,7 @@ OPS = {
     "test_elbo.py": "",
     "test_iwae.py": "",
     "test_strides.py": "32_bits",
-    "test_edges.py": "",
+    "test_edges.py": "threads",
     "test_multi_sample.py": "expectations or signal_to_noise or bounds_grow or torch_func or compiled",
 }
 # under AddressSanitizer and UBSan, which make every test some ten times slower

@@ -11,7 +11,7 @@ PYTHON ?= python3
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV = . .venv/bin/activate &&
-CPP_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .PHONY: demo test bench cuda-build lint format clean
 

@@ -13,12 +13,15 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
                            int g) {
   if constexpr (kPlain) {  // is_plain(p): what most training steps are
     const auto row = [k, b](const View& v) { return static_cast<float*>(v.data) + row_of(v, k, b); };
-    const float4* recon = reinterpret_cast<const float4*>(row(p.recon));
-    const float4* x = reinterpret_cast<const float4*>(row(p.x));
-    const float4* scale = kScale ? reinterpret_cast<const float4*>(row(p.scale)) : nullptr;
-    float4* d_recon = kGrads && p.grad_recon ? reinterpret_cast<float4*>(row(p.grad_recon)) : nullptr;
-    float4* d_scale = kGrads && kScale && p.grad_scale ? reinterpret_cast<float4*>(row(p.grad_scale)) : nullptr;
+    const auto in = [row](const View& v) { return reinterpret_cast<const float4*>(row(v)); };
+    const auto out = [row](const View& v) { return v ? reinterpret_cast<float4*>(row(v)) : nullptr; };
+    const float4* __restrict__ recon = in(p.recon);
+    const float4* __restrict__ x = in(p.x);
+    const float4* __restrict__ scale = kScale ? in(p.scale) : nullptr;
+    float4* __restrict__ d_recon = kGrads ? out(p.grad_recon) : nullptr;
+    float4* __restrict__ d_scale = kGrads && kScale ? out(p.grad_scale) : nullptr;
     float sum = 0;
+#pragma unroll 2
     for (int i = int(begin / 4) + lane; i < int(end / 4); i += g) {
       const float4 r = recon[i], d = x[i], s = kScale ? scale[i] : make_float4(0, 0, 0, 0);
       const Terms<float> t0 = L::eval(r.x, s.x, d.x), t1 = L::eval(r.y, s.y, d.y), t2 = L::eval(r.z, s.z, d.z),

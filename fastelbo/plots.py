@@ -76,10 +76,10 @@ def _limits(x: Tensor) -> tuple[float, float]:
 
 
 def curves(history: Sequence[Metrics], path: Path) -> Path:
-    """ELBO, log-likelihood and KL by epoch, training and held-out; also the objective's bound where it is another."""
+    """ELBO, log-likelihood and KL by epoch, training and held-out; also the objective where it is another."""
     panels = [("elbo", "ELBO"), ("log_likelihood", "log p(x | z)"), ("kl", "KL(q(z | x) || p(z))")]
     if not all(math.isclose(row["train_bound"], row["train_elbo"], rel_tol=1e-5) for row in history):
-        panels.insert(0, ("bound", "Importance-weighted bound"))
+        panels.insert(0, ("bound", "Objective (minus the loss)"))
     figure = Figure(figsize=(3.5 * len(panels), 3.0), layout="constrained")
     epochs = [row["epoch"] for row in history]
     for axes, (name, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

@@ -2,7 +2,9 @@
 //
 // Mean-reduced Bernoulli ELBO in float32, forward and backward: 8 bytes read and 4 written per element, since the
 // gradient is written by the forward and handed on by the backward where the upstream gradient is 1. Recomputing in the
-// backward would read recon and x once more: 20. With reduction "none" and half types the backward recomputes.
+// backward would read recon and x once more: 20. With reduction "none" and half types the backward recomputes. Rows of
+// more than kSegment elements are shared by several groups, whose sums a second, small launch adds up; free bits take
+// the batch means of the KL in a launch before.
 #include "kernels/latent.cuh"
 #include "kernels/likelihood.cuh"
 

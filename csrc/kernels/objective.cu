@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(kThreads) log_mean_exp_kernel(LogMeanExpParams
   }
 }
 
+// 8 bytes per float32 element; 4 in all where the factor is 1.
 template <class T>
 __global__ void __launch_bounds__(kThreads) scale_kernel(View p, int64_t n, DeviceScalar factor) {
   const T f = T(read(factor));

@@ -83,6 +83,15 @@ inline void shaped(const char* name, const at::Tensor& t, const char* like_name,
                     " of ", like_name, "; got ", shape_text(t));
 }
 
+// x beside a tensor of parameters.
+inline void data(const at::Tensor& x, const char* like_name, const at::Tensor& like) {
+  same_device("x", x, like_name, like);
+  const auto xt = x.scalar_type();
+  if (xt == at::kByte || xt == at::kBool) return;
+  TORCH_CHECK_TYPE(is_float(xt), "x must be a float type, uint8 (read as x / 255) or bool; got ", dtype_name(xt));
+  same_precision("x", x, like_name, like);
+}
+
 inline int likelihood_index(std::string_view name) {
   std::string names;
   for (int i = 0; i < likelihood_count(); ++i) {
@@ -114,12 +123,7 @@ inline int log_prob(const at::Tensor& recon, const at::Tensor& x, const Optional
                       " and event=", shape_text(xs.slice(1)), " from x; got ", shape_text(recon));
   }
   TORCH_CHECK_VALUE(!sampled || rs[0] != 0, "recon must hold at least one sample; got K=0 in ", shape_text(recon));
-  same_device("x", x, "recon", recon);
-  const auto xt = x.scalar_type();
-  if (xt != at::kByte && xt != at::kBool) {
-    TORCH_CHECK_TYPE(is_float(xt), "x must be a float type, uint8 (read as x / 255) or bool; got ", dtype_name(xt));
-    same_precision("x", x, "recon", recon);
-  }
+  data(x, "recon", recon);
   if (scale.has_value()) {
     TORCH_CHECK_VALUE(likelihood_info(index).takes_scale, "recon must be one tensor for likelihood \"", likelihood,
                       "\"; got a pair");
@@ -231,6 +235,37 @@ inline int64_t log_mean_exp(const at::Tensor& log_w, int64_t dim) {
   TORCH_CHECK_VALUE(log_w.sym_size(d) != 0, "log_w must hold at least one weight along dim ", dim, "; got the shape ",
                     shape_text(log_w));
   return d;
+}
+
+inline void ppca(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b) {
+  floating("W", W);
+  TORCH_CHECK_VALUE(W.dim() == 2 && W.sym_size(1) >= 1, "W must be [D, M] with M of at least 1; got ", shape_text(W));
+  const c10::SymInt D = W.sym_size(0);
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.sym_size(1) == D, "x must be [N, D] with D=", D, " from W; got ", shape_text(x));
+  TORCH_CHECK_VALUE(b.dim() == 1 && b.sym_size(0) == D, "b must be [D] with D=", D, " from W; got ", shape_text(b));
+  data(x, "W", W);
+  same_precision("b", b, "W", W);
+  same_device("b", b, "W", W);
+}
+
+inline void ppca(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b, const at::Tensor& log_sigma2) {
+  ppca(x, W, b);
+  TORCH_CHECK_VALUE(log_sigma2.dim() == 0, "log_sigma2 must be a 0-d tensor; got the shape ", shape_text(log_sigma2));
+  same_precision("log_sigma2", log_sigma2, "W", W);
+  same_device("log_sigma2", log_sigma2, "W", W);
+}
+
+inline void ppca_residual(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b, const at::Tensor& mean,
+                          const at::Tensor& weight) {
+  ppca(x, W, b);
+  const c10::SymInt N = x.sym_size(0), M = W.sym_size(1);
+  TORCH_CHECK_VALUE(same_shape(mean.sym_sizes(), {N, M}), "mean must be [N, M] with N=", N, " and M=", M, "; got ",
+                    shape_text(mean));
+  TORCH_CHECK_VALUE(same_shape(weight.sym_sizes(), {N}), "weight must be [N] with N=", N, "; got ", shape_text(weight));
+  for (const auto& [name, t] : {std::pair("mean", mean), std::pair("weight", weight)}) {
+    TORCH_CHECK_TYPE(t.scalar_type() == at::kDouble, name, " must be float64; got ", dtype_name(t.scalar_type()));
+    same_device(name, t, "W", W);
+  }
 }
 
 }  // namespace fastelbo::checks

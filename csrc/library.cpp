@@ -47,4 +47,20 @@ TORCH_LIBRARY(fastelbo, m) {
       "_multi_sample_loss_forward(Tensor recon, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? scale, "
       "Tensor? mask, str likelihood, str reduction, float elbo_share, float alpha, int groups, float path, "
       "float path_weight, float score, bool[4] needs) -> (Tensor loss, Tensor log_likelihood, Tensor[] grads)");
+
+  // ppca: x [N, D], W [D, M], b [D]
+  m.def("ppca_log_prob(Tensor x, Tensor W, Tensor b, Tensor log_sigma2) -> Tensor");
+  // also what the backward needs, in float64: the posterior mean [N, M], (x - b)' C^-1 (x - b) [N], (W'W + s2 I)^-1
+  m.def(
+      "_ppca_log_prob_forward(Tensor x, Tensor W, Tensor b, Tensor log_sigma2) "
+      "-> (Tensor log_prob, Tensor mean, Tensor distance, Tensor inverse)");
+  m.def(
+      "_ppca_log_prob_backward(Tensor grad, Tensor x, Tensor W, Tensor b, Tensor log_sigma2, Tensor mean, "
+      "Tensor distance, Tensor inverse, bool[4] needs) -> Tensor[]");
+  // (x - b) W [N, M] and |x - b|^2 [N], float64
+  m.def("_ppca_project(Tensor x, Tensor W, Tensor b) -> (Tensor proj, Tensor square)");
+  // with e = weight (x - b - W mean) [N, D], those that are needed: e, sum_n e mean' [D, M], sum_n e [D]
+  m.def(
+      "_ppca_residual(Tensor x, Tensor W, Tensor b, Tensor mean, Tensor weight, bool[3] needs) "
+      "-> (Tensor residual, Tensor cross, Tensor sum)");
 }

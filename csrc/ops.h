@@ -115,6 +115,40 @@ inline void scale_(const Tensor& t, const Tensor& factor) {
   op.call(t, factor);
 }
 
+inline Tensor ppca_log_prob(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& log_sigma2) {
+  FASTELBO_OP("ppca_log_prob", Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&));
+  return op.call(x, W, b, log_sigma2);
+}
+
+using PpcaForward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // log_prob, mean, distance, inverse
+inline PpcaForward ppca_log_prob_forward(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& log_sigma2) {
+  FASTELBO_OP("_ppca_log_prob_forward", PpcaForward(const Tensor&, const Tensor&, const Tensor&, const Tensor&));
+  return op.call(x, W, b, log_sigma2);
+}
+
+inline Tensors ppca_log_prob_backward(const Tensor& grad, const Tensor& x, const Tensor& W, const Tensor& b,
+                                      const Tensor& log_sigma2, const Tensor& mean, const Tensor& distance,
+                                      const Tensor& inverse, std::array<bool, 4> needs) {
+  FASTELBO_OP("_ppca_log_prob_backward",
+              Tensors(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                      const Tensor&, const Tensor&, std::array<bool, 4>));
+  return op.call(grad, x, W, b, log_sigma2, mean, distance, inverse, needs);
+}
+
+using PpcaProjection = std::tuple<Tensor, Tensor>;  // proj, square
+inline PpcaProjection ppca_project(const Tensor& x, const Tensor& W, const Tensor& b) {
+  FASTELBO_OP("_ppca_project", PpcaProjection(const Tensor&, const Tensor&, const Tensor&));
+  return op.call(x, W, b);
+}
+
+using PpcaResidual = std::tuple<Tensor, Tensor, Tensor>;  // residual, cross, sum
+inline PpcaResidual ppca_residual(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& mean,
+                                  const Tensor& weight, std::array<bool, 3> needs) {
+  FASTELBO_OP("_ppca_residual", PpcaResidual(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                             std::array<bool, 3>));
+  return op.call(x, W, b, mean, weight, needs);
+}
+
 #undef FASTELBO_OP
 
 }  // namespace fastelbo::ops

@@ -158,6 +158,16 @@ inline LogMeanExpParams log_mean_exp_params(const at::Tensor& log_w, int64_t dim
   return p;
 }
 
+// A contiguous copy of a matrix in another dtype, with columns of 0 up to a multiple of `panel`; itself where it is
+// that.
+inline at::Tensor padded(const at::Tensor& matrix, int64_t panel, at::ScalarType type) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1), lanes = (columns + panel - 1) / panel * panel;
+  if (lanes == columns) return matrix.to(type).contiguous();
+  const at::Tensor wide = at::zeros({rows, lanes}, matrix.options().dtype(type));
+  wide.narrow(1, 0, columns).copy_(matrix);
+  return wide;
+}
+
 // The factor of every datum's loss in the returned one.
 inline double share(checks::Reduction reduction, int64_t B) {
   return reduction == checks::Reduction::mean ? 1.0 / double(B) : 1.0;

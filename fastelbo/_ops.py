@@ -105,6 +105,20 @@ def _log_mean_exp_backward(grad: Tensor, log_w: Tensor, dim: int) -> Tensor:
     return result
 
 
+def _ppca_log_prob_backward(
+    grad: Tensor,
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    log_sigma2: Tensor,
+    mean: Tensor,
+    distance: Tensor,
+    inverse: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    return _given(reference.vjp(reference.ppca_log_prob, [x, W, b, log_sigma2], [grad], needs))
+
+
 def _register(twin: Callable[..., Any]) -> None:
     op = getattr(torch.ops.fastelbo, twin.__name__).default
 
@@ -117,5 +131,11 @@ def _register(twin: Callable[..., Any]) -> None:
     _library.impl(twin.__name__, autograd, "Autograd")
 
 
-for _twin in (_log_prob_backward, _gaussian_kl_backward, _rsample_backward, _log_mean_exp_backward):
+for _twin in (
+    _log_prob_backward,
+    _gaussian_kl_backward,
+    _rsample_backward,
+    _log_mean_exp_backward,
+    _ppca_log_prob_backward,
+):
     _register(_twin)

@@ -320,6 +320,28 @@ def multi_sample_loss(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Probabilistic PCA.
+
+
+def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
+    """log N(x; b, W W' + s2 I) -> [N], by the M by M matrix G = W'W + s2 I; NaN where its Cholesky factor fails.
+
+    r' C^-1 r = (|r - W m|^2 + s2 |m|^2) / s2, with r = x - b and m = G^-1 W'r: unlike |r|^2 - (W'r)' m it cancels
+    nothing.
+    """
+    dtype = _compute_dtype(W)
+    W, log_s2 = W.to(dtype), log_sigma2.to(dtype)
+    D, M = W.shape
+    s2 = torch.exp(log_s2)
+    r = read_data(x, dtype) - b.to(dtype)
+    factor, info = torch.linalg.cholesky_ex(W.mT @ W + s2 * torch.eye(M, dtype=dtype, device=W.device))
+    m = torch.cholesky_solve((r @ W).mT, factor).mT
+    distance = (r - m @ W.mT).square().sum(1) / s2 + m.square().sum(1)
+    log_det = (D - M) * log_s2 + 2 * torch.log(torch.diagonal(factor)).sum()
+    return torch.where(info == 0, -0.5 * (D * LOG_2PI + log_det + distance), torch.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Derivatives of the backward ops. When autograd is asked for a graph of the gradient (`create_graph=True`), the ops'
 # backward is this vector-Jacobian product of the twin, built from differentiable operations.
 

@@ -101,6 +101,34 @@ struct LogMeanExpParams {
   void* grad_log_w = nullptr;  // the layout of log_w, backward
 };
 
+// Probabilistic PCA. M is padded to lanes, a multiple of kPpcaPanel; what lies beyond M is 0.
+inline constexpr int64_t kPpcaPanel = 16, kPpcaRows = 48;
+inline constexpr int64_t kPpcaTile = 240;  // of D; a multiple of 16 and of 12, as the kernels' register blocks are
+
+// Projections of x - b on the columns of W, and its squared norm. Work items: blocks of kPpcaRows rows.
+struct PpcaProjectParams {
+  int64_t N = 0, D = 0, lanes = 0;
+  View x;                     // [N, D]
+  const double* b = nullptr;  // [D]
+  const double* W = nullptr;  // [D, lanes]
+  double* proj = nullptr;     // [N, lanes]
+  double* square = nullptr;   // [N]
+};
+
+// e = weight (x - b - W mean) and its sums. T: the compute type. Work items: chunks of rows x tiles of D.
+struct PpcaResidualParams {
+  int64_t N = 0, D = 0, M = 0, lanes = 0, chunk = kPpcaRows;  // rows in a chunk: a multiple of kPpcaRows
+  View x;                                                     // [N, D]
+  const void* b = nullptr;                                    // T [D]
+  const void* Wt = nullptr;                                   // T [M, stride_m], 0 beyond D
+  int64_t stride_m = 0;                                       // D, padded to a multiple of kPpcaPanel
+  const void* mean = nullptr;                                 // T [N, lanes]
+  const void* weight = nullptr;                               // T [N]
+  void* residual = nullptr;                                   // T [N, D], or null: e
+  void* cross = nullptr;                                      // T [chunks, D, lanes], or null: sum of e mean'
+  void* sum = nullptr;                                        // T [chunks, D], or null: sum of e
+};
+
 template <class Params>
 using Kernel = void (*)(const Params&, int64_t begin, int64_t end);
 
@@ -115,6 +143,8 @@ struct KernelTable {
   Kernel<LogMeanExpParams> log_mean_exp[2], log_mean_exp_backward[2];
   // p[i] *= factor
   void (*scale_row[2])(void* p, int64_t n, double factor);
+  Kernel<PpcaProjectParams> ppca_project;
+  Kernel<PpcaResidualParams> ppca_residual[2];
   // [likelihood][scale given][float or double]
   Kernel<LogProbParams> log_prob[kMaxLikelihoods][2][2];
 };

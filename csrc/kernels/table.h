@@ -7,6 +7,7 @@
 #include "kernels/latent.h"
 #include "kernels/likelihood.h"
 #include "kernels/objective.h"
+#include "kernels/ppca.h"
 
 namespace fastelbo::FASTELBO_ISA {
 
@@ -31,6 +32,8 @@ KernelTable make_table(TypeList<L...>) {
       .log_mean_exp = {log_mean_exp_kernel<float>, log_mean_exp_kernel<double>},
       .log_mean_exp_backward = {log_mean_exp_backward_kernel<float>, log_mean_exp_backward_kernel<double>},
       .scale_row = {scale_row_kernel<float>, scale_row_kernel<double>},
+      .ppca_project = ppca_project_kernel,
+      .ppca_residual = {ppca_residual_kernel<float>, ppca_residual_kernel<double>},
       .log_prob = {},
   };
   int index = 0;

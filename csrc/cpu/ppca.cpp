@@ -1,0 +1,68 @@
+// Probabilistic PCA on the CPU.
+#include <torch/library.h>
+
+#include "cpu/run.h"
+#include "ops.h"
+#include "shapes.h"
+
+namespace fastelbo {
+namespace cpu {
+namespace {
+
+using namespace ops;
+
+constexpr int64_t kWorkItems = 64;  // of the residual: enough for many threads, whatever N and D are
+
+PpcaProjection ppca_project_cpu(const Tensor& x, const Tensor& W, const Tensor& b) {
+  checks::ppca(x, W, b);
+  const auto options = W.options().dtype(at::kDouble);
+  const Tensor wide = padded(W, kPpcaPanel, at::kDouble), center = b.to(at::kDouble).contiguous();
+  const Tensor proj = at::empty({x.size(0), wide.size(1)}, options), square = at::empty({x.size(0)}, options);
+  PpcaProjectParams p;
+  p.N = x.size(0), p.D = x.size(1), p.lanes = wide.size(1);
+  p.x = view_of(x, 1, {}, /*unit=*/true);
+  p.b = center.const_data_ptr<double>(), p.W = wide.const_data_ptr<double>();
+  p.proj = proj.mutable_data_ptr<double>(), p.square = square.mutable_data_ptr<double>();
+  run(kernels().ppca_project, p, (p.N + kPpcaRows - 1) / kPpcaRows, kPpcaRows * p.D * p.lanes / 4);
+  return {proj.narrow(1, 0, W.size(1)), square};
+}
+
+PpcaResidual ppca_residual_cpu(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& mean,
+                               const Tensor& weight, std::array<bool, 3> needs) {
+  checks::ppca_residual(x, W, b, mean, weight);
+  PpcaResidual result = shapes::ppca_residual(x, W, needs);
+  auto& [residual, cross, sum] = result;
+  const auto type = checks::compute_type(W);
+  const auto options = W.options().dtype(type);
+  const Tensor Wt = padded(W.t(), kPpcaPanel, type), means = padded(mean, kPpcaPanel, type);
+  const Tensor center = b.to(type).contiguous(), weights = weight.to(type).contiguous();
+  PpcaResidualParams p;
+  p.N = x.size(0), p.D = x.size(1), p.M = W.size(1), p.lanes = means.size(1), p.stride_m = Wt.size(1);
+  const int64_t blocks = (p.N + kPpcaRows - 1) / kPpcaRows, tiles = (p.D + kPpcaTile - 1) / kPpcaTile;
+  const int64_t wanted = std::clamp<int64_t>(kWorkItems / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(blocks, 1));
+  p.chunk = std::max<int64_t>((blocks + wanted - 1) / wanted, 1) * kPpcaRows;
+  const int64_t chunks = (p.N + p.chunk - 1) / p.chunk;
+  p.x = view_of(x, 1, {}, /*unit=*/true);
+  p.b = center.const_data_ptr(), p.Wt = Wt.const_data_ptr();
+  p.mean = means.const_data_ptr(), p.weight = weights.const_data_ptr();
+  // sums of every chunk of rows: their number depends on the shapes alone, so that threads change no digit
+  const Tensor crosses = at::empty({needs[1] ? chunks : 0, p.D, p.lanes}, options);
+  const Tensor sums = at::empty({needs[2] ? chunks : 0, p.D}, options);
+  if (needs[0]) p.residual = residual.mutable_data_ptr();
+  if (needs[1]) p.cross = crosses.mutable_data_ptr();
+  if (needs[2]) p.sum = sums.mutable_data_ptr();
+  run(kernels().ppca_residual[is_double(W)], p, chunks * tiles, p.chunk * kPpcaTile * p.lanes / 4);
+  if (needs[1]) cross = crosses.sum(0).narrow(1, 0, p.M);
+  if (needs[2]) sum = sums.sum(0);
+  return result;
+}
+
+}  // namespace
+}  // namespace cpu
+
+TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
+  m.impl("_ppca_project", cpu::ppca_project_cpu);
+  m.impl("_ppca_residual", cpu::ppca_residual_cpu);
+}
+
+}  // namespace fastelbo

@@ -1,0 +1,137 @@
+// Probabilistic PCA: two matrix products that never write x - b to memory.
+//
+// Projection: x is read once, D M multiply-adds per row, in double. |r|^2 - p' G^-1 p, with r = x - b, cancels where
+// sigma is small against W; in float32 it would lose a digit for every factor of 10 in |r| / |e|.
+// Residual: x is read once, 2 D M multiply-adds per row in the compute type: nothing cancels in sums of e.
+#pragma once
+
+#include "kernels/tile.h"
+
+namespace fastelbo::FASTELBO_ISA {
+
+inline constexpr int kVectorBytes = FASTELBO_X86_LEVEL >= 4 ? 64 : FASTELBO_X86_LEVEL >= 3 ? 32 : 16;
+inline constexpr int kGroupRows = FASTELBO_X86_LEVEL >= 4 ? 12 : FASTELBO_X86_LEVEL >= 3 ? 6 : 3;
+template <class T>
+inline constexpr int kPanel = 64 / sizeof(T);  // columns of a register block: a cache line
+
+// c[i][0 .. kPanel) += sum_k a[i][k] b[k][0 .. kPanel), or -=, for Rows rows i. Rows x 64 bytes of sums stay in
+// registers: 12 of 16 (24 of 32 with AVX-512).
+template <int Rows, bool kMinus, class T>
+FASTELBO_HD void multiply_block(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, int64_t n, T* c,
+                                int64_t c_row) {
+  typedef T Vector __attribute__((vector_size(kVectorBytes)));
+  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  constexpr int kVectors = 64 / kVectorBytes, kLength = kVectorBytes / int(sizeof(T));
+  Vector sums[Rows][kVectors] = {};
+  for (int64_t k = 0; k < n; ++k) {
+    Vector row[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) row[v] = *reinterpret_cast<const Unaligned*>(b + k * b_step + v * kLength);
+#pragma GCC unroll 12
+    for (int i = 0; i < Rows; ++i) {
+      const T factor = a[i * a_row + k * a_step];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += factor * row[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      auto* to = reinterpret_cast<Unaligned*>(c + i * c_row + v * kLength);
+      *to = kMinus ? *to - sums[i][v] : *to + sums[i][v];
+    }
+  }
+}
+
+// The same for any number of rows, and of columns in whole panels: c [rows, columns] += a [rows, n] b [n, columns].
+template <bool kMinus, class T>
+inline void multiply(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, int64_t n, T* c,
+                     int64_t c_row, int64_t rows, int64_t columns) {
+  for (int64_t j = 0; j < columns; j += kPanel<T>) {
+    int64_t i = 0;
+    for (; i + kGroupRows <= rows; i += kGroupRows) {
+      multiply_block<kGroupRows, kMinus>(a + i * a_row, a_row, a_step, b + j, b_step, n, c + i * c_row + j, c_row);
+    }
+    for (; i + kGroupRows / 3 <= rows; i += kGroupRows / 3) {
+      multiply_block<kGroupRows / 3, kMinus>(a + i * a_row, a_row, a_step, b + j, b_step, n, c + i * c_row + j, c_row);
+    }
+    for (; i < rows; ++i) {
+      multiply_block<1, kMinus>(a + i * a_row, a_row, a_step, b + j, b_step, n, c + i * c_row + j, c_row);
+    }
+  }
+}
+
+// r = x - b of `rows` rows and n columns into r [rows, kPpcaTile]; up to the next panel, what follows a row is 0.
+template <class T>
+inline void center(const View& x, const T* __restrict b, int64_t row, int64_t rows, int64_t column, int64_t n, T* r) {
+  alignas(64) T buffer[kPpcaTile];
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* __restrict from = load<T>(x, 0, row + i, column, n, buffer);
+    T* __restrict to = r + i * kPpcaTile;
+#pragma omp simd
+    for (int64_t d = 0; d < n; ++d) to[d] = from[d] - b[column + d];
+    for (int64_t d = n; d < kPpcaTile && d % kPanel<T> != 0; ++d) to[d] = 0;
+  }
+}
+
+inline void ppca_project_kernel(const PpcaProjectParams& p, int64_t begin, int64_t end) {
+  alignas(64) double r[kPpcaRows * kPpcaTile];
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = item * kPpcaRows, rows = p.N - row < kPpcaRows ? p.N - row : kPpcaRows;
+    double* proj = p.proj + row * p.lanes;
+    std::memset(proj, 0, size_t(rows * p.lanes) * sizeof(double));
+    for (int64_t i = 0; i < rows; ++i) p.square[row + i] = 0;
+    for (int64_t d = 0; d < p.D; d += kPpcaTile) {
+      const int64_t n = p.D - d < kPpcaTile ? p.D - d : kPpcaTile;
+      center(p.x, p.b, row, rows, d, n, r);
+      for (int64_t i = 0; i < rows; ++i) {
+        const double* __restrict e = r + i * kPpcaTile;
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < n; ++j) sum += e[j] * e[j];
+        p.square[row + i] += sum;
+      }
+      multiply<false>(r, kPpcaTile, 1, p.W + d * p.lanes, p.lanes, n, proj, p.lanes, rows, p.lanes);
+    }
+  }
+}
+
+template <class T>
+void ppca_residual_kernel(const PpcaResidualParams& p, int64_t begin, int64_t end) {
+  alignas(64) T e[kPpcaRows * kPpcaTile];
+  const int64_t tiles = (p.D + kPpcaTile - 1) / kPpcaTile;
+  const T *b = static_cast<const T*>(p.b), *Wt = static_cast<const T*>(p.Wt);
+  const T *means = static_cast<const T*>(p.mean), *weights = static_cast<const T*>(p.weight);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t chunk = item / tiles, d = item % tiles * kPpcaTile;
+    const int64_t n = p.D - d < kPpcaTile ? p.D - d : kPpcaTile;
+    const int64_t last = (chunk + 1) * p.chunk < p.N ? (chunk + 1) * p.chunk : p.N;
+    T* cross = p.cross ? static_cast<T*>(p.cross) + (chunk * p.D + d) * p.lanes : nullptr;
+    T* sum = p.sum ? static_cast<T*>(p.sum) + chunk * p.D + d : nullptr;
+    if (cross) std::memset(cross, 0, size_t(n * p.lanes) * sizeof(T));
+    if (sum) std::memset(sum, 0, size_t(n) * sizeof(T));
+    for (int64_t row = chunk * p.chunk; row < last; row += kPpcaRows) {
+      const int64_t rows = last - row < kPpcaRows ? last - row : kPpcaRows;
+      const T* mean = means + row * p.lanes;
+      center(p.x, b, row, rows, d, n, e);
+      multiply<true>(mean, p.lanes, 1, Wt + d, p.stride_m, p.M, e, kPpcaTile, rows, n);
+      for (int64_t i = 0; i < rows; ++i) {
+        T* __restrict from = e + i * kPpcaTile;
+        const T weight = weights[row + i];
+        if (sum) {
+          T* __restrict to = sum;
+#pragma omp simd
+          for (int64_t j = 0; j < n; ++j) from[j] *= weight, to[j] += from[j];
+        } else {
+#pragma omp simd
+          for (int64_t j = 0; j < n; ++j) from[j] *= weight;
+        }
+        if (p.residual) std::memcpy(static_cast<T*>(p.residual) + (row + i) * p.D + d, from, size_t(n) * sizeof(T));
+      }
+      if (cross) multiply<false>(e, 1, kPpcaTile, mean, p.lanes, rows, cross, p.lanes, n, p.lanes);
+    }
+  }
+}
+
+}  // namespace fastelbo::FASTELBO_ISA

@@ -84,12 +84,12 @@ inline void shaped(const char* name, const at::Tensor& t, const char* like_name,
 }
 
 // x beside a tensor of parameters.
-inline void data(const at::Tensor& x, const char* like_name, const at::Tensor& like) {
+inline void data(const at::Tensor& x, const char* like_name, const at::Tensor& like, bool mixed = false) {
   same_device("x", x, like_name, like);
   const auto xt = x.scalar_type();
   if (xt == at::kByte || xt == at::kBool) return;
   TORCH_CHECK_TYPE(is_float(xt), "x must be a float type, uint8 (read as x / 255) or bool; got ", dtype_name(xt));
-  same_precision("x", x, like_name, like);
+  if (!mixed) same_precision("x", x, like_name, like);
 }
 
 inline int likelihood_index(std::string_view name) {
@@ -237,19 +237,20 @@ inline int64_t log_mean_exp(const at::Tensor& log_w, int64_t dim) {
   return d;
 }
 
-inline void ppca(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b) {
+// mixed: float64 parameters may go with data of any type.
+inline void ppca(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b, bool mixed = true) {
   floating("W", W);
   TORCH_CHECK_VALUE(W.dim() == 2 && W.sym_size(1) >= 1, "W must be [D, M] with M of at least 1; got ", shape_text(W));
   const c10::SymInt D = W.sym_size(0);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.sym_size(1) == D, "x must be [N, D] with D=", D, " from W; got ", shape_text(x));
   TORCH_CHECK_VALUE(b.dim() == 1 && b.sym_size(0) == D, "b must be [D] with D=", D, " from W; got ", shape_text(b));
-  data(x, "W", W);
+  data(x, "W", W, mixed);
   same_precision("b", b, "W", W);
   same_device("b", b, "W", W);
 }
 
 inline void ppca(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b, const at::Tensor& log_sigma2) {
-  ppca(x, W, b);
+  ppca(x, W, b, /*mixed=*/false);
   TORCH_CHECK_VALUE(log_sigma2.dim() == 0, "log_sigma2 must be a 0-d tensor; got the shape ", shape_text(log_sigma2));
   same_precision("log_sigma2", log_sigma2, "W", W);
   same_device("log_sigma2", log_sigma2, "W", W);

@@ -16,20 +16,25 @@ from fastelbo.functional import (
     log_mean_exp,
     log_prob,
     multi_sample_loss,
+    ppca_log_prob,
     reference_mode,
     rsample,
 )
 from fastelbo.latents import Diagnostics, DiagnosticsMeter, diagnostics
 from fastelbo.marginal import LogMeanExp, MarginalEstimate
+from fastelbo.ppca import PPCA
+from fastelbo.ppca_fit import FitReport
 from fastelbo.vae import VAE
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PPCA",
     "VAE",
     "Diagnostics",
     "DiagnosticsMeter",
     "ELBOLoss",
+    "FitReport",
     "IWAELoss",
     "LogMeanExp",
     "LossParts",
@@ -45,6 +50,7 @@ __all__ = [
     "log_mean_exp",
     "log_prob",
     "multi_sample_loss",
+    "ppca_log_prob",
     "reference",
     "reference_mode",
     "rsample",

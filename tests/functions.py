@@ -110,6 +110,13 @@ FUNCTIONS = {
         ),
         lambda b, d: [_r(K, b, d), _unit(b, d), _r(b, d), _r(b, d), _r(K, b, d)],
     ),
+    "ppca_log_prob": Function(
+        lambda x, W, b: fastelbo.ppca_log_prob(x, W, b, b.mean()), lambda n, d: [_r(n, d), _r(d, 2), _r(d)]
+    ),
+    "ppca_log_prob, missing": Function(
+        lambda x, W, b: fastelbo.ppca_log_prob(x, W, b, b.mean(), observed=_mask(x) > 0),
+        lambda n, d: [_r(n, d), _r(d, 2), _r(d)],
+    ),
     "iwae_loss, pair and mask": Function(
         lambda m, s, x, ratio: fastelbo.iwae_loss((m, s), x, ratio, likelihood="gaussian", mask=_mask(x)),
         lambda b, d: [_r(K, b, d), 0.5 * _r(K, b, d), _r(b, d), _r(K, b)],

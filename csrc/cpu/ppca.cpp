@@ -34,8 +34,8 @@ PpcaResidual ppca_residual_cpu(const Tensor& x, const Tensor& W, const Tensor& b
   auto& [residual, cross, sum] = result;
   const auto type = checks::compute_type(W);
   const auto options = W.options().dtype(type);
-  const Tensor Wt = padded(W.t(), kPpcaPanel, type), means = padded(mean, kPpcaPanel, type);
-  const Tensor center = b.to(type).contiguous(), weights = weight.to(type).contiguous();
+  const Tensor Wt = padded(W.t(), kPpcaPanel, at::kDouble), means = padded(mean, kPpcaPanel, at::kDouble);
+  const Tensor center = b.to(at::kDouble).contiguous(), weights = weight.contiguous(), rounded = means.to(type);
   PpcaResidualParams p;
   p.N = x.size(0), p.D = x.size(1), p.M = W.size(1), p.lanes = means.size(1), p.stride_m = Wt.size(1);
   const int64_t blocks = (p.N + kPpcaRows - 1) / kPpcaRows, tiles = (p.D + kPpcaTile - 1) / kPpcaTile;
@@ -43,8 +43,9 @@ PpcaResidual ppca_residual_cpu(const Tensor& x, const Tensor& W, const Tensor& b
   p.chunk = std::max<int64_t>((blocks + wanted - 1) / wanted, 1) * kPpcaRows;
   const int64_t chunks = (p.N + p.chunk - 1) / p.chunk;
   p.x = view_of(x, 1, {}, /*unit=*/true);
-  p.b = center.const_data_ptr(), p.Wt = Wt.const_data_ptr();
-  p.mean = means.const_data_ptr(), p.weight = weights.const_data_ptr();
+  p.b = center.const_data_ptr<double>(), p.Wt = Wt.const_data_ptr<double>();
+  p.mean = means.const_data_ptr<double>(), p.weight = weights.const_data_ptr<double>();
+  p.rounded_mean = rounded.const_data_ptr();
   // sums of every chunk of rows: their number depends on the shapes alone, so that threads change no digit
   const Tensor crosses = at::empty({needs[1] ? chunks : 0, p.D, p.lanes}, options);
   const Tensor sums = at::empty({needs[2] ? chunks : 0, p.D}, options);

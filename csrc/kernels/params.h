@@ -115,18 +115,20 @@ struct PpcaProjectParams {
   double* square = nullptr;   // [N]
 };
 
-// e = weight (x - b - W mean) and its sums. T: the compute type. Work items: chunks of rows x tiles of D.
+// e = weight (x - b - W mean), in double, and its sums in T, the compute type. Work items: chunks of rows x tiles of D.
 struct PpcaResidualParams {
-  int64_t N = 0, D = 0, M = 0, lanes = 0, chunk = kPpcaRows;  // rows in a chunk: a multiple of kPpcaRows
-  View x;                                                     // [N, D]
-  const void* b = nullptr;                                    // T [D]
-  const void* Wt = nullptr;                                   // T [M, stride_m], 0 beyond D
-  int64_t stride_m = 0;                                       // D, padded to a multiple of kPpcaPanel
-  const void* mean = nullptr;                                 // T [N, lanes]
-  const void* weight = nullptr;                               // T [N]
-  void* residual = nullptr;                                   // T [N, D], or null: e
-  void* cross = nullptr;                                      // T [chunks, D, lanes], or null: sum of e mean'
-  void* sum = nullptr;                                        // T [chunks, D], or null: sum of e
+  int64_t N = 0, D = 0, M = 0, lanes = 0;
+  int64_t chunk = kPpcaRows;           // rows in a chunk: a multiple of kPpcaRows
+  View x;                              // [N, D]
+  const double* b = nullptr;           // [D]
+  const double* Wt = nullptr;          // [M, stride_m], 0 beyond D
+  int64_t stride_m = 0;                // D, padded to a multiple of kPpcaPanel
+  const double* mean = nullptr;        // [N, lanes]
+  const void* rounded_mean = nullptr;  // T [N, lanes]
+  const double* weight = nullptr;      // [N]
+  void* residual = nullptr;            // T [N, D], or null: e
+  void* cross = nullptr;               // T [chunks, D, lanes], or null: sum of e mean'
+  void* sum = nullptr;                 // T [chunks, D], or null: sum of e
 };
 
 template <class Params>

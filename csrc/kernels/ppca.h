@@ -2,7 +2,8 @@
 //
 // Projection: x is read once, D M multiply-adds per row, in double. |r|^2 - p' G^-1 p, with r = x - b, cancels where
 // sigma is small against W; in float32 it would lose a digit for every factor of 10 in |r| / |e|.
-// Residual: x is read once, 2 D M multiply-adds per row in the compute type: nothing cancels in sums of e.
+// Residual: x is read once, D M multiply-adds per row in double for e = r - W m, which cancels too, and D M in the
+// compute type for the sums of e, which do not.
 #pragma once
 
 #include "kernels/tile.h"
@@ -62,16 +63,16 @@ inline void multiply(const T* a, int64_t a_row, int64_t a_step, const T* b, int6
   }
 }
 
-// r = x - b of `rows` rows and n columns into r [rows, kPpcaTile]; up to the next panel, what follows a row is 0.
-template <class T>
-inline void center(const View& x, const T* __restrict b, int64_t row, int64_t rows, int64_t column, int64_t n, T* r) {
-  alignas(64) T buffer[kPpcaTile];
+// x - b of `rows` rows and n columns into r [rows, kPpcaTile]; up to the next panel, what follows a row is 0.
+inline void center(const View& x, const double* __restrict b, int64_t row, int64_t rows, int64_t column, int64_t n,
+                   double* r) {
+  alignas(64) double buffer[kPpcaTile];
   for (int64_t i = 0; i < rows; ++i) {
-    const T* __restrict from = load<T>(x, 0, row + i, column, n, buffer);
-    T* __restrict to = r + i * kPpcaTile;
+    const double* __restrict from = load<double>(x, 0, row + i, column, n, buffer);
+    double* __restrict to = r + i * kPpcaTile;
 #pragma omp simd
     for (int64_t d = 0; d < n; ++d) to[d] = from[d] - b[column + d];
-    for (int64_t d = n; d < kPpcaTile && d % kPanel<T> != 0; ++d) to[d] = 0;
+    for (int64_t d = n; d < kPpcaTile && d % kPanel<double> != 0; ++d) to[d] = 0;
   }
 }
 
@@ -99,37 +100,35 @@ inline void ppca_project_kernel(const PpcaProjectParams& p, int64_t begin, int64
 
 template <class T>
 void ppca_residual_kernel(const PpcaResidualParams& p, int64_t begin, int64_t end) {
+  alignas(64) double r[kPpcaRows * kPpcaTile];
   alignas(64) T e[kPpcaRows * kPpcaTile];
   const int64_t tiles = (p.D + kPpcaTile - 1) / kPpcaTile;
-  const T *b = static_cast<const T*>(p.b), *Wt = static_cast<const T*>(p.Wt);
-  const T *means = static_cast<const T*>(p.mean), *weights = static_cast<const T*>(p.weight);
+  const T* means = static_cast<const T*>(p.rounded_mean);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t chunk = item / tiles, d = item % tiles * kPpcaTile;
     const int64_t n = p.D - d < kPpcaTile ? p.D - d : kPpcaTile;
     const int64_t last = (chunk + 1) * p.chunk < p.N ? (chunk + 1) * p.chunk : p.N;
     T* cross = p.cross ? static_cast<T*>(p.cross) + (chunk * p.D + d) * p.lanes : nullptr;
-    T* sum = p.sum ? static_cast<T*>(p.sum) + chunk * p.D + d : nullptr;
+    T* __restrict sum = p.sum ? static_cast<T*>(p.sum) + chunk * p.D + d : nullptr;
     if (cross) std::memset(cross, 0, size_t(n * p.lanes) * sizeof(T));
     if (sum) std::memset(sum, 0, size_t(n) * sizeof(T));
     for (int64_t row = chunk * p.chunk; row < last; row += kPpcaRows) {
       const int64_t rows = last - row < kPpcaRows ? last - row : kPpcaRows;
-      const T* mean = means + row * p.lanes;
-      center(p.x, b, row, rows, d, n, e);
-      multiply<true>(mean, p.lanes, 1, Wt + d, p.stride_m, p.M, e, kPpcaTile, rows, n);
+      center(p.x, p.b, row, rows, d, n, r);
+      multiply<true>(p.mean + row * p.lanes, p.lanes, 1, p.Wt + d, p.stride_m, p.M, r, kPpcaTile, rows, n);
       for (int64_t i = 0; i < rows; ++i) {
-        T* __restrict from = e + i * kPpcaTile;
-        const T weight = weights[row + i];
+        const double* __restrict from = r + i * kPpcaTile;
+        T* __restrict to = e + i * kPpcaTile;
+        const double weight = p.weight[row + i];
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) to[j] = T(weight * from[j]);
         if (sum) {
-          T* __restrict to = sum;
 #pragma omp simd
-          for (int64_t j = 0; j < n; ++j) from[j] *= weight, to[j] += from[j];
-        } else {
-#pragma omp simd
-          for (int64_t j = 0; j < n; ++j) from[j] *= weight;
+          for (int64_t j = 0; j < n; ++j) sum[j] += to[j];
         }
-        if (p.residual) std::memcpy(static_cast<T*>(p.residual) + (row + i) * p.D + d, from, size_t(n) * sizeof(T));
+        if (p.residual) std::memcpy(static_cast<T*>(p.residual) + (row + i) * p.D + d, to, size_t(n) * sizeof(T));
       }
-      if (cross) multiply<false>(e, 1, kPpcaTile, mean, p.lanes, rows, cross, p.lanes, n, p.lanes);
+      if (cross) multiply<false>(e, 1, kPpcaTile, means + row * p.lanes, p.lanes, rows, cross, p.lanes, n, p.lanes);
     }
   }
 }

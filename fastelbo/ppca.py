@@ -1,0 +1,419 @@
+"""Probabilistic PCA: the linear-Gaussian model in which likelihood, posterior and every bound are known exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fastelbo import ppca_fit, ppca_missing
+from fastelbo.functional import gaussian_kl, ppca_log_prob
+from fastelbo.ppca_fit import FitReport
+from fastelbo.reference import LOG_2PI, read_data
+
+METHODS = ("eig", "em")
+
+
+def _is_array(X: Any) -> bool:
+    return isinstance(X, Tensor) or hasattr(X, "__array__")
+
+
+def _tensor(X: Any, name: str) -> Tensor:
+    """A tensor or an array as a tensor [N, D] of a dtype that the model reads."""
+    x = X if isinstance(X, Tensor) else torch.as_tensor(X)
+    if not x.is_floating_point() and x.dtype not in (torch.uint8, torch.bool):
+        raise TypeError(f"{name} must be floating, uint8 (read as x / 255) or bool; got {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must be [N, D]; got {tuple(x.shape)}")
+    return x
+
+
+def _fit_batches(X: Any, method: str) -> ppca_fit.Batches:
+    """X, an array or an iterable of batches, as what can be read again and again."""
+    if _is_array(X):
+        x = _tensor(X, "X").detach()
+        return lambda: [x]
+    if not isinstance(X, Iterable):
+        raise TypeError(f"X must be a tensor, an array, or an iterable of batches; got {type(X).__name__}")
+    if method == "em" and iter(X) is X:
+        raise TypeError(
+            f'X must be an iterable that starts anew each time for method "em", such as a DataLoader; '
+            f"got the iterator {type(X).__name__}, which can be read only once"
+        )
+
+    def batches() -> Iterator[Tensor]:
+        D = None
+        for batch in X:
+            # a DataLoader of a TensorDataset gives lists: data, and labels
+            x = _tensor(batch[0] if isinstance(batch, tuple | list) else batch, "a batch of X").detach()
+            D = x.shape[1] if D is None else D
+            if x.shape[1] != D:
+                raise ValueError(f"every batch of X must be [n, {D}], as the first one; got {tuple(x.shape)}")
+            yield x
+
+    return batches
+
+
+def _steps(steps: Iterable[int]) -> Iterable[int]:
+    """With a progress bar, where it takes long and stderr is a terminal."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # it comes with fastelbo[train]
+        return steps
+    bar: Iterable[int] = tqdm(steps, "EM", unit="step", delay=2.0, disable=None, leave=False)
+    return bar
+
+
+class PPCA(nn.Module):
+    """Probabilistic PCA: x = W z + b + e, z ~ N(0, I), e ~ N(0, s2 I).
+
+    p(x) = N(b, W W' + s2 I), p(z | x) = N(G^-1 W'(x - b), s2 G^-1), G = W'W + s2 I. `fit` finds the maximum of the
+    likelihood, or `log_prob` trains it like any module, alone or as part of one.
+
+    Data are [N, D]: floating, uint8 (read as x / 255) or bool; NaN is a missing cell where a method says so. A torch
+    tensor gives torch tensors, which carry gradients; a numpy array gives numpy arrays.
+
+    Args:
+        n_components: M, latent dimensions; less than D.
+        n_features: D. Without it, `W [D, M]`, `b [D]` and `log_sigma2 []` are None until `fit` or `load_state_dict`;
+            with it, they start at random, 0 and 0.
+        dtype, device: of the parameters; torch's defaults if None. `fit` takes those of its data.
+
+    Attributes:
+        fit_report: `FitReport` of the last `fit`; None before.
+
+    Reference: Tipping & Bishop 1999.
+    """
+
+    W: nn.Parameter | None
+    b: nn.Parameter | None
+    log_sigma2: nn.Parameter | None
+    fit_report: FitReport | None
+
+    def __init__(
+        self,
+        n_components: int,
+        n_features: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
+            raise ValueError(f"n_components must be an int of at least 1; got {n_components!r}")
+        self.n_components = n_components
+        self.fit_report = None
+        for name in ("W", "b", "log_sigma2"):
+            self.register_parameter(name, None)
+        if n_features is not None:
+            ppca_fit.check_components(n_components, n_features)
+            W = torch.randn(n_features, n_components, dtype=dtype, device=device) / math.sqrt(n_components)
+            self._set(W, W.new_zeros(n_features), W.new_zeros(()))
+
+    def extra_repr(self) -> str:
+        return f"n_components={self.n_components}, n_features={None if self.W is None else len(self.W)}"
+
+    def _set(self, W: Tensor, b: Tensor, log_sigma2: Tensor) -> None:
+        """New values; the parameters stay the same objects where shape, dtype and device do."""
+        for name, value in (("W", W), ("b", b), ("log_sigma2", log_sigma2)):
+            old = getattr(self, name)
+            if old is not None and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device):
+                with torch.no_grad():
+                    old.copy_(value)
+            else:
+                setattr(self, name, nn.Parameter(value.clone()))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.W is None and prefix + "W" in state_dict:
+            W = state_dict[prefix + "W"]
+            if W.shape[1] != self.n_components:
+                raise ValueError(f"n_components is {self.n_components}, but the checkpoint has {W.shape[1]}")
+            self._set(*(torch.empty_like(state_dict[prefix + name]) for name in ("W", "b", "log_sigma2")))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _parameters_(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.W is None or self.b is None or self.log_sigma2 is None:
+            raise RuntimeError("PPCA has no parameters yet: call fit, load_state_dict, or give n_features")
+        return self.W, self.b, self.log_sigma2
+
+    @property
+    def n_parameters(self) -> int:
+        """Free parameters: D M - M (M - 1) / 2 of W (a rotation of z changes nothing), D of b, 1 of s2."""
+        D, M = self._parameters_()[0].shape
+        return D * M - M * (M - 1) // 2 + D + 1
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Arguments and results: of the kind that was given.
+
+    def _array(self, x: Any, name: str, columns: tuple[str, int]) -> Tensor:
+        W = self._parameters_()[0]
+        t = _tensor(x, name)
+        letter, size = columns
+        if t.shape[1] != size:
+            raise ValueError(f"{name} must be [N, {letter}] with {letter}={size}; got {tuple(t.shape)}")
+        if t.device != W.device:
+            raise ValueError(f"{name} must be on {W.device} like the model; got {t.device}")
+        if t.is_floating_point() and (t.dtype == torch.float64) != (W.dtype == torch.float64):
+            raise TypeError(f"{name} is {t.dtype} but the model is {W.dtype}: convert one (model.double(), x.float())")
+        return t
+
+    def _data(self, x: Any, missing: bool = False) -> Tensor:
+        t = self._array(x, "x", ("D", len(self._parameters_()[0])))
+        if not missing and t.is_floating_point() and not torch.compiler.is_compiling() and bool(t.isnan().any()):
+            raise ValueError(f"x must not be NaN here; {int(t.isnan().sum())} of {t.numel()} cells are")
+        return t
+
+    @staticmethod
+    def _as(like: Any, function: Callable[[], Any]) -> Any:
+        """The function's tensors as tensors, or as arrays without a gradient where `like` is one."""
+        if isinstance(like, Tensor):
+            return function()
+        with torch.no_grad():
+            found = function()
+        return tuple(t.numpy() for t in found) if isinstance(found, tuple) else found.numpy()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The model.
+
+    def log_prob(self, x: Any) -> Any:
+        """log p(x), nats; of a row with NaN cells, log p of its other cells, exactly.
+
+        Args:
+            x: [N, D]. NaN: a missing cell. Inside torch.compile it gives NaN; there, call `fastelbo.ppca_log_prob`
+                with `observed`.
+
+        Returns:
+            [N]; float32, or float64 for a float64 model. 0 where a whole row is missing.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: shapes or dtypes that do not fit; no parameters yet.
+
+        Reference: Tipping & Bishop 1999, eq. 4 and 11.
+        """
+        x_ = self._data(x, missing=True)
+        return self._as(x, partial(self._log_prob, x_))
+
+    def _log_prob(self, x: Tensor) -> Tensor:
+        found = ppca_log_prob(x, *self._parameters_())
+        if torch.compiler.is_compiling() or not x.is_floating_point() or not bool(found.isnan().any()):
+            return found
+        rows = x.isnan().any(1)
+        exact = ppca_log_prob(x[rows], *self._parameters_(), observed=~x[rows].isnan())
+        # complete rows go through the op anew: a gradient of 0 times NaN is NaN
+        complete = ppca_log_prob(x[~rows], *self._parameters_())
+        return torch.zeros_like(found).index_put((rows,), exact).index_put((~rows,), complete)
+
+    score_samples = log_prob
+
+    def score(self, x: Any) -> float:
+        """The mean of log p(x) over the rows, nats. x: [N, D], NaN for missing cells."""
+        with torch.no_grad():
+            return float(self._log_prob(self._data(x, missing=True)).double().mean())
+
+    def bic(self, x: Any) -> float:
+        """-2 sum log p(x) + n_parameters log N: over the M, the lowest is the choice (Schwarz 1978). x: [N, D]."""
+        return -2 * len(x) * self.score(x) + self.n_parameters * math.log(len(x))
+
+    def posterior(self, x: Any) -> Any:
+        """p(z | x) = N(mean, covariance): mean G^-1 W'(x - b), covariance s2 G^-1.
+
+        Args:
+            x: [N, D]. NaN: a missing cell; W and G are then those of the row's observed cells.
+
+        Returns:
+            mean [N, M]; covariance [M, M], the same for all rows, or [N, M, M] where x has a missing cell.
+
+        Raises:
+            as `log_prob`.
+
+        Reference: Tipping & Bishop 1999, eq. 6 (where s2^-1 M is the precision).
+        """
+        x_ = self._data(x, missing=True)
+        return self._as(x, partial(self._posterior, x_))
+
+    def _factor(self) -> tuple[Tensor, Tensor]:
+        """G and its Cholesky factor, float64."""
+        W, _, log_sigma2 = (t.double() for t in self._parameters_())
+        G = W.mT @ W + torch.exp(log_sigma2) * torch.eye(self.n_components, dtype=W.dtype, device=W.device)
+        return G, torch.linalg.cholesky(G)
+
+    def _mean(self, x: Tensor, factor: Tensor) -> Tensor:
+        """float64 [N, M]"""
+        W, b, _ = self._parameters_()
+        projected = (read_data(x, W.dtype) - b) @ W
+        return torch.cholesky_solve(projected.double().mT, factor).mT
+
+    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        W, b, log_sigma2 = self._parameters_()
+        s2 = torch.exp(log_sigma2.double())
+        if not torch.compiler.is_compiling() and x.is_floating_point() and bool(x.isnan().any()):
+            found = ppca_missing.rows(x, W, b, log_sigma2, ~x.isnan())
+            return found.mean.to(W.dtype), (s2 * torch.cholesky_inverse(found.factor)).to(W.dtype)
+        _, factor = self._factor()
+        return self._mean(x, factor).to(W.dtype), (s2 * torch.cholesky_inverse(factor)).to(W.dtype)
+
+    def transform(self, x: Any) -> Any:
+        """The posterior mean E[z | x]. x: [N, D], NaN for missing cells -> [N, M]. Raises as `log_prob`."""
+        x_ = self._data(x, missing=True)
+        return self._as(x, lambda: self._posterior(x_)[0])
+
+    def inverse_transform(self, z: Any) -> Any:
+        """E[x | z] = W z + b. z: [N, M] -> [N, D]. Raises as `log_prob`."""
+        W, b, _ = self._parameters_()
+        z_ = self._array(z, "z", ("M", self.n_components))
+        return self._as(z, lambda: z_.to(W.dtype) @ W.mT + b)
+
+    def impute(self, x: Any) -> Any:
+        """x [N, D] with every NaN replaced by its expectation given the row's other cells. Raises as `log_prob`."""
+        x_ = self._data(x, missing=True)
+
+        def filled() -> Tensor:
+            W, b, _ = self._parameters_()
+            return torch.where(x_.isnan(), (self._posterior(x_)[0] @ W.mT + b).to(x_.dtype), x_)
+
+        return self._as(x, filled) if x_.is_floating_point() else x
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
+        """n draws x = W z + b + e -> [n, D]; the noise is of `generator`, on the model's device, or torch's own."""
+        W, b, log_sigma2 = self._parameters_()
+        z, e = (torch.randn(n, k, dtype=W.dtype, device=W.device, generator=generator) for k in W.shape[::-1])
+        return z @ W.mT + b + torch.exp(0.5 * log_sigma2) * e
+
+    def elbo(self, x: Any, mu: Any, logvar: Any) -> Any:
+        """E_q[log p(x | z)] - KL(q || p(z)) in closed form, for q = N(mu, diag exp(logvar)).
+
+        -1/2 [D log(2 pi s2) + (|x - b - W mu|^2 + sum_j exp(lv_j) |W_j|^2) / s2] - KL(q || N(0, I)).
+
+        Args:
+            x: [N, D], without NaN.
+            mu, logvar: [N, M].
+
+        Returns:
+            [N], nats: at most `log_prob(x)`; `inference_gap` is the difference.
+
+        Raises:
+            as `log_prob`; ValueError for NaN.
+
+        Reference: Lucas et al. 2019, sec. 3.
+        """
+        x_, m, lv = self._data(x), self._latent(mu, "mu", x), self._latent(logvar, "logvar", x)
+        return self._as(x, partial(self._elbo, x_, m, lv))
+
+    def _latent(self, t: Any, name: str, x: Any) -> Tensor:
+        found = self._array(t, name, ("M", self.n_components))
+        if len(found) != len(x):
+            raise ValueError(f"{name} must be [N, M] with N={len(x)} from x; got {tuple(found.shape)}")
+        return found.to(self._parameters_()[0].dtype)
+
+    def _elbo(self, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        W, b, log_sigma2 = self._parameters_()
+        e = read_data(x, W.dtype) - b - mu @ W.mT
+        spread = torch.exp(logvar) @ W.square().sum(0)
+        fit = -0.5 * (len(W) * (LOG_2PI + log_sigma2) + (e.square().sum(1) + spread) * torch.exp(-log_sigma2))
+        return fit - gaussian_kl(mu, logvar)
+
+    def inference_gap(self, x: Any, mu: Any, logvar: Any) -> Any:
+        """KL(q || p(z | x)) for q = N(mu, diag exp(logvar)): what `elbo` lacks to `log_prob`, by its own formula.
+
+        1/2 [(sum_j exp(lv_j) G_jj + (mu - m)' G (mu - m)) / s2 - M - sum_j lv_j + M log s2 - log |G|], m = E[z | x].
+
+        Args:
+            x: [N, D], without NaN.
+            mu, logvar: [N, M].
+
+        Returns:
+            [N], nats, never negative but for rounding.
+
+        Raises:
+            as `log_prob`; ValueError for NaN.
+
+        Reference: Kingma & Welling 2014, eq. 1; Gaussians: Bishop 2006, app. B.
+        """
+        x_, m, lv = self._data(x), self._latent(mu, "mu", x), self._latent(logvar, "logvar", x)
+        return self._as(x, partial(self._gap, x_, m, lv))
+
+    def _gap(self, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        W, _, log_sigma2 = self._parameters_()
+        G, factor = self._factor()
+        off, lv, log_s2 = mu.double() - self._mean(x, factor), logvar.double(), log_sigma2.double()
+        square = torch.exp(lv) @ torch.diagonal(G) + (off @ factor).square().sum(1)
+        log_det = 2 * torch.log(torch.diagonal(factor)).sum()
+        gap = square * torch.exp(-log_s2) - lv.sum(1) + self.n_components * (log_s2 - 1) - log_det
+        return (0.5 * gap).to(torch.float64 if W.dtype == torch.float64 else torch.float32)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Fitting.
+
+    @torch.no_grad()
+    def fit(
+        self,
+        X: Any,
+        method: str = "eig",
+        *,
+        max_iter: int = 1000,
+        tol: float = 1e-6,
+        group: Any = None,
+        generator: Generator | None = None,
+    ) -> PPCA:
+        """Maximum likelihood; W gets orthogonal columns, longest first, whatever the method.
+
+        Args:
+            X: [N, D], or an iterable of batches [n, D] (or of lists that start with one, as DataLoaders give), so that
+                the data need not fit in memory. NaN is a missing cell for "em".
+            method: "eig", the closed form, takes one pass: O(N D^2) with more than D rows, O(N^2 D) else. "em" takes
+                O(N D M) per step, with missing cells O(N D M^2) and D M^2 / 2 sums in memory.
+            max_iter, tol: "em" ends after so many steps, or when one gains less than tol nats per row.
+            group: a torch.distributed group, such as `torch.distributed.group.WORLD`, whose processes hold a part of
+                the rows each, or none. All get the same parameters.
+            generator: of the start of "em", on the CPU; torch's default one if None.
+
+        Returns:
+            self; `fit_report` tells how it went.
+
+        Raises:
+            ValueError: a shape, NaN or infinity where it is not allowed, fewer than 2 rows, M not less than D or than
+                the rank of the data (s2 would be 0 and the likelihood unbounded), a column that is never observed.
+            TypeError: a dtype or kind of X.
+
+        Reference: Tipping & Bishop 1999, sec. 3.2, app. B.
+        """
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        if max_iter < 1 or not tol >= 0:
+            raise ValueError(f"max_iter must be at least 1 and tol at least 0; got {max_iter} and {tol}")
+        seen: list[torch.dtype] = []
+        source = _fit_batches(X, method)
+
+        def batches() -> Iterator[Tensor]:
+            for x in source():
+                if x.dtype not in seen:
+                    seen.append(x.dtype)
+                yield x
+
+        over = ppca_fit.Group(group)
+        if method == "eig":
+            found = ppca_fit.eig(batches, self.n_components, over)
+        else:
+            found = ppca_fit.em(
+                batches,
+                self.n_components,
+                over,
+                max_iter=max_iter,
+                tol=tol,
+                generator=generator,
+                progress=_steps,
+            )
+        wide = over.largest(int(torch.float64 in seen))
+        dtype = torch.float64 if wide else torch.float32
+        self._set(found.W.to(dtype), found.b.to(dtype), found.log_sigma2.to(dtype))
+        self.fit_report = found.report
+        return self
+
+    def fit_transform(self, X: Any, method: str = "eig", **options: Any) -> Any:
+        """`fit`, then `transform` of the same X, which must be one array here."""
+        return self.fit(X, method, **options).transform(X)

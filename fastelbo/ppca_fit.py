@@ -1,0 +1,406 @@
+"""Maximum likelihood for probabilistic PCA: the closed form and EM, over batches and over processes. All in float64.
+
+Batches [n, D] are read as often as a method needs: once for "eig", once and then once per step for "em". What is kept
+between them are sums about a mean (Chan, Golub & LeVeque 1983), so that nothing cancels where the mean is large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastelbo import ppca_missing
+from fastelbo.reference import LOG_2PI, read_data
+
+Batches = Callable[[], Iterable[Tensor]]  # a new pass over the data at every call
+PIECE_ELEMENTS = 1 << 24  # of the data, converted to float64 at a time
+
+_op = torch.ops.fastelbo
+
+
+class Fit(NamedTuple):
+    """Parameters, float64, and how they were found."""
+
+    W: Tensor  # [D, M]: orthogonal columns in order of falling length, the largest entry of each positive
+    b: Tensor  # [D]
+    log_sigma2: Tensor  # []
+    report: FitReport
+
+
+class FitReport(NamedTuple):
+    """How a fit went."""
+
+    method: str
+    rows: int
+    converged: bool  # "eig" always
+    # mean log p(x) per row in nats, of the parameters before every step and at the end; of "eig", at the end alone
+    log_likelihood: tuple[float, ...]
+
+
+class Group:
+    """Sums and the like over the processes of a torch.distributed group; of one process, if None."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    def sum(self, *tensors: Tensor) -> None:
+        """In place: the sums over all processes, bit by bit the same in each."""
+        if self.group is not None:
+            for t in tensors:
+                dist.all_reduce(t, group=self.group)
+
+    def largest(self, value: int) -> int:
+        if self.group is None:
+            return value
+        t = torch.tensor(int(value), device=self._device())
+        dist.all_reduce(t, dist.ReduceOp.MAX, group=self.group)
+        return int(t)
+
+    def same(self, *tensors: Tensor) -> None:
+        """In place: those of the first process, in all."""
+        if self.group is not None:
+            for t in tensors:
+                dist.broadcast(t, group=self.group, group_src=0)
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """The rows [n, D] of all processes, of which this one has n and the longest `count`."""
+        if self.group is None:
+            return rows
+        counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor(len(rows), device=rows.device), group=self.group)
+        padded = torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])])
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+    def _device(self) -> torch.device:
+        cuda = dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def _pieces(x: Tensor) -> Iterator[Tensor]:
+    """x [n, D] in pieces of rows that are small in float64."""
+    if len(x):
+        yield from x.split(max(1, PIECE_ELEMENTS // max(1, x.shape[1])))
+
+
+class Moments:
+    """Number of rows, mean and, where it is asked for, scatter matrix about the mean, of batches and of processes."""
+
+    def __init__(self, D: int, device: torch.device, scatter: bool = False) -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros(D, dtype=torch.float64, device=device)
+        self.square = torch.zeros((), dtype=torch.float64, device=device)  # trace of the scatter matrix
+        self.scatter = torch.zeros(D, D, dtype=torch.float64, device=device) if scatter else None
+
+    def update(self, x: Tensor) -> None:
+        for piece in _pieces(x):
+            r = read_data(piece, torch.float64)
+            mean = r.mean(0)
+            r = r - mean
+            count = self.count + len(r)
+            delta, weight = mean - self.mean, self.count * len(r) / count
+            self.mean = self.mean + delta * (len(r) / count)
+            self.square = self.square + r.square().sum() + weight * delta.square().sum()
+            if self.scatter is not None:
+                self.scatter.addmm_(r.mT, r).addr_(weight * delta, delta)
+            self.count = count
+
+    def reduce(self, group: Group) -> None:
+        """In place: those of all processes."""
+        ours, mean = self.count.clone(), self.count * self.mean
+        group.sum(self.count, mean)
+        mean /= self.count.clamp_min(1)
+        delta = self.mean - mean
+        self.square += ours * delta.square().sum()
+        if self.scatter is not None:
+            self.scatter.addr_(ours * delta, delta)
+            group.sum(self.scatter)
+        group.sum(self.square)
+        self.mean = mean
+
+
+def _features(first: Tensor | None, group: Group) -> tuple[int, torch.device]:
+    """D and the device: of the data, or of other processes where this one has none."""
+    D = group.largest(0 if first is None else first.shape[1])
+    if D == 0:
+        raise ValueError("X must hold at least 2 rows; got none")
+    if group.largest(first is not None and first.shape[1] != D):
+        found = "none" if first is None else first.shape[1]
+        raise ValueError(f"X must have the same number of columns in every process; one has {D}, this one {found}")
+    return D, group._device() if first is None and group.group is not None else first.device  # type: ignore[union-attr]
+
+
+def _check_count(count: int, rank: int, n_components: int) -> None:
+    if count < 2:
+        raise ValueError(f"X must hold at least 2 rows; got {count}")
+    if rank <= n_components:
+        raise ValueError(
+            f"n_components must be less than the rank {rank} of the centered data [{count} rows]; got {n_components}: "
+            "sigma2 would be 0 and the likelihood without a maximum"
+        )
+
+
+def check_components(n_components: int, D: int) -> None:
+    """ValueError unless at least one direction is left for the noise."""
+    if n_components >= D:
+        raise ValueError(f"n_components must be less than the number of columns D={D}; got {n_components}")
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if x.is_floating_point() and not bool(x.isfinite().all()):
+        raise ValueError(f"X must be finite for method {what}; {int((~x.isfinite()).sum())} values are not")
+
+
+def canonical(W: Tensor) -> Tensor:
+    """W turned so that its columns are orthogonal, longest first, the largest entry of each positive: W W' stays."""
+    _, turn = torch.linalg.eigh(W.mT @ W)
+    W = W @ turn.flip(1)
+    return W * torch.where(W.gather(0, W.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+
+
+def _log_likelihood(eigenvalues: Tensor, s2: Tensor, D: int) -> float:
+    """Mean log p(x) at the maximum, from the M largest eigenvalues: the exponent's mean is -D / 2 there."""
+    M = len(eigenvalues)
+    return float(-0.5 * (D * (LOG_2PI + 1) + torch.log(eigenvalues).sum() + (D - M) * torch.log(s2)))
+
+
+def eig(batches: Batches, n_components: int, group: Group) -> Fit:
+    """The closed form: s2 is the mean of the D - M smallest eigenvalues of the covariance, W = U (Lambda - s2 I)^1/2.
+
+    With more than D rows the D by D covariance is summed over the batches; else the rows are kept, in their dtype, and
+    the N by N Gram matrix gives the same eigenvalues.
+
+    Reference: Tipping & Bishop 1999, eq. 7 and 8; Gram matrix: Bishop 2006, sec. 12.1.4.
+    """
+    kept: list[Tensor] = []  # rows, as long as they are at most D
+    moments: Moments | None = None
+    first, count = None, 0
+    for x in batches():
+        _check_finite(x, '"eig"; "em" takes NaN for missing cells')
+        first = x if first is None else first
+        count += len(x)
+        if moments is None and count <= x.shape[1]:
+            kept.append(x)
+            continue
+        moments = moments or Moments(x.shape[1], x.device, scatter=True)
+        for rows in (*kept, x):
+            moments.update(rows)
+        kept.clear()
+    D, device = _features(first, group)
+    check_components(n_components, D)
+    total = torch.tensor(float(count), dtype=torch.float64, device=device)
+    group.sum(total)
+    N = int(total)
+    if N > D:
+        if moments is None:
+            moments = Moments(D, device, scatter=True)
+            for rows in kept:
+                moments.update(rows)
+        moments.reduce(group)
+        assert moments.scatter is not None
+        values, vectors = torch.linalg.eigh(moments.scatter / N)
+        mean, top = moments.mean, vectors.flip(1)[:, :n_components]
+        values = values.flip(0).clamp_min(0)
+        rank = _rank(values, N, D)
+        _check_count(N, rank, n_components)
+    else:
+        wide = torch.float64 if any(rows.dtype == torch.float64 for rows in kept) else torch.float32
+        wide = torch.float64 if group.largest(wide == torch.float64) else torch.float32
+        local = torch.cat([read_data(r, wide) for r in kept]) if kept else torch.zeros(0, D, dtype=wide, device=device)
+        X = group.gather(local, group.largest(len(local)))
+        values, top, mean = _small_gram(X, n_components)
+    s2 = values[n_components:].sum() / (D - n_components)
+    W = canonical(top * torch.sqrt((values[:n_components] - s2).clamp_min(0)))
+    log_likelihood = _log_likelihood(values[:n_components], s2, D)
+    fit = Fit(W, mean, torch.log(s2), FitReport("eig", N, True, (log_likelihood,)))
+    group.same(*fit[:3])
+    return fit
+
+
+def _rank(values: Tensor, N: int, D: int) -> int:
+    return int((values > values[0] * max(N, D) * torch.finfo(torch.float64).eps).sum()) if values[0] > 0 else 0
+
+
+def _small_gram(X: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues of the covariance of X [N, D], N <= D, that can be other than 0; its first M vectors; the mean."""
+    N, D = X.shape
+    size = max(1, PIECE_ELEMENTS // max(1, N))
+    mean = torch.cat([part.double().mean(0) for part in X.split(size, 1)])
+
+    def centered() -> Iterator[Tensor]:
+        for part, center in zip(X.split(size, 1), mean.split(size), strict=True):
+            yield part.double() - center
+
+    gram = torch.zeros(N, N, dtype=torch.float64, device=X.device)
+    for r in centered():
+        gram.addmm_(r, r.mT)
+    values, vectors = torch.linalg.eigh(gram / max(N, 1))
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)[:, :n_components]
+    rank = _rank(values, N, D) if N else 0
+    _check_count(N, rank, n_components)
+    scale = 1 / torch.sqrt(N * values[:n_components])
+    return values, torch.cat([r.mT @ vectors * scale for r in centered()]), mean
+
+
+class _Sums:
+    """What the M step needs of complete rows: S = sum (x - b) m', A = sum E[z z'], sum |x - b|^2, sum log p(x)."""
+
+    def __init__(self, W: Tensor, b: Tensor, log_sigma2: Tensor) -> None:
+        self.W, self.b, self.log_s2 = W, b, log_sigma2
+        D, M = W.shape
+        self.s2 = torch.exp(log_sigma2)
+        factor = torch.linalg.cholesky(W.mT @ W + self.s2 * torch.eye(M, dtype=W.dtype, device=W.device))
+        self.inverse = torch.cholesky_inverse(factor)
+        self.constant = D * LOG_2PI + (D - M) * log_sigma2 + 2 * torch.log(torch.diagonal(factor)).sum()
+        self.S, self.A = torch.zeros_like(W), torch.zeros_like(self.inverse)
+        self.square, self.log_prob, self.cells = (torch.zeros_like(log_sigma2) for _ in range(3))
+
+    def update(self, x: Tensor) -> None:
+        """Two passes of the kernels over x [n, D], in its own dtype."""
+        proj, square = _op._ppca_project(x, self.W, self.b)
+        mean = proj @ self.inverse
+        ones = torch.ones_like(square)
+        _, cross, _ = _op._ppca_residual(x, self.W, self.b, mean, ones, [False, True, False])
+        second = mean.mT @ mean
+        self.S += cross + self.W @ second
+        self.A += second + len(x) * self.s2 * self.inverse
+        self.square += square.sum()
+        self.cells += x.numel()
+        distance = (square.sum() - (proj * mean).sum()) / self.s2
+        self.log_prob += -0.5 * (distance + len(x) * self.constant)
+
+    def step(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+        """The next W, b and log s2 (Tipping & Bishop 1999, app. B)."""
+        group.sum(self.S, self.A, self.square, self.cells, self.log_prob)
+        W = torch.linalg.solve(self.A, self.S, left=False)
+        return W, self.b, torch.log((self.square - (W * self.S).sum()) / self.cells)
+
+
+class _MissingSums:
+    """The same of rows with missing cells: for every column d, the normal equations of its row of W and of b."""
+
+    def __init__(self, W: Tensor, b: Tensor, log_sigma2: Tensor) -> None:
+        self.W, self.b, self.log_s2 = W, b, log_sigma2
+        D, M = W.shape
+        self.i, self.j, self.where = ppca_missing.pairs(M + 1, W.device)
+        self.A = W.new_zeros(D, len(self.i))  # sum over n that have d of E[(z, 1) (z, 1)']
+        self.S = W.new_zeros(D, M + 1)  # sum of (x - b) (m, 1)
+        self.squares = W.new_zeros(D)
+        self.log_prob, self.cells = (torch.zeros_like(log_sigma2) for _ in range(2))
+
+    def update(self, x: Tensor) -> None:
+        M = self.W.shape[1]
+        for part in x.split(max(16, (1 << 21) // (M * M))):
+            observed = ~part.isnan()
+            found = ppca_missing.rows(part, self.W, self.b, self.log_s2, observed)
+            z = torch.cat([found.mean, found.mean.new_ones(len(part), 1)], 1)
+            second = z.unsqueeze(2) * z.unsqueeze(1)
+            second[:, :M, :M] += torch.exp(self.log_s2) * torch.cholesky_inverse(found.factor)
+            cells = observed.double()
+            self.A += cells.mT @ second[:, self.i, self.j]
+            self.S += found.centered.mT @ z
+            self.squares += found.centered.square().sum(0)
+            self.log_prob += found.log_prob.sum()
+            self.cells += cells.sum()
+
+    def step(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+        group.sum(self.A, self.S, self.squares, self.cells, self.log_prob)
+        solution = torch.linalg.solve(self.A[:, self.where], self.S)
+        W, shift = solution[:, :-1], solution[:, -1]
+        return W, self.b + shift, torch.log((self.squares - (solution * self.S).sum(1)).sum() / self.cells)
+
+
+def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, int, bool]:
+    """Of observed cells: mean [D], mean variance, rows; and whether cells are missing."""
+    first, missing = None, False
+    moments: Moments | None = None
+    for x in batches():
+        first = x if first is None else first
+        moments = moments or Moments(x.shape[1], x.device)
+        if x.is_floating_point():
+            missing |= bool(x.isnan().any())
+            if x.isinf().any():
+                raise ValueError('X must be finite or NaN (a missing cell) for method "em"; it holds infinity')
+        if not missing:
+            moments.update(x)
+    D, device = _features(first, group)
+    moments = moments or Moments(D, device)
+    if not group.largest(missing):
+        moments.reduce(group)
+        return moments.mean, moments.square / (moments.count * D).clamp_min(1), int(moments.count), False
+    # a second pass, by column; sums about the first row's values, where there are any
+    count, mean, square = (torch.zeros(D, dtype=torch.float64, device=device) for _ in range(3))
+    rows = torch.zeros((), dtype=torch.float64, device=device)
+    for x in batches():
+        rows += len(x)
+        for piece in _pieces(x):
+            cells = (~piece.isnan()).double()
+            n = cells.sum(0)
+            r = torch.nan_to_num(read_data(piece, torch.float64))
+            local = r.sum(0) / n.clamp_min(1)
+            square += ((r - local).square() * cells).sum(0)
+            delta, total = local - mean, (count + n).clamp_min(1)
+            square += delta.square() * count * n / total
+            mean += delta * n / total
+            count += n
+    sums, ours = count * mean, count.clone()
+    group.sum(count, sums, rows)
+    if (never := torch.nonzero(count == 0).flatten().tolist()) != []:
+        raise ValueError(f"X must have an observed cell in every column; none in {', '.join(map(str, never))}")
+    center = sums / count
+    square += ours * (mean - center).square()
+    group.sum(square)
+    return center, square.sum() / count.sum(), int(rows), True
+
+
+def em(
+    batches: Batches,
+    n_components: int,
+    group: Group,
+    *,
+    max_iter: int,
+    tol: float,
+    generator: torch.Generator | None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
+) -> Fit:
+    """Expectation maximization, O(N D M) per step; with missing cells O(N D M^2).
+
+    log p(x) never falls from one step to the next. It ends when a step gains less than `tol` nats per row.
+
+    Reference: Tipping & Bishop 1999, app. B; missing cells: Ilin & Raiko 2010, sec. 3.
+    """
+    b, variance, N, missing = _column_means(batches, group)
+    D = len(b)
+    check_components(n_components, D)
+    rank = 0 if float(variance) <= 0 else n_components + 1  # no more is known before the fit
+    _check_count(N, rank, n_components)
+    W = torch.randn(D, n_components, dtype=torch.float64, device="cpu", generator=generator).to(b.device)
+    W = W * torch.sqrt(variance / (2 * n_components))
+    log_s2 = torch.log(variance / 2)
+    floor = torch.log(variance) + math.log(D * torch.finfo(torch.float64).eps)
+    group.same(W, b, log_s2)
+    history: list[float] = []
+    converged = False
+    for step in progress(range(max_iter + 1)):
+        sums = (_MissingSums if missing else _Sums)(W, b, log_s2)
+        for x in batches():
+            for piece in _pieces(x):
+                sums.update(piece)
+        next_W, next_b, next_log_s2 = sums.step(group)
+        history.append(float(sums.log_prob) / N)
+        converged = len(history) > 1 and history[-1] - history[-2] < tol
+        if converged or step == max_iter:
+            break
+        if not next_log_s2 > floor:  # NaN too
+            _check_count(N, n_components, n_components)
+        W, b, log_s2 = next_W, next_b, next_log_s2
+    fit = Fit(canonical(W), b, log_s2, FitReport("em", N, converged, tuple(history)))
+    group.same(*fit[:3])
+    return fit

@@ -1,0 +1,397 @@
+"""Probabilistic PCA: densities and posteriors against scipy, torch.distributions and sklearn; arguments; accuracy."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from oracle import check
+from scipy.stats import multivariate_normal
+from sklearn.decomposition import PCA
+from torch import Tensor
+from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, kl_divergence
+
+import fastelbo
+from fastelbo import PPCA, reference
+
+F64 = torch.float64
+SHAPES = [(1, 2, 1), (3, 5, 2), (47, 16, 3), (49, 241, 17), (100, 480, 16), (7, 700, 33)]
+
+
+def parameters(D: int, M: int, sigma: float = 0.6, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(D, M, dtype=dtype), torch.randn(D, dtype=dtype), torch.tensor(2 * math.log(sigma), dtype=dtype)
+
+
+def model(D: int, M: int, **options) -> PPCA:
+    W, b, log_sigma2 = parameters(D, M, **options)
+    m = PPCA(M, D, dtype=W.dtype)
+    m.load_state_dict({"W": W, "b": b, "log_sigma2": log_sigma2})
+    return m
+
+
+def covariance(m: PPCA) -> Tensor:
+    return m.W @ m.W.T + m.log_sigma2.exp() * torch.eye(len(m.W), dtype=m.W.dtype)
+
+
+def with_gaps(x: Tensor, share: float = 0.3) -> Tensor:
+    return torch.where(torch.rand(x.shape) < share, math.nan, x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Density.
+
+
+@pytest.mark.parametrize("N, D, M", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_shapes(N, D, M, dtype):
+    """Values and gradients of every input, for every tail of the register blocks, tiles and row blocks."""
+    W, b, log_sigma2 = (t.requires_grad_() for t in parameters(D, M, dtype=dtype))
+    x = torch.randn(N, D, dtype=dtype, requires_grad=True)
+    check(fastelbo.ppca_log_prob, x, W, b, log_sigma2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8, torch.bool])
+def test_data_types(dtype):
+    W, b, log_sigma2 = (t.requires_grad_() for t in parameters(300, 5, dtype=torch.float32))
+    x = (torch.rand(50, 300) * 200).to(dtype) if dtype != torch.bool else torch.rand(50, 300) < 0.5
+    check(fastelbo.ppca_log_prob, x, W, b, log_sigma2)
+
+
+def test_half_parameters():
+    W, b, log_sigma2 = (t.bfloat16().requires_grad_() for t in parameters(30, 5))
+    check(fastelbo.ppca_log_prob, torch.randn(50, 30).bfloat16().requires_grad_(), W, b, log_sigma2)
+
+
+def test_strides():
+    W, b, log_sigma2 = parameters(40, 3, dtype=torch.float32)
+    for x in (
+        torch.randn(40, 20).T,
+        torch.randn(20, 80)[:, ::2],
+        torch.randn(1, 40).expand(20, 40),
+        torch.randn(0, 40),
+    ):
+        check(fastelbo.ppca_log_prob, x.requires_grad_(), W.T.contiguous().T.requires_grad_(), b, log_sigma2)
+
+
+@pytest.mark.parametrize("N, D, M", SHAPES)
+def test_density_against_scipy_and_torch(N, D, M):
+    m, x = model(D, M), torch.randn(N, D, dtype=F64) * 3
+    found = m.log_prob(x).detach()
+    with torch.no_grad():
+        C = covariance(m)
+        low_rank = LowRankMultivariateNormal(m.b, m.W, m.log_sigma2.exp().expand(D)).log_prob(x)
+    scipy = multivariate_normal(m.b.detach().numpy(), C.numpy(), allow_singular=False).logpdf(x.numpy())
+    torch.testing.assert_close(found, low_rank, rtol=1e-10, atol=0)
+    torch.testing.assert_close(found, torch.as_tensor(scipy).reshape(N), rtol=1e-10, atol=0)
+
+
+def test_score_samples_is_that_of_sklearn():
+    """With the same W and sigma2: the fits differ, since sklearn divides the covariance by N - 1 (it is no maximum)."""
+    x = np.random.default_rng(0).normal(size=(200, 30)) @ np.random.default_rng(1).normal(size=(30, 30))
+    theirs = PCA(5).fit(x)
+    ours = PPCA(5, 30, dtype=F64)
+    s2 = theirs.noise_variance_
+    W = theirs.components_.T * np.sqrt(theirs.explained_variance_ - s2)
+    ours.load_state_dict(
+        {"W": torch.tensor(W), "b": torch.tensor(theirs.mean_), "log_sigma2": torch.tensor(s2, dtype=F64).log()}
+    )
+    found = ours.score_samples(x)
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_allclose(found, theirs.score_samples(x), rtol=1e-10)
+    assert ours.score(x) == pytest.approx(theirs.score(x), rel=1e-10)
+    mean = ours.transform(x)  # PPCA shrinks the projection: (Lambda - s2)^1/2 / Lambda of it
+    shrunk = theirs.transform(x) * np.sqrt(theirs.explained_variance_ - s2) / theirs.explained_variance_
+    np.testing.assert_allclose(mean, shrunk, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", [1e-2, 1e-3])
+def test_accuracy_far_from_the_origin(sigma):
+    """|x - b| far below |b|, and sigma far below |W|: 1e-4 relative is asked for."""
+    W, b, log_sigma2 = parameters(784, 32, sigma, torch.float32)
+    b = b + 1e4
+    x = (torch.randn(200, 32) @ W.T + sigma * torch.randn(200, 784)).double() + b.double()
+    x = x.float()
+    with torch.no_grad():
+        exact = reference.ppca_log_prob(x.double(), W.double(), b.double(), log_sigma2.double())
+    error = (fastelbo.ppca_log_prob(x, W, b, log_sigma2) - exact).abs() / exact.abs()
+    assert error.max() < 1e-6
+
+
+def test_gradients_where_sigma_is_small():
+    """e is a hundredth of x - b: a gradient made of differences of sums of x - b would lose these digits."""
+    W, b, log_sigma2 = (t.requires_grad_() for t in parameters(300, 8, 1e-2, torch.float32))
+    x = (torch.randn(100, 8) @ W.detach().T + 1e-2 * torch.randn(100, 300) + b.detach()).requires_grad_()
+    check(fastelbo.ppca_log_prob, x, W, b, log_sigma2)
+
+
+def test_nan_and_infinity():
+    W, b, log_sigma2 = parameters(20, 3, dtype=torch.float32)
+    x = torch.randn(6, 20)
+    x[1, 3], x[2, 4], x[4, 0] = math.nan, math.inf, -math.inf
+    found = fastelbo.ppca_log_prob(x, W, b, log_sigma2)
+    assert found.isfinite().tolist() == [True, False, False, True, False, True]
+    assert torch.equal(found[[0, 3, 5]], fastelbo.ppca_log_prob(x[[0, 3, 5]], W, b, log_sigma2))
+    W[0, 0] = math.nan
+    assert fastelbo.ppca_log_prob(x, W, b, log_sigma2).isnan().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Posterior, ELBO, gap.
+
+
+def test_posterior_covariance_is_s2_over_G():
+    """By conditioning the joint Gaussian of (z, x); many texts print the inverse of it, or the precision."""
+    m, x = model(6, 2, sigma=0.3), torch.randn(9, 6, dtype=F64)
+    with torch.no_grad():
+        C = covariance(m)
+        gain = m.W.T @ torch.linalg.inv(C)
+        mean, cov = m.posterior(x)
+        torch.testing.assert_close(mean, (x - m.b) @ gain.T, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(cov, torch.eye(2, dtype=F64) - gain @ m.W, rtol=1e-10, atol=1e-12)
+        G = m.W.T @ m.W + m.log_sigma2.exp() * torch.eye(2, dtype=F64)
+        torch.testing.assert_close(cov, m.log_sigma2.exp() * torch.linalg.inv(G), rtol=1e-10, atol=0)
+    assert torch.equal(m.transform(x), mean)
+
+
+def test_elbo_and_gap_make_log_prob():
+    m, x = model(12, 4), torch.randn(20, 12, dtype=F64)
+    mu, logvar = torch.randn(20, 4, dtype=F64), torch.randn(20, 4, dtype=F64)
+    elbo, gap = m.elbo(x, mu, logvar), m.inference_gap(x, mu, logvar)
+    assert (gap > 0).all()
+    torch.testing.assert_close(elbo + gap, m.log_prob(x), rtol=1e-10, atol=0)
+    mean, cov = m.posterior(x)
+    for n in range(3):  # and both are what they say
+        q = MultivariateNormal(mu[n], torch.diag(logvar[n].exp()))
+        torch.testing.assert_close(gap[n], kl_divergence(q, MultivariateNormal(mean[n], cov)), rtol=1e-10, atol=0)
+    m.elbo(x, mu.requires_grad_(), logvar).sum().backward()
+    assert m.W.grad.isfinite().all() and mu.grad.isfinite().all()
+
+
+def test_elbo_by_sampling():
+    m, x = model(5, 2), torch.randn(3, 5, dtype=F64)
+    mu, logvar = torch.randn(3, 2, dtype=F64), torch.randn(3, 2, dtype=F64) - 1
+    q = fastelbo.rsample(mu, logvar, 200_000, seed=1)
+    with torch.no_grad():
+        terms = fastelbo.log_prob(
+            (m.inverse_transform(q.z.flatten(0, 1)).unflatten(0, (-1, 3)), m.log_sigma2.expand(200_000, 3, 5)),
+            x,
+            likelihood="gaussian",
+        )
+        error = terms.std(0) / math.sqrt(len(terms))
+        assert ((terms.mean(0) - q.kl - m.elbo(x, mu, logvar)).abs() < 4.5 * error).all()
+
+
+def test_log_marginal_of_a_vae_with_this_decoder():
+    """The importance-sampled log p(x) agrees with the exact one, within the standard error that it states."""
+    m, x = model(10, 3), torch.randn(30, 10, dtype=F64)
+
+    class Decoder(torch.nn.Module):
+        def forward(self, z):
+            return m.inverse_transform(z), m.log_sigma2.expand(len(z), 10)
+
+    class Encoder(torch.nn.Module):  # a little beside the posterior
+        def forward(self, x):
+            mean, cov = m.posterior(x)
+            return mean + 0.1, (cov.diagonal().log() + 0.3).expand_as(mean)
+
+    vae = fastelbo.VAE(Encoder(), Decoder(), "gaussian").double()
+    found = vae.log_marginal(x, 20_000, seed=0)
+    off = (found.log_prob - m.log_prob(x)) / found.std_error
+    assert off.abs().max() < 4.5 and off.square().mean() < 3
+
+
+def test_sample_has_the_moments_of_the_model():
+    m = model(4, 2)
+    x = m.sample(200_000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.cov(x.T), covariance(m).detach(), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(x.mean(0), m.b.detach(), rtol=0, atol=0.03)
+    assert torch.equal(x[:5], m.sample(200_000, generator=torch.Generator().manual_seed(0))[:5])
+
+
+def test_n_parameters_and_bic():
+    m, x = model(7, 3), torch.randn(50, 7, dtype=F64)
+    assert m.n_parameters == 7 * 3 - 3 + 7 + 1
+    assert m.bic(x) == pytest.approx(-2 * m.log_prob(x).sum().item() + m.n_parameters * math.log(50))
+
+
+def test_bic_finds_the_number_of_components():
+    x = model(20, 4, sigma=0.5).sample(2000)
+    scores = {M: PPCA(M).fit(x).bic(x) for M in range(1, 9)}
+    assert min(scores, key=scores.get) == 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Missing cells.
+
+
+def test_missing_cells_against_scipy():
+    m = model(8, 3)
+    x = with_gaps(torch.randn(40, 8, dtype=F64))
+    x[3], x[5] = math.nan, torch.randn(8, dtype=F64)  # nothing observed, and everything
+    C, found = covariance(m).detach(), m.log_prob(x).detach()
+    mean, cov = (t.detach() for t in m.posterior(x))
+    for n, row in enumerate(x):
+        o = ~row.isnan()
+        if not o.any():
+            assert found[n] == 0 and torch.equal(mean[n], torch.zeros(3, dtype=F64))
+            torch.testing.assert_close(cov[n], torch.eye(3, dtype=F64))
+            continue
+        expected = multivariate_normal(m.b.detach()[o].numpy(), C[o][:, o].numpy()).logpdf(row[o].numpy())
+        assert float(found[n]) == pytest.approx(float(expected), rel=1e-10)
+        gain = m.W.detach()[o].T @ torch.linalg.inv(C[o][:, o])
+        torch.testing.assert_close(mean[n], gain @ (row[o] - m.b.detach()[o]), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(cov[n], torch.eye(3, dtype=F64) - gain @ m.W.detach()[o], rtol=1e-9, atol=1e-12)
+
+
+def test_missing_cells_of_complete_rows_change_nothing():
+    m, x = model(30, 5), torch.randn(40, 30, dtype=F64)
+    every = fastelbo.ppca_log_prob(x, m.W, m.b, m.log_sigma2, observed=torch.ones_like(x, dtype=torch.bool))
+    torch.testing.assert_close(every, m.log_prob(x), rtol=1e-12, atol=0)
+
+
+def test_missing_cells_have_gradients_of_their_own_rows_alone():
+    m, x = model(8, 3), torch.randn(10, 8, dtype=F64)
+    gaps = x.clone()
+    gaps[4, 2], gaps[7] = math.nan, math.nan
+    inputs = (m.W, m.b, m.log_sigma2)
+    up = torch.randn(10, dtype=F64)
+    found = torch.autograd.grad(m.log_prob(gaps), inputs, up)
+    observed = ~gaps.isnan()
+    expected = torch.autograd.grad(fastelbo.ppca_log_prob(x, *inputs, observed=observed), inputs, up)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_impute_is_the_conditional_mean():
+    m = model(8, 3, sigma=0.4)
+    x = with_gaps(torch.randn(20, 8, dtype=F64))
+    filled, C = m.impute(x).detach(), covariance(m).detach()
+    assert torch.equal(filled[~x.isnan()], x[~x.isnan()])
+    for row, full in zip(x, filled, strict=True):
+        o = ~row.isnan()
+        gain = C[~o][:, o] @ torch.linalg.inv(C[o][:, o])
+        torch.testing.assert_close(full[~o], m.b.detach()[~o] + gain @ (row - m.b.detach())[o], rtol=1e-9, atol=1e-12)
+    assert isinstance(m.impute(x.numpy()), np.ndarray)
+
+
+def test_memory_of_missing_cells_does_not_hold_D_times_M_squared():
+    """N = 20, D = 20,000, M = 30: the products W_di W_dj alone would be 74 MB."""
+    from oracle import allocated
+
+    m = model(20_000, 30)
+    x = with_gaps(torch.randn(20, 20_000, dtype=F64))
+
+    def peak(function):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            function()
+        live = highest = 0
+        for e in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if e.name() == "[memory]":
+                live += e.nbytes()
+                highest = max(highest, live)
+        return highest
+
+    assert allocated(lambda: m.log_prob(x)) > 0
+    assert peak(lambda: m.log_prob(x).sum().backward()) < 60e6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments.
+
+
+def test_numpy_in_numpy_out():
+    x = np.random.default_rng(0).normal(size=(50, 6))
+    m = PPCA(2).fit(x)
+    assert m.W.dtype == F64 and m.fit_report.rows == 50
+    z = m.transform(x)
+    for found in (z, m.inverse_transform(z), m.log_prob(x), *m.posterior(x), m.elbo(x, z, z), m.inference_gap(x, z, z)):
+        assert isinstance(found, np.ndarray) and found.dtype == np.float64
+    np.testing.assert_allclose(m.fit_transform(x), z)
+    assert isinstance(m.transform(torch.from_numpy(x)), Tensor)
+    assert PPCA(2).fit(x.astype(np.float32)).transform(x.astype(np.float32)).dtype == np.float32
+
+
+def test_checkpoint():
+    m, x = model(9, 2), torch.randn(5, 9, dtype=F64)
+    fresh = PPCA(2)
+    assert fresh.W is None and not list(fresh.parameters())
+    fresh.load_state_dict(m.state_dict())
+    assert torch.equal(fresh.log_prob(x), m.log_prob(x))
+    with pytest.raises(ValueError, match="n_components is 3, but the checkpoint has 2"):
+        PPCA(3).load_state_dict(m.state_dict())
+
+
+def test_fit_keeps_the_parameters_of_an_optimizer():
+    m = PPCA(2, 6)
+    before = list(m.parameters())
+    m.fit(torch.randn(50, 6))
+    assert all(a is b for a, b in zip(before, m.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda m, x: PPCA(0), ValueError, r"n_components must be an int of at least 1; got 0"),
+        (lambda m, x: PPCA(5, 5), ValueError, r"n_components must be less than the number of columns D=5; got 5"),
+        (lambda m, x: PPCA(2).log_prob(x), RuntimeError, "no parameters yet"),
+        (lambda m, x: m.log_prob(x[:, :4]), ValueError, r"x must be \[N, D\] with D=5; got \(9, 4\)"),
+        (lambda m, x: m.log_prob(x[0]), ValueError, r"x must be \[N, D\]; got \(5,\)"),
+        (lambda m, x: m.log_prob(x.float()), TypeError, "x is torch.float32 but the model is torch.float64"),
+        (lambda m, x: m.log_prob(x.long()), TypeError, "x must be floating, uint8 .* or bool; got torch.int64"),
+        (lambda m, x: m.inverse_transform(x), ValueError, r"z must be \[N, M\] with M=2; got \(9, 5\)"),
+        (lambda m, x: m.elbo(x * math.nan, x[:, :2], x[:, :2]), ValueError, "x must not be NaN here; 45 of 45 cells"),
+        (lambda m, x: m.elbo(x, x[:3, :2], x[:, :2]), ValueError, r"mu must be \[N, M\] with N=9 from x; got \(3, 2\)"),
+        (lambda m, x: m.fit(x, "svd"), ValueError, "method must be one of eig, em; got 'svd'"),
+        (lambda m, x: m.fit(x, "em", max_iter=0), ValueError, "max_iter must be at least 1"),
+        (lambda m, x: m.fit(3), TypeError, "X must be a tensor, an array, or an iterable of batches; got int"),
+        (lambda m, x: m.fit(iter([x]), "em"), TypeError, "which can be read only once"),
+        (lambda m, x: m.fit([x, x[:, :3]]), ValueError, r"every batch of X must be \[n, 5\].*got \(9, 3\)"),
+        (lambda m, x: m.fit(x[:1]), ValueError, "X must hold at least 2 rows; got 1"),
+        (lambda m, x: m.fit([]), ValueError, "X must hold at least 2 rows; got none"),
+        (lambda m, x: PPCA(7).fit(x), ValueError, "n_components must be less than the number of columns D=5; got 7"),
+        (lambda m, x: m.fit(x * math.nan), ValueError, 'X must be finite for method "eig"; "em" takes NaN'),
+        (lambda m, x: m.fit(x * math.inf, "em"), ValueError, "X must be finite or NaN"),
+        (lambda m, x: fastelbo.ppca_log_prob(x, m.W, m.b[:2], m.log_sigma2), ValueError, r"b must be \[D\] with D=5"),
+        (lambda m, x: fastelbo.ppca_log_prob(x, m.W, m.b, m.b), ValueError, "log_sigma2 must be a 0-d tensor"),
+        (
+            lambda m, x: fastelbo.ppca_log_prob(x, m.W, m.b, m.log_sigma2, observed=x),
+            ValueError,
+            r"observed must be a bool tensor of the shape \(9, 5\) of x",
+        ),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call(model(5, 2), torch.randn(9, 5, dtype=F64))
+
+
+def test_compile():
+    m, x = model(9, 2), torch.randn(5, 9, dtype=F64)
+    compiled = torch.compile(lambda x: m.log_prob(x), fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(x), m.log_prob(x))
+    with torch.no_grad():
+        x[2, 3] = math.nan
+    assert compiled(x)[2].isnan()
+
+
+def test_a_hundred_thousand_columns():
+    """D = 100,000, M = 64, N = 1000 in float32: a D by D matrix would be 40 GB. The data are 0.4 GB."""
+    code = """
+import resource, torch
+from fastelbo import PPCA
+torch.manual_seed(0)
+x = torch.empty(1000, 100_000).normal_()
+def used():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+before = used()
+m = PPCA(64).fit(x)
+loss = -m.log_prob(x).mean()
+loss.backward()
+assert m.W.grad.isfinite().all() and loss.isfinite()
+print(used() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2.0

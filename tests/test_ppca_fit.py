@@ -1,0 +1,284 @@
+"""Fits of probabilistic PCA: the closed form, EM, batches, missing cells, several processes."""
+
+import math
+import socket
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastelbo
+from fastelbo import PPCA
+
+F64 = torch.float64
+
+
+def data(N: int, D: int, M: int, sigma: float = 0.5, offset: float = 0.0, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    W = torch.randn(D, M, dtype=F64, generator=g) * torch.linspace(2, 1, M, dtype=F64)
+    e = sigma * torch.randn(N, D, dtype=F64, generator=g)
+    return torch.randn(N, M, dtype=F64, generator=g) @ W.T + e + offset + torch.randn(D, dtype=F64, generator=g)
+
+
+def same_model(a: PPCA, b: PPCA, rtol: float, atol: float = 0.0) -> None:
+    for name in ("W", "b", "log_sigma2"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=rtol, atol=atol)
+
+
+def mean_log_prob(m: PPCA, x: Tensor) -> float:
+    return m.log_prob(x).detach().mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Closed form.
+
+
+@pytest.mark.parametrize("N, D, M", [(300, 6, 2), (40, 12, 3), (12, 40, 3), (13, 13, 4), (2, 5, 1)])
+def test_closed_form_of_tipping_and_bishop(N, D, M):
+    x = data(N, D, M)
+    if N == 2:
+        with pytest.raises(ValueError, match="less than the rank 1 of the centered data"):
+            PPCA(M).fit(x)
+        return
+    m = PPCA(M).fit(x)
+    values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
+    values, vectors = values.flip(0), vectors.flip(1)
+    s2 = values[M:].mean()
+    torch.testing.assert_close(m.log_sigma2.exp(), s2, rtol=1e-10, atol=0)
+    torch.testing.assert_close(m.b, x.mean(0), rtol=1e-12, atol=1e-14)
+    W = vectors[:, :M] * (values[:M] - s2).sqrt()
+    torch.testing.assert_close(m.W @ m.W.T, W @ W.T, rtol=1e-8, atol=1e-10)
+    gram = m.W.T @ m.W  # orthogonal columns, longest first, signs fixed
+    torch.testing.assert_close(gram, torch.diag(values[:M] - s2), rtol=1e-8, atol=1e-9)
+    assert (m.W.gather(0, m.W.abs().argmax(0, keepdim=True)) > 0).all()
+    report = m.fit_report
+    assert (report.method, report.rows, report.converged) == ("eig", N, True)
+    assert report.log_likelihood[-1] == pytest.approx(mean_log_prob(m, x), rel=1e-10)
+
+
+def test_the_closed_form_is_a_stationary_point_and_gradient_training_reaches_it():
+    x = data(200, 7, 2)
+    best = PPCA(2).fit(x)
+    grads = torch.autograd.grad(best.log_prob(x).mean(), list(best.parameters()))
+    assert max(g.abs().max() for g in grads) < 1e-10
+    torch.manual_seed(0)
+    m = PPCA(2, 7, dtype=F64)
+    optimizer = torch.optim.LBFGS(m.parameters(), max_iter=300, line_search_fn="strong_wolfe", tolerance_change=0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -m.log_prob(x).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert mean_log_prob(m, x) == pytest.approx(mean_log_prob(best, x), rel=1e-9)
+    torch.testing.assert_close(m.W @ m.W.T, best.W @ best.W.T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["eig", "em"])
+@pytest.mark.parametrize("kind", ["zeros", "copies", "rank"])
+def test_what_has_no_maximum_says_so(method, kind):
+    x = {
+        "zeros": torch.ones(20, 6, dtype=F64),
+        "copies": torch.randn(3, 6, dtype=F64).repeat(10, 1),  # rank 2
+        "rank": torch.randn(30, 3, dtype=F64) @ torch.randn(3, 6, dtype=F64),
+    }[kind]
+    M = {"zeros": 1, "copies": 2, "rank": 3}[kind]
+    with pytest.raises(ValueError, match=r"n_components must be less than the rank \d of the centered data"):
+        PPCA(M).fit(x, method)
+    if M > 1:  # one component less, and there is one
+        m = PPCA(M - 1).fit(x)
+        assert math.isfinite(m.score(x))
+
+
+@pytest.mark.parametrize("method", ["eig", "em"])
+def test_constant_columns(method):
+    x = data(100, 8, 2)
+    x[:, 3] = 5.0
+    m = PPCA(2).fit(x, method)
+    assert math.isfinite(m.score(x)) and m.b[3].item() == pytest.approx(5.0, abs=1e-12)
+    assert m.W[3].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("N, D", [(500, 8), (6, 30)])
+def test_a_large_mean_costs_no_digits(N, D):
+    """The covariance of the raw sums would be 1e16 times the true one."""
+    x = data(N, D, 2, sigma=0.01)
+    far = x + 1e6
+    a, b = PPCA(2).fit(x), PPCA(2).fit(far)
+    torch.testing.assert_close(a.W @ a.W.T, b.W @ b.W.T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(a.log_sigma2, b.log_sigma2, rtol=1e-5, atol=0)
+    c = PPCA(2).fit(far, "em", tol=1e-10)
+    torch.testing.assert_close(c.log_sigma2, a.log_sigma2, rtol=1e-3, atol=0)
+
+
+def test_float32_data_are_fitted_in_float64():
+    x = data(400, 10, 3).float()
+    m = PPCA(3).fit(x)
+    exact = PPCA(3).fit(x.double())
+    assert m.W.dtype == torch.float32
+    torch.testing.assert_close(m.W.double(), exact.W, rtol=1e-6, atol=1e-6)
+
+
+def test_uint8_data():
+    x = (torch.rand(60, 9) * 255).to(torch.uint8)
+    same_model(PPCA(2).fit(x), PPCA(2).fit(x.float() / 255), 1e-4, 1e-6)
+    PPCA(2).fit(x, "em", max_iter=5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EM.
+
+
+@pytest.mark.parametrize("N, D, M", [(200, 6, 2), (15, 40, 3)])
+def test_em_rises_to_the_closed_form(N, D, M):
+    x = data(N, D, M)
+    m = PPCA(M).fit(x, "em", tol=1e-12, max_iter=5000, generator=torch.Generator().manual_seed(0))
+    history = m.fit_report.log_likelihood
+    assert m.fit_report.converged and len(history) > 5
+    assert all(b >= a - 1e-10 for a, b in pairwise(history))
+    assert history[-1] == pytest.approx(mean_log_prob(m, x), rel=1e-10)
+    best = PPCA(M).fit(x)
+    assert history[-1] == pytest.approx(best.fit_report.log_likelihood[-1], rel=1e-8)
+    same_model(m, best, 1e-3, 1e-3)
+
+
+def test_em_says_when_it_did_not_converge():
+    m = PPCA(2).fit(data(100, 6, 2), "em", max_iter=3)
+    assert not m.fit_report.converged and len(m.fit_report.log_likelihood) == 4
+
+
+def test_em_is_reproducible():
+    x = data(100, 6, 2)
+    a, b = (PPCA(2).fit(x, "em", max_iter=5, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    same_model(a, b, 0.0)
+
+
+def gaps(x: Tensor, share: float = 0.25) -> Tensor:
+    missing = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < share
+    return torch.where(missing, math.nan, x)
+
+
+def test_em_with_missing_cells():
+    """Monotone; stationary for the exact observed-data likelihood; nearer to the truth than filling in means."""
+    truth = data(400, 8, 2)
+    x = gaps(truth)
+    x[7] = math.nan  # a row without any cell
+    m = PPCA(2).fit(x, "em", tol=1e-12, max_iter=3000)
+    history = m.fit_report.log_likelihood
+    assert m.fit_report.converged
+    assert all(b >= a - 1e-10 for a, b in pairwise(history))
+    assert history[-1] == pytest.approx(mean_log_prob(m, x), rel=1e-9)
+    grads = torch.autograd.grad(m.log_prob(x).mean(), list(m.parameters()))
+    assert max(g.abs().max() for g in grads) < 1e-4
+    hidden = x.isnan()
+    filled = torch.where(hidden, x.nanmean(0), x)
+    error, naive = ((t - truth)[hidden].square().mean() for t in (m.impute(x), filled))
+    assert error < 0.35 * naive
+
+
+def test_missing_cells_that_are_none_change_nothing():
+    """The same steps, by normal equations for every column or in one."""
+    x = data(60, 7, 2)
+    nearly = torch.cat([x, torch.full((1, 7), math.nan, dtype=F64)])
+    a, b = (
+        PPCA(2).fit(t, "em", tol=1e-13, max_iter=4000, generator=torch.Generator().manual_seed(0)) for t in (x, nearly)
+    )
+    same_model(a, b, 1e-4, 1e-5)
+
+
+def test_missing_cells_far_from_the_origin():
+    x = gaps(data(200, 6, 2, sigma=0.05))
+    options = {"method": "em", "max_iter": 200}
+    a, b = (PPCA(2).fit(t, generator=torch.Generator().manual_seed(0), **options) for t in (x, x + 1e5))
+    torch.testing.assert_close(a.W @ a.W.T, b.W @ b.W.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a.log_sigma2, b.log_sigma2, rtol=1e-4, atol=1e-4)
+
+
+def test_a_column_that_is_never_observed():
+    x = data(50, 6, 2)
+    x[:, 4] = math.nan
+    with pytest.raises(ValueError, match="X must have an observed cell in every column; none in 4"):
+        PPCA(2).fit(x, "em")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches.
+
+
+@pytest.mark.parametrize("method", ["eig", "em"])
+@pytest.mark.parametrize("N, D", [(200, 6), (10, 30)])
+@pytest.mark.parametrize("missing", [False, True])
+def test_batches_give_what_the_whole_gives(method, N, D, missing):
+    if missing and method == "eig":
+        return
+    x = gaps(data(N, D, 2), 0.1) if missing else data(N, D, 2)
+    options = {"method": method} | ({"max_iter": 30} if method == "em" else {})
+
+    def fit(X):
+        return PPCA(2).fit(X, generator=torch.Generator().manual_seed(0), **options)
+
+    whole = fit(x)
+    same_model(whole, fit(x.split(7)), 1e-7, 1e-9)
+    same_model(whole, fit(DataLoader(TensorDataset(x, torch.arange(N)), batch_size=9)), 1e-7, 1e-9)
+    same_model(whole, fit([part.numpy() for part in x.split(N - 1)]), 1e-7, 1e-9)
+
+
+def test_eig_takes_an_iterator():
+    x = data(100, 5, 2)
+    same_model(PPCA(2).fit(iter(x.split(9))), PPCA(2).fit(x), 1e-9, 1e-10)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes.
+
+
+def _worker(rank: int, size: int, port: int, shards: list[Tensor], method: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    torch.manual_seed(rank)  # the processes must agree all the same
+    options = {"max_iter": 25} if method == "em" else {}
+    m = PPCA(2).fit(shards[rank], method, group=dist.group.WORLD, **options)
+    torch.save((m.state_dict(), m.fit_report), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "method, N, D, sizes, missing",
+    [
+        ("eig", 90, 6, [50, 40], False),
+        ("eig", 90, 6, [80, 0, 10], False),
+        ("eig", 12, 20, [9, 0, 3], False),
+        ("em", 90, 6, [50, 40], False),
+        ("em", 90, 6, [80, 0, 10], True),
+    ],
+)
+def test_processes_give_what_one_gives(tmp_path, method, N, D, sizes, missing):
+    x = gaps(data(N, D, 2, offset=100.0)) if missing else data(N, D, 2, offset=100.0)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.start_processes(
+        _worker, (len(sizes), port, list(x.split(sizes)), method, str(tmp_path)), len(sizes), start_method="fork"
+    )
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(len(sizes))]
+    for state, report in found[1:]:
+        assert report == found[0][1]
+        assert all(torch.equal(state[name], found[0][0][name]) for name in state)
+    state, report = found[0]
+    assert report.rows == N
+    torch.manual_seed(0)  # the start of EM is that of the first process
+    alone = PPCA(2).fit(x, method, **({"max_iter": 25} if method == "em" else {}))
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-7, atol=1e-9)
+    assert np.allclose(report.log_likelihood, alone.fit_report.log_likelihood, rtol=1e-9)
+
+
+def test_public_names():
+    assert fastelbo.PPCA is PPCA and fastelbo.FitReport is type(PPCA(1).fit(data(20, 4, 1)).fit_report)

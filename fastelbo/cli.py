@@ -1,4 +1,4 @@
-"""The `fastelbo` command: train a small VAE, evaluate one that was trained, print what was built."""
+"""The `fastelbo` command: train a small VAE or fit a PPCA, evaluate one that was trained, print what was built."""
 
 import argparse
 import json
@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import fastelbo
-from fastelbo import training
+from fastelbo import ppca_run, training
 from fastelbo.data import BUILT_IN, load
 from fastelbo.latents import ACTIVE_VARIANCE
 from fastelbo.likelihoods import LIKELIHOODS
+from fastelbo.ppca import METHODS
+from fastelbo.ppca_run import PPCAConfig
 from fastelbo.training import IMPLS, Config, Metrics
 from fastelbo.vae import OBJECTIVES
 
+MODELS = ("vae", "ppca")
 TRAIN_EXTRA = ("numpy", "sklearn", "matplotlib", "tqdm")
 
 
@@ -31,8 +34,9 @@ def _parser() -> _Parser:
     commands.add_parser("info", help="print what was built, for bug reports")
     train = commands.add_parser(
         "train",
-        help="train a small VAE, with pictures",
-        description="Train a small dense VAE. Writes metrics.csv, checkpoint.pt and pictures.",
+        help="train a small VAE, or fit a PPCA, with pictures",
+        description="Train a small dense VAE, or fit probabilistic PCA. Writes metrics.csv, checkpoint.pt and "
+        "pictures. --model ppca takes --data, --latent-dim, --method, --seed and --out alone.",
         argument_default=argparse.SUPPRESS,  # a resumed run must tell the options that were given
         allow_abbrev=False,
     )
@@ -43,6 +47,7 @@ def _parser() -> _Parser:
         text = text if default is None else f"{text} (default: {default})"
         train.add_argument(flag, dest=dest, help=text, **settings)
 
+    train.add_argument("--model", choices=MODELS, default="vae", help="default: vae")
     option("--data", "data", f"{', '.join(BUILT_IN)}, or an .npy or .npz file of arrays [N, ...]", metavar="DATA")
     option("--objective", "objective", "what is maximized", choices=OBJECTIVES)
     option("--samples", "num_samples", "K, samples per datum", type=int, metavar="K")
@@ -57,14 +62,15 @@ def _parser() -> _Parser:
     option("--epochs", "epochs", "passes over the training data", type=int, metavar="N")
     option("--batch-size", "batch_size", "B, data per step", type=int, metavar="B")
     option("--lr", "lr", "Adam's step size", type=float, metavar="LR")
+    train.add_argument("--method", choices=METHODS, help="of ppca: the closed form (default), or EM")
     option("--seed", "seed", "of weights, batches and noise", type=int, metavar="SEED")
     option("--impl", "impl", "the kernels, or plain PyTorch", choices=IMPLS)
     train.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
     train.add_argument("--resume", action="store_true", default=False, help="continue the run in DIR, with its options")
     evaluate = commands.add_parser(
         "evaluate",
-        help="held-out log p(x) of a trained VAE",
-        description="Estimate log p(x) of held-out data by importance sampling, beside the ELBO.",
+        help="held-out log p(x) of a trained model",
+        description="Estimate log p(x) of held-out data by importance sampling, beside the ELBO; of a PPCA, exactly.",
         allow_abbrev=False,
     )
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint.pt, or the folder of a run")
@@ -94,20 +100,68 @@ def _collapse(since: dict[int, int]) -> str:
     return f"posterior collapse (held-out variance of mu at most {ACTIVE_VARIANCE}) in latent dimensions {named}"
 
 
+def _options(args: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The arguments that were given and are fields of the config."""
+    options = {field.name: getattr(args, field.name) for field in fields(config) if field.name in args}
+    if "data" in options and options["data"] not in BUILT_IN:
+        options["data"] = str(Path(options["data"]).resolve())  # a run may be resumed from another folder
+    return options
+
+
+def _fit_ppca(args: argparse.Namespace, parser: _Parser) -> int:
+    from fastelbo import plots
+
+    out: Path = args.out
+    mine = {field.name for field in fields(PPCAConfig)} | {"out", "model", "command"}
+    try:
+        foreign = [name for name, value in vars(args).items() if name not in mine and value is not False]
+        if foreign or args.resume:
+            raise ValueError(f"{', '.join(foreign) or 'resume'} has no effect with model 'ppca': leave it out")
+        run = ppca_run.Run(PPCAConfig(**_options(args, PPCAConfig)))
+        if (out / "checkpoint.pt").exists():
+            raise FileExistsError(f"{out} already holds a run: write to another directory")
+        out.mkdir(parents=True, exist_ok=True)
+        print(
+            f"{run.config.data}: {len(run.train)} training and {len(run.held_out)} held-out data of shape "
+            f"{tuple(run.data.train.shape[1:])}; PPCA by {run.config.method}; log p(x) in nats per datum"
+        )
+        run.fit(
+            out,
+            lambda row: print(
+                f"{row['components']:4.0f} components  log p(x): training {row['train_log_prob']:9.3f}  "
+                f"held-out {row['held_out_log_prob']:9.3f}  BIC {row['bic']:12.1f}  sigma {row['sigma']:.4f}"
+                + (f"  {row['steps']:.0f} steps" if row["steps"] else ""),
+                flush=True,
+            ),
+        )
+    except (ValueError, TypeError, OSError) as error:
+        parser.exit(2, f"fastelbo train: error: {error}\n")
+    assert run.model is not None
+    if len(run.rows) > 1:
+        print(f"kept: {run.model.n_components} components, the lowest BIC")
+    pictures = plots.save_ppca(run.model, run.data, run.rows, out)
+    print(f"in {out}: metrics.csv, checkpoint.pt, {', '.join(path.name for path in pictures)}")
+    return 0
+
+
 def _train(args: argparse.Namespace, parser: _Parser) -> int:
     out: Path = args.out
     missing = [name for name in TRAIN_EXTRA if find_spec(name) is None]
     if missing:
         print(f"fastelbo train needs {', '.join(missing)}: pip install fastelbo[train]", file=sys.stderr)
         return 2
+    if args.model == "ppca":
+        return _fit_ppca(args, parser)
     from fastelbo import plots
 
-    options = {field.name: getattr(args, field.name) for field in fields(Config) if field.name in args}
-    if "data" in options and options["data"] not in BUILT_IN:
-        options["data"] = str(Path(options["data"]).resolve())  # a run may be resumed from another folder
+    options = _options(args, Config)
     try:
-        saved = training.read_checkpoint(out)["config"] if args.resume else {}
-        trainer = training.prepare(Config(**(saved | options)), out, resume=args.resume)
+        if "method" in args:
+            raise ValueError("method has no effect with model 'vae': leave it out")
+        saved = training.read_checkpoint(out) if args.resume else {}
+        if "ppca" in saved:
+            raise ValueError("the run is one of model 'ppca', which is not resumed")
+        trainer = training.prepare(Config(**(saved.get("config", {}) | options)), out, resume=args.resume)
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, TypeError, OSError) as error:
         parser.exit(2, f"fastelbo train: error: {error}\n")
@@ -144,7 +198,16 @@ def _evaluate(args: argparse.Namespace, parser: _Parser) -> int:
         print("fastelbo evaluate needs numpy and sklearn: pip install fastelbo[train]", file=sys.stderr)
         return 2
     try:
-        config = Config(**(saved := training.read_checkpoint(args.checkpoint))["config"])
+        saved = training.read_checkpoint(args.checkpoint)
+        if "ppca" in saved:
+            ppca, count, mean, error = ppca_run.evaluate(saved, args.data)
+            print(
+                f"{args.data or saved['ppca']['data']}: {count} held-out data, PPCA with {ppca.n_components} "
+                f"components; nats per datum\nlog p(x)         {mean:10.4f}  exactly; standard error {error:.4f} by "
+                "the choice of data"
+            )
+            return 0
+        config = Config(**saved["config"])
         data = load(config.data if args.data is None else args.data, config.likelihood)
         event = tuple(data.held_out.shape[1:])
         if "event" in saved and tuple(saved["event"]) != event:

@@ -77,8 +77,10 @@ def _file(path: Path) -> tuple[Tensor, Tensor | None]:
     return data, None if labels is None else torch.from_numpy(labels)
 
 
-def _check_range(x: Tensor, likelihood: str) -> None:
+def _check_range(x: Tensor, likelihood: str, missing: bool) -> None:
     if not x.is_floating_point():
+        return
+    if missing:
         return
     if not x.isfinite().all():
         raise ValueError(f"data must be finite; {int((~x.isfinite()).sum())} of {x.numel()} values are not")
@@ -90,7 +92,9 @@ def _check_range(x: Tensor, likelihood: str) -> None:
         )
 
 
-def load(name: str, likelihood: str | None = None, *, held_out: float = 0.1, seed: int = 0) -> Dataset:
+def load(
+    name: str, likelihood: str | None = None, *, held_out: float = 0.1, seed: int = 0, missing: bool = False
+) -> Dataset:
     """Load a data set and split it, always in the same way for the same seed.
 
     Args:
@@ -100,6 +104,7 @@ def load(name: str, likelihood: str | None = None, *, held_out: float = 0.1, see
         likelihood: "bernoulli" if None, but "gaussian" for patches and for floating data outside [0, 1].
         held_out: the share of the data that is held out; at least one datum on either side.
         seed: of the split.
+        missing: floating data may hold any value, NaN for missing cells too.
 
     Raises:
         ValueError, TypeError: an unknown name or likelihood, an array of another type or shape, values that are not
@@ -116,7 +121,7 @@ def load(name: str, likelihood: str | None = None, *, held_out: float = 0.1, see
     else:
         raise ValueError(f"data must be one of {', '.join(BUILT_IN)}, or an .npy or .npz file; got {name!r}")
     likelihood = default if likelihood is None else likelihood
-    _check_range(x, likelihood)
+    _check_range(x, likelihood, missing)
 
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1; got {held_out}")

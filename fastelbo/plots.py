@@ -1,4 +1,4 @@
-"""Pictures of a trained VAE as PNG files."""
+"""Pictures of trained models as PNG files."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fastelbo import reference
 from fastelbo.data import Dataset
+from fastelbo.ppca import PPCA
+from fastelbo.ppca_run import Row
 from fastelbo.training import Metrics
 from fastelbo.vae import VAE
 
@@ -181,5 +183,59 @@ def save_all(model: VAE, dataset: Dataset, history: Sequence[Metrics], out: Path
         prior_samples(model, dataset.held_out, out / "prior_samples.png"),
         latent_plane(model, dataset.train, dataset.train_labels, out / "latent_plane.png"),
         kl_per_dimension(model, dataset.held_out, out / "kl_per_dimension.png"),
+    ]
+    return [path for path in made if path is not None]
+
+
+def log_prob_by_components(rows: Sequence[Row], kept: int, path: Path) -> Path:
+    """log p(x) of training and held-out data against the number of components; a line at the one that was kept."""
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    numbers = [row["components"] for row in rows]
+    for split, color, label in (("train", TRAIN, "training"), ("held_out", HELD_OUT, "held-out")):
+        axes.plot(numbers, [row[f"{split}_log_prob"] for row in rows], "o-", color=color, lw=1.6, ms=4, label=label)
+    if len(rows) > 1:
+        axes.axvline(kept, color="black", lw=0.8, ls="--", label="lowest BIC")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, [f"{n:.0f}" for n in numbers])
+    axes.minorticks_off()
+    _axes(axes, "log p(x) of probabilistic PCA", "components M", "nats per datum")
+    axes.grid(alpha=0.25, lw=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def ppca_pictures(model: PPCA, x: Tensor, path: Path, *, samples: bool) -> Path | None:
+    """Columns of W, or draws from the model beside data x [N, *event]; None where the data are no images."""
+    event = x.shape[1:]
+    assert model.W is not None
+    if not samples:
+        images = as_images(model.W.detach().mT[:64].unflatten(1, event))
+        panels = [(images, "Components: columns of W, the longest first")]
+    else:
+        drawn = model.sample(100, generator=Generator().manual_seed(0))
+        panels = [
+            (as_images(torch.nan_to_num(x[:100])), "Held-out data"),
+            (as_images(drawn.unflatten(1, event)), "Samples: W z + b + e"),
+        ]
+    if any(images is None for images, _ in panels):
+        return None
+    columns = 10 if samples else min(16, len(panels[0][0]))  # type: ignore[arg-type]
+    figure = Figure(figsize=(4.1 * len(panels) if samples else 8, 4.2 if samples else 3.0), layout="constrained")
+    for axes, (images, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        assert images is not None
+        low, high = _limits(panels[0][0])  # type: ignore[arg-type]
+        bound = max(-low, high)
+        _show(axes, images, columns, (low, high) if samples else (-bound, bound))
+        axes.set_title(title, fontsize=10, loc="left")
+    return _save(figure, path)
+
+
+def save_ppca(model: PPCA, dataset: Dataset, rows: Sequence[Row], out: Path) -> list[Path]:
+    """Every picture of a PPCA that the data allow, in the folder `out`, which exists -> their paths."""
+    made = [
+        log_prob_by_components(rows, model.n_components, out / "log_prob.png"),
+        ppca_pictures(model, dataset.held_out, out / "components.png", samples=False),
+        ppca_pictures(model, dataset.held_out, out / "samples.png", samples=True),
     ]
     return [path for path in made if path is not None]

@@ -42,6 +42,10 @@ class FitReport(NamedTuple):
     log_likelihood: tuple[float, ...]
 
 
+class RankError(ValueError):
+    """As many components as the data have dimensions: the likelihood has no maximum."""
+
+
 class Group:
     """Sums and the like over the processes of a torch.distributed group; of one process, if None."""
 
@@ -141,7 +145,7 @@ def _check_count(count: int, rank: int, n_components: int) -> None:
     if count < 2:
         raise ValueError(f"X must hold at least 2 rows; got {count}")
     if rank <= n_components:
-        raise ValueError(
+        raise RankError(
             f"n_components must be less than the rank {rank} of the centered data [{count} rows]; got {n_components}: "
             "sigma2 would be 0 and the likelihood without a maximum"
         )

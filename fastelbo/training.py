@@ -330,7 +330,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} is damaged, or no checkpoint of fastelbo") from error
-    if not isinstance(state, dict) or not {"config", "history", "generator"} <= state.keys():
+    keys = {"config", "history", "generator"}, {"ppca", "event", "model"}
+    if not isinstance(state, dict) or not any(k <= state.keys() for k in keys):
         raise ValueError(f"{path} is no checkpoint of fastelbo")
     return state
 

@@ -4,13 +4,16 @@ import csv
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fastelbo import cli, plots, training
+from fastelbo import PPCA, cli, plots, training
+from fastelbo.data import load
+from fastelbo.ppca_run import METRICS as METRICS_OF_PPCA
 from fastelbo.training import LATENT_METRICS, METRICS, Config, Trainer
 
 TIMES = {"ms_per_step", "loss_share"}
@@ -283,3 +286,69 @@ def test_info_as_a_module():
     command = [sys.executable, "-m", "fastelbo", "info"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 0 and '"torch"' in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Probabilistic PCA.
+
+PPCA_PICTURES = ("log_prob", "components", "samples")
+
+
+def test_ppca_on_digits(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["train", "--model", "ppca", "--out", str(out)]) == 0
+    found = rows(out)
+    assert list(found[0]) == list(METRICS_OF_PPCA) and [row["components"] for row in found][:5] == [1, 2, 3, 4, 6]
+    assert found[-1]["components"] == 48  # of rank 61
+    fits = [row["train_log_prob"] for row in found]
+    assert all(b > a for a, b in pairwise(fits))
+    kept = min(found, key=lambda row: row["bic"])
+    text = capsys.readouterr().out
+    assert f"kept: {kept['components']:.0f} components, the lowest BIC" in text
+    assert all((out / f"{name}.png").stat().st_size > 5000 for name in PPCA_PICTURES)
+    assert cli.main(["evaluate", str(out)]) == 0
+    assert f"log p(x)         {kept['held_out_log_prob']:10.4f}  exactly" in capsys.readouterr().out
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    model = PPCA(int(kept["components"]))
+    model.load_state_dict(state["model"])
+    assert model.score(load("digits").held_out.flatten(1)) == pytest.approx(kept["held_out_log_prob"], rel=1e-6)
+
+
+def test_ppca_of_a_file_with_missing_cells(tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    x[::7, 2] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    options = ["train", "--model", "ppca", "--data", str(tmp_path / "x.npy"), "--latent-dim", "2"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*options, "--out", str(tmp_path / "eig")])
+    assert stopped.value.code == 2 and '"em" takes NaN' in capsys.readouterr().err
+    assert cli.main([*options, "--method", "em", "--out", str(tmp_path / "em")]) == 0
+    assert "2 components" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "em").iterdir()) == ["checkpoint.pt", "log_prob.png", "metrics.csv"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "ppca", "--beta", "2"], "beta has no effect with model 'ppca'"),
+        (["--model", "ppca", "--resume"], "resume has no effect with model 'ppca'"),
+        (["--method", "em"], "method has no effect with model 'vae'"),
+        (["--model", "ppca", "--latent-dim", "0"], "latent_dim must be at least 1; got 0"),
+        (["--model", "ppca", "--latent-dim", "62"], "n_components must be less than the rank 61 of the centered data"),
+        (["--model", "ppca", "--data", "nothing"], "data must be one of digits, patches"),
+    ],
+)
+def test_ppca_options_that_do_not_fit(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", *options, "--out", str(tmp_path / "run")])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_ppca_run_is_not_overwritten_nor_resumed(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    options = ["train", "--model", "ppca", "--latent-dim", "2", "--out", out]
+    assert cli.main(options) == 0
+    for again, message in ((options, "already holds a run"), (["train", "--resume", "--out", out], "not resumed")):
+        with pytest.raises(SystemExit):
+            cli.main(again)
+        assert message in capsys.readouterr().err

@@ -29,6 +29,7 @@ OPS = {
     "test_strides.py": "32_bits",
     "test_edges.py": "threads",
     "test_multi_sample.py": "expectations or signal_to_noise or bounds_grow or torch_func or compiled",
+    "test_ppca.py": "hundred_thousand or compile or memory or sampling or bic or log_marginal",
 }
 # under AddressSanitizer and UBSan, which make every test some ten times slower
 SANITIZED = ["test_shapes", "test_mask", "test_rsample_tails", "test_prior_parameters", "test_nan_and_infinity"]
@@ -109,7 +110,14 @@ for dtype in (torch.float32, torch.float64):
 def test_under_sanitizers():
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], text=True, capture_output=True).stdout.strip()
     options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
-    files = ["test_likelihood.py", "test_latent.py", "test_elbo.py", "test_iwae.py", "test_multi_sample.py"]
+    files = [
+        "test_likelihood.py",
+        "test_latent.py",
+        "test_elbo.py",
+        "test_iwae.py",
+        "test_multi_sample.py",
+        "test_ppca.py",
+    ]
     done = run(SANITIZED_LIBRARY, *files, "-k", " or ".join(SANITIZED), **options)
     assert_passed(done)
     assert "runtime error" not in done.stderr

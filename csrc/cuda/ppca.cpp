@@ -26,18 +26,18 @@ PpcaProjection ppca_project_cuda(const Tensor& x, const Tensor& W, const Tensor&
   return {proj, square};
 }
 
-// Two products of cuBLAS, which no kernel of ours would beat; e [N, D] is written once.
+// Two products of cuBLAS, which no kernel of ours would beat; e = r - W mean cancels, so it is made in double.
 PpcaResidual ppca_residual_cuda(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& mean,
                                 const Tensor& weight, std::array<bool, 3> needs) {
   checks::ppca_residual(x, W, b, mean, weight);
   const OnDeviceOf device(x);
   const auto type = checks::compute_type(W);
-  const Tensor data = x.scalar_type() == at::kByte ? x.to(type).div_(255) : x.to(type);
-  const Tensor means = mean.to(type);
-  Tensor e = data - b.to(type);
-  e.addmm_(means, W.to(type).t(), 1, -1).mul_(weight.to(type).unsqueeze(1));
+  Tensor wide = x.to(at::kDouble);
+  if (x.scalar_type() == at::kByte) wide.div_(255);
+  wide = wide - b.to(at::kDouble);
+  const Tensor e = wide.addmm_(mean, W.to(at::kDouble).t(), 1, -1).mul_(weight.unsqueeze(1)).to(type);
   const Tensor none = at::empty({0}, e.options());
-  return {needs[0] ? e : none, needs[1] ? at::mm(e.t(), means) : none, needs[2] ? e.sum(0) : none};
+  return {needs[0] ? e : none, needs[1] ? at::mm(e.t(), mean.to(type)) : none, needs[2] ? e.sum(0) : none};
 }
 
 }  // namespace

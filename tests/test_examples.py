@@ -1,0 +1,47 @@
+"""The examples run; demo.py does in `make demo`."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_ppca_distributed():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, EXAMPLES / "ppca_distributed.py"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    closed, em = (re.findall(rf"{m}: log p\(x\) (\S+)", done.stdout) for m in ("eig", "em"))
+    alone = re.findall(r"one process, eig: (\S+)", done.stdout)
+    assert len(closed) == 2 and len(em) == 2 and len(alone) == 1
+    assert set(closed) == set(alone) and len(set(em)) == 1
+    assert abs(float(em[0]) - float(alone[0])) < 1e-3
+
+
+def test_inference_gap(tmp_path, monkeypatch, capsys):
+    """In small: what it prints and draws. The full run takes a minute."""
+    spec = importlib.util.spec_from_file_location("inference_gap", EXAMPLES / "inference_gap.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    small = {"STEPS": 400, "BOUND_SAMPLES": (1, 64, 1024), "PRIOR_SAMPLES": (100,), "PRIOR_DIMENSIONS": (1, 8)}
+    for name, value in small.items():
+        monkeypatch.setattr(example, name, value)
+    monkeypatch.setattr(sys, "argv", ["inference_gap.py", str(tmp_path)])
+    example.main()
+    text = capsys.readouterr().out
+    below = float(re.search(r"(\S+) below the maximum", text)[1])
+    assert 0 < below < 10
+    first, _, last = map(float, re.findall(r"K=\d+: ([+-]\S+)", text))
+    gap = float(re.search(r"KL\(q \|\| posterior\) = (\S+)", text)[1])
+    assert 0.5 * gap < first < 2 * gap and last < 0.2 * gap
+    misses = [float(m) for m in re.findall(r"^ +\d+ +(\S+)$", text, re.M)]
+    assert len(misses) == 2 and misses[1] > 20 * misses[0]
+    assert (tmp_path / "inference_gap.png").stat().st_size > 10_000

@@ -90,6 +90,15 @@ def held_out_digits() -> Inputs:
     return Inputs({"x": load("digits").held_out})
 
 
+def ppca(rows: int, data: int, latent: int, *, train: bool = True) -> Inputs:
+    """Data of the very model. sklearn's PCA knows orthogonal columns alone."""
+    W = torch.linalg.qr(torch.randn(data, latent))[0] * torch.linspace(4, 2, latent)
+    b, log_sigma2 = torch.randn(data), torch.tensor(-0.5)
+    x = torch.randn(rows, latent) @ W.mT + b + torch.exp(0.5 * log_sigma2) * torch.randn(rows, data)
+    parameters = {name: t.requires_grad_(train) for name, t in (("W", W), ("b", b), ("log_sigma2", log_sigma2))}
+    return Inputs({"x": x, **parameters}, (torch.randn(rows),) if train else None)
+
+
 def _objective(name: str) -> Case:
     bars = {"its iwae": AT_MOST_1_05_TIMES} if name == "dreg" else {}
     make = partial(objective, 50, 100, 784, 50)
@@ -122,6 +131,19 @@ CASES = [
             rounds=0.1,
         )
         for chunk in (25, 100, 500)
+    ),
+    Case(
+        "PPCA log_prob N=2000 D=784 M=32",
+        "ppca",
+        partial(ppca, 2000, 784, 32),
+        {"eager": 1.2, "distributions": 2.0},
+    ),
+    Case(
+        "PPCA score_samples N=2000 D=3072 M=32",
+        "ppca_score",
+        partial(ppca, 2000, 3072, 32, train=False),
+        {"sklearn": 10.0},
+        rounds=0.2,
     ),
     Case("call cost [8 x 16]", "elbo_bernoulli", partial(bernoulli, 8, 16), {"one BCE": AT_MOST_1_3_TIMES}, "bce"),
 ]

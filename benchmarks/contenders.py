@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sklearn.decomposition import PCA
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import LowRankMultivariateNormal, Normal
 
 import fastelbo
 from fastelbo import reference
@@ -125,6 +126,30 @@ def judged_log_marginal(x: Tensor, num_samples: int, chunk_size: int) -> Tensor:
         return copy.deepcopy(digits_model()).double().log_marginal(x.double(), num_samples, seed=0).log_prob
 
 
+def plain_ppca(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
+    """By Woodbury's formula and the determinant lemma."""
+    D, M = W.shape
+    s2, r = torch.exp(log_sigma2), x - b
+    factor = torch.linalg.cholesky(W.mT @ W + s2 * torch.eye(M, dtype=W.dtype))
+    u = torch.linalg.solve_triangular(factor, (r @ W).mT, upper=False)
+    distance = (r.square().sum(1) - u.square().sum(0)) / s2
+    return -0.5 * (D * LOG_2PI + (D - M) * log_sigma2 + 2 * torch.log(factor.diagonal()).sum() + distance)
+
+
+def distributions_ppca(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
+    return LowRankMultivariateNormal(b, W, torch.exp(log_sigma2).expand(len(b))).log_prob(x)
+
+
+def sklearn_ppca(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
+    """PCA.score_samples of a PCA with these components; no gradient."""
+    lengths, s2 = W.square().sum(0), math.exp(log_sigma2.item())
+    pca = PCA(W.shape[1])
+    pca.n_components_, pca.n_features_in_, pca.whiten = W.shape[1], W.shape[0], False
+    pca.components_, pca.mean_ = (W / torch.sqrt(lengths)).mT.numpy(), b.numpy()
+    pca.explained_variance_, pca.noise_variance_ = (lengths + s2).numpy(), s2
+    return torch.from_numpy(pca.score_samples(x.numpy()))
+
+
 def one_bce(recon: Tensor, x: Tensor, **_: Tensor) -> Tensor:
     """Not an ELBO: the cheapest loss in PyTorch, to tell what a call costs."""
     return F.binary_cross_entropy_with_logits(recon, x)
@@ -137,6 +162,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "iwae": plain_iwae,
     **{f"{name} step": partial(plain_objective, name) for name in ESTIMATORS},
     "log_marginal": plain_log_marginal,
+    "ppca": plain_ppca,
+    "ppca_score": plain_ppca,
 }
 
 FASTELBO: dict[str, Callable[..., Any]] = {
@@ -150,6 +177,8 @@ FASTELBO: dict[str, Callable[..., Any]] = {
     "log_marginal": lambda x, num_samples, chunk_size: (
         digits_model().log_marginal(x, num_samples, chunk_size=chunk_size).log_prob
     ),
+    "ppca": fastelbo.ppca_log_prob,
+    "ppca_score": fastelbo.ppca_log_prob,
 }
 
 # Computed in float64 to judge the others.
@@ -164,6 +193,8 @@ JUDGE: dict[str, Callable[..., Any]] = {
     **{f"{name} step": partial(reference_objective, name) for name in ESTIMATORS},
     "its iwae": partial(reference_objective, "iwae"),
     "log_marginal": judged_log_marginal,
+    "ppca": reference.ppca_log_prob,
+    "ppca_score": reference.ppca_log_prob,
 }
 
 
@@ -185,6 +216,8 @@ CONTENDERS = [
     Contender("compile", {op: f for op, f in PLAIN.items() if op != "log_marginal"}, compiled=True),
     # Without rsample: the reference draws the very noise of the kernels, which is slow in plain PyTorch.
     Contender("reference", {op: JUDGE[op] for op in ("elbo_bernoulli", "elbo_gaussian", "iwae")}),
+    Contender("distributions", {"ppca": distributions_ppca}),
+    Contender("sklearn", {"ppca_score": sklearn_ppca}),
     Contender("one BCE", {"bce": one_bce}),
     Contender("its iwae", {"its iwae": partial(fused_objective, "iwae")}),
     Contender(SUBJECT, FASTELBO),

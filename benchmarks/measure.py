@@ -2,8 +2,8 @@
 
 import gc
 import math
+import random
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -94,13 +94,14 @@ def timings(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
             run()
             repeats[name] = math.ceil(SAMPLE_NS / (time.perf_counter_ns() - start))
     times: dict[str, list[float]] = {name: [] for name in steps}
-    order = deque(steps)
+    order, shuffle = list(steps), random.Random(0).shuffle
     gc.collect()
     gc.disable()
     for _ in range(rounds):
-        order.rotate()
+        shuffle(order)
         for name in order:
             run, count = steps[name], repeats[name]
+            run()  # what ran before leaves caches, and threads that still spin
             start = time.perf_counter_ns()
             for _ in range(count):
                 run()

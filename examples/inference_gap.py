@@ -57,7 +57,7 @@ class LinearVAE(nn.Module):
 def train(x: Tensor) -> tuple[LinearVAE, list[tuple[int, float, float]]]:
     """-> the model; its exact ELBO and exact log p(x) after some of the steps."""
     model = LinearVAE()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS, eta_min=1e-4)
     history = []
     for step in range(STEPS + 1):

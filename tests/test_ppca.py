@@ -45,10 +45,11 @@ def with_gaps(x: Tensor, share: float = 0.3) -> Tensor:
 
 @pytest.mark.parametrize("N, D, M", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_shapes(N, D, M, dtype):
+@pytest.mark.parametrize("x_grad", [False, True])  # another kernel
+def test_shapes(N, D, M, dtype, x_grad):
     """Values and gradients of every input, for every tail of the register blocks, tiles and row blocks."""
     W, b, log_sigma2 = (t.requires_grad_() for t in parameters(D, M, dtype=dtype))
-    x = torch.randn(N, D, dtype=dtype, requires_grad=True)
+    x = torch.randn(N, D, dtype=dtype, requires_grad=x_grad)
     check(fastelbo.ppca_log_prob, x, W, b, log_sigma2)
 
 
@@ -119,10 +120,11 @@ def test_accuracy_far_from_the_origin(sigma):
     assert error.max() < 1e-6
 
 
-def test_gradients_where_sigma_is_small():
+@pytest.mark.parametrize("x_grad", [False, True])
+def test_gradients_where_sigma_is_small(x_grad):
     """e is a hundredth of x - b: a gradient made of differences of sums of x - b would lose these digits."""
     W, b, log_sigma2 = (t.requires_grad_() for t in parameters(300, 8, 1e-2, torch.float32))
-    x = (torch.randn(100, 8) @ W.detach().T + 1e-2 * torch.randn(100, 300) + b.detach()).requires_grad_()
+    x = (torch.randn(100, 8) @ W.detach().T + 1e-2 * torch.randn(100, 300) + b.detach()).requires_grad_(x_grad)
     check(fastelbo.ppca_log_prob, x, W, b, log_sigma2)
 
 

@@ -115,20 +115,23 @@ struct PpcaProjectParams {
   double* square = nullptr;   // [N]
 };
 
-// e = weight (x - b - W mean), in double, and its sums in T, the compute type. Work items: chunks of rows x tiles of D.
-struct PpcaResidualParams {
+// Sums over rows, of every chunk of them. Work items: chunks x tiles of D.
+//   moments:  cross = sum of (x - b) mean', sum = sum of weight (x - b); in double
+//   residual: the same of e = weight (x - b - W mean), in T, the compute type; e is made in double
+struct PpcaSumsParams {
   int64_t N = 0, D = 0, M = 0, lanes = 0;
-  int64_t chunk = kPpcaRows;           // rows in a chunk: a multiple of kPpcaRows
-  View x;                              // [N, D]
-  const double* b = nullptr;           // [D]
+  int64_t chunk = kPpcaRows;       // rows in a chunk: a multiple of kPpcaRows
+  View x;                          // [N, D]
+  const double* b = nullptr;       // [D]
+  const double* mean = nullptr;    // [N, lanes]
+  const double* weight = nullptr;  // [N]
+  void* cross = nullptr;           // [chunks, D, lanes]
+  void* sum = nullptr;             // [chunks, D]
+  // of the residual alone
   const double* Wt = nullptr;          // [M, stride_m], 0 beyond D
   int64_t stride_m = 0;                // D, padded to a multiple of kPpcaPanel
-  const double* mean = nullptr;        // [N, lanes]
   const void* rounded_mean = nullptr;  // T [N, lanes]
-  const double* weight = nullptr;      // [N]
-  void* residual = nullptr;            // T [N, D], or null: e
-  void* cross = nullptr;               // T [chunks, D, lanes], or null: sum of e mean'
-  void* sum = nullptr;                 // T [chunks, D], or null: sum of e
+  void* residual = nullptr;            // T [N, D]: e
 };
 
 template <class Params>
@@ -146,7 +149,8 @@ struct KernelTable {
   // p[i] *= factor
   void (*scale_row[2])(void* p, int64_t n, double factor);
   Kernel<PpcaProjectParams> ppca_project;
-  Kernel<PpcaResidualParams> ppca_residual[2];
+  Kernel<PpcaSumsParams> ppca_moments;
+  Kernel<PpcaSumsParams> ppca_residual[2];
   // [likelihood][scale given][float or double]
   Kernel<LogProbParams> log_prob[kMaxLikelihoods][2][2];
 };

@@ -1,9 +1,9 @@
-// Probabilistic PCA: two matrix products that never write x - b to memory.
+// Probabilistic PCA: matrix products that never write x - b to memory.
 //
-// Projection: x is read once, D M multiply-adds per row, in double. |r|^2 - p' G^-1 p, with r = x - b, cancels where
-// sigma is small against W; in float32 it would lose a digit for every factor of 10 in |r| / |e|.
-// Residual: x is read once, D M multiply-adds per row in double for e = r - W m, which cancels too, and D M in the
-// compute type for the sums of e, which do not.
+// In double, since all of them cancel where sigma is small against W, and float32 would lose a digit for every factor
+// of 10 in |r| / |e|, r = x - b, e = r - W m: |r|^2 - (W'r)' m in the projection, sum r m' - W sum m m' in the moments,
+// e itself in the residual. x is read once by each; D M multiply-adds per row in double, and in the residual, which is
+// needed for the gradient of x alone, D M more in the compute type for the sums of e, which do not cancel.
 #pragma once
 
 #include "kernels/tile.h"
@@ -64,15 +64,25 @@ inline void multiply(const T* a, int64_t a_row, int64_t a_step, const T* b, int6
 }
 
 // x - b of `rows` rows and n columns into r [rows, kPpcaTile]; up to the next panel, what follows a row is 0.
+// f(i, r_i) sees every row while it is in the L1 cache.
+template <class F>
 inline void center(const View& x, const double* __restrict b, int64_t row, int64_t rows, int64_t column, int64_t n,
-                   double* r) {
+                   double* r, F f) {
   alignas(64) double buffer[kPpcaTile];
+  b += column;
   for (int64_t i = 0; i < rows; ++i) {
-    const double* __restrict from = load<double>(x, 0, row + i, column, n, buffer);
     double* __restrict to = r + i * kPpcaTile;
+    if (lies_as<float>(x)) {
+      const float* __restrict from = static_cast<const float*>(x.data) + (row + i) * x.stride_b + column;
 #pragma omp simd
-    for (int64_t d = 0; d < n; ++d) to[d] = from[d] - b[column + d];
+      for (int64_t d = 0; d < n; ++d) to[d] = double(from[d]) - b[d];
+    } else {
+      const double* __restrict from = load<double>(x, 0, row + i, column, n, buffer);
+#pragma omp simd
+      for (int64_t d = 0; d < n; ++d) to[d] = from[d] - b[d];
+    }
     for (int64_t d = n; d < kPpcaTile && d % kPanel<double> != 0; ++d) to[d] = 0;
+    f(i, to);
   }
 }
 
@@ -85,36 +95,64 @@ inline void ppca_project_kernel(const PpcaProjectParams& p, int64_t begin, int64
     for (int64_t i = 0; i < rows; ++i) p.square[row + i] = 0;
     for (int64_t d = 0; d < p.D; d += kPpcaTile) {
       const int64_t n = p.D - d < kPpcaTile ? p.D - d : kPpcaTile;
-      center(p.x, p.b, row, rows, d, n, r);
-      for (int64_t i = 0; i < rows; ++i) {
-        const double* __restrict e = r + i * kPpcaTile;
+      center(p.x, p.b, row, rows, d, n, r, [&](int64_t i, const double* __restrict e) {
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = 0; j < n; ++j) sum += e[j] * e[j];
         p.square[row + i] += sum;
-      }
+      });
       multiply<false>(r, kPpcaTile, 1, p.W + d * p.lanes, p.lanes, n, proj, p.lanes, rows, p.lanes);
     }
   }
 }
 
+// The rows and columns of a work item of the two kernels below.
+struct PpcaBlock {
+  int64_t chunk, first, last, d, n;
+
+  PpcaBlock(const PpcaSumsParams& p, int64_t item) {
+    const int64_t tiles = (p.D + kPpcaTile - 1) / kPpcaTile;
+    chunk = item / tiles, d = item % tiles * kPpcaTile;
+    n = p.D - d < kPpcaTile ? p.D - d : kPpcaTile;
+    first = chunk * p.chunk, last = first + p.chunk < p.N ? first + p.chunk : p.N;
+  }
+};
+
+inline void ppca_moments_kernel(const PpcaSumsParams& p, int64_t begin, int64_t end) {
+  alignas(64) double r[kPpcaRows * kPpcaTile];
+  for (int64_t item = begin; item < end; ++item) {
+    const PpcaBlock block(p, item);
+    double* cross = static_cast<double*>(p.cross) + (block.chunk * p.D + block.d) * p.lanes;
+    double* __restrict sum = static_cast<double*>(p.sum) + block.chunk * p.D + block.d;
+    std::memset(cross, 0, size_t(block.n * p.lanes) * sizeof(double));
+    std::memset(sum, 0, size_t(block.n) * sizeof(double));
+    for (int64_t row = block.first; row < block.last; row += kPpcaRows) {
+      const int64_t rows = block.last - row < kPpcaRows ? block.last - row : kPpcaRows;
+      center(p.x, p.b, row, rows, block.d, block.n, r, [&](int64_t i, const double* __restrict e) {
+        const double weight = p.weight[row + i];
+#pragma omp simd
+        for (int64_t j = 0; j < block.n; ++j) sum[j] += weight * e[j];
+      });
+      multiply<false>(r, 1, kPpcaTile, p.mean + row * p.lanes, p.lanes, rows, cross, p.lanes, block.n, p.lanes);
+    }
+  }
+}
+
 template <class T>
-void ppca_residual_kernel(const PpcaResidualParams& p, int64_t begin, int64_t end) {
+void ppca_residual_kernel(const PpcaSumsParams& p, int64_t begin, int64_t end) {
   alignas(64) double r[kPpcaRows * kPpcaTile];
   alignas(64) T e[kPpcaRows * kPpcaTile];
-  const int64_t tiles = (p.D + kPpcaTile - 1) / kPpcaTile;
   const T* means = static_cast<const T*>(p.rounded_mean);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t chunk = item / tiles, d = item % tiles * kPpcaTile;
-    const int64_t n = p.D - d < kPpcaTile ? p.D - d : kPpcaTile;
-    const int64_t last = (chunk + 1) * p.chunk < p.N ? (chunk + 1) * p.chunk : p.N;
-    T* cross = p.cross ? static_cast<T*>(p.cross) + (chunk * p.D + d) * p.lanes : nullptr;
-    T* __restrict sum = p.sum ? static_cast<T*>(p.sum) + chunk * p.D + d : nullptr;
-    if (cross) std::memset(cross, 0, size_t(n * p.lanes) * sizeof(T));
-    if (sum) std::memset(sum, 0, size_t(n) * sizeof(T));
-    for (int64_t row = chunk * p.chunk; row < last; row += kPpcaRows) {
-      const int64_t rows = last - row < kPpcaRows ? last - row : kPpcaRows;
-      center(p.x, p.b, row, rows, d, n, r);
+    const PpcaBlock block(p, item);
+    const int64_t d = block.d, n = block.n;
+    T* cross = static_cast<T*>(p.cross) + (block.chunk * p.D + d) * p.lanes;
+    T* __restrict sum = static_cast<T*>(p.sum) + block.chunk * p.D + d;
+    std::memset(cross, 0, size_t(n * p.lanes) * sizeof(T));
+    std::memset(sum, 0, size_t(n) * sizeof(T));
+    for (int64_t row = block.first; row < block.last; row += kPpcaRows) {
+      const int64_t rows = block.last - row < kPpcaRows ? block.last - row : kPpcaRows;
+      center(p.x, p.b, row, rows, d, n, r, [](int64_t, const double*) {});
       multiply<true>(p.mean + row * p.lanes, p.lanes, 1, p.Wt + d, p.stride_m, p.M, r, kPpcaTile, rows, n);
       for (int64_t i = 0; i < rows; ++i) {
         const double* __restrict from = r + i * kPpcaTile;
@@ -122,13 +160,11 @@ void ppca_residual_kernel(const PpcaResidualParams& p, int64_t begin, int64_t en
         const double weight = p.weight[row + i];
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) to[j] = T(weight * from[j]);
-        if (sum) {
 #pragma omp simd
-          for (int64_t j = 0; j < n; ++j) sum[j] += to[j];
-        }
-        if (p.residual) std::memcpy(static_cast<T*>(p.residual) + (row + i) * p.D + d, to, size_t(n) * sizeof(T));
+        for (int64_t j = 0; j < n; ++j) sum[j] += to[j];
+        std::memcpy(static_cast<T*>(p.residual) + (row + i) * p.D + d, to, size_t(n) * sizeof(T));
       }
-      if (cross) multiply<false>(e, 1, kPpcaTile, means + row * p.lanes, p.lanes, rows, cross, p.lanes, n, p.lanes);
+      multiply<false>(e, 1, kPpcaTile, means + row * p.lanes, p.lanes, rows, cross, p.lanes, n, p.lanes);
     }
   }
 }

@@ -33,6 +33,7 @@ KernelTable make_table(TypeList<L...>) {
       .log_mean_exp_backward = {log_mean_exp_backward_kernel<float>, log_mean_exp_backward_kernel<double>},
       .scale_row = {scale_row_kernel<float>, scale_row_kernel<double>},
       .ppca_project = ppca_project_kernel,
+      .ppca_moments = ppca_moments_kernel,
       .ppca_residual = {ppca_residual_kernel<float>, ppca_residual_kernel<double>},
       .log_prob = {},
   };

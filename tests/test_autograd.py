@@ -1,5 +1,7 @@
 """Derivatives of every order, and the ways PyTorch has to ask for them: autograd, torch.func, forward mode, compile."""
 
+from functools import partial
+
 import pytest
 import torch
 from functions import FUNCTIONS, K
@@ -114,6 +116,10 @@ def _op_calls() -> dict[str, tuple]:
     def r(*shape: int) -> Tensor:
         return torch.randn(shape, requires_grad=True)
 
+    def plain(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+    wide = partial(plain, dtype=torch.float64)
     mu, seed = r(4, 5), torch.tensor([3])
     x, mask = torch.rand(4, 6), torch.rand(4, 6) < 0.5
     need = [True] * 5
@@ -161,6 +167,17 @@ def _op_calls() -> dict[str, tuple]:
             (r(3, 4, 5), r(4), r(3, 4), r(2, 3, 4), mu, r(4, 5), 3, None, r(4, 5), None, r(3, 4, 5), 0, need),
         ),
         "backward of log_mean_exp": (ops._log_mean_exp_backward.default, (r(4), r(4, 5), 1)),
+        "ppca_log_prob": (ops.ppca_log_prob.default, (r(4, 6), r(6, 2), r(6), r())),
+        "backward of ppca_log_prob": (
+            ops._ppca_log_prob_backward.default,
+            (r(4), r(4, 6), r(6, 2), r(6), r(), *wide((4, 2), (4,), (2, 2)), [True, True, False, True]),
+        ),
+        "ppca_project": (ops._ppca_project.default, (x, *plain((6, 2), (6,)))),
+        "ppca_residual": (ops._ppca_residual.default, (x, *plain((6, 2), (6,)), *wide((4, 2), (4,)), need[:3])),
+        "ppca_residual, sums": (
+            ops._ppca_residual.default,
+            (x, *plain((6, 2), (6,)), *wide((4, 2), (4,)), [False, True, True]),
+        ),
     }
 
 
@@ -176,7 +193,12 @@ def test_every_op_is_checked():
     checked = {op.name().split("::")[1] for op, _ in _op_calls().values()}
     # the forward ops with gradients are not called by users: autograd calls them below itself
     # and _scale_ only on CUDA devices
-    assert registered - checked == {"_elbo_loss_forward", "_multi_sample_loss_forward", "_scale_"}
+    assert registered - checked == {
+        "_elbo_loss_forward",
+        "_multi_sample_loss_forward",
+        "_ppca_log_prob_forward",
+        "_scale_",
+    }
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])

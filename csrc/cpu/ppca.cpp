@@ -24,7 +24,7 @@ PpcaProjection ppca_project_cpu(const Tensor& x, const Tensor& W, const Tensor& 
   p.b = center.const_data_ptr<double>(), p.W = wide.const_data_ptr<double>();
   p.proj = proj.mutable_data_ptr<double>(), p.square = square.mutable_data_ptr<double>();
   run(kernels().ppca_project, p, (p.N + kPpcaRows - 1) / kPpcaRows, kPpcaRows * p.D * p.lanes / 4);
-  return {proj.narrow(1, 0, W.size(1)), square};
+  return {proj.narrow(1, 0, W.size(1)).contiguous(), square};
 }
 
 // The parameters of both kernels of sums, and how many chunks of rows there are: a number that depends on the shapes
@@ -62,7 +62,7 @@ PpcaResidual ppca_residual_cpu(const Tensor& x, const Tensor& W, const Tensor& b
     const Tensor sums = at::empty({chunks, p.D}, means.options()), wide = W.to(at::kDouble);
     run_sums(kernels().ppca_moments, p, crosses, sums);
     if (needs[1]) {
-      cross = crosses.sum(0).narrow(1, 0, p.M).addmm_(wide, at::mm(weighted.t(), mean), 1, -1).to(type);
+      cross = crosses.sum(0).narrow(1, 0, p.M).contiguous().addmm_(wide, at::mm(weighted.t(), mean), 1, -1).to(type);
     }
     if (needs[2]) sum = sums.sum(0).addmv_(wide, weighted.sum(0), 1, -1).to(type);
     return result;
@@ -76,7 +76,7 @@ PpcaResidual ppca_residual_cpu(const Tensor& x, const Tensor& W, const Tensor& b
   p.rounded_mean = rounded.const_data_ptr();
   p.residual = residual.mutable_data_ptr();
   run_sums(kernels().ppca_residual[is_double(W)], p, crosses, sums);
-  if (needs[1]) cross = crosses.sum(0).narrow(1, 0, p.M);
+  if (needs[1]) cross = crosses.sum(0).narrow(1, 0, p.M).contiguous();
   if (needs[2]) sum = sums.sum(0);
   return result;
 }

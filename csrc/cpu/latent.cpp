@@ -15,7 +15,7 @@ void kl_dim_means(const KlParams& p, bool is_double, Scratch& means) {
   dims.B = p.B, dims.D = p.D;
   dims.mu = p.mu, dims.logvar = p.logvar, dims.prior_mu = p.prior_mu, dims.prior_logvar = p.prior_logvar;
   dims.out = means.data();
-  run(kernels().kl_dims[is_double], dims, (p.D + kTile - 1) / kTile, p.B * std::min(p.D, kTile));
+  run(kernels().kl_dims[is_double], dims, (p.D + kLatentTile - 1) / kLatentTile, p.B * std::min(p.D, kLatentTile));
   for (double& m : means) m /= double(p.B);
 }
 

@@ -29,9 +29,9 @@ inline const T* load_rows(const View& v, int64_t k, int64_t b, int64_t column, i
 template <class T>
 struct LatentTile {
   int64_t rows, columns, n;  // n = rows * columns
-  alignas(64) T mu[kTile], logvar[kTile];
-  alignas(64) T delta[kTile], t[kTile], inv_p[kTile];  // mu - mu_p, lv - lv_p, exp(-lv_p)
-  alignas(64) T std[kTile];                            // exp(lv / 2)
+  alignas(64) T mu[kLatentTile], logvar[kLatentTile];
+  alignas(64) T delta[kLatentTile], t[kLatentTile], inv_p[kLatentTile];  // mu - mu_p, lv - lv_p, exp(-lv_p)
+  alignas(64) T std[kLatentTile];                            // exp(lv / 2)
 
   void load_view(const View& v, int64_t b, int64_t column, T* to) {
     const T* from = load_rows(v, 0, b, column, rows, columns, to);
@@ -66,7 +66,13 @@ struct LatentTile {
     }
   }
 
-  KlTerm<T> kl(int64_t i) const { return kl_term(delta[i], t[i], exp_full(t[i]), inv_p[i]); }
+  // KL terms take exp(t), in a loop of its own: see log_prob_tile.
+  alignas(64) T exp_t[kLatentTile];
+  void prepare_kl() {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) exp_t[i] = exp_full(t[i]);
+  }
+  KlTerm<T> kl(int64_t i) const { return kl_term(delta[i], t[i], exp_t[i], inv_p[i]); }
 };
 
 // Work items cover rows [b, b + rows) and all columns: f(tile, b, column).
@@ -75,8 +81,8 @@ inline void for_latent_tiles(const Params& p, int64_t block, F f) {
   const int64_t per_block = rows_per_block(p.D), b = block * per_block;
   const int64_t rows = p.B - b < per_block ? p.B - b : per_block;
   LatentTile<T> tile;
-  for (int64_t column = 0; column < p.D; column += kTile) {
-    const int64_t columns = p.D - column < kTile ? p.D - column : kTile;
+  for (int64_t column = 0; column < p.D; column += kLatentTile) {
+    const int64_t columns = p.D - column < kLatentTile ? p.D - column : kLatentTile;
     tile.template read<kStd>(p, b, rows, column, columns);
     f(tile, b, column);
   }
@@ -106,7 +112,7 @@ inline void store_rows(const View& v, int64_t k, int64_t b, int64_t column, cons
 // The gradients of a tile, before they are stored.
 template <class T>
 struct LatentGrads {
-  alignas(64) T mu[kTile], logvar[kTile], prior_mu[kTile], prior_logvar[kTile];
+  alignas(64) T mu[kLatentTile], logvar[kLatentTile], prior_mu[kLatentTile], prior_logvar[kLatentTile];
 
   template <class Params>
   void store_to(const Params& p, int64_t b, int64_t column, const LatentTile<T>& tile) {
@@ -119,13 +125,14 @@ struct LatentGrads {
 
 template <class T>
 void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
-  alignas(64) T value[kTile], up[kTile];
+  alignas(64) T value[kLatentTile], up[kLatentTile];
   LatentGrads<T> g;
   const bool prior = p.grad_prior_mu || p.grad_prior_logvar;
   const bool grads = p.grad_mu || p.grad_logvar || prior;
   for (int64_t block = begin; block < end; ++block) {
-    for_latent_tiles<T, false>(p, block, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
+    for_latent_tiles<T, false>(p, block, [&](LatentTile<T>& tile, int64_t b, int64_t column) {
       const int64_t columns = tile.columns;
+      tile.prepare_kl();
       for (int64_t r = 0; r < tile.rows; ++r) {
         const T row = at<T>(p.grad, 0, b + r);
         for (int64_t i = 0; i < columns; ++i) up[r * columns + i] = row;
@@ -169,11 +176,12 @@ template <class T>
 void kl_dims_kernel(const KlDimsParams& p, int64_t begin, int64_t end) {
   LatentTile<T> tile;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t column = item * kTile;
-    const int64_t columns = p.D - column < kTile ? p.D - column : kTile;
+    const int64_t column = item * kLatentTile;
+    const int64_t columns = p.D - column < kLatentTile ? p.D - column : kLatentTile;
     for (int64_t i = 0; i < columns; ++i) p.out[column + i] = 0;
     for (int64_t b = 0; b < p.B; ++b) {
       tile.template read<false>(p, b, 1, column, columns);
+      tile.prepare_kl();
       for (int64_t i = 0; i < columns; ++i) p.out[column + i] += double(tile.kl(i).value);
     }
   }
@@ -197,7 +205,7 @@ inline const T* eps_of(const Params& p, const LatentTile<T>& tile, int64_t k, in
 template <class T>
 void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
   const int64_t blocks_k = sample_blocks(p.K);
-  alignas(64) T eps_buffer[kTile], z[kTile], ratio[kTile];
+  alignas(64) T eps_buffer[kLatentTile], z[kLatentTile], ratio[kLatentTile];
   NoiseBuffer noise;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item % blocks_k * kSampleBlock;
@@ -232,18 +240,19 @@ void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
 template <class T>
 void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_t end) {
   constexpr int64_t kInner = 16;
-  alignas(64) T eps_buffer[kTile], grad_z[kTile], up[kTile], grad_eps[kTile], zeros[kTile] = {};
+  alignas(64) T eps_buffer[kLatentTile], grad_z[kLatentTile], up[kLatentTile], grad_eps[kLatentTile], zeros[kLatentTile] = {};
   NoiseBuffer noise;
   LatentGrads<T> part;
-  alignas(64) double total[4][kTile];
+  alignas(64) double total[4][kLatentTile];
   T* parts[4] = {part.mu, part.logvar, part.prior_mu, part.prior_logvar};
   const bool prior = p.grad_prior_mu || p.grad_prior_logvar;
   const bool ratio = p.grad_log_ratio.data;  // without it, nothing of the log ratio is multiplied by 0: it may be inf
   const bool gated = p.gate_path.data;
   const int sums = prior ? 4 : 2;
   for (int64_t block = begin; block < end; ++block) {
-    for_latent_tiles<T, true>(p, block, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
+    for_latent_tiles<T, true>(p, block, [&](LatentTile<T>& tile, int64_t b, int64_t column) {
       const int64_t n = tile.n;
+      if (p.grad_kl.data) tile.prepare_kl();
       for (int s = 0; s < sums; ++s) {
         for (int64_t i = 0; i < n; ++i) total[s][i] = 0, parts[s][i] = 0;
       }

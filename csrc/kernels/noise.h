@@ -28,46 +28,79 @@ FASTELBO_HD Lanes mul_wide(Lanes a, Lanes b) {
 #endif
 }
 
+// A run starts up to three numbers late and is drawn in steps of kInterleaved counters, four numbers each.
+inline constexpr int kInterleaved = 4 * kCounters;
+inline constexpr int kMaxCounters = int(kLatentTile) / 4 + 2 * kInterleaved;
+
 struct NoiseBuffer {
-  alignas(64) float values[kTile + 64];
+  alignas(64) float values[4 * kMaxCounters];
+  alignas(64) uint32_t words[4][kMaxCounters];
+  alignas(64) float radii[kMaxCounters], normals[4][kMaxCounters];
 };
 
-// Noise of the elements [index, index + n), n <= kTile, at the returned place in the buffer. The counters are index /
-// 4, so a run that starts inside a counter's four begins up to three numbers late.
-inline const float* normal_run(uint64_t seed, int64_t index, int64_t n, NoiseBuffer& buffer) {
-  constexpr int kMax = (kTile + 64) / 4;
-  alignas(64) uint32_t words[4][kMax];
-  const uint64_t first = uint64_t(index) >> 2;
-  const int64_t skip = index & 3;
-  const int counters = int((skip + n + 3) / 4 + 15) / 16 * 16;
+// The four words of `counters` counters from `first` on. Four independent chains side by side: alone, a chain waits for
+// the latency of its multiplications.
+inline void philox_run(uint64_t seed, uint64_t first, int counters, NoiseBuffer& buffer) {
+  constexpr int kChains = kInterleaved / kCounters;
   Lanes lane;
   for (int i = 0; i < kCounters; ++i) lane[i] = uint64_t(i);
   const Lanes a = Lanes{} + 0xD2511F53u, b = Lanes{} + 0xCD9E8D57u;
-  for (int i = 0; i < counters; i += kCounters) {
-    const Lanes counter = lane + (first + uint64_t(i));
-    Lanes c0 = counter, c1 = counter >> 32, c2 = Lanes{}, c3 = Lanes{};
+  for (int i = 0; i < counters; i += kInterleaved) {
+    Lanes c[4][kChains];
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const Lanes p0 = mul_wide(c0, a), p1 = mul_wide(c2, b);
-      c0 = (p1 >> 32) ^ c1 ^ (Lanes{} + k0);
-      c2 = (p0 >> 32) ^ c3 ^ (Lanes{} + k1);
-      c1 = p1, c3 = p0;
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    for (int u = 0; u < kChains; ++u) {  // the first round, with words 2 and 3 of the counter 0
+      const Lanes counter = lane + (first + uint64_t(i + u * kCounters)), product = mul_wide(counter, a);
+      c[0][u] = (counter >> 32) ^ (Lanes{} + k0);
+      c[1][u] = Lanes{};
+      c[2][u] = (product >> 32) ^ (Lanes{} + k1);
+      c[3][u] = product;
     }
-    const Lanes block[4] = {c0, c1, c2, c3};
+#pragma GCC unroll 9
+    for (int round = 1; round < 10; ++round) {
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+      const Lanes key0 = Lanes{} + k0, key1 = Lanes{} + k1;
+#pragma GCC unroll 4
+      for (int u = 0; u < kChains; ++u) {
+        const Lanes p0 = mul_wide(c[0][u], a), p1 = mul_wide(c[2][u], b);
+        c[0][u] = (p1 >> 32) ^ c[1][u] ^ key0;
+        c[2][u] = (p0 >> 32) ^ c[3][u] ^ key1;
+        c[1][u] = p1, c[3][u] = p0;
+      }
+    }
     for (int j = 0; j < 4; ++j) {
-      const Words32 low = __builtin_convertvector(block[j], Words32);
-      memcpy(&words[j][i], &low, sizeof(low));
+      for (int u = 0; u < kChains; ++u) {
+        const Words32 low = __builtin_convertvector(c[j][u], Words32);
+        memcpy(&buffer.words[j][i + u * kCounters], &low, sizeof(low));
+      }
+    }
+  }
+}
+
+// Noise of the elements [index, index + n), n <= kLatentTile, at the returned place in the buffer.
+inline const float* normal_run(uint64_t seed, int64_t index, int64_t n, NoiseBuffer& buffer) {
+  const int64_t skip = index & 3;
+  const int counters = int((skip + n + 3) / 4 + kInterleaved - 1) / kInterleaved * kInterleaved;
+  philox_run(seed, uint64_t(index) >> 2, counters, buffer);
+  float* __restrict r = buffer.radii;
+  for (int pair = 0; pair < 4; pair += 2) {
+    const uint32_t* __restrict wa = buffer.words[pair];
+    const uint32_t* __restrict wb = buffer.words[pair + 1];
+    float* __restrict first = buffer.normals[pair];
+    float* __restrict second = buffer.normals[pair + 1];
+#pragma omp simd
+    for (int i = 0; i < counters; ++i) r[i] = radius_squared(wa[i]);
+#pragma omp simd
+    for (int i = 0; i < counters; ++i) {
+      const NormalPair z = on_circle(r[i], wb[i]);
+      first[i] = z.first;
+      second[i] = z.second;
     }
   }
   float* __restrict out = buffer.values;
+  const auto* __restrict z = buffer.normals;
 #pragma omp simd
   for (int i = 0; i < counters; ++i) {
-    const NormalPair x = box_muller(words[0][i], words[1][i]), y = box_muller(words[2][i], words[3][i]);
-    out[4 * i] = x.first;
-    out[4 * i + 1] = x.second;
-    out[4 * i + 2] = y.first;
-    out[4 * i + 3] = y.second;
+    out[4 * i] = z[0][i], out[4 * i + 1] = z[1][i], out[4 * i + 2] = z[2][i], out[4 * i + 3] = z[3][i];
   }
   return buffer.values + skip;
 }

@@ -11,14 +11,18 @@ namespace fastelbo::FASTELBO_ISA {
 
 struct Bernoulli {
   static constexpr const char* name = "bernoulli";
-  static constexpr bool takes_scale = false;
+  static constexpr bool takes_scale = false, kShares = true, kSoftplus = true;
 
   template <class T>
-  FASTELBO_HD static Terms<T> eval(T l, T, T x) {
-    const T e = exp_nonpositive(minus_abs(l));
+  FASTELBO_HD static T share(T l, T) {
+    return exp_nonpositive(minus_abs(l));
+  }
+
+  template <class T>
+  FASTELBO_HD static Terms<T> eval(T l, T, T x, T e) {
     const T step = x - one_unless_negative(l);
     const T tail = e / (1 + e);  // sigmoid(-|l|)
-    return {.value = l * step - log1p_unit(e), .d_recon = step + with_sign_of(l, tail), .d_x = l};
+    return {.value = l * step, .d_recon = step + with_sign_of(l, tail), .d_x = l};
   }
 };
 

@@ -10,10 +10,15 @@ namespace fastelbo::FASTELBO_ISA {
 
 struct BernoulliProbs {
   static constexpr const char* name = "bernoulli_probs";
-  static constexpr bool takes_scale = false;
+  static constexpr bool takes_scale = false, kShares = false, kSoftplus = false;
 
   template <class T>
-  FASTELBO_HD static Terms<T> eval(T p, T, T x) {
+  FASTELBO_HD static T share(T, T) {
+    return 0;
+  }
+
+  template <class T>
+  FASTELBO_HD static Terms<T> eval(T p, T, T x, T) {
     const LogPair<T> logs = log_and_log1m(p);
     const T log_p = logs.log_p < -100 ? T(-100) : logs.log_p;
     const T log_1mp = logs.log_1mp < -100 ? T(-100) : logs.log_1mp;

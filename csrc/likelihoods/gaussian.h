@@ -8,12 +8,17 @@ namespace fastelbo::FASTELBO_ISA {
 
 struct Gaussian {
   static constexpr const char* name = "gaussian";
-  static constexpr bool takes_scale = true;
+  static constexpr bool takes_scale = true, kShares = true, kSoftplus = false;
 
   template <class T>
-  FASTELBO_HD static Terms<T> eval(T m, T lv, T x) {
+  FASTELBO_HD static T share(T, T lv) {
+    return exp_full(-lv);
+  }
+
+  template <class T>
+  FASTELBO_HD static Terms<T> eval(T m, T lv, T x, T inverse) {
     const T delta = x - m;
-    const T slope = delta * exp_full(-lv);  // the compiler folds exp(0) where no log variance is given
+    const T slope = delta * inverse;
     const T square = delta * slope;
     const T log_2pi = T(1.83787706640934548356);
     return {

@@ -8,12 +8,16 @@ namespace fastelbo::FASTELBO_ISA {
 
 struct Laplace {
   static constexpr const char* name = "laplace";
-  static constexpr bool takes_scale = true;
+  static constexpr bool takes_scale = true, kShares = true, kSoftplus = false;
 
   template <class T>
-  FASTELBO_HD static Terms<T> eval(T m, T s, T x) {
+  FASTELBO_HD static T share(T, T s) {
+    return exp_full(-s);
+  }
+
+  template <class T>
+  FASTELBO_HD static Terms<T> eval(T m, T s, T x, T inverse) {
     const T delta = x - m;
-    const T inverse = exp_full(-s);
     const T distance = abs_of(delta) * inverse;
     const T slope = delta > 0 ? inverse : (delta < 0 ? -inverse : delta * inverse);
     const T log_2 = T(0.69314718055994530942);

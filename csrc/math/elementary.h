@@ -78,9 +78,10 @@ FASTELBO_HD T with_sign_of(T x, T y) {
 // 0 where x has the sign bit, else 1
 template <class T>
 FASTELBO_HD T one_unless_negative(T x) {
-  using U = typename Float<T>::UInt;
-  const U negative = bits_to<U>(x) >> (8 * sizeof(T) - 1);  // 1 or 0
-  return bits_to<T>(bits_to<U>(T(1)) & (negative - 1));
+  using F = Float<T>;
+  using U = typename F::UInt;
+  const U negative = U(bits_to<typename F::Int>(x) >> (8 * sizeof(T) - 1));  // all bits or none
+  return bits_to<T>(bits_to<U>(T(1)) & ~negative);
 }
 
 // exp(r) for |r| <= ln(2)/2
@@ -168,6 +169,14 @@ FASTELBO_HD Split<T> split_log(T u) {
   const U exponent = bits >> F::kMantissa;
   const U mantissa = (bits & ((U(1) << F::kMantissa) - 1)) + F::kSqrtHalf;
   return {T(typename F::Int(exponent) - (F::kBias + 1)), bits_to<T>(mantissa) - 1};
+}
+
+// log(1 + q) for 0 <= q < 2^23. Relative error 2.2e-7 (float), 4e-16 (double).
+template <class T>
+FASTELBO_HD T log1p_product(T q) {
+  const Split<T> s = split_log(1 + q);
+  // near q = 0 the sum 1 + q has lost q's low bits: q itself is the argument
+  return log_split(s.exponent, s.exponent == 0 ? q : s.f);
 }
 
 template <class T>

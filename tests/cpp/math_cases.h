@@ -109,7 +109,7 @@ void math_of(Checks& c, const char* type) {
   for (const T t : {T(0), T(1e-4), T(-1e-4), T(1e-20), T(-30), T(5)}) {
     c.expect(expm1_of(t, exp_full(t)).remainder >= 0, "KL is never negative", double(t), 0);
   }
-  const Terms<T> sure = Bernoulli::eval(T(1e4), T(0), T(1)), wrong = Bernoulli::eval(T(-1e4), T(0), T(1));
+  const Terms<T> sure = evaluate<Bernoulli>(T(1e4), T(0), T(1)), wrong = evaluate<Bernoulli>(T(-1e4), T(0), T(1));
   c.expect(sure.value == 0 && sure.d_recon == 0, "Bernoulli at logit 1e4, x = 1", double(sure.value), 0);
   c.expect(wrong.value == T(-1e4) && wrong.d_recon == 1, "Bernoulli at logit -1e4, x = 1", double(wrong.value), 0);
 }
@@ -148,7 +148,7 @@ inline void noise_cases(Checks& c) {
   NoiseBuffer buffer;
   double worst = 0;
   for (const int64_t start : {int64_t(0), int64_t(1), int64_t(30), int64_t(4001), (int64_t(1) << 34) - 9}) {
-    for (const int64_t n : {int64_t(1), int64_t(63), kTile}) {
+    for (const int64_t n : {int64_t(1), int64_t(63), kLatentTile}) {
       const float* run = normal_run(0x123456789abcdefull, start, n, buffer);
       for (int64_t i = 0; i < n; ++i) {
         const uint64_t counter = uint64_t(start + i) >> 2;

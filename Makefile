@@ -1,6 +1,7 @@
 # make demo    train a VAE on handwritten digits with the fused loss and with the plain one, side by side
 # make test    C++ tests, then Python tests
-# make bench   against eager PyTorch and torch.compile; options: make bench ARGS=--quick
+# make bench   against eager PyTorch, torch.compile and other packages; writes benchmarks/README.md
+# make bench-quick   a part of it, in under 3 minutes
 # make cuda-build   builds everything for CUDA, without a GPU, in .venv-cuda; then registers and spills of every kernel
 # make lint, make format
 # make clean   removes what was built; .venv, with the downloaded packages, stays
@@ -13,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV = . .venv/bin/activate &&
 CPP_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test bench cuda-build lint format clean
+.PHONY: demo test bench bench-quick cuda-build lint format clean
 
 demo: .venv/built
 	$(VENV) python examples/demo.py
@@ -24,8 +25,11 @@ test: .venv/built .venv/dev
 	$(VENV) ctest --test-dir build/cmake --output-on-failure
 	$(VENV) pytest -n auto --maxprocesses 8
 
-bench: .venv/built
+bench: .venv/built .venv/bench
 	$(VENV) python -m benchmarks $(ARGS)
+
+bench-quick: .venv/built .venv/bench
+	$(VENV) python -m benchmarks --quick $(ARGS)
 
 # A CUDA build of torch (5.5 GB) in an environment of its own, and a copy of the sources: the build in .venv stays.
 cuda-build:
@@ -62,6 +66,10 @@ clean:
 
 .venv/dev: .venv/base requirements-dev.txt
 	$(VENV) pip install -r requirements-dev.txt
+	touch $@
+
+.venv/bench: .venv/base benchmarks/requirements.txt
+	$(VENV) pip install -r benchmarks/requirements.txt
 	touch $@
 
 .venv/built: .venv/base $(shell find csrc -type f) setup.py pyproject.toml

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import AT_MOST_1_05_TIMES, Inputs, bernoulli, iwae, objective, rsample
-from benchmarks.contenders import FASTELBO, PLAIN
-from benchmarks.measure import results, step
+from benchmarks.contenders import FASTELBO
+from benchmarks.measure import Run, results
+from benchmarks.plain import PLAIN
 
 ROUNDS = 30
 
@@ -166,10 +167,10 @@ def main() -> int:
                     print(f"{name:14} FAILED: {error!r:.90}")
                     continue
                 if exact is None:
-                    exact = [g.double() for g in results(PLAIN[case.op], inputs.double(), case.options)]
+                    exact = [g.double() for g in results(PLAIN[case.op], inputs.to(torch.float64), case.options)]
                 pairs = zip(got, exact, strict=True)
                 errors[name] = max(((g - e).abs().max() / e.abs().max()).item() for g, e in pairs)
-                runs[name] = partial(step, function, inputs, case.options)
+                runs[name] = Run(function, inputs, case.options)
             times: dict[str, list[float]] = {name: [] for name in runs}
             for _ in range(ROUNDS):
                 for name, run in runs.items():

@@ -6,36 +6,52 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import Case, Inputs
 from benchmarks.contenders import CONTENDERS, JUDGE, SUBJECT
 
 # Errors are relative to the largest entry of each tensor. The first contender, eager, must be within COARSE of float64;
-# the others may be twice as far from it as eager is, plus FLOOR.
+# the others may be twice as far from it as eager is, plus FLOOR. Half types: in their own units.
 COARSE, FLOOR = 1e-3, 1e-6
 SAMPLE_NS = 2e6  # a sample repeats the step for at least about this long
+PHASES = ("forward", "backward", "both")
+
+Outputs = tuple[Tensor, ...]
 
 
 @dataclass
 class Row:
+    """One measurement: one line of the CSV file."""
+
+    group: str
     case: str
+    threads: int
     contender: str
-    bar: float
+    phase: str
+    bar: float = math.nan
     median_us: float = math.nan
     p20_us: float = math.nan
     p80_us: float = math.nan
+    forward_percent: float = math.nan
     ratio: float = math.nan  # its median divided by fastelbo's
+    ns_per_element: float = math.nan
+    bandwidth_percent: float = math.nan  # of the measured copy bandwidth, by the bytes that no one can avoid
+    elements: int = 0  # of the largest tensor
+    bytes: int = 0
     saved_bytes: float = math.nan
+    peak_bytes: float = math.nan
     compile_s: float = math.nan
     error: float = math.nan
     failure: str = ""
+    part_of: str = ""
+    size: int = 0
 
     @property
     def verdict(self) -> str:
@@ -44,21 +60,40 @@ class Row:
         return "met" if self.ratio >= self.bar else "MISSED"
 
 
-def step(function: Callable[..., Any], inputs: Inputs, options: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Forward and backward, as in training: the gradients of the step before are let go first."""
-    for tensor in inputs.tensors.values():
-        tensor.grad = None
-    outputs = function(**inputs.tensors, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    if any(o.requires_grad for o in outputs):
-        torch.autograd.backward(outputs, inputs.upstream)
-    return outputs
+@dataclass
+class Run:
+    """A contender's step: forward, backward and, for a model, the optimizer's step, as in training."""
+
+    function: Callable[..., Any]
+    inputs: Inputs
+    options: dict[str, Any]
+
+    def forward(self) -> Outputs:
+        """The gradients of the step before are let go first."""
+        for leaf in self.inputs.leaves:
+            leaf.grad = None
+        outputs = self.function(**self.inputs.arguments, **self.options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def backward(self, outputs: Outputs) -> None:
+        if any(o.requires_grad for o in outputs):
+            torch.autograd.backward(outputs, self.inputs.upstream)
+        if self.inputs.optimizer is not None:
+            self.inputs.optimizer.step()
+
+    def __call__(self) -> Outputs:
+        outputs = self.forward()
+        self.backward(outputs)
+        return outputs
 
 
 def results(function: Callable[..., Any], inputs: Inputs, options: dict[str, Any]) -> list[Tensor]:
     """Values, then gradients, all on the case's own noise."""
-    outputs = step(function, inputs, options | inputs.noise)
-    return [o.detach() for o in outputs] + [t.grad for t in inputs.tensors.values() if t.grad is not None]
+    run = Run(function, inputs, options | inputs.noise)
+    outputs = run.forward()
+    if any(o.requires_grad for o in outputs):
+        torch.autograd.backward(outputs, inputs.upstream)
+    return [o.detach() for o in outputs] + [t.grad for t in inputs.leaves if t.grad is not None]
 
 
 def distance(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -66,11 +101,11 @@ def distance(got: list[Tensor], expected: list[Tensor]) -> float:
     errors = []
     for a, b in zip(got, expected, strict=True):
         assert a.shape == b.shape, f"{tuple(a.shape)} instead of {tuple(b.shape)}"
-        errors.append((a - b).abs().max() / b.abs().max())
+        errors.append((a.double() - b).abs().max() / b.abs().max())
     return torch.stack(errors).max().item()
 
 
-def saved_bytes(run: Callable[[], tuple[Tensor, ...]], inputs: Inputs) -> int:
+def saved_bytes(run: Run) -> int:
     """What is kept for the backward beyond the inputs and the results, which the user holds anyway."""
     storages: dict[int, int] = {}
 
@@ -80,69 +115,144 @@ def saved_bytes(run: Callable[[], tuple[Tensor, ...]], inputs: Inputs) -> int:
 
     with saved_tensors_hooks(keep, lambda t: t):
         outputs = run()
-    for t in (*inputs.tensors.values(), *outputs):
+    for t in (*run.inputs.tensors.values(), *run.inputs.leaves, *outputs):
         storages.pop(t.untyped_storage().data_ptr(), None)
     return sum(storages.values())
 
 
-def timings(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds per step of each contender in each round. They take turns: what slows the machine down hits all."""
+def peak_bytes(run: Run) -> int:
+    """The most that one step holds at a time beyond what was there before it, gradients included."""
+    for leaf in run.inputs.leaves:
+        leaf.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def least_bytes(inputs: Inputs, outputs: Outputs) -> int:
+    """Every input read and every output and gradient written once, every upstream gradient read once."""
+
+    def total(tensors: Any) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    upstream = inputs.upstream if any(o.requires_grad for o in outputs) else ()
+    return total(inputs.tensors.values()) + total(outputs) + total(inputs.leaves) + total(upstream or ())
+
+
+def timings(runs: dict[str, Run], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Microseconds of forward and of backward of each contender in each round.
+
+    They take turns in random order: what slows the machine down hits all.
+    """
     repeats: dict[str, int] = {}
-    for name, run in steps.items():
+    for name, run in runs.items():
         for _ in range(5):
             start = time.perf_counter_ns()
             run()
             repeats[name] = math.ceil(SAMPLE_NS / (time.perf_counter_ns() - start))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle = list(steps), random.Random(0).shuffle
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    order, shuffle, now = list(runs), random.Random(0).shuffle, time.perf_counter_ns
     gc.collect()
     gc.disable()
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            run, count = steps[name], repeats[name]
+            run, count = runs[name], repeats[name]
             run()  # what ran before leaves caches, and threads that still spin
-            start = time.perf_counter_ns()
+            forward = backward = 0
             for _ in range(count):
-                run()
-            times[name].append((time.perf_counter_ns() - start) / count / 1e3)
+                start = now()
+                outputs = run.forward()
+                middle = now()
+                run.backward(outputs)
+                forward, backward = forward + middle - start, backward + now() - middle
+            times[name].append((forward / count / 1e3, backward / count / 1e3))
     gc.enable()
     return times
 
 
-def measure(case: Case, rounds: int) -> list[Row]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()  # else the compiled functions of all cases pile up behind one chain of guards
+def _judge(case: Case, quick: bool) -> tuple[dict[str, Row], dict[str, Run], dict[str, Outputs]]:
+    """A row and a run for every contender; no run for one that is wrong or fails."""
     inputs = case.make()
+    other = case.other(inputs)
     rows: dict[str, Row] = {}
-    steps: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
-    allowed = case.tolerance or COARSE
+    runs: dict[str, Run] = {}
+    first: dict[str, Outputs] = {}
+    floats = [t.dtype for t in inputs.tensors.values() if t.is_floating_point()]
+    eps = torch.finfo(floats[0]).eps
+    floor = max(FLOOR, eps)
+    allowed = case.tolerance or max(COARSE, 8 * eps)
     for contender in CONTENDERS:
         op = next((op for op in (case.op, case.yardstick) if op in contender.functions), None)
-        if op is None:
+        if op is None or (case.contenders and contender.name not in case.contenders):
             continue
-        row = rows[contender.name] = Row(case.name, contender.name, case.bars.get(contender.name, math.nan))
-        function = contender.function(op)
-        run = partial(step, function, inputs, case.options)
+        if quick and contender.mode.startswith("max"):
+            continue
+        given = inputs if op == case.op else other
+        row = Row(case.group, case.name, torch.get_num_threads(), contender.name, "both", part_of=case.part_of)
+        row.size = case.size
+        rows[contender.name] = row
+        run = Run(contender.function(op), given, case.options)
         try:
             start = time.perf_counter()
-            run()
-            row.compile_s = time.perf_counter() - start if contender.compiled else math.nan
-            row.saved_bytes = saved_bytes(run, inputs)
-            expected = results(JUDGE[op], inputs.double(), case.options)
-            row.error = distance(results(function, inputs, case.options), expected)
+            outputs = run()
+            if contender.mode:
+                row.compile_s = time.perf_counter() - start
+            row.saved_bytes, row.peak_bytes = saved_bytes(run), peak_bytes(run)
+            row.elements = max(t.numel() for t in (*given.tensors.values(), *outputs))
+            row.bytes = least_bytes(given, outputs)
+            expected = results(JUDGE[op], given.to(torch.float64), case.options)
+            row.error = distance(results(run.function, given, case.options), expected)
             if not row.error <= allowed:
                 row.failure = "WRONG"
                 continue
             if len(rows) == 1 and case.tolerance is None:
-                allowed = min(allowed, 2 * row.error + FLOOR)
-            steps[contender.name] = run
+                allowed = min(allowed, 2 * row.error + floor)
+            runs[contender.name], first[contender.name] = run, outputs
         except Exception as error:  # a contender that cannot run does not stop the others
             row.failure = f"FAILED: {error!r:.100}"
-    for name, times in timings(steps, max(5, round(case.rounds * rounds))).items():
-        rows[name].p20_us, _, _, rows[name].p80_us = quantiles(times, n=5)
-        rows[name].median_us = median(times)
-    for name, row in rows.items():
-        if name != SUBJECT and SUBJECT in steps:
-            row.ratio = row.median_us / rows[SUBJECT].median_us
-    return list(rows.values())
+    return rows, runs, first
+
+
+def measure(case: Case, rounds: int, copy_bandwidth: float, *, quick: bool = False) -> list[Row]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # else the compiled functions of all cases pile up behind one chain of guards
+    heads, runs, outputs = _judge(case, quick)
+    times = timings(runs, max(5, round(case.rounds * rounds)))
+    found: list[Row] = []
+    for name, head in heads.items():
+        if name not in times:
+            found.append(head)
+            continue
+        trains = any(o.requires_grad for o in outputs[name]) or runs[name].inputs.optimizer is not None
+        for phase in PHASES if trains else PHASES[:1]:
+            us = [{"forward": f, "backward": b, "both": f + b}[phase] for f, b in times[name]]
+            row = Row(**(vars(head) | {"phase": phase}))
+            row.p20_us, _, _, row.p80_us = quantiles(us, n=5)
+            row.median_us = median(us)
+            row.forward_percent = 100 * median(f / (f + b) for f, b in times[name]) if trains else 100.0
+            row.ns_per_element = 1e3 * row.median_us / row.elements
+            if phase == "both" or not trains:
+                row.bar = case.bars.get(name, math.nan)
+                row.bandwidth_percent = 100 * row.bytes / (1e-6 * row.median_us) / copy_bandwidth
+            found.append(row)
+    subject = {row.phase: row.median_us for row in found if row.contender == SUBJECT}
+    for row in found:
+        if row.contender != SUBJECT and row.phase in subject:
+            row.ratio = row.median_us / subject[row.phase]
+    return found
+
+
+def whole(rows: list[Row]) -> list[Row]:
+    """The rows of whole steps: one per case and contender."""
+    return [row for row in rows if row.phase == "both" or not _has_both(rows, row)]
+
+
+def _has_both(rows: list[Row], one: Row) -> bool:
+    key = (one.case, one.threads, one.contender)
+    return any(row.phase == "both" and (row.case, row.threads, row.contender) == key for row in rows)

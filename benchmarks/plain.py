@@ -1,0 +1,168 @@
+"""The opponents written by hand in plain PyTorch: the shortest code that a user would write for each op.
+
+They are faster than `fastelbo.reference`, which is kept to the letter of the formulas.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Normal
+
+import fastelbo
+from benchmarks.steps import Step
+from fastelbo.estimators import ESTIMATORS
+from fastelbo.training import build_model
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def _kl(mu: Tensor, logvar: Tensor) -> Tensor:
+    return -0.5 * (1 + logvar - mu.square() - logvar.exp())
+
+
+def plain_elbo_bernoulli(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return (F.binary_cross_entropy_with_logits(recon, x, reduction="sum") + _kl(mu, logvar).sum()) / len(x)
+
+
+def plain_elbo_uint8(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """torch has no loss for bytes: they are converted first."""
+    return plain_elbo_bernoulli(recon, x.to(recon.dtype) / 255, mu, logvar)
+
+
+def plain_elbo_probs(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return (F.binary_cross_entropy(recon, x, reduction="sum") + _kl(mu, logvar).sum()) / len(x)
+
+
+def plain_elbo_gaussian(mean: Tensor, scale: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    nll = 0.5 * ((x - mean).square() * torch.exp(-scale) + scale + LOG_2PI)
+    return (nll.sum() + _kl(mu, logvar).sum()) / len(x)
+
+
+def plain_rsample(mu: Tensor, logvar: Tensor, num_samples: int, eps: Tensor | None = None) -> tuple[Tensor, ...]:
+    if eps is None:
+        eps = torch.randn(num_samples, *mu.shape)
+    z = mu + torch.exp(0.5 * logvar) * eps
+    return z, _kl(mu, logvar).sum(-1), 0.5 * (eps.square() - z.square() + logvar).sum(-1)
+
+
+def plain_iwae(recon: Tensor, x: Tensor, log_ratio: Tensor) -> Tensor:
+    nll = F.binary_cross_entropy_with_logits(recon, x.expand_as(recon), reduction="none").sum(-1)
+    return (math.log(len(recon)) - torch.logsumexp(log_ratio - nll, 0)).mean()
+
+
+def plain_objective(
+    estimator: str, recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """-> loss, z. Score terms are cut by detaching, the gradient of z is weighted by a hook, as is usual."""
+    eps = torch.randn(len(recon), *mu.shape) if eps is None else eps
+    z = mu + torch.exp(0.5 * logvar) * eps
+    log_p = -F.binary_cross_entropy_with_logits(recon, x.expand_as(recon), reduction="none").sum(-1)
+    if estimator in ("stl", "dreg"):
+        m, lv = mu.detach(), logvar.detach()
+        log_ratio = 0.5 * ((z - m).square() * torch.exp(-lv) - z.square() + lv).sum(-1)
+    else:
+        log_ratio = 0.5 * (eps.square() - z.square() + logvar).sum(-1)
+    log_w = log_p + log_ratio
+    elbo, iwae = log_w.mean(0), torch.logsumexp(log_w, 0) - math.log(len(log_w))
+    if estimator in ("elbo", "stl"):
+        return -elbo.mean(), z
+    if estimator == "vr":
+        return -2 * (torch.logsumexp(0.5 * log_w, 0) - math.log(len(log_w))).mean(), z
+    if estimator == "ciwae":
+        return -(0.5 * elbo + 0.5 * iwae).mean(), z
+    if estimator == "miwae":
+        inner = log_w.unflatten(0, (5, -1))
+        return -(torch.logsumexp(inner, 1) - math.log(inner.shape[1])).mean(), z
+    if estimator == "iwae":
+        return -iwae.mean(), z
+    weights = torch.softmax(log_w.detach(), 0)
+    if estimator == "dreg":
+        z.register_hook(lambda g: g * weights.unsqueeze(-1))
+        return -iwae.mean(), z
+    assert estimator == "rws"
+    z.register_hook(torch.zeros_like)
+    log_q = -0.5 * ((z.detach() - mu).square() * torch.exp(-logvar) + logvar).sum(-1)
+    surrogate = -(weights * (log_p + log_q)).sum(0).mean()
+    return surrogate + (-iwae.mean() - surrogate).detach(), z
+
+
+def plain_iwae_probs(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
+    log_p = -F.binary_cross_entropy(recon, x.expand_as(recon), reduction="none").sum(-1)
+    log_ratio = 0.5 * ((z - mu).square() * torch.exp(-logvar) - z.square() + logvar).sum(-1)
+    return (math.log(len(recon)) - torch.logsumexp(log_p + log_ratio, 0)).mean()
+
+
+def plain_step(x: Tensor, module: Step, eps: Tensor | None = None) -> Tensor:
+    """A whole training step but for the optimizer: encode, sample, decode, loss."""
+    mu, logvar = module.encode(x)
+    if module.samples is None:
+        z = mu + torch.exp(0.5 * logvar) * (torch.randn_like(mu) if eps is None else eps)
+        return plain_elbo_bernoulli(module.decode(z), x, mu, logvar)
+    eps = torch.randn(module.samples, *mu.shape) if eps is None else eps
+    z = mu + torch.exp(0.5 * logvar) * eps
+    recon = module.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+    return plain_iwae(recon.flatten(2), x.flatten(1), 0.5 * (eps.square() - z.square() + logvar).sum(-1))
+
+
+def plain_step_loss(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor | None = None) -> Any:
+    """The sampling and the loss of a step around a decoder that is not there. -> loss, z"""
+    if recon.dim() > x.dim():
+        return plain_objective("iwae", recon, x, mu, logvar, eps)
+    eps = torch.randn_like(mu) if eps is None else eps
+    return plain_elbo_bernoulli(recon, x, mu, logvar), mu + torch.exp(0.5 * logvar) * eps
+
+
+@cache
+def digits_model() -> fastelbo.VAE:
+    torch.manual_seed(0)
+    return build_model((8, 8), 8, 256, "bernoulli").eval()
+
+
+@torch.no_grad()
+def plain_log_marginal(x: Tensor, num_samples: int, chunk_size: int) -> Tensor:
+    model, parts = digits_model(), []
+    mu, logvar = model.encode(x)
+    q, prior = Normal(mu, torch.exp(0.5 * logvar)), Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    for first in range(0, num_samples, chunk_size):
+        z = q.sample((min(chunk_size, num_samples - first),))
+        logits = model.decoder(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        bce = F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none").flatten(2).sum(2)
+        parts.append((prior.log_prob(z) - q.log_prob(z)).sum(2) - bce)
+    return torch.logsumexp(torch.cat(parts), 0) - math.log(num_samples)
+
+
+def plain_ppca(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
+    """By Woodbury's formula and the determinant lemma."""
+    D, M = W.shape
+    s2, r = torch.exp(log_sigma2), x - b
+    factor = torch.linalg.cholesky(W.mT @ W + s2 * torch.eye(M, dtype=W.dtype))
+    u = torch.linalg.solve_triangular(factor, (r @ W).mT, upper=False)
+    distance = (r.square().sum(1) - u.square().sum(0)) / s2
+    return -0.5 * (D * LOG_2PI + (D - M) * log_sigma2 + 2 * torch.log(factor.diagonal()).sum() + distance)
+
+
+def one_bce(recon: Tensor, x: Tensor, **_: Tensor) -> Tensor:
+    """Not an ELBO: the cheapest loss in PyTorch, to tell what a call costs."""
+    return F.binary_cross_entropy_with_logits(recon, x)
+
+
+PLAIN: dict[str, Callable[..., Any]] = {
+    "elbo_bernoulli": plain_elbo_bernoulli,
+    "elbo_uint8": plain_elbo_uint8,
+    "elbo_probs": plain_elbo_probs,
+    "elbo_gaussian": plain_elbo_gaussian,
+    "rsample": plain_rsample,
+    "iwae": plain_iwae,
+    "iwae_probs": plain_iwae_probs,
+    **{f"{name} step": partial(plain_objective, name) for name in ESTIMATORS},
+    "step": plain_step,
+    "step loss": plain_step_loss,
+    "log_marginal": plain_log_marginal,
+    "ppca": plain_ppca,
+    "ppca_score": plain_ppca,
+}

@@ -23,11 +23,9 @@ inline bool wants_grad(const Tensor& t) { return t.requires_grad(); }
 inline bool wants_grad(const OptionalTensor& t) { return t.has_value() && t->requires_grad(); }
 
 // Whether a gradient that is computed in the forward and multiplied by the upstream one in the backward is as good as
-// one computed in the backward. Half types lose by it: the first rounding comes before the multiplication, and a
-// gradient scaler's 2^16 exists to undo just that underflow.
-inline bool keeps_precision(const Tensor& t) {
-  return !t.requires_grad() || t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble;
-}
+// one computed in the backward. float16 loses by it: what is too small for it is gone before a gradient scaler's 2^16,
+// which exists to save just that. bfloat16 has the range of float, and a scaler's power of two multiplies exactly.
+inline bool keeps_precision(const Tensor& t) { return !t.requires_grad() || t.scalar_type() != at::kHalf; }
 inline bool keeps_precision(const OptionalTensor& t) { return !t.has_value() || keeps_precision(*t); }
 
 // Whether each of these saved inputs needs a gradient now; the list is in the order of apply()'s tensor arguments, and

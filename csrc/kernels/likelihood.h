@@ -67,6 +67,16 @@ inline void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restri
   }
 }
 
+// f over n numbers that lie `step` apart, as a tree.
+template <int64_t n, class T, class F>
+FASTELBO_HD T tree(const T* p, int64_t step, F f) {
+  if constexpr (n == 1) {
+    return *p;
+  } else {
+    return f(tree<n / 2>(p, step, f), tree<n / 2>(p + n / 2 * step, step, f));
+  }
+}
+
 // The sum of the first n values of a tile, less log(1 + share) where kSoftplus: by products of kGroup factors, of which
 // q holds what is beyond 1. So no digit is lost where all factors are near 1.
 template <bool kSoftplus, class T>
@@ -75,21 +85,15 @@ inline double sum_tile(TileSums<T>& tile, int64_t n) {
   for (int64_t i = n; i < padded; ++i) tile.value[i] = 0;
   for (int64_t i = n; kSoftplus && i < padded; ++i) tile.share[i] = 0;
   const T* __restrict v = tile.value;
-  const T* __restrict s = tile.share;
-  const auto product = [](T a, T b) { return a * b + (a + b); };  // (1 + a) (1 + b) - 1
+  const T* __restrict q = tile.share;
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < part; ++i) {
-    const T *a = v + i, *q = s + i;
-    const T values = ((a[0] + a[part]) + (a[2 * part] + a[3 * part])) +
-                     ((a[4 * part] + a[5 * part]) + (a[6 * part] + a[7 * part]));
+    T total = tree<kGroup>(v + i, part, [](T a, T b) { return a + b; });
     if constexpr (kSoftplus) {
-      const T q4 = product(product(q[0], q[part]), product(q[2 * part], q[3 * part]));
-      const T q8 = product(product(q[4 * part], q[5 * part]), product(q[6 * part], q[7 * part]));
-      sum += values - log1p_product(product(q4, q8));
-    } else {
-      sum += values;
+      total -= log1p_product(tree<kGroup>(q + i, part, [](T a, T b) { return a * b + (a + b); }));
     }
+    sum += total;
   }
   return sum;
 }

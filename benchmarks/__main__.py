@@ -15,7 +15,7 @@ import torch  # noqa: E402
 
 from benchmarks import compare, report  # noqa: E402
 from benchmarks.cases import CASES  # noqa: E402
-from benchmarks.machine import copy_bandwidth, facts  # noqa: E402
+from benchmarks.machine import DISTURBED, copy_bandwidth, facts  # noqa: E402
 from benchmarks.measure import Row, measure, whole  # noqa: E402
 from benchmarks.packages import MISSING  # noqa: E402
 
@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"\n{case.name}", flush=True)
             found = measure(case, QUICK_ROUNDS if args.quick else ROUNDS, bandwidths[threads], quick=args.quick)
             print(*(report.line(report.cells(row)) for row in whole(found)), sep="\n", flush=True)
+            if (busy := max(row.others_percent for row in found)) > DISTURBED:
+                print(f"DISTURBED: other processes took {busy:.0f} % of the processors meanwhile.")
             rows += found
 
     failed = sum(row.failure.startswith("FAILED") for row in rows)

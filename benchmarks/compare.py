@@ -8,40 +8,65 @@ from benchmarks.report import Record, read_csv
 SLOWER = 1.10  # a median that grew by less is noise, whatever the quantiles say
 
 Key = tuple[str, str, str, str]
+Interval = tuple[float, float, float]  # p20, median, p80
 
 
 def _by_key(records: list[Record]) -> dict[Key, Record]:
-    return {(r["case"], r["threads"], r["contender"], r["phase"]): r for r in records if r["median_us"] != "nan"}
+    return {(r["case"], r["threads"], r["contender"], r["phase"]): r for r in records}
+
+
+def _times(record: Record | None) -> Interval | None:
+    if record is None or record["median_us"] == "nan":
+        return None
+    return float(record["p20_us"]), float(record["median_us"]), float(record["p80_us"])
+
+
+def _over(ours: Interval, eager: Interval) -> Interval:
+    """Our time in units of eager's, from the best that the quantiles allow to the worst."""
+    return ours[0] / eager[2], ours[1] / eager[1], ours[2] / eager[0]
+
+
+def _grown(old: Interval, new: Interval) -> float | None:
+    """By how much the median grew, where that is beyond noise."""
+    factor = new[1] / old[1]
+    return factor if new[0] > old[2] and factor > SLOWER else None
 
 
 def regressions(old: list[Record], new: list[Record]) -> list[str]:
-    """Measurements of fastelbo that are slower, in time and, where eager was measured too, relative to it.
+    """Measurements of fastelbo that are slower beyond noise, in time or relative to eager, or that are gone.
 
-    Slower in time: the new p20 above the old p80, and the median above SLOWER times the old one. Eager takes turns with
-    fastelbo, so that a machine that became slower as a whole slows both.
+    Times of two machines say nothing about each other: there the time relative to eager, which takes turns with
+    fastelbo, stands alone.
     """
     before, after = _by_key(old), _by_key(new)
+    same_machine = all(old[0][key] == new[0][key] for key in ("cpu", "cores", "isa"))
     found = []
-    for key in before.keys() & after.keys():
+    for key in sorted(before.keys() & after.keys()):
         case, threads, contender, phase = key
-        a, b = before[key], after[key]
-        if contender != SUBJECT or float(b["p20_us"]) <= float(a["p80_us"]):
+        if contender != SUBJECT or (a := _times(before[key])) is None:
             continue
-        grown = float(b["median_us"]) / float(a["median_us"])
+        name = f"{case}, {phase}, {threads} threads"
+        if (b := _times(after[key])) is None:
+            found.append(f"{name}: was timed, now {after[key]['failure']}")
+            continue
+        if same_machine and (factor := _grown(a, b)):
+            found.append(f"{name}: {a[1]:.1f} -> {b[1]:.1f} us, {factor:.2f}x")
         eager = (case, threads, EAGER, phase)
-        if eager in before and eager in after:
-            grown = min(grown, grown / (float(after[eager]["median_us"]) / float(before[eager]["median_us"])))
-        if grown > SLOWER:
-            times = f"{float(a['median_us']):.1f} -> {float(b['median_us']):.1f} us"
-            found.append(f"{case}, {phase}, {threads} threads: {times}, {grown:.2f}x beyond what eager lost")
-    return sorted(found)
+        eager_a, eager_b = _times(before.get(eager)), _times(after.get(eager))
+        if eager_a and eager_b and (factor := _grown(_over(a, eager_a), _over(b, eager_b))):
+            ratios = f"{eager_a[1] / a[1]:.2f}x -> {eager_b[1] / b[1]:.2f}x"
+            found.append(f"{name}: against eager {ratios}")
+    return found
 
 
 def main(old: Path, new: Path) -> int:
     before, after = read_csv(old), read_csv(new)
     for name, records in ((old, before), (new, after)):
         print(name, *(f"{key}: {records[0][key]}" for key in ("revision", "cpu", "isa", "torch")), sep="  ")
-    shared = len(_by_key(before).keys() & _by_key(after).keys())
+    shared = sum(key[2] == SUBJECT for key in _by_key(before).keys() & _by_key(after).keys())
+    if not shared:
+        print("Nothing of fastelbo is in both: nothing compared.")
+        return 2
     found = regressions(before, after)
-    print(f"{shared} measurements in both; slower beyond noise: {len(found)}", *found, sep="\n")
+    print(f"measurements of fastelbo in both: {shared}; slower beyond noise: {len(found)}", *found, sep="\n")
     return 1 if found else 0

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import Case, Inputs
 from benchmarks.contenders import CONTENDERS, JUDGE, SUBJECT
+from benchmarks.machine import others_share
 
 # Errors are relative to the largest entry of each tensor. The first contender, eager, must be within COARSE of float64;
 # the others may be twice as far from it as eager is, plus FLOOR. Half types: in their own units.
@@ -52,6 +53,7 @@ class Row:
     failure: str = ""
     part_of: str = ""
     size: int = 0
+    others_percent: float = math.nan  # of the machine's processors, used by other processes while the case was timed
 
     @property
     def verdict(self) -> str:
@@ -97,11 +99,11 @@ def results(function: Callable[..., Any], inputs: Inputs, options: dict[str, Any
 
 
 def distance(got: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest error; NaN where there is one."""
-    errors = []
-    for a, b in zip(got, expected, strict=True):
-        assert a.shape == b.shape, f"{tuple(a.shape)} instead of {tuple(b.shape)}"
-        errors.append((a.double() - b).abs().max() / b.abs().max())
+    """The largest error; NaN where there is one; infinity where a value or gradient is missing or of another shape."""
+    if [t.shape for t in got] != [t.shape for t in expected]:
+        return math.inf
+    # where float64 has zeros alone, the error itself
+    errors = [(a.double() - b).abs().max() / (b.abs().max() or 1) for a, b in zip(got, expected, strict=True)]
     return torch.stack(errors).max().item()
 
 
@@ -214,6 +216,8 @@ def _judge(case: Case, quick: bool) -> tuple[dict[str, Row], dict[str, Run], dic
             if len(rows) == 1 and case.tolerance is None:
                 allowed = min(allowed, 2 * row.error + floor)
             runs[contender.name], first[contender.name] = run, outputs
+        except ModuleNotFoundError as error:
+            row.failure = f"not installed: {error}"
         except Exception as error:  # a contender that cannot run does not stop the others
             row.failure = f"FAILED: {error!r:.100}"
     return rows, runs, first
@@ -223,7 +227,11 @@ def measure(case: Case, rounds: int, copy_bandwidth: float, *, quick: bool = Fal
     torch.manual_seed(0)
     torch._dynamo.reset()  # else the compiled functions of all cases pile up behind one chain of guards
     heads, runs, outputs = _judge(case, quick)
+    others = others_share()
     times = timings(runs, max(5, round(case.rounds * rounds)))
+    busy = 100 * others()
+    for head in heads.values():
+        head.others_percent = busy
     found: list[Row] = []
     for name, head in heads.items():
         if name not in times:

@@ -112,7 +112,7 @@ def plain_step(x: Tensor, module: Step, eps: Tensor | None = None) -> Tensor:
 def plain_step_loss(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor | None = None) -> Any:
     """The sampling and the loss of a step around a decoder that is not there. -> loss, z"""
     if recon.dim() > x.dim():
-        return plain_objective("iwae", recon, x, mu, logvar, eps)
+        return plain_objective("iwae", recon.flatten(2), x.flatten(1), mu, logvar, eps)
     eps = torch.randn_like(mu) if eps is None else eps
     return plain_elbo_bernoulli(recon, x, mu, logvar), mu + torch.exp(0.5 * logvar) * eps
 

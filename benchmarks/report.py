@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.contenders import COMPILE, EAGER, SUBJECT, TUNED
+from benchmarks.machine import DISTURBED
 from benchmarks.measure import COARSE, FLOOR, Row
 
 HERE = Path(__file__).parent
@@ -88,10 +89,10 @@ def read_csv(path: Path) -> list[Record]:
 
 
 def newest() -> Path:
-    found = sorted(RESULTS.glob("*.csv"))
+    found = list(RESULTS.glob("*.csv"))
     if not found:
         raise FileNotFoundError(f"no CSV file in {RESULTS}: run `make bench` first")
-    return found[-1]
+    return max(found, key=lambda path: (path.name[:10], path.stat().st_mtime))  # by date; of one day, the last written
 
 
 class Page:
@@ -272,9 +273,9 @@ def render(records: Sequence[Record], plots: Sequence[str]) -> str:
         "",
         *_list(f"{_named(r)}: {float(r['ratio']):.2f}x" for r in slower),
         "",
-        "## Who is wrong",
+        "## Who is wrong, failed or was not installed",
         "",
-        "The error is relative to the largest entry of the tensor.",
+        "The error is relative to the largest entry of the tensor; inf: a value or gradient is missing.",
         "",
         *_list(
             f"{_named(r)}: " + (f"error {float(r['error']):.0e}" if r["failure"] == "WRONG" else r["failure"])
@@ -282,6 +283,16 @@ def render(records: Sequence[Record], plots: Sequence[str]) -> str:
         ),
         "",
     ]
+    disturbed = {r["case"]: float(r["others_percent"]) for r in page.whole if float(r["others_percent"]) > DISTURBED}
+    if disturbed:
+        parts += [
+            "## Disturbed",
+            "",
+            f"Other processes took more than {DISTURBED} % of the processors meanwhile: these figures mean little.",
+            "",
+            *_list(f"{case}: {busy:.0f} %" for case, busy in disturbed.items()),
+            "",
+        ]
     if LIMITS.exists():
         parts += [LIMITS.read_text().strip(), ""]
     parts += ["## Plots", "", *(f"![{Path(name).stem}]({name})" for name in plots), ""]

@@ -1,13 +1,15 @@
 """The benchmark suite judges, compares and reports as it says. Nothing here is timed."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import cases, compare, measure, report
+from benchmarks import cases, compare, measure, packages, report
 from benchmarks.contenders import CONTENDERS, FASTELBO, JUDGE, SUBJECT, Contender
 from benchmarks.measure import Row
+from benchmarks.plain import PLAIN
 
 ABOUT = {key: "-" for key in ("date", "revision", "fastelbo", "torch", "cpu", "cores", "isa", "load")}
 SMALL = cases.Case(
@@ -85,13 +87,60 @@ def _rows(ours: float, eager: float, spread: float = 0.05) -> list[Row]:
 
 @pytest.mark.parametrize(
     "ours, eager, spread, regressed",
-    [(140, 300, 0.05, True), (104, 300, 0.05, False), (140, 300, 0.5, False), (140, 420, 0.05, False)],
-    ids=["slower", "within a tenth", "noise", "the machine is slower"],
+    [(140, 300, 0.05, True), (104, 300, 0.05, False), (140, 300, 0.5, False), (140, 420, 0.05, True)],
+    ids=["slower", "within a tenth", "noise", "slower, and eager too"],
 )
 def test_compare(tmp_path, ours, eager, spread, regressed):
     old = report.write_csv(ABOUT, {2: 1e10}, _rows(100, 300, spread), tmp_path / "old.csv")
     new = report.write_csv(ABOUT, {2: 1e10}, _rows(ours, eager, spread), tmp_path / "new.csv")
     assert compare.main(old, new) == int(regressed)
+
+
+@pytest.mark.parametrize(
+    "ours, eager, regressed", [(140, 420, False), (90, 100, True)], ids=["a slower machine", "a faster one"]
+)
+def test_compare_of_two_machines_is_relative_to_eager(tmp_path, ours, eager, regressed):
+    old = report.write_csv(ABOUT, {2: 1e10}, _rows(100, 300), tmp_path / "old.csv")
+    new = report.write_csv(ABOUT | {"cpu": "another"}, {2: 1e10}, _rows(ours, eager), tmp_path / "new.csv")
+    assert compare.main(old, new) == int(regressed)
+
+
+def test_compare_of_nothing_is_no_success(tmp_path):
+    old = report.write_csv(ABOUT, {2: 1e10}, _rows(100, 300), tmp_path / "old.csv")
+    rows = [replace(row, case="another case") for row in _rows(100, 300)]
+    assert compare.main(old, report.write_csv(ABOUT, {2: 1e10}, rows, tmp_path / "new.csv")) == 2
+
+
+def test_compare_names_what_went_wrong(tmp_path):
+    old = report.write_csv(ABOUT, {2: 1e10}, _rows(100, 300), tmp_path / "old.csv")
+    lost = Row("losses", "a case", 2, SUBJECT, "both", failure="WRONG")
+    assert compare.main(old, report.write_csv(ABOUT, {2: 1e10}, [lost], tmp_path / "new.csv")) == 1
+
+
+def test_newest_is_the_last_written_of_the_last_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for age, name in enumerate(("2026-01-02-b-avx2.csv", "2026-01-02-b.csv", "2026-01-01-z.csv")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    assert report.newest().name == "2026-01-02-b-avx2.csv"
+
+
+@pytest.mark.parametrize("case", [c for c in cases.CASES if c.part_of], ids=lambda case: case.name)
+def test_plain_loss_alone_is_right(case):
+    """Its share of the step needs eager's time: a contender that fails would leave a hole in the table."""
+    inputs = case.make().to(torch.float64)
+    assert (
+        measure.distance(measure.results(PLAIN[case.op], inputs, {}), measure.results(JUDGE[case.op], inputs, {}))
+        < 1e-9
+    )
+
+
+def test_page_names_what_is_not_installed(tmp_path, monkeypatch):
+    planted = Contender("planted", {"elbo_bernoulli": packages._not_installed})
+    monkeypatch.setattr(measure, "CONTENDERS", [*CONTENDERS, planted])
+    found = measure.measure(replace(SMALL, contenders=("eager", "planted", SUBJECT)), 5, 1e10, quick=True)
+    records = report.read_csv(report.write_csv(ABOUT, {2: 1e10, 1: 1e10}, found, tmp_path / "run.csv"))
+    assert "planted" in report.render(records, []).split("not installed")[-2]
 
 
 def test_page_says_where_we_lose(tmp_path, monkeypatch):

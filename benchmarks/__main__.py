@@ -1,6 +1,7 @@
 """python -m benchmarks [run | report | compare OLD.csv NEW.csv]; without a word, run. See benchmarks/README.md."""
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
                 continue
             print(f"\n{case.name}", flush=True)
             found = measure(case, QUICK_ROUNDS if args.quick else ROUNDS, bandwidths[threads], quick=args.quick)
+            for row in found:
+                row.bar = row.bar if threads == every[0] else math.nan  # bars are for all threads
             print(*(report.line(report.cells(row)) for row in whole(found)), sep="\n", flush=True)
             if (busy := max(row.others_percent for row in found)) > DISTURBED:
                 print(f"DISTURBED: other processes took {busy:.0f} % of the processors meanwhile.")

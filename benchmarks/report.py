@@ -204,7 +204,7 @@ def _list(lines: Iterable[str]) -> list[str]:
 
 def render(records: Sequence[Record], plots: Sequence[str]) -> str:
     page, about = Page(records), records[0]
-    bars = [r for r in page.whole if r["verdict"] in ("met", "MISSED")]
+    bars = [r for r in page.whole if r["verdict"] in ("met", "MISSED") and r["threads"] == page.threads]
     missed = [r for r in bars if r["verdict"] == "MISSED"]
     slower = [r for r in page.whole if not math.isnan(float(r["ratio"])) and float(r["ratio"]) < EVEN]
     wrong = [r for r in page.records if r["failure"]]

@@ -31,7 +31,7 @@ struct LatentTile {
   int64_t rows, columns, n;  // n = rows * columns
   alignas(64) T mu[kLatentTile], logvar[kLatentTile];
   alignas(64) T delta[kLatentTile], t[kLatentTile], inv_p[kLatentTile];  // mu - mu_p, lv - lv_p, exp(-lv_p)
-  alignas(64) T std[kLatentTile];                            // exp(lv / 2)
+  alignas(64) T std[kLatentTile];                                        // exp(lv / 2)
 
   void load_view(const View& v, int64_t b, int64_t column, T* to) {
     const T* from = load_rows(v, 0, b, column, rows, columns, to);
@@ -240,7 +240,8 @@ void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
 template <class T>
 void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_t end) {
   constexpr int64_t kInner = 16;
-  alignas(64) T eps_buffer[kLatentTile], grad_z[kLatentTile], up[kLatentTile], grad_eps[kLatentTile], zeros[kLatentTile] = {};
+  alignas(64) T eps_buffer[kLatentTile], grad_z[kLatentTile], up[kLatentTile], grad_eps[kLatentTile],
+      zeros[kLatentTile] = {};
   NoiseBuffer noise;
   LatentGrads<T> part;
   alignas(64) double total[4][kLatentTile];

@@ -24,8 +24,8 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
 #pragma unroll 2
     for (int i = int(begin / 4) + lane; i < int(end / 4); i += g) {
       const float4 r = recon[i], d = x[i], s = kScale ? scale[i] : make_float4(0, 0, 0, 0);
-      const Terms<float> t0 = evaluate<L>(r.x, s.x, d.x), t1 = evaluate<L>(r.y, s.y, d.y), t2 = evaluate<L>(r.z, s.z, d.z),
-                         t3 = evaluate<L>(r.w, s.w, d.w);
+      const Terms<float> t0 = evaluate<L>(r.x, s.x, d.x), t1 = evaluate<L>(r.y, s.y, d.y),
+                         t2 = evaluate<L>(r.z, s.z, d.z), t3 = evaluate<L>(r.w, s.w, d.w);
       sum += (t0.value + t1.value) + (t2.value + t3.value);
       if (d_recon) {
         d_recon[i] = make_float4(factor * t0.d_recon, factor * t1.d_recon, factor * t2.d_recon, factor * t3.d_recon);

@@ -12,6 +12,8 @@ template <class T>
 struct Elements {
   const T *recon, *scale, *x, *weight;
   T *grad_recon, *grad_scale, *grad_x;
+  const uint8_t* bytes;  // x as it lies, where it is bytes in a row: converted in registers
+  T unit;                // what a byte is multiplied by
 };
 
 // A tile is done in several short loops instead of a long one: what limits a long one is not the number of its
@@ -37,13 +39,15 @@ inline void share_tile(const T* __restrict recon, const T* __restrict scale, T* 
 
 // The values of n elements and their gradients times factor. An element of weight 0 counts for nothing, whatever it
 // holds.
-template <class L, bool kScale, Grads kGrads, bool kWeighted, class T>
+template <class L, bool kScale, Grads kGrads, bool kWeighted, bool kBytes, class T>
 inline void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restrict value, T* __restrict share) {
   constexpr bool kShares = L::kShares && (kScale || !L::takes_scale);
   if constexpr (kShares) share_tile<L, kScale>(e.recon, e.scale, share, n);
   const T* __restrict recon = e.recon;
   const T* __restrict scale = e.scale;
   const T* __restrict x = e.x;
+  const uint8_t* __restrict bytes = e.bytes;
+  const T unit = e.unit;
   const T* __restrict weight = e.weight;
   T* __restrict grad_recon = e.grad_recon;
   T* __restrict grad_scale = e.grad_scale;
@@ -53,7 +57,7 @@ inline void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restri
     // one const value: gcc keeps a struct that is assigned in pieces in memory, and then does not vectorize
     const T s = kScale ? scale[i] : T(0);
     const T shared = kShares ? share[i] : L::share(recon[i], s);
-    const Terms<T> t = L::eval(recon[i], s, x[i], shared);
+    const Terms<T> t = L::eval(recon[i], s, kBytes ? T(bytes[i]) * unit : x[i], shared);
     const T m = kWeighted ? weight[i] : T(1);
     const bool seen = !kWeighted || m != 0;
     const T w = kWeighted ? factor * m : factor;
@@ -108,7 +112,9 @@ inline double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int
     const int64_t n = end - i < kTile ? end - i : kTile;
     Elements<T> e;
     e.recon = load(p.recon, k, b, i, n, in[0]);
-    e.x = load(p.x, k, b, i, n, in[1]);
+    e.bytes = p.mask ? nullptr : bytes_of(p.x, k, b, i);
+    e.unit = p.x.unit ? T(1) / T(255) : T(1);
+    e.x = e.bytes ? nullptr : load(p.x, k, b, i, n, in[1]);
     e.scale = kScale ? load(p.scale, k, b, i, n, in[2]) : nullptr;
     e.weight = p.mask ? load(p.mask, k, b, i, n, in[3]) : nullptr;
     e.grad_recon = target(p.grad_recon, k, b, i, out[0]);
@@ -116,8 +122,10 @@ inline double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int
     e.grad_x = target(p.grad_x, k, b, i, out[2]);
     const int64_t whole = n - n % kLanes, tail = n - whole;
     const auto evaluate_part = [&](const Elements<T>& part, int64_t count, int64_t at) {
-      e.weight ? log_prob_tile<L, kScale, kGrads, true>(part, factor, count, tile.value + at, tile.share + at)
-               : log_prob_tile<L, kScale, kGrads, false>(part, factor, count, tile.value + at, tile.share + at);
+      T *value = tile.value + at, *share = tile.share + at;
+      if (part.bytes) return log_prob_tile<L, kScale, kGrads, false, true>(part, factor, count, value, share);
+      e.weight ? log_prob_tile<L, kScale, kGrads, true, false>(part, factor, count, value, share)
+               : log_prob_tile<L, kScale, kGrads, false, false>(part, factor, count, value, share);
     };
     evaluate_part(e, whole, 0);
     if (tail) {  // one more vector, padded: no scalar loop
@@ -125,11 +133,11 @@ inline double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int
       for (int64_t j = 0; j < kLanes; ++j) {
         const bool inside = j < tail;
         ti[0][j] = inside ? e.recon[whole + j] : T(0.5);
-        ti[1][j] = inside ? e.x[whole + j] : T(0.5);
+        ti[1][j] = !inside ? T(0.5) : e.bytes ? T(e.bytes[whole + j]) * e.unit : e.x[whole + j];
         if constexpr (kScale) ti[2][j] = inside ? e.scale[whole + j] : T(0);
         ti[3][j] = inside && e.weight ? e.weight[whole + j] : T(0);
       }
-      evaluate_part({ti[0], ti[2], ti[1], ti[3], to[0], to[1], to[2]}, kLanes, whole);
+      evaluate_part({ti[0], ti[2], ti[1], ti[3], to[0], to[1], to[2], nullptr, T(1)}, kLanes, whole);
       for (int64_t j = 0; j < tail; ++j) {
         if constexpr (kGrads != Grads::none) e.grad_recon[whole + j] = to[0][j];
         if constexpr (kGrads != Grads::none && kScale) e.grad_scale[whole + j] = to[1][j];

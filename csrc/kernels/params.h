@@ -29,7 +29,7 @@ struct RowScalars {
   int64_t stride_k = 0, stride_b = 0;
 };
 
-inline constexpr int64_t kSegment = 4096;  // a row's unit of work: the same for any number of threads
+inline constexpr int64_t kSegment = 4096;                  // a row's unit of work: the same for any number of threads
 inline constexpr int64_t kTile = 1024, kLatentTile = 512;  // what is in the L1 cache at a time
 inline constexpr int64_t segments(int64_t d) { return d <= kSegment ? 1 : (d + kSegment - 1) / kSegment; }
 
@@ -87,7 +87,9 @@ struct SampleBackwardParams {
 };
 
 inline constexpr int64_t kSampleBlock = 64;  // samples in one work item of the forward
-inline constexpr int64_t rows_per_block(int64_t d) { return d >= kLatentTile ? 1 : (d < 1 ? kLatentTile : kLatentTile / d); }
+inline constexpr int64_t rows_per_block(int64_t d) {
+  return d >= kLatentTile ? 1 : (d < 1 ? kLatentTile : kLatentTile / d);
+}
 inline constexpr int64_t row_blocks(int64_t b, int64_t d) { return (b + rows_per_block(d) - 1) / rows_per_block(d); }
 inline constexpr int64_t sample_blocks(int64_t k) { return (k + kSampleBlock - 1) / kSampleBlock; }
 

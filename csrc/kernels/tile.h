@@ -141,6 +141,12 @@ FASTELBO_HD bool lies_as(const View& v) {
   return v.dtype == dtype_of<T> && v.ndim == 1 && v.stride[0] == 1;
 }
 
+// The elements from `begin` on of row (k, b) where they are bytes in a row, else null.
+inline const uint8_t* bytes_of(const View& v, int64_t k, int64_t b, int64_t begin) {
+  const bool bytes = (v.dtype == DType::u8 || v.dtype == DType::b8) && v.ndim == 1 && v.stride[0] == 1;
+  return bytes ? static_cast<const uint8_t*>(v.data) + k * v.stride_k + b * v.stride_b + begin : nullptr;
+}
+
 // Where elements [begin, begin + n) of row (k, b) can be read: in place, or in the buffer after conversion.
 template <class T>
 inline const T* load(const View& v, int64_t k, int64_t b, int64_t begin, int64_t n, T* buffer) {

@@ -62,7 +62,9 @@ def regressions(old: list[Record], new: list[Record]) -> list[str]:
 def main(old: Path, new: Path) -> int:
     before, after = read_csv(old), read_csv(new)
     for name, records in ((old, before), (new, after)):
-        print(name, *(f"{key}: {records[0][key]}" for key in ("revision", "cpu", "isa", "torch")), sep="  ")
+        print(
+            name, *(f"{key}: {records[0][key]}" for key in ("revision", "cpu", "isa", "torch", "copy_gb_s")), sep="  "
+        )
     shared = sum(key[2] == SUBJECT for key in _by_key(before).keys() & _by_key(after).keys())
     if not shared:
         print("Nothing of fastelbo is in both: nothing compared.")

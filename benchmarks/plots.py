@@ -22,7 +22,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def bars(page: Page, path: Path) -> Path:
     """How many times fastelbo's time the contenders take."""
-    cases = page.cases("losses", "calls")
+    cases = [c for c in page.cases("losses", "calls") if page.of(c, "eager")]
     figure = Figure(figsize=(8, 0.55 * len(cases) + 1))
     axes = figure.subplots()
     names = [name for name in COLOURS if name != "fastelbo"]
@@ -49,15 +49,17 @@ def roofline(page: Page, path: Path) -> Path:
         times = [float(r["ns_per_element"]) for r in found]
         axes.scatter(per_element, times, color=colour, label=name, s=24)
         if name == "fastelbo":
-            for r, x, y in zip(found, per_element, times, strict=True):
-                axes.annotate(r["case"], (x, y), fontsize=6, xytext=(4, -7), textcoords="offset points")
+            for number, (x, y) in enumerate(zip(per_element, times, strict=True), 1):
+                axes.annotate(str(number), (x, y), fontsize=7, xytext=(4, -7), textcoords="offset points")
+            names = "\n".join(f"{number}  {r['case']}" for number, r in enumerate(found, 1))
+            axes.text(1.02, 0.98, names, transform=axes.transAxes, fontsize=7, va="top")
     low, high = axes.get_xlim()
     bandwidth = float(page.records[0]["copy_gb_s"])
     axes.plot([low, high], [low / bandwidth, high / bandwidth], color="black", lw=1, label="copy bandwidth")
     axes.set_yscale("log")
     axes.set_xlabel("least bytes per element", fontsize=9)
     axes.set_ylabel("ns per element", fontsize=9)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     return _save(figure, path)
 

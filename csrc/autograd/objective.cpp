@@ -151,8 +151,9 @@ struct MultiSampleLoss : public Function<MultiSampleLoss> {
   static variable_list forward(AutogradContext* ctx, const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
                                const OptionalTensor& gates, const OptionalTensor& scale, const OptionalTensor& mask,
                                std::string_view likelihood, std::string_view reduction, const Estimator& estimator) {
-    const bool fused = reduction != "none" && !wants_grad(x) && keeps_precision(recon) && keeps_precision(log_ratio) &&
-                       keeps_precision(scale);
+    // not in bfloat16 either: the weights would have to be rounded before they are multiplied
+    const auto full = [](const Tensor& t) { return !t.defined() || !t.requires_grad() || t.element_size() >= 4; };
+    const bool fused = reduction != "none" && !wants_grad(x) && full(recon) && full(log_ratio) && full(tensor(scale));
     std::array<bool, 4> wanted{};
     if (fused) wanted = {wants_grad(recon), wants_grad(log_ratio), wants_grad(gates), wants_grad(scale)};
     at::AutoDispatchBelowADInplaceOrView guard;

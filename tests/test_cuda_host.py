@@ -50,7 +50,8 @@ def run(library: Path | None, *arguments: str, **environment: str) -> subprocess
         "no:xdist",
         "-x",
     ]
-    return subprocess.run([*command, *arguments], env=variables, cwd=TESTS, text=True, capture_output=True, check=False)
+    command += arguments
+    return subprocess.run(command, env=variables, cwd=TESTS, text=True, capture_output=True, check=False, timeout=600)
 
 
 def assert_passed(done: subprocess.CompletedProcess) -> None:
@@ -63,12 +64,19 @@ def test_ops(file):
     assert_passed(run(LIBRARY, file, "-k", f"not ({OPS[file]})" if OPS[file] else ""))
 
 
-def test_the_library_holds_the_cuda_bindings():
-    """And nothing of the CPU's: else the tests above would test that."""
-    code = "import cuda_host.plugin, fastelbo, torch; print(torch._C._dispatch_dump('fastelbo::log_prob'))"
+def test_every_kernel_of_the_cpu_is_replaced():
+    """Else the tests above would test that one."""
+    code = """
+import cuda_host.plugin, torch
+for op in sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastelbo::")):
+    table = torch._C._dispatch_dump_table(op).splitlines()
+    print(op, next(line for line in table if line.startswith("CPU:")))
+"""
     variables = os.environ | {"FASTELBO_CUDA_HOST": str(LIBRARY)}
     done = subprocess.run([sys.executable, "-c", code], env=variables, cwd=TESTS, text=True, capture_output=True)
-    assert "csrc/cuda/likelihood.cpp" in done.stdout and "csrc/cpu/" not in done.stdout, done.stderr
+    in_use = done.stdout.splitlines()
+    assert len(in_use) > 10 and any("csrc/cuda/likelihood.cpp" in line for line in in_use), done.stderr
+    assert not any("csrc/cpu/" in line for line in in_use), done.stdout
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ struct Elements {
 
 // A tile is done in several short loops instead of a long one: what limits a long one is not the number of its
 // instructions but how few elements fit the processor's window while each waits for the one before (a chain of some 90
-// cycles in the Bernoulli). Per element of that on AVX2: one loop 1.03 ns, these loops 0.65 ns.
+// cycles in the Bernoulli). Times of both are in benchmarks/LIMITS.md.
 //
 // Sums are of kGroup numbers in the compute type, then kTile / kGroup of these in vector lanes, then in double: their
 // order depends on D and the instruction set alone, never on threads.
@@ -28,7 +28,7 @@ static_assert(kTile % kPadded == 0);
 
 template <class T>
 struct TileSums {
-  alignas(64) T value[kTile], share[kTile];
+  alignas(64) T value[kTile], share[kTile], product[kTile / kGroup];
 };
 
 template <class L, bool kScale, class T>
@@ -90,13 +90,18 @@ inline double sum_tile(TileSums<T>& tile, int64_t n) {
   for (int64_t i = n; kSoftplus && i < padded; ++i) tile.share[i] = 0;
   const T* __restrict v = tile.value;
   const T* __restrict q = tile.share;
+  T* __restrict product = tile.product;
+  if constexpr (kSoftplus) {
+#pragma omp simd
+    for (int64_t i = 0; i < part; ++i) {
+      product[i] = tree<kGroup>(q + i, part, [](T a, T b) { return a * b + (a + b); });
+    }
+  }
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < part; ++i) {
     T total = tree<kGroup>(v + i, part, [](T a, T b) { return a + b; });
-    if constexpr (kSoftplus) {
-      total -= log1p_product(tree<kGroup>(q + i, part, [](T a, T b) { return a * b + (a + b); }));
-    }
+    if constexpr (kSoftplus) total -= log1p_product(product[i]);
     sum += total;
   }
   return sum;

@@ -142,6 +142,22 @@ inline int log_prob(const at::Tensor& recon, const at::Tensor& x, const Optional
   return index;
 }
 
+// An upstream gradient: of the compute type, as the output of this shape that it belongs to.
+inline void upstream(const char* name, const at::Tensor& grad, c10::SymIntArrayRef shape, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(same_shape(grad.sym_sizes(), shape), name, " must have the shape ", shape_text(shape), "; got ",
+                    shape_text(grad));
+  TORCH_CHECK_TYPE(grad.scalar_type() == compute_type(like), name, " must be ", dtype_name(compute_type(like)),
+                   "; got ", dtype_name(grad.scalar_type()));
+  same_device(name, grad, "the inputs", like);
+}
+
+inline int log_prob_backward(const at::Tensor& grad, const at::Tensor& recon, const at::Tensor& x,
+                             const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood) {
+  const int index = log_prob(recon, x, scale, mask, likelihood);
+  upstream("grad", grad, recon.sym_sizes().slice(0, recon.dim() - x.dim() + 1), recon);
+  return index;
+}
+
 inline void free_bits(double value) { TORCH_CHECK_VALUE(value >= 0, "free_bits must be at least 0 nats; got ", value); }
 
 inline void latent(const at::Tensor& mu, const at::Tensor& logvar, const OptionalTensor& prior_mu,
@@ -178,6 +194,31 @@ inline void noise(const at::Tensor& mu, const std::optional<c10::SymInt>& num_sa
                     " (num_samples and mu); got ", shape_text(*eps));
   same_precision("eps", *eps, "mu", mu);
   same_device("eps", *eps, "mu", mu);
+}
+
+inline void rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
+                             const OptionalTensor& grad_log_ratio, const OptionalTensor& grad_gates,
+                             const at::Tensor& mu, const at::Tensor& logvar,
+                             const std::optional<c10::SymInt>& num_samples, const OptionalTensor& prior_mu,
+                             const OptionalTensor& prior_logvar, const OptionalTensor& seed, const OptionalTensor& eps,
+                             const c10::SymInt& first_sample) {
+  latent(mu, logvar, prior_mu, prior_logvar);
+  noise(mu, num_samples, seed, eps, first_sample);
+  c10::SymDimVector shape;
+  if (num_samples) shape.push_back(*num_samples);
+  for (const auto& s : mu.sym_sizes()) shape.push_back(s);
+  const c10::SymIntArrayRef z(shape), rows = z.slice(0, num_samples ? 2 : 1);
+  if (grad_z.has_value()) {
+    TORCH_CHECK_VALUE(same_shape(grad_z->sym_sizes(), z), "grad_z must have the shape ", shape_text(z), "; got ",
+                      shape_text(*grad_z));
+    same_precision("grad_z", *grad_z, "mu", mu);
+    same_device("grad_z", *grad_z, "mu", mu);
+  }
+  if (grad_kl.has_value()) upstream("grad_kl", *grad_kl, {mu.sym_size(0)}, mu);
+  if (grad_log_ratio.has_value()) upstream("grad_log_ratio", *grad_log_ratio, rows, mu);
+  if (grad_gates.has_value() && num_samples) {
+    upstream("grad_gates", *grad_gates, {c10::SymInt(2), *num_samples, mu.sym_size(0)}, mu);
+  }
 }
 
 inline int elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& mu, const at::Tensor& logvar,
@@ -234,6 +275,14 @@ inline int64_t log_mean_exp(const at::Tensor& log_w, int64_t dim) {
   const int64_t d = dim < 0 ? dim + log_w.dim() : dim;
   TORCH_CHECK_VALUE(log_w.sym_size(d) != 0, "log_w must hold at least one weight along dim ", dim, "; got the shape ",
                     shape_text(log_w));
+  return d;
+}
+
+inline int64_t log_mean_exp_backward(const at::Tensor& grad, const at::Tensor& log_w, int64_t dim) {
+  const int64_t d = log_mean_exp(log_w, dim);
+  c10::SymDimVector shape(log_w.sym_sizes().begin(), log_w.sym_sizes().end());
+  shape.erase(shape.begin() + d);
+  upstream("grad", grad, shape, log_w);
   return d;
 }
 

@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "math/isa.h"
+
 namespace fastelbo {
 
 struct Estimator {
@@ -20,5 +22,10 @@ struct Estimator {
   int64_t groups = 1;
   double path = 1, path_weight = 0, score = 1;
 };
+
+// b / a - 1 for the weight a. Without path_weight, a counts for nothing: it may be NaN.
+FASTELBO_HD double path_factor(const Estimator& e, double a) {
+  return (e.path_weight == 0 ? e.path : e.path + e.path_weight * a) - 1;
+}
 
 }  // namespace fastelbo

@@ -41,8 +41,10 @@ inline Order event_order(const at::Tensor& t, int64_t event_dims) {
   return order;
 }
 
-// A view of [K, B, D] of a tensor [*event], [B, *event] or [K, B, *event] with the given number of event dimensions.
-inline View view_of(const at::Tensor& t, int64_t event_dims, const Order& order = {}, bool unit = false) {
+// A view of [K, B, D] of a tensor [*event], [B, *event] or [K, B, *event] with the given number of event dimensions;
+// none where more than View::kMaxDims of them cannot be merged.
+inline std::optional<View> try_view(const at::Tensor& t, int64_t event_dims, const Order& order = {},
+                                    bool unit = false) {
   View v;
   v.data = const_cast<void*>(t.const_data_ptr());
   v.dtype = dtype_of(t.scalar_type());
@@ -60,8 +62,7 @@ inline View view_of(const at::Tensor& t, int64_t event_dims, const Order& order 
       v.stride[n - 1] = stride;
       continue;
     }
-    TORCH_CHECK_VALUE(n < View::kMaxDims, "a tensor of shape ", checks::shape_text(t), " has more than ",
-                      View::kMaxDims, " dimensions that cannot be merged; call .contiguous() on it");
+    if (n == View::kMaxDims) return std::nullopt;
     v.size[n] = size;
     v.stride[n++] = stride;
   }
@@ -69,9 +70,59 @@ inline View view_of(const at::Tensor& t, int64_t event_dims, const Order& order 
   return v;
 }
 
-inline View view_of(const OptionalTensor& t, int64_t event_dims, const Order& order = {}) {
-  return t.has_value() ? view_of(*t, event_dims, order) : View{};
+// The same where the dimensions are known to be few.
+inline View view_of(const at::Tensor& t, int64_t event_dims, const Order& order = {}, bool unit = false) {
+  const auto view = try_view(t, event_dims, order, unit);
+  TORCH_INTERNAL_ASSERT(view.has_value());
+  return *view;
 }
+
+// The views of one call, all walked in one order. What no View describes is copied, and a copy of an output is copied
+// back by finish(), which is to be called when the kernels have been started.
+class Views {
+  int64_t event_dims_;
+  Order order_;
+  c10::SmallVector<at::Tensor, 2> inputs_;
+  c10::SmallVector<std::pair<at::Tensor, at::Tensor>, 2> outputs_;
+
+  // Uninitialized memory of t's shape whose dimensions merge in this order.
+  at::Tensor empty(const at::Tensor& t) const {
+    const int64_t lead = t.dim() - event_dims_;
+    c10::SmallVector<int64_t, 8> dims(t.dim()), back(t.dim());
+    std::iota(dims.begin(), dims.end(), 0);
+    for (size_t i = 0; i < order_.size(); ++i) dims[lead + i] = lead + order_[i];
+    for (int64_t i = 0; i < t.dim(); ++i) back[dims[i]] = i;
+    return at::empty_like(t.permute(dims), at::MemoryFormat::Contiguous).permute(back);
+  }
+
+ public:
+  Views(int64_t event_dims, Order order = {}) : event_dims_(event_dims), order_(std::move(order)) {}
+
+  View in(const at::Tensor& t, bool unit = false) {
+    if (const auto view = try_view(t, event_dims_, order_, unit)) return *view;
+    inputs_.push_back(empty(t).copy_(t));
+    return *try_view(inputs_.back(), event_dims_, order_, unit);
+  }
+  View in(const OptionalTensor& t) { return t.has_value() ? in(*t) : View{}; }
+
+  View out(const at::Tensor& t) {
+    if (!t.defined()) return {};
+    if (const auto view = try_view(t, event_dims_, order_)) return *view;
+    outputs_.emplace_back(t, empty(t));
+    return *try_view(outputs_.back().second, event_dims_, order_);
+  }
+
+  // Memory for an output as contiguous numbers of this type: its own where they are that.
+  at::Tensor dense(const at::Tensor& t, at::ScalarType type) {
+    if (t.scalar_type() == type && t.is_contiguous()) return t;
+    outputs_.emplace_back(t, at::empty(t.sizes(), t.options().dtype(type)));
+    return outputs_.back().second;
+  }
+
+  void finish() {
+    for (auto& [to, from] : outputs_) to.copy_(from);
+  }
+};
 
 // [K?, B] numbers of the compute type.
 inline RowScalars rows_of(const at::Tensor& t) {
@@ -84,67 +135,68 @@ inline RowScalars rows_of(const at::Tensor& t) {
 
 inline bool is_double(const at::Tensor& t) { return t.scalar_type() == at::kDouble; }
 
+// The views of latents [B, *latent] and of their samples.
+inline Views latent_views(const at::Tensor& mu) { return Views(mu.dim() - 1); }
+
+// The views of recon [K?, B, *event] and of what is as large, walked as recon lies in memory.
+inline Views data_views(const at::Tensor& recon, const at::Tensor& x) {
+  return Views(x.dim() - 1, event_order(recon, x.dim() - 1));
+}
+
 template <class Params>
-void set_latent(Params& p, const at::Tensor& mu, const at::Tensor& logvar, const OptionalTensor& prior_mu,
+void set_latent(Params& p, Views& views, const at::Tensor& mu, const at::Tensor& logvar, const OptionalTensor& prior_mu,
                 const OptionalTensor& prior_logvar) {
-  const int64_t dims = mu.dim() - 1;
   p.B = mu.size(0);
   p.D = p.B ? mu.numel() / p.B : 0;
-  p.mu = view_of(mu, dims);
-  p.logvar = view_of(logvar, dims);
-  p.prior_mu = view_of(prior_mu, dims);
-  p.prior_logvar = view_of(prior_logvar, dims);
+  p.mu = views.in(mu);
+  p.logvar = views.in(logvar);
+  p.prior_mu = views.in(prior_mu);
+  p.prior_logvar = views.in(prior_logvar);
 }
 
 // The rows of recon [K?, B, *event] and their inputs, without outputs.
-inline LogProbParams log_prob_params(const at::Tensor& recon, const at::Tensor& x, const OptionalTensor& scale,
-                                     const OptionalTensor& mask, const Order& order) {
-  const int64_t dims = x.dim() - 1;
+inline LogProbParams log_prob_params(Views& views, const at::Tensor& recon, const at::Tensor& x,
+                                     const OptionalTensor& scale, const OptionalTensor& mask) {
   LogProbParams p;
   p.K = recon.dim() > x.dim() ? recon.size(0) : 1;
   p.B = x.size(0);
   p.D = 1;
   for (int64_t size : x.sizes().slice(1)) p.D *= size;
-  p.recon = view_of(recon, dims, order);
-  p.x = view_of(x, dims, order, /*unit=*/true);
-  p.scale = view_of(scale, dims, order);
-  p.mask = view_of(mask, dims, order);
+  p.recon = views.in(recon);
+  p.x = views.in(x, /*unit=*/true);
+  p.scale = views.in(scale);
+  p.mask = views.in(mask);
   return p;
 }
 
 // Views of the wanted gradients, in the order of the needs.
 template <size_t N>
-void set_grads(const std::vector<at::Tensor>& grads, std::array<bool, N> needs, std::initializer_list<View*> views,
-               std::initializer_list<const OptionalTensor*> inputs, int64_t dims) {
+void set_grads(Views& views, const std::vector<at::Tensor>& grads, std::array<bool, N> needs,
+               std::initializer_list<View*> targets, std::initializer_list<const OptionalTensor*> inputs) {
   size_t next = 0;
   const auto* input = inputs.begin();
-  const auto* view = views.begin();
-  for (size_t i = 0; i < N; ++i, ++input, ++view) {
-    if (needs[i] && (*input)->has_value()) **view = view_of(grads[next++], dims);
+  const auto* target = targets.begin();
+  for (size_t i = 0; i < N; ++i, ++input, ++target) {
+    if (needs[i] && (*input)->has_value()) **target = views.out(grads[next++]);
   }
 }
 
-// The inputs of rsample's backward. What comes back may hold a copy of grad_z, and has to outlive the call.
-inline at::Tensor set_sample_grads(SampleBackwardParams& p, const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
-                                   const OptionalTensor& grad_log_ratio, const OptionalTensor& grad_gates,
-                                   const at::Tensor& mu, const at::Tensor& logvar,
-                                   const std::optional<c10::SymInt>& num_samples, const OptionalTensor& prior_mu,
-                                   const OptionalTensor& prior_logvar, const OptionalTensor& eps,
-                                   int64_t first_sample) {
-  const int64_t dims = mu.dim() - 1;
-  set_latent(p, mu, logvar, prior_mu, prior_logvar);
+// The inputs of rsample's backward.
+inline void set_sample_grads(SampleBackwardParams& p, Views& views, const OptionalTensor& grad_z,
+                             const OptionalTensor& grad_kl, const OptionalTensor& grad_log_ratio,
+                             const OptionalTensor& grad_gates, const at::Tensor& mu, const at::Tensor& logvar,
+                             const std::optional<c10::SymInt>& num_samples, const OptionalTensor& prior_mu,
+                             const OptionalTensor& prior_logvar, const OptionalTensor& eps, int64_t first_sample) {
+  set_latent(p, views, mu, logvar, prior_mu, prior_logvar);
   p.K = num_samples ? num_samples->expect_int() : 1;
   p.first_sample = first_sample;
-  p.eps = view_of(eps, dims);
-  // an upstream gradient's layout is not the caller's to mend
-  const at::Tensor dense = !grad_z.has_value() ? at::Tensor() : dims > View::kMaxDims ? grad_z->contiguous() : *grad_z;
-  if (dense.defined()) p.grad_z = view_of(dense, dims);
+  p.eps = views.in(eps);
+  p.grad_z = views.in(grad_z);
   if (grad_kl.has_value()) p.grad_kl = rows_of(*grad_kl);
   if (grad_log_ratio.has_value()) p.grad_log_ratio = rows_of(*grad_log_ratio);
   if (grad_gates.has_value() && num_samples) {
     p.gate_path = rows_of(grad_gates->select(0, 0)), p.gate_score = rows_of(grad_gates->select(0, 1));
   }
-  return dense;
 }
 
 // Sizes of log_w in front of, at and behind the averaged dimension; log_w and its gradient are contiguous here.

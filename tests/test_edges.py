@@ -1,5 +1,7 @@
 """Where a fused loss goes wrong first: loss scaling in half precision, NaN behind a floor, infinities times nothing."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -51,3 +53,88 @@ def test_parts_may_be_changed_in_place_before_the_backward():
         parts.kl.div_(8)
     parts.loss.backward()
     torch.testing.assert_close(logits.grad, (torch.sigmoid(logits.detach()) - 1) / 4)
+
+
+def _elbo(reduction: str = "mean") -> tuple[torch.Tensor, list[torch.Tensor]]:
+    leaves = [torch.randn(4, n, requires_grad=True) for n in (8, 2, 2)]
+    logits, mu, logvar = leaves
+    return fastelbo.elbo_loss(logits, torch.rand(4, 8), mu, logvar, reduction=reduction), leaves
+
+
+def test_an_upstream_gradient_may_be_a_negative_view_or_a_zero_tensor():
+    loss, leaves = _elbo()
+    expected = torch.autograd.grad(loss, leaves, torch.tensor(1.5), retain_graph=True)
+    negative = torch.tensor(-1.5j).conj().imag
+    assert negative.is_neg() and negative.item() == 1.5
+    for a, e in zip(torch.autograd.grad(loss, leaves, negative, retain_graph=True), expected, strict=True):
+        assert torch.equal(a, e)
+    for grad in torch.autograd.grad(loss, leaves, torch._efficientzerotensor(())):
+        assert grad.count_nonzero() == 0
+
+
+def test_hooks_on_saved_tensors_keep_them_unchanged():
+    kept = []
+
+    def pack(t):
+        kept.append((t, t.clone()))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss, leaves = _elbo()
+    assert len(kept) > len(leaves), "the gradients are saved by the forward"
+    grads = torch.autograd.grad(loss, leaves, torch.tensor(3.0))
+    for grad in grads:
+        grad.zero_()
+    assert all(torch.equal(now, before) for now, before in kept)
+
+
+def test_gates_of_rws_ask_nothing_of_the_weights():
+    """With path_weight = 0 the factors of the gates are constants, also where a weight is NaN or infinite."""
+    for bad in (torch.nan, torch.inf):
+        found = []
+        for mode in (contextlib.nullcontext, fastelbo.reference_mode):
+            torch.manual_seed(0)
+            mu, logvar = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3, requires_grad=True)
+            with mode():
+                p = fastelbo.rsample(mu, logvar, 4, seed=1)
+                log_ratio = p.log_ratio + torch.tensor([[bad, 0.0]] + 3 * [[0.0, 0.0]])
+                loss = fastelbo.multi_sample_loss(
+                    torch.zeros(4, 2, 5), torch.ones(2, 5), p._replace(log_ratio=log_ratio), estimator="rws"
+                )
+                found.append(torch.autograd.grad(loss, p.gates)[0])
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("gates", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ratio", [torch.float32, torch.float16], ids=str)
+def test_gradients_of_half_precision_gates_and_ratios_fit_them(gates, ratio):
+    K, B = 5, 70
+    logits, x = torch.randn(K, B, 12, requires_grad=True), torch.rand(B, 12)
+    log_ratio = torch.randn(K, B).to(ratio).requires_grad_()
+    opened = torch.zeros(2, K, B, dtype=gates, requires_grad=True)
+    estimator = (0.0, 0.0, 1, 0.0, 1.0, 0.0)  # dreg
+
+    def loss(logits, log_ratio, opened):
+        return torch.ops.fastelbo.multi_sample_loss(
+            logits, x, log_ratio, opened, None, None, "bernoulli", "mean", *estimator
+        )[0]
+
+    found = torch.autograd.grad(loss(logits, log_ratio, opened), (logits, log_ratio, opened))
+    wide = [t.detach().float().requires_grad_() for t in (logits, log_ratio, opened)]
+    expected = torch.autograd.grad(loss(*wide), wide)
+    for f, e, t in zip(found, expected, (logits, log_ratio, opened), strict=True):
+        assert f.dtype == t.dtype
+        torch.testing.assert_close(f, e.to(t.dtype), rtol=2 * torch.finfo(t.dtype).eps, atol=1e-7)
+
+
+def test_gradient_of_a_large_batch_by_beta_does_not_depend_on_threads():
+    B = 100_001
+    mu, logvar, x = torch.randn(B, 1), torch.randn(B, 1), torch.rand(B, 1)
+    beta = torch.tensor(0.7, requires_grad=True)
+    before, grads = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        loss = fastelbo.elbo_loss(torch.zeros(B, 1), x, mu, logvar, beta=beta)
+        grads.append(torch.autograd.grad(loss, beta)[0].item())
+    torch.set_num_threads(before)
+    assert grads[0] == grads[1] == grads[2] == pytest.approx(fastelbo.gaussian_kl(mu, logvar).mean().item(), rel=1e-5)

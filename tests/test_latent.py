@@ -1,5 +1,6 @@
 """gaussian_kl and rsample: values and gradients, priors, free bits, noise of one's own or from a seed."""
 
+import math
 from itertools import combinations
 
 import mpmath
@@ -275,3 +276,55 @@ def test_noise_is_not_saved(dtype):
         outputs = tensors_of(sample(100, seed=1)(*inputs, None))
     assert sum(sizes) <= 8 + sum(t.numel() * t.element_size() for t in inputs)
     assert all(g.isfinite().all() for g in gradients(outputs, inputs, [torch.ones_like(o) for o in outputs]))
+
+
+def test_gradient_of_the_prior_logvar_overflows_no_sooner_than_the_kl():
+    mu = torch.full((1, 1), 1.3 * math.sqrt(torch.finfo(torch.float32).max))
+    prior_logvar = torch.zeros(1, 1, requires_grad=True)
+    kl = fastelbo.gaussian_kl(mu, torch.zeros(1, 1), torch.zeros(1, 1), prior_logvar)
+    (grad,) = torch.autograd.grad(kl, prior_logvar)
+    half = 0.5 * mu.double().square().item()
+    assert kl.item() == pytest.approx(half, rel=1e-6) and grad.item() == pytest.approx(-half, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"grad_z": torch.zeros(3, 4, 3)}, "grad_z must have the shape"),
+        ({"grad_z": torch.zeros(3, 4, 2, dtype=torch.float64)}, "grad_z is float64"),
+        ({"grad_kl": torch.zeros(3)}, "grad_kl must have the shape"),
+        ({"grad_log_ratio": torch.zeros(4, 3)}, "grad_log_ratio must have the shape"),
+        ({"grad_log_ratio": torch.zeros(3, 4).half()}, "grad_log_ratio must be float32"),
+        ({"grad_gates": torch.zeros(2, 4, 3)}, "grad_gates must have the shape"),
+        ({"logvar": torch.zeros(4, 3)}, "logvar must have the shape"),
+        ({"seed": None}, "either seed or eps"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else next(iter(v)),
+)
+def test_rsample_backward_refuses(change, message):
+    arguments = {
+        "grad_z": torch.zeros(3, 4, 2),
+        "grad_kl": None,
+        "grad_log_ratio": None,
+        "grad_gates": None,
+        "mu": torch.zeros(4, 2),
+        "logvar": torch.zeros(4, 2),
+        "num_samples": 3,
+        "prior_mu": None,
+        "prior_logvar": None,
+        "seed": torch.zeros(1, dtype=torch.int64),
+        "eps": None,
+        "first_sample": 0,
+        "needs": [True, True, False, False, False],
+    }
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.fastelbo._rsample_backward(**(arguments | change))
+
+
+@pytest.mark.parametrize("grad", [torch.zeros(3), torch.zeros(4, dtype=torch.float64), torch.zeros(4).half()], ids=str)
+def test_backwards_of_kl_and_log_mean_exp_refuse_a_gradient_of_another_shape_or_type(grad):
+    t = torch.zeros(4, 2)
+    with pytest.raises((ValueError, TypeError), match="grad must"):
+        torch.ops.fastelbo._gaussian_kl_backward(grad, t, t, None, None, 0.0, [True, True, False, False])
+    with pytest.raises((ValueError, TypeError), match="grad must"):
+        torch.ops.fastelbo._log_mean_exp_backward(grad, t, 1)

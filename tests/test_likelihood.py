@@ -1,5 +1,7 @@
 """log_prob, bernoulli_log_prob and gaussian_log_prob: values and gradients, masks, shapes and extremes."""
 
+import math
+
 import pytest
 import torch
 import torch.distributions as td
@@ -267,3 +269,106 @@ def test_infinity_comes_through(dtype):
 def test_unknown_values_outside_the_unit_interval_are_nan():
     probs = torch.tensor([-0.1, 1.1, 0.5])
     assert log_prob("bernoulli_probs")(probs, torch.tensor([0.5, 0.5, 0.5])).isnan().tolist() == [True, True, False]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bytes of x
+
+
+def test_every_byte_is_read_as_the_nearest_float_to_a_255th_of_it():
+    x = torch.arange(256, dtype=torch.uint8)
+    for dtype in (torch.float32, torch.float64):
+        # the gradient of a Laplace is 0 where mean and x are the same number, and nowhere else
+        mean = (x.to(dtype) / 255).requires_grad_()
+        for n in (256, 100, 7):  # whole vectors, and tails
+            for data in (x[None, :n], x.repeat_interleave(2)[None, : 2 * n : 2]):
+                value = fastelbo.log_prob(mean[None, :n], data, likelihood="laplace").sum()
+                (grad,) = torch.autograd.grad(value, mean)
+                assert grad.count_nonzero() == 0, f"{dtype} n={n}"
+
+
+@every_likelihood
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_byte_counts_as_its_255th_however_it_lies(likelihood, dtype):
+    """For all 256 bytes: in a row, strided, and under a mask of ones, within the rounding of one sum."""
+    x = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
+    recon, _, scale = draw(likelihood, (3, 256), None, dtype)
+    call, ones = log_prob(likelihood[0]), torch.ones(3, 256, dtype=torch.uint8)
+    strided = x.repeat_interleave(2, -1)[..., ::2]
+    as_float = x.to(torch.float64 if dtype == torch.float64 else torch.float32) / 255
+    wanted = [t for t in (recon, scale) if t is not None]
+
+    def found(data: Tensor, mask: Tensor | None) -> list[Tensor]:
+        value = call(recon, data, scale, mask)
+        return [value, *torch.autograd.grad(value.sum(), wanted)]
+
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    for mask in (None, ones):
+        expected = found(as_float, mask)
+        for data in (x, strided):
+            value, *grads = found(data, mask)
+            torch.testing.assert_close(value, expected[0], rtol=16 * eps, atol=0)
+            for grad, other in zip(grads, expected[1:], strict=True):
+                torch.testing.assert_close(grad, other, rtol=16 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("logit", [1e4, 20.0, 10.0])
+def test_log_prob_of_white_pixels_is_not_positive(logit):
+    white, logits = torch.full((1, 784), 255, dtype=torch.uint8), torch.full((1, 784), logit)
+    exact = -784 * torch.log1p(torch.exp(torch.tensor(-logit, dtype=torch.float64)))
+    value = fastelbo.bernoulli_log_prob(logits, white).double()
+    torch.testing.assert_close(value, exact.expand(1), rtol=1e-6, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Near the largest number
+
+
+def test_gradient_of_a_gaussian_scale_overflows_no_sooner_than_its_value():
+    largest = torch.finfo(torch.float32).max
+    mean, logvar = torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 1, requires_grad=True)
+    x = torch.full((1, 1), 1.3 * math.sqrt(largest))  # (x - m)^2 overflows, its half does not
+    value = fastelbo.gaussian_log_prob(mean, x, logvar)
+    (grad,) = torch.autograd.grad(value, logvar)
+    half = 0.5 * x.double().square().item()
+    assert value.item() == pytest.approx(-half, rel=1e-6) and grad.item() == pytest.approx(half, rel=1e-6)
+
+
+def test_gradient_of_a_laplace_at_nan_is_that_of_torch_abs():
+    mean = torch.full((1, 40), nan, requires_grad=True)
+    value = fastelbo.log_prob(mean, torch.zeros(1, 40), likelihood="laplace")
+    assert value.isnan().all() and torch.autograd.grad(value, mean)[0].count_nonzero() == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The private backward op checks what it is given
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"scale": torch.zeros(4, 8)}, "recon must be one tensor"),
+        ({"grad": torch.zeros(5)}, "grad must have the shape"),
+        ({"grad": torch.zeros(4, dtype=torch.float64)}, "grad must be float32"),
+        ({"mask": torch.zeros(4, 7)}, "mask must have the shape"),
+        ({"recon": torch.zeros(4, 7)}, "recon must be"),
+        ({"likelihood": "cauchy"}, "likelihood must be one of"),
+    ],
+    ids=str,
+)
+def test_log_prob_backward_refuses(change, message):
+    arguments = {
+        "grad": torch.zeros(4),
+        "recon": torch.zeros(4, 8),
+        "x": torch.zeros(4, 8),
+        "scale": None,
+        "mask": None,
+        "likelihood": "bernoulli",
+        "needs": [True, False, True],
+    }
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.fastelbo._log_prob_backward(**(arguments | change))
+    if not isinstance(change.get("likelihood"), str):
+        with pytest.raises((ValueError, TypeError), match=message):
+            meta = {n: t.to("meta") if isinstance(t, Tensor) else t for n, t in (arguments | change).items()}
+            torch.ops.fastelbo._log_prob_backward(**meta)

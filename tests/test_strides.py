@@ -167,3 +167,41 @@ def test_more_elements_than_32_bits_can_count():
     logits, x = torch.zeros(1, 1).expand(1, size), torch.ones(1, 1, dtype=torch.bool).expand(1, size)
     value = fastelbo.bernoulli_log_prob(logits, x).item()
     assert value == pytest.approx(size * math.log(0.5), rel=1e-6)
+
+
+# Nine event dimensions of which no two merge in the order in which recon lies.
+MANY = (2, 2, 3, 2, 2, 3, 2, 2, 2)
+
+
+def _shuffled(t: Tensor, lead: int) -> Tensor:
+    """The same numbers, with the event dimensions in another order in memory."""
+    order = [*range(lead), *(lead + d for d in (4, 0, 6, 2, 8, 1, 5, 3, 7))]
+    back = [order.index(d) for d in range(t.dim())]
+    return t.detach().permute(order).contiguous().permute(back).requires_grad_(t.requires_grad)
+
+
+@pytest.mark.parametrize("samples", [None, 2])
+@pytest.mark.parametrize("pair", [False, True])
+def test_more_dimensions_than_a_view_has(samples, pair):
+    recon, x, scale = draw(("gaussian", pair), (2, *MANY), samples)
+    recon = _shuffled(recon, 1 if samples is None else 2)
+    assert not recon.is_contiguous() and x.is_contiguous()
+    mask = (torch.rand(1, 2, 1, 3, 1, 2, 1, 2, 1, 2) > 0.3).expand(2, *MANY)
+    for with_mask in (None, mask):
+        check(elbo("gaussian"), recon, x, scale, with_mask, *(torch.randn(2, 3, requires_grad=True) for _ in range(2)))
+    if samples is not None:
+        check(iwae("gaussian"), recon, x, scale, mask, torch.randn(samples, 2, requires_grad=True))
+
+
+@pytest.mark.parametrize("num_samples", [None, 2])
+def test_latents_with_more_dimensions_than_a_view_has(num_samples):
+    mu = torch.randn(2, *MANY, requires_grad=True)
+    logvar = _shuffled(torch.randn(2, *MANY, requires_grad=True), 1)
+    prior_mu = torch.randn(1, 2, 1, 3, 1, 2, 1, 2, 1, 2).expand(2, *MANY)
+    eps = torch.randn(*(() if num_samples is None else (num_samples,)), 2, *MANY)
+
+    def call(mu, logvar, prior_mu, eps):
+        return fastelbo.rsample(mu, logvar, num_samples, prior_mu=prior_mu, eps=eps)[:3]
+
+    check(call, mu, logvar, prior_mu, eps)
+    check(fastelbo.gaussian_kl, mu, logvar, prior_mu)

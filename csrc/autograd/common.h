@@ -5,6 +5,7 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include "ops.h"
@@ -69,29 +70,42 @@ inline Tensor per_datum(const Tensor& grad_loss, std::string_view reduction, c10
   return g.expand_symint({B});
 }
 
+// Saves the tensors that a backward may change or hand out, and notes whether hooks on saved tensors get them too.
+inline void save(AutogradContext* ctx, variable_list tensors) {
+  if (torch::autograd::Engine::get_default_engine().get_default_saved_variable_hooks())
+    ctx->saved_data["hooked"] = true;
+  ctx->save_for_backward(std::move(tensors));
+}
+
+// Whether saved tensors may be changed or handed out: the graph is freed after this backward, and no hook on saved
+// tensors can have kept them. Otherwise a second backward, or a user's in-place change, would spoil them.
+inline bool owns_saved(AutogradContext* ctx) {
+  return !torch::autograd::get_current_graph_task_keep_graph() && !ctx->saved_data.count("hooked");
+}
+
+// An upstream gradient on the CPU as a number.
+inline double number(const Tensor& t) {
+  const bool lies = t.scalar_type() == at::kFloat && !t.is_neg() && !t._is_zerotensor();
+  return lies ? double(*t.const_data_ptr<float>()) : t.item<double>();
+}
+
 // The saved gradients of a scalar loss times the upstream gradient, into the places that `wanted` (a bit per place)
-// names. A saved tensor is changed or handed out only when the graph is freed after this backward: otherwise a second
-// backward, or a user's in-place change, would spoil it.
+// names.
 template <size_t N>
-void scale_saved(const variable_list& saved, size_t first, const Tensor& grad_loss, int64_t wanted,
+void scale_saved(const variable_list& saved, size_t first, const Tensor& grad_loss, int64_t wanted, bool owned,
                  const int (&places)[N], variable_list& result) {
   const bool real = !at::isTensorSubclassLike(grad_loss), plain = real && grad_loss.is_cpu();
-  const bool keep = torch::autograd::get_current_graph_task_keep_graph();
-  double factor = 1;
-  if (plain) {
-    factor =
-        grad_loss.scalar_type() == at::kFloat ? double(*grad_loss.const_data_ptr<float>()) : grad_loss.item<double>();
-  }
+  const double factor = plain ? number(grad_loss) : 1;
   for (size_t i = 0; i < N; ++i) {
     if (!(wanted >> i & 1)) continue;
     const Tensor& g = saved[first++];
     Tensor& to = result[places[i]];
-    if (real && grad_loss.is_cuda() && !keep) {
+    if (real && owned && grad_loss.is_cuda()) {
       to = g.detach();
       ops::scale_(to, grad_loss);  // the factor is read on the device: nothing waits for it
     } else if (!plain) {
       to = g * grad_loss;
-    } else if (keep) {
+    } else if (!owned) {
       to = g * factor;
     } else {
       to = factor == 1 ? g : g.detach().mul_(factor);

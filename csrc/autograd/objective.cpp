@@ -31,6 +31,14 @@ Tensor log_mean_exp_autograd(const Tensor& log_w, int64_t dim) { return LogMeanE
 // The sum of two gradients, either of which may be absent.
 Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
 
+// The sum of t [B], the same for any number of threads: torch splits a sum to one number among them, not one of rows.
+Tensor ordered_sum(const Tensor& t) {
+  constexpr int64_t kRow = 4096;
+  if (at::isTensorSubclassLike(t) || t.numel() <= kRow) return t.sum();
+  const int64_t rows = t.numel() / kRow;
+  return t.narrow(0, 0, rows * kRow).view({rows, kRow}).sum(1).sum() + t.narrow(0, rows * kRow, t.numel() % kRow).sum();
+}
+
 struct ElboLoss : public Function<ElboLoss> {
   enum { kRecon, kX, kMu, kLogvar, kScale, kBeta, kMask, kKl, kInputs };
   static constexpr int kArguments = 11;
@@ -51,7 +59,7 @@ struct ElboLoss : public Function<ElboLoss> {
     const Tensor kept = wants_grad(beta_tensor) ? kl : Tensor();
     variable_list saved{recon, x, mu, logvar, tensor(scale), tensor(beta_tensor), tensor(mask), kept};
     for (auto& g : grads) saved.push_back(g);
-    ctx->save_for_backward(std::move(saved));
+    save(ctx, std::move(saved));
     ctx->saved_data["options"] = std::tuple<double, double, std::string, std::string>(
         beta, free_bits, std::string(likelihood), std::string(reduction));
     ctx->saved_data["fused"] = fused ? wanted[0] + 2 * wanted[1] + 4 * wanted[2] + 8 * wanted[3] : int64_t(0);
@@ -64,7 +72,7 @@ struct ElboLoss : public Function<ElboLoss> {
     const int64_t fused = ctx->saved_data["fused"].toInt();
     if (fused && !grads[1].defined() && !grads[2].defined() && !at::GradMode::is_enabled()) {
       if (!grads[0].defined()) return result;
-      scale_saved(saved, kInputs, grads[0], fused, {kRecon, kMu, kLogvar, kScale}, result);
+      scale_saved(saved, kInputs, grads[0], fused, owns_saved(ctx), {kRecon, kMu, kLogvar, kScale}, result);
       return result;
     }
     return compose(ctx, saved, grads);
@@ -113,7 +121,7 @@ struct ElboLoss : public Function<ElboLoss> {
     if (needed[5] && datum.defined()) {
       const bool again = free_bits > 0 || at::GradMode::is_enabled();
       const Tensor kl = again ? ops::gaussian_kl(mu, logvar, std::nullopt, std::nullopt, free_bits) : saved[kKl];
-      result[kBeta] = (datum * kl).sum().to(saved[kBeta].scalar_type());
+      result[kBeta] = ordered_sum(datum * kl).to(saved[kBeta].scalar_type());
     }
     return result;
   }
@@ -163,7 +171,7 @@ struct MultiSampleLoss : public Function<MultiSampleLoss> {
     variable_list saved{
         recon, x, log_ratio, tensor(gates), tensor(scale), tensor(mask), fused ? Tensor() : log_likelihood};
     for (auto& g : grads) saved.push_back(g);
-    ctx->save_for_backward(std::move(saved));
+    save(ctx, std::move(saved));
     ctx->saved_data["likelihood"] = std::string(likelihood);
     ctx->saved_data["reduction"] = std::string(reduction);
     const Estimator& e = estimator;
@@ -183,10 +191,11 @@ struct MultiSampleLoss : public Function<MultiSampleLoss> {
       variable_list scaled(saved.begin() + kInputs, saved.end());
       if (fused & kGatesBit) {
         const auto at = scaled.begin() + (fused & 1) + (fused >> 1 & 1);
-        result[kGates] = *at;
+        result[kGates] = owns_saved(ctx) ? *at : at->clone();
         scaled.erase(at);
       }
-      scale_saved(scaled, 0, grads[0], (fused & 3) | (fused >> 1 & 4), {kRecon, kLogRatio, kScale}, result);
+      scale_saved(scaled, 0, grads[0], (fused & 3) | (fused >> 1 & 4), owns_saved(ctx), {kRecon, kLogRatio, kScale},
+                  result);
       return result;
     }
     return compose(ctx, saved, grads);

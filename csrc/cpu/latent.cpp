@@ -34,8 +34,9 @@ Tensor gaussian_kl_cpu(const Tensor& mu, const Tensor& logvar, const OptionalTen
   checks::latent(mu, logvar, prior_mu, prior_logvar);
   checks::free_bits(free_bits);
   const Tensor result = shapes::batch_like(mu, mu);
+  Views views = latent_views(mu);
   KlParams p;
-  set_latent(p, mu, logvar, prior_mu, prior_logvar);
+  set_latent(p, views, mu, logvar, prior_mu, prior_logvar);
   Scratch out(p.B), charged, means;
   p.out = out.data();
   if (free_bits > 0) {
@@ -51,12 +52,15 @@ Tensor gaussian_kl_cpu(const Tensor& mu, const Tensor& logvar, const OptionalTen
 Tensors gaussian_kl_backward_cpu(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
                                  const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, double free_bits,
                                  std::array<bool, 4> needs) {
+  checks::latent(mu, logvar, prior_mu, prior_logvar);
+  checks::upstream("grad", grad, {mu.sym_size(0)}, mu);
   const OptionalTensor m = mu, lv = logvar;
   const Tensors grads = shapes::grads_like({&m, &lv, &prior_mu, &prior_logvar}, needs.data());
+  Views views = latent_views(mu);
   KlParams p;
-  set_latent(p, mu, logvar, prior_mu, prior_logvar);
-  set_grads<4>(grads, needs, {&p.grad_mu, &p.grad_logvar, &p.grad_prior_mu, &p.grad_prior_logvar},
-               {&m, &lv, &prior_mu, &prior_logvar}, mu.dim() - 1);
+  set_latent(p, views, mu, logvar, prior_mu, prior_logvar);
+  set_grads<4>(views, grads, needs, {&p.grad_mu, &p.grad_logvar, &p.grad_prior_mu, &p.grad_prior_logvar},
+               {&m, &lv, &prior_mu, &prior_logvar});
   p.grad = rows_of(grad);
   Scratch means;
   if (free_bits > 0) {
@@ -64,6 +68,7 @@ Tensors gaussian_kl_backward_cpu(const Tensor& grad, const Tensor& mu, const Ten
     p.dim_means = means.data(), p.free_bits = free_bits;
   }
   run_kl(p, is_double(mu));
+  views.finish();
   return grads;
 }
 
@@ -74,18 +79,20 @@ Samples rsample_cpu(const Tensor& mu, const Tensor& logvar, OptionalInt num_samp
   checks::noise(mu, num_samples, seed, eps, first_sample);
   const Tensor z = shapes::samples_like(mu, num_samples, true);
   const Tensor log_ratio = shapes::samples_like(mu, num_samples, false);
+  Views views = latent_views(mu);
   SampleParams p;
-  set_latent(p, mu, logvar, prior_mu, prior_logvar);
+  set_latent(p, views, mu, logvar, prior_mu, prior_logvar);
   p.K = num_samples ? num_samples->expect_int() : 1;
   p.first_sample = first_sample.expect_int();
   if (seed.has_value()) p.seed = uint64_t(*seed->const_data_ptr<int64_t>());
-  p.eps = view_of(eps, mu.dim() - 1);
-  p.z = view_of(z, mu.dim() - 1);
+  p.eps = views.in(eps);
+  p.z = views.out(z);
   Scratch ratios(p.K * p.B, 0.0);
   p.log_ratio = ratios.data();
   const int64_t samples = std::min(p.K, kSampleBlock);
   run(kernels().sample[is_double(mu)], p, row_blocks(p.B, p.D) * sample_blocks(p.K),
       rows_per_block(p.D) * p.D * samples * 2);
+  views.finish();
   write(ratios.data(), log_ratio);
   return {z, gaussian_kl_cpu(mu, logvar, prior_mu, prior_logvar, 0.0), log_ratio, shapes::gates_like(mu, num_samples)};
 }
@@ -95,15 +102,19 @@ Tensors rsample_backward_cpu(const OptionalTensor& grad_z, const OptionalTensor&
                              const Tensor& logvar, OptionalInt num_samples, const OptionalTensor& prior_mu,
                              const OptionalTensor& prior_logvar, const OptionalTensor& seed, const OptionalTensor& eps,
                              c10::SymInt first_sample, std::array<bool, 5> needs) {
+  checks::rsample_backward(grad_z, grad_kl, grad_log_ratio, grad_gates, mu, logvar, num_samples, prior_mu, prior_logvar,
+                           seed, eps, first_sample);
   const OptionalTensor m = mu, lv = logvar;
   const Tensors grads = shapes::grads_like({&m, &lv, &prior_mu, &prior_logvar, &eps}, needs.data());
+  Views views = latent_views(mu);
   SampleBackwardParams p;
-  const Tensor dense_grad_z = set_sample_grads(p, grad_z, grad_kl, grad_log_ratio, grad_gates, mu, logvar, num_samples,
-                                               prior_mu, prior_logvar, eps, first_sample.expect_int());
+  set_sample_grads(p, views, grad_z, grad_kl, grad_log_ratio, grad_gates, mu, logvar, num_samples, prior_mu,
+                   prior_logvar, eps, first_sample.expect_int());
   if (seed.has_value()) p.seed = uint64_t(*seed->const_data_ptr<int64_t>());
-  set_grads<5>(grads, needs, {&p.grad_mu, &p.grad_logvar, &p.grad_prior_mu, &p.grad_prior_logvar, &p.grad_eps},
-               {&m, &lv, &prior_mu, &prior_logvar, &eps}, mu.dim() - 1);
+  set_grads<5>(views, grads, needs, {&p.grad_mu, &p.grad_logvar, &p.grad_prior_mu, &p.grad_prior_logvar, &p.grad_eps},
+               {&m, &lv, &prior_mu, &prior_logvar, &eps});
   run(kernels().sample_backward[is_double(mu)], p, row_blocks(p.B, p.D), rows_per_block(p.D) * p.D * p.K * 2);
+  views.finish();
   return grads;
 }
 

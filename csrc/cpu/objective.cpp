@@ -42,18 +42,17 @@ ElboForward elbo_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
                      shapes::grads_like({&r, &m, &lv, &scale}, needs.data())};
   auto& [loss, log_likelihood, kl, grads] = result;
 
-  const int64_t dims = x.dim() - 1;
-  const Order order = event_order(recon, dims);
-  LogProbParams p = log_prob_params(recon, x, scale, mask, order);
+  Views views = data_views(recon, x), latents = latent_views(mu);
+  LogProbParams p = log_prob_params(views, recon, x, scale, mask);
   KlParams q;
-  set_latent(q, mu, logvar, std::nullopt, std::nullopt);
+  set_latent(q, latents, mu, logvar, std::nullopt, std::nullopt);
   p.grad.constant = -share(reduction, p.B) / double(p.K);
   q.grad.constant = beta * share(reduction, p.B);
   size_t next = 0;
-  if (needs[0]) p.grad_recon = view_of(grads[next++], dims, order);
-  if (needs[1]) q.grad_mu = view_of(grads[next++], mu.dim() - 1);
-  if (needs[2]) q.grad_logvar = view_of(grads[next++], mu.dim() - 1);
-  if (needs[3] && scale.has_value()) p.grad_scale = view_of(grads[next], dims, order);
+  if (needs[0]) p.grad_recon = views.out(grads[next++]);
+  if (needs[1]) q.grad_mu = latents.out(grads[next++]);
+  if (needs[2]) q.grad_logvar = latents.out(grads[next++]);
+  if (needs[3] && scale.has_value()) p.grad_scale = views.out(grads[next]);
 
   Scratch fit(p.K * p.B), losses(p.B), divergence(p.B), means;
   run_log_prob(log_prob_kernel(index, scale, is_double(recon)), p, fit.data());
@@ -63,6 +62,7 @@ ElboForward elbo_loss_forward_cpu(const Tensor& recon, const Tensor& x, const Te
     q.dim_means = means.data(), q.free_bits = free_bits, q.charged = losses.data();
   }
   run_kl(q, is_double(mu));
+  views.finish(), latents.finish();
 
   const double* charged = free_bits > 0 ? losses.data() : divergence.data();
   for (int64_t b = 0; b < p.B; ++b) {
@@ -94,9 +94,8 @@ MultiSampleForward multi_sample_loss_forward_cpu(const Tensor& recon, const Tens
                             shapes::grads_like({&r, &lr, &gates, &scale}, needs.data())};
   auto& [loss, log_likelihood, grads] = result;
 
-  const int64_t dims = x.dim() - 1;
-  const Order order = event_order(recon, dims);
-  LogProbParams first = log_prob_params(recon, x, scale, mask, order);
+  Views views = data_views(recon, x);
+  LogProbParams first = log_prob_params(views, recon, x, scale, mask);
   const int64_t K = first.K, B = first.B, D = first.D, per_row = segments(D);
   Tensor grad_recon, grad_log_ratio, grad_gates, grad_scale;
   size_t next = 0;
@@ -105,8 +104,8 @@ MultiSampleForward multi_sample_loss_forward_cpu(const Tensor& recon, const Tens
   if (needs[2] && gates.has_value()) grad_gates = grads[next++];
   if (needs[3] && scale.has_value()) grad_scale = grads[next];
   LogProbParams second = first;
-  if (grad_recon.defined()) second.grad_recon = view_of(grad_recon, dims, order);
-  if (grad_scale.defined()) second.grad_scale = view_of(grad_scale, dims, order);
+  if (grad_recon.defined()) second.grad_recon = views.out(grad_recon);
+  if (grad_scale.defined()) second.grad_scale = views.out(grad_scale);
   const auto keeps_view = [&](const View& v) {
     return !v || (v.dtype == (wide ? DType::f64 : DType::f32) && v.ndim == 1 && v.stride[0] == 1);
   };
@@ -203,11 +202,12 @@ MultiSampleForward multi_sample_loss_forward_cpu(const Tensor& recon, const Tens
     });
   }
 
+  views.finish();
   reduce(losses.data(), B, reduction, loss);
   write(fit.data(), log_likelihood);
   if (grad_gates.defined()) {
     Scratch factors(2 * K * B, score - 1);
-    for (int64_t row = 0; row < K * B; ++row) factors[row] = path + path_weight * weights[row] - 1;
+    for (int64_t row = 0; row < K * B; ++row) factors[row] = path_factor(e, weights[row]);
     grad_gates.copy_(at::from_blob(factors.data(), {2, K, B}, at::kDouble));
   }
   if (grad_log_ratio.defined()) {
@@ -229,10 +229,11 @@ Tensor log_mean_exp_cpu(const Tensor& log_w, int64_t dim) {
 }
 
 Tensor log_mean_exp_backward_cpu(const Tensor& grad, const Tensor& log_w, int64_t dim) {
+  const int64_t d = checks::log_mean_exp_backward(grad, log_w, dim);
   const Tensor w = log_w.to(checks::compute_type(log_w)).contiguous();
   const Tensor result = at::empty_like(w, at::MemoryFormat::Contiguous);
   if (result.numel() != 0) {
-    LogMeanExpParams p = log_mean_exp_params(w, dim < 0 ? dim + log_w.dim() : dim);
+    LogMeanExpParams p = log_mean_exp_params(w, d);
     const Tensor g = grad.contiguous();
     p.grad = g.const_data_ptr();
     p.grad_log_w = result.mutable_data_ptr();

@@ -23,8 +23,9 @@ Tensor gaussian_kl_cuda(const Tensor& mu, const Tensor& logvar, const OptionalTe
   checks::free_bits(free_bits);
   const OnDeviceOf device(mu);
   const Tensor result = shapes::batch_like(mu, mu);
+  Views views = latent_views(mu);
   RowsParams p;
-  set_latent(p.kl, mu, logvar, prior_mu, prior_logvar);
+  set_latent(p.kl, views, mu, logvar, prior_mu, prior_logvar);
   const Tensor means = set_free_bits(p.kl, mu, free_bits, device.stream());
   p.charged = result.mutable_data_ptr();
   run_kl(p, mu, device.stream());
@@ -34,16 +35,20 @@ Tensor gaussian_kl_cuda(const Tensor& mu, const Tensor& logvar, const OptionalTe
 Tensors gaussian_kl_backward_cuda(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
                                   const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, double free_bits,
                                   std::array<bool, 4> needs) {
+  checks::latent(mu, logvar, prior_mu, prior_logvar);
+  checks::upstream("grad", grad, {mu.sym_size(0)}, mu);
   const OnDeviceOf device(mu);
   const OptionalTensor m = mu, lv = logvar;
   const Tensors grads = shapes::grads_like({&m, &lv, &prior_mu, &prior_logvar}, needs.data());
+  Views views = latent_views(mu);
   RowsParams p;
-  set_latent(p.kl, mu, logvar, prior_mu, prior_logvar);
-  set_grads<4>(grads, needs, {&p.kl.grad_mu, &p.kl.grad_logvar, &p.kl.grad_prior_mu, &p.kl.grad_prior_logvar},
-               {&m, &lv, &prior_mu, &prior_logvar}, mu.dim() - 1);
+  set_latent(p.kl, views, mu, logvar, prior_mu, prior_logvar);
+  set_grads<4>(views, grads, needs, {&p.kl.grad_mu, &p.kl.grad_logvar, &p.kl.grad_prior_mu, &p.kl.grad_prior_logvar},
+               {&m, &lv, &prior_mu, &prior_logvar});
   p.kl.grad = rows_of(grad);
   const Tensor means = set_free_bits(p.kl, mu, free_bits, device.stream());
   run_kl(p, mu, device.stream());
+  views.finish();
   return grads;
 }
 
@@ -55,16 +60,18 @@ Samples rsample_cuda(const Tensor& mu, const Tensor& logvar, OptionalInt num_sam
   const OnDeviceOf device(mu);
   const Tensor z = shapes::samples_like(mu, num_samples, true);
   const Tensor log_ratio = shapes::samples_like(mu, num_samples, false), kl = shapes::batch_like(mu, mu);
+  Views views = latent_views(mu);
   SamplesParams p;
-  set_latent(p.p, mu, logvar, prior_mu, prior_logvar);
+  set_latent(p.p, views, mu, logvar, prior_mu, prior_logvar);
   p.p.K = num_samples ? num_samples->expect_int() : 1;
   p.p.first_sample = first_sample.expect_int();
   p.seed = seed_of(seed);
-  p.p.eps = view_of(eps, mu.dim() - 1);
-  p.p.z = view_of(z, mu.dim() - 1);
+  p.p.eps = views.in(eps);
+  p.p.z = views.out(z);
   p.log_ratio = log_ratio.mutable_data_ptr();
   p.kl = kl.mutable_data_ptr();
   launch_samples(p, is_double(mu), device.stream());
+  views.finish();
   return {z, kl, log_ratio, shapes::gates_like(mu, num_samples)};
 }
 
@@ -73,17 +80,21 @@ Tensors rsample_backward_cuda(const OptionalTensor& grad_z, const OptionalTensor
                               const Tensor& logvar, OptionalInt num_samples, const OptionalTensor& prior_mu,
                               const OptionalTensor& prior_logvar, const OptionalTensor& seed, const OptionalTensor& eps,
                               c10::SymInt first_sample, std::array<bool, 5> needs) {
+  checks::rsample_backward(grad_z, grad_kl, grad_log_ratio, grad_gates, mu, logvar, num_samples, prior_mu, prior_logvar,
+                           seed, eps, first_sample);
   const OnDeviceOf device(mu);
   const OptionalTensor m = mu, lv = logvar;
   const Tensors grads = shapes::grads_like({&m, &lv, &prior_mu, &prior_logvar, &eps}, needs.data());
+  Views views = latent_views(mu);
   SamplesBackwardParams q;
   SampleBackwardParams& p = q.p;
-  const Tensor dense_grad_z = set_sample_grads(p, grad_z, grad_kl, grad_log_ratio, grad_gates, mu, logvar, num_samples,
-                                               prior_mu, prior_logvar, eps, first_sample.expect_int());
+  set_sample_grads(p, views, grad_z, grad_kl, grad_log_ratio, grad_gates, mu, logvar, num_samples, prior_mu,
+                   prior_logvar, eps, first_sample.expect_int());
   q.seed = seed_of(seed);
-  set_grads<5>(grads, needs, {&p.grad_mu, &p.grad_logvar, &p.grad_prior_mu, &p.grad_prior_logvar, &p.grad_eps},
-               {&m, &lv, &prior_mu, &prior_logvar, &eps}, mu.dim() - 1);
+  set_grads<5>(views, grads, needs, {&p.grad_mu, &p.grad_logvar, &p.grad_prior_mu, &p.grad_prior_logvar, &p.grad_eps},
+               {&m, &lv, &prior_mu, &prior_logvar, &eps});
   launch_samples_backward(q, is_double(mu), device.stream());
+  views.finish();
   return grads;
 }
 

@@ -29,20 +29,19 @@ ElboForward elbo_loss_forward_cuda(const Tensor& recon, const Tensor& x, const T
                      shapes::grads_like({&r, &m, &lv, &scale}, needs.data())};
   auto& [loss, log_likelihood, kl, grads] = result;
 
-  const int64_t dims = x.dim() - 1;
-  const Order order = event_order(recon, dims);
+  Views views = data_views(recon, x), latents = latent_views(mu);
   RowsParams p;
-  p.fit = log_prob_params(recon, x, scale, mask, order);
-  set_latent(p.kl, mu, logvar, std::nullopt, std::nullopt);
+  p.fit = log_prob_params(views, recon, x, scale, mask);
+  set_latent(p.kl, latents, mu, logvar, std::nullopt, std::nullopt);
   if (beta_tensor.has_value()) beta = 1;
   p.beta = scalar_of(beta_tensor);
   p.fit.grad.constant = p.fit_share = -share(reduction, p.fit.B) / double(p.fit.K);
   p.kl.grad.constant = p.kl_share = beta * share(reduction, p.fit.B);
   size_t next = 0;
-  if (needs[0]) p.fit.grad_recon = view_of(grads[next++], dims, order);
-  if (needs[1]) p.kl.grad_mu = view_of(grads[next++], mu.dim() - 1);
-  if (needs[2]) p.kl.grad_logvar = view_of(grads[next++], mu.dim() - 1);
-  if (needs[3] && scale.has_value()) p.fit.grad_scale = view_of(grads[next], dims, order);
+  if (needs[0]) p.fit.grad_recon = views.out(grads[next++]);
+  if (needs[1]) p.kl.grad_mu = latents.out(grads[next++]);
+  if (needs[2]) p.kl.grad_logvar = latents.out(grads[next++]);
+  if (needs[3] && scale.has_value()) p.fit.grad_scale = views.out(grads[next]);
   const Tensor means = set_free_bits(p.kl, mu, free_bits, device.stream());
   p.kl_out = kl.mutable_data_ptr();
 
@@ -58,6 +57,7 @@ ElboForward elbo_loss_forward_cuda(const Tensor& recon, const Tensor& x, const T
   RowSums sums(p, recon, log_likelihood);
   launch_rows(p, index, scale.has_value(), is_double(recon), device.stream());
   sums.finish(p, is_double(recon), device.stream());
+  views.finish(), latents.finish();
   if (reduction == Reduction::none) {
     const Tensor fit = recon.dim() > x.dim() ? log_likelihood.mean(0) : log_likelihood;
     const Tensor weighted = beta_tensor.has_value() ? charged * beta_tensor->to(charged.scalar_type()) : charged * beta;
@@ -83,9 +83,8 @@ MultiSampleForward multi_sample_loss_forward_cuda(const Tensor& recon, const Ten
                             shapes::grads_like({&r, &lr, &gates, &scale}, needs.data())};
   auto& [loss, log_likelihood, grads] = result;
 
-  const int64_t dims = x.dim() - 1;
-  const Order order = event_order(recon, dims);
-  p.fit = log_prob_params(recon, x, scale, mask, order);
+  Views views = data_views(recon, x);
+  p.fit = log_prob_params(views, recon, x, scale, mask);
   const int64_t K = p.fit.K, B = p.fit.B, D = p.fit.D;
   const Tensor ratio = log_ratio.to(checks::compute_type(recon));
   p.log_ratio = rows_of(ratio);
@@ -94,18 +93,12 @@ MultiSampleForward multi_sample_loss_forward_cuda(const Tensor& recon, const Ten
   p.weights = weights.mutable_data_ptr<double>();
   p.share = share(reduction, B);
   size_t next = 0;
-  if (needs[0]) p.fit.grad_recon = view_of(grads[next++], dims, order);
-  Tensor dense_gates;
-  if (needs[1]) {
-    const Tensor& g = grads[next++];
-    p.grad_log_ratio = g.mutable_data_ptr(), p.ratio_stride_k = g.stride(0), p.ratio_stride_b = g.stride(1);
-  }
+  if (needs[0]) p.fit.grad_recon = views.out(grads[next++]);
+  if (needs[1]) p.grad_log_ratio = views.dense(grads[next++], loss.scalar_type()).mutable_data_ptr();
   if (needs[2] && gates.has_value()) {
-    Tensor& g = grads[next++];
-    if (!g.is_contiguous()) g = g.contiguous();
-    p.grad_gates = g.mutable_data_ptr();
+    p.grad_gates = views.dense(grads[next++], loss.scalar_type()).mutable_data_ptr();
   }
-  if (needs[3] && scale.has_value()) p.fit.grad_scale = view_of(grads[next], dims, order);
+  if (needs[3] && scale.has_value()) p.fit.grad_scale = views.out(grads[next]);
   TotalMemory memory;
   if (reduction == Reduction::none) {
     p.bound = loss.mutable_data_ptr();
@@ -115,6 +108,7 @@ MultiSampleForward multi_sample_loss_forward_cuda(const Tensor& recon, const Ten
   }
   if (D <= kSegment && (B >= kFewData || K * D < kSegment)) {
     launch_multi_sample(p, index, scale.has_value(), wide, device.stream());
+    views.finish();
     return result;
   }
   RowsParams rows;
@@ -136,6 +130,7 @@ MultiSampleForward multi_sample_loss_forward_cuda(const Tensor& recon, const Ten
     rows.fit.grad = rows_of(row_grad);
     launch_rows(rows, index, scale.has_value(), wide, device.stream());
   }
+  views.finish();
   return result;
 }
 
@@ -151,10 +146,11 @@ Tensor log_mean_exp_cuda(const Tensor& log_w, int64_t dim) {
 }
 
 Tensor log_mean_exp_backward_cuda(const Tensor& grad, const Tensor& log_w, int64_t dim) {
+  const int64_t d = checks::log_mean_exp_backward(grad, log_w, dim);
   const OnDeviceOf device(log_w);
   const Tensor w = log_w.to(checks::compute_type(log_w)).contiguous(), g = grad.contiguous();
   const Tensor result = at::empty_like(w, at::MemoryFormat::Contiguous);
-  LogMeanExpParams p = log_mean_exp_params(w, dim < 0 ? dim + log_w.dim() : dim);
+  LogMeanExpParams p = log_mean_exp_params(w, d);
   p.grad = g.const_data_ptr();
   p.grad_log_w = result.mutable_data_ptr();
   launch_log_mean_exp(p, g.numel(), is_double(w), device.stream());

@@ -55,10 +55,9 @@ struct MultiSampleParams {
   double* weights = nullptr;       // [K, B] scratch: log w, then the weights a
   void* bound = nullptr;           // T [B]: minus the bound, or null
   void* grad_log_ratio = nullptr;  // T [K, B], or null: -share a
-  int64_t ratio_stride_k = 0, ratio_stride_b = 0;
-  void* grad_gates = nullptr;  // T [2, K, B], or null
-  void* row_grad = nullptr;    // T [K, B], or null: -share a, for the gradients that come later
-  double share = 1;            // of a datum's loss in the total
+  void* grad_gates = nullptr;      // T [2, K, B], or null
+  void* row_grad = nullptr;        // T [K, B], or null: -share a, for the gradients that come later
+  double share = 1;                // of a datum's loss in the total
   Total total;
 };
 void launch_multi_sample(const MultiSampleParams& p, int likelihood, bool scale, bool wide, cudaStream_t stream);

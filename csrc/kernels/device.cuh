@@ -56,7 +56,7 @@ __device__ T load_at(const View& v, int64_t at) {
     case DType::f64: return T(static_cast<const double*>(v.data)[at]);
     case DType::bf16: return T(bfloat16_to_float(static_cast<const uint16_t*>(v.data)[at]));
     case DType::f16: return T(half_to_float(static_cast<const uint16_t*>(v.data)[at]));
-    default: return T(static_cast<const uint8_t*>(v.data)[at]) * (v.unit ? T(1) / T(255) : T(1));
+    default: return scaled_byte(T(static_cast<const uint8_t*>(v.data)[at]), byte_scale(v.unit, T()));
   }
 }
 template <class T>
@@ -122,8 +122,9 @@ __device__ void load4(const View& v, int64_t row, int64_t i, int n, T* to) {
       const uint8_t* p = static_cast<const uint8_t*>(v.data) + at;
       if (aligned<uchar4>(p)) {
         const uchar4 w = *reinterpret_cast<const uchar4*>(p);
-        const T factor = v.unit ? T(1) / T(255) : T(1);
-        to[0] = T(w.x) * factor, to[1] = T(w.y) * factor, to[2] = T(w.z) * factor, to[3] = T(w.w) * factor;
+        const ByteScale<T> scale = byte_scale(v.unit, T());
+        to[0] = scaled_byte(T(w.x), scale), to[1] = scaled_byte(T(w.y), scale);
+        to[2] = scaled_byte(T(w.z), scale), to[3] = scaled_byte(T(w.w), scale);
         return;
       }
     }

@@ -13,7 +13,7 @@ struct Elements {
   const T *recon, *scale, *x, *weight;
   T *grad_recon, *grad_scale, *grad_x;
   const uint8_t* bytes;  // x as it lies, where it is bytes in a row: converted in registers
-  T unit;                // what a byte is multiplied by
+  ByteScale<T> byte_scale;
 };
 
 // A tile is done in several short loops instead of a long one: what limits a long one is not the number of its
@@ -47,7 +47,7 @@ inline void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restri
   const T* __restrict scale = e.scale;
   const T* __restrict x = e.x;
   const uint8_t* __restrict bytes = e.bytes;
-  const T unit = e.unit;
+  const ByteScale<T> byte_scale = e.byte_scale;
   const T* __restrict weight = e.weight;
   T* __restrict grad_recon = e.grad_recon;
   T* __restrict grad_scale = e.grad_scale;
@@ -57,7 +57,7 @@ inline void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restri
     // one const value: gcc keeps a struct that is assigned in pieces in memory, and then does not vectorize
     const T s = kScale ? scale[i] : T(0);
     const T shared = kShares ? share[i] : L::share(recon[i], s);
-    const Terms<T> t = L::eval(recon[i], s, kBytes ? T(bytes[i]) * unit : x[i], shared);
+    const Terms<T> t = L::eval(recon[i], s, kBytes ? scaled_byte(T(bytes[i]), byte_scale) : x[i], shared);
     const T m = kWeighted ? weight[i] : T(1);
     const bool seen = !kWeighted || m != 0;
     const T w = kWeighted ? factor * m : factor;
@@ -118,7 +118,7 @@ inline double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int
     Elements<T> e;
     e.recon = load(p.recon, k, b, i, n, in[0]);
     e.bytes = p.mask ? nullptr : bytes_of(p.x, k, b, i);
-    e.unit = p.x.unit ? T(1) / T(255) : T(1);
+    e.byte_scale = byte_scale(p.x.unit, T());
     e.x = e.bytes ? nullptr : load(p.x, k, b, i, n, in[1]);
     e.scale = kScale ? load(p.scale, k, b, i, n, in[2]) : nullptr;
     e.weight = p.mask ? load(p.mask, k, b, i, n, in[3]) : nullptr;
@@ -138,11 +138,11 @@ inline double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int
       for (int64_t j = 0; j < kLanes; ++j) {
         const bool inside = j < tail;
         ti[0][j] = inside ? e.recon[whole + j] : T(0.5);
-        ti[1][j] = !inside ? T(0.5) : e.bytes ? T(e.bytes[whole + j]) * e.unit : e.x[whole + j];
+        ti[1][j] = !inside ? T(0.5) : e.bytes ? scaled_byte(T(e.bytes[whole + j]), e.byte_scale) : e.x[whole + j];
         if constexpr (kScale) ti[2][j] = inside ? e.scale[whole + j] : T(0);
         ti[3][j] = inside && e.weight ? e.weight[whole + j] : T(0);
       }
-      evaluate_part({ti[0], ti[2], ti[1], ti[3], to[0], to[1], to[2], nullptr, T(1)}, kLanes, whole);
+      evaluate_part({ti[0], ti[2], ti[1], ti[3], to[0], to[1], to[2], nullptr, {}}, kLanes, whole);
       for (int64_t j = 0; j < tail; ++j) {
         if constexpr (kGrads != Grads::none) e.grad_recon[whole + j] = to[0][j];
         if constexpr (kGrads != Grads::none && kScale) e.grad_scale[whole + j] = to[1][j];

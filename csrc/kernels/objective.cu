@@ -82,12 +82,10 @@ __global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2) multi_sample_kernel(
     for (int64_t k = threadIdx.x; k < K; k += kThreads) {
       const double a = p.weights[k * B + b];
       if (p.row_grad) static_cast<T*>(p.row_grad)[k * B + b] = T(-p.share * a);
-      if (p.grad_log_ratio) {
-        static_cast<T*>(p.grad_log_ratio)[k * p.ratio_stride_k + b * p.ratio_stride_b] = T(-p.share * a);
-      }
+      if (p.grad_log_ratio) static_cast<T*>(p.grad_log_ratio)[k * B + b] = T(-p.share * a);
       if (p.grad_gates) {
         T* gates = static_cast<T*>(p.grad_gates);
-        gates[k * B + b] = T(p.estimator.path + p.estimator.path_weight * a - 1);
+        gates[k * B + b] = T(path_factor(p.estimator, a));
         gates[(K + k) * B + b] = T(p.estimator.score - 1);
       }
     }

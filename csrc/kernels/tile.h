@@ -40,11 +40,11 @@ FASTELBO_HD Half to_half(float v) { return {c10::detail::fp16_ieee_from_fp32_val
 #endif
 
 template <class T, class From>
-FASTELBO_HD T convert_in(From v, T factor) {
+FASTELBO_HD T convert_in(From v, ByteScale<T> scale) {
   if constexpr (sizeof(From) == 2) {
     return T(to_float(v));
   } else if constexpr (sizeof(From) == 1) {
-    return T(v) * factor;
+    return scaled_byte(T(v), scale);
   } else {
     return T(v);
   }
@@ -101,7 +101,7 @@ FASTELBO_HD void for_runs(const View& v, int64_t begin, int64_t n, F f) {
 
 template <class T, class From>
 inline void gather(T* __restrict to, const View& v, const From* from, int64_t begin, int64_t n) {
-  const T factor = v.unit ? T(1) / T(255) : T(1);
+  const ByteScale<T> scale = byte_scale(v.unit, T());
   const int64_t step = v.stride[v.ndim - 1];
   for_runs(v, begin, n, [&](int64_t offset, int64_t index, int64_t count) {
     const From* __restrict p = from + offset;
@@ -111,9 +111,9 @@ inline void gather(T* __restrict to, const View& v, const From* from, int64_t be
       if constexpr (__is_same(From, Half) && __is_same(T, float)) return halves_in(q, p, count);
 #endif
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) q[i] = convert_in<T>(p[i], factor);
+      for (int64_t i = 0; i < count; ++i) q[i] = convert_in<T>(p[i], scale);
     } else {
-      for (int64_t i = 0; i < count; ++i) q[i] = convert_in<T>(p[i * step], factor);
+      for (int64_t i = 0; i < count; ++i) q[i] = convert_in<T>(p[i * step], scale);
     }
   });
 }

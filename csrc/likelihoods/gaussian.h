@@ -19,10 +19,12 @@ struct Gaussian {
   FASTELBO_HD static Terms<T> eval(T m, T lv, T x, T inverse) {
     const T delta = x - m;
     const T slope = delta * inverse;
-    const T square = delta * slope;
-    const T log_2pi = T(1.83787706640934548356);
-    return {
-        .value = T(-0.5) * (square + lv + log_2pi), .d_recon = slope, .d_scale = T(0.5) * (square - 1), .d_x = -slope};
+    const T half_square = T(0.5) * delta * slope;  // halved first: finite wherever its double in the log p is not
+    const T half_log_2pi = T(0.91893853320467274178);
+    return {.value = -(half_square + (T(0.5) * lv + half_log_2pi)),
+            .d_recon = slope,
+            .d_scale = half_square - T(0.5),
+            .d_x = -slope};
   }
 };
 

@@ -214,6 +214,27 @@ FASTELBO_HD double expm1_series(double t) {
               2.75573193248905321e-7, 2.505212041301949043e-8, 2.087674483141534883e-9, 1.605746226135608097e-10,
               1.147124044684971758e-11, 7.752866502969100035e-13, 4.798865299379369583e-14);
 }
+// What a byte counts for: itself, or a 255th of itself.
+template <class T>
+struct ByteScale {
+  T hi, lo;
+};
+
+// 1/255 as hi + lo, where 255 hi is exact: hi has 9 bits in float and 41 in double.
+FASTELBO_HD ByteScale<float> byte_scale(bool unit, float) {
+  return unit ? ByteScale<float>{0x1.01p-8f, 0x1.010102p-24f} : ByteScale<float>{1, 0};
+}
+FASTELBO_HD ByteScale<double> byte_scale(bool unit, double) {
+  return unit ? ByteScale<double>{0x1.010101010100p-8, 0x1.010101010101p-56} : ByteScale<double>{1, 0};
+}
+
+// byte or byte / 255, rounded to nearest for all 256 bytes. The result is a sum: a compiler fuses a product, such as
+// byte * (1/255), with the subtraction that follows, and x - 1 is then not 0 at 255.
+template <class T>
+FASTELBO_HD T scaled_byte(T byte, ByteScale<T> scale) {
+  return byte * scale.hi + byte * scale.lo;
+}
+
 template <class T>
 struct Expm1 {
   T value;      // exp(t) - 1

@@ -19,8 +19,8 @@ template <class T>
 FASTELBO_HD KlTerm<T> kl_term(T delta, T t, T exp_t, T inv_prior) {
   const Expm1<T> e = expm1_of(t, exp_t);
   const T slope = delta * inv_prior;
-  const T square = delta * slope;
-  return {T(0.5) * (e.remainder + square), slope, T(0.5) * e.value, -slope, T(-0.5) * (e.value + square)};
+  const T half_square = T(0.5) * delta * slope, half_value = T(0.5) * e.value;  // halved first: no early overflow
+  return {T(0.5) * e.remainder + half_square, slope, half_value, -slope, -(half_value + half_square)};
 }
 
 }  // namespace fastelbo::FASTELBO_ISA

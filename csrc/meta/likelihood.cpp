@@ -15,8 +15,9 @@ Tensor log_prob_meta(const Tensor& recon, const Tensor& x, const OptionalTensor&
   return shapes::rows_like(recon, x);
 }
 
-Tensors log_prob_backward_meta(const Tensor&, const Tensor& recon, const Tensor& x, const OptionalTensor& scale,
-                               const OptionalTensor&, std::string_view, std::array<bool, 3> needs) {
+Tensors log_prob_backward_meta(const Tensor& grad, const Tensor& recon, const Tensor& x, const OptionalTensor& scale,
+                               const OptionalTensor& mask, std::string_view likelihood, std::array<bool, 3> needs) {
+  checks::log_prob_backward(grad, recon, x, scale, mask, likelihood);
   const OptionalTensor r = recon, data = x;
   return shapes::grads_like({&r, &data, &scale}, needs.data());
 }

@@ -13,7 +13,8 @@ Tensor log_mean_exp_meta(const Tensor& log_w, int64_t dim) {
   return shapes::reduced_like(log_w, checks::log_mean_exp(log_w, dim));
 }
 
-Tensor log_mean_exp_backward_meta(const Tensor&, const Tensor& log_w, int64_t) {
+Tensor log_mean_exp_backward_meta(const Tensor& grad, const Tensor& log_w, int64_t dim) {
+  checks::log_mean_exp_backward(grad, log_w, dim);
   return at::empty_like(log_w, at::MemoryFormat::Contiguous);
 }
 

@@ -1,4 +1,5 @@
-// The ops as C++ functions, called through the dispatcher.
+// The ops as C++ functions, called through the dispatcher: ops::log_prob(recon, x, ...). Their arguments are explained
+// in library.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,147 +9,117 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
-#include <vector>
-
-#include "estimator.h"
+#include <utility>
 
 namespace fastelbo::ops {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<c10::SymInt>;
-using Tensors = std::vector<Tensor>;
 
-#define FASTELBO_OP(NAME, ...) \
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastelbo::" NAME, "").typed<__VA_ARGS__>()
+template <size_t N>
+struct Name {
+  char text[N];
+  constexpr Name(const char (&literal)[N]) {
+    for (size_t i = 0; i < N; ++i) text[i] = literal[i];
+  }
+};
 
-inline Tensors rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
+template <Name name, class Signature>
+struct Op;
+
+template <Name name, class R, class... A>
+struct Op<name, R(A...)> {
+  R operator()(A... arguments) const {
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.text, "").template typed<R(A...)>();
+    return op.call(std::forward<A>(arguments)...);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// latent
+
+using Samples = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // z, kl, log_ratio, gates
+inline constexpr Op<"fastelbo::rsample",
+                    Samples(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
+                            const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+                            const OptionalTensor& seed, const OptionalTensor& eps, c10::SymInt first_sample)>
+    rsample;
+
+using SampleGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of mu, logvar, prior_mu, prior_logvar, eps
+inline constexpr Op<"fastelbo::_rsample_backward",
+                    SampleGrads(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
                                 const OptionalTensor& grad_log_ratio, const OptionalTensor& grad_gates,
                                 const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
                                 const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
                                 const OptionalTensor& seed, const OptionalTensor& eps, c10::SymInt first_sample,
-                                std::array<bool, 5> needs) {
-  FASTELBO_OP("_rsample_backward",
-              Tensors(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                      const Tensor&, const Tensor&, OptionalInt, const OptionalTensor&, const OptionalTensor&,
-                      const OptionalTensor&, const OptionalTensor&, c10::SymInt, std::array<bool, 5>));
-  return op.call(grad_z, grad_kl, grad_log_ratio, grad_gates, mu, logvar, std::move(num_samples), prior_mu,
-                 prior_logvar, seed, eps, std::move(first_sample), needs);
-}
+                                std::array<bool, 5> needs)>
+    rsample_backward;
 
-using Samples = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // z, kl, log_ratio, gates
-inline Samples rsample(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples, const OptionalTensor& prior_mu,
-                       const OptionalTensor& prior_logvar, const OptionalTensor& seed, const OptionalTensor& eps,
-                       c10::SymInt first_sample) {
-  FASTELBO_OP("rsample", Samples(const Tensor&, const Tensor&, OptionalInt, const OptionalTensor&,
-                                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, c10::SymInt));
-  return op.call(mu, logvar, std::move(num_samples), prior_mu, prior_logvar, seed, eps, std::move(first_sample));
-}
+inline constexpr Op<"fastelbo::gaussian_kl",
+                    Tensor(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                           const OptionalTensor& prior_logvar, double free_bits)>
+    gaussian_kl;
 
-inline Tensor gaussian_kl(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                          const OptionalTensor& prior_logvar, double free_bits) {
-  FASTELBO_OP("gaussian_kl",
-              Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, double));
-  return op.call(mu, logvar, prior_mu, prior_logvar, free_bits);
-}
+using KlGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of mu, logvar, prior_mu, prior_logvar
+inline constexpr Op<"fastelbo::_gaussian_kl_backward",
+                    KlGrads(const Tensor& grad, const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                            const OptionalTensor& prior_logvar, double free_bits, std::array<bool, 4> needs)>
+    gaussian_kl_backward;
 
-inline Tensors gaussian_kl_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
-                                    const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                                    double free_bits, std::array<bool, 4> needs) {
-  FASTELBO_OP("_gaussian_kl_backward", Tensors(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                               const OptionalTensor&, double, std::array<bool, 4>));
-  return op.call(grad, mu, logvar, prior_mu, prior_logvar, free_bits, needs);
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// likelihood
 
-inline Tensor log_prob(const Tensor& recon, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& mask,
-                       std::string_view likelihood) {
-  FASTELBO_OP("log_prob",
-              Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, std::string_view));
-  return op.call(recon, x, scale, mask, likelihood);
-}
+inline constexpr Op<"fastelbo::log_prob",
+                    Tensor(const Tensor& recon, const Tensor& x, const OptionalTensor& second,
+                           const OptionalTensor& third, const OptionalTensor& mask, std::string_view likelihood)>
+    log_prob;
 
-inline Tensors log_prob_backward(const Tensor& grad, const Tensor& recon, const Tensor& x, const OptionalTensor& scale,
-                                 const OptionalTensor& mask, std::string_view likelihood, std::array<bool, 3> needs) {
-  FASTELBO_OP("_log_prob_backward", Tensors(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                            const OptionalTensor&, std::string_view, std::array<bool, 3>));
-  return op.call(grad, recon, x, scale, mask, likelihood, needs);
-}
+using LogProbGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of recon, x, second, third
+inline constexpr Op<"fastelbo::_log_prob_backward",
+                    LogProbGrads(const Tensor& grad, const Tensor& recon, const Tensor& x, const OptionalTensor& second,
+                                 const OptionalTensor& third, const OptionalTensor& mask, std::string_view likelihood,
+                                 std::array<bool, 4> needs)>
+    log_prob_backward;
 
-inline Tensor log_mean_exp(const Tensor& log_w, int64_t dim) {
-  FASTELBO_OP("log_mean_exp", Tensor(const Tensor&, int64_t));
-  return op.call(log_w, dim);
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// objective
 
-inline Tensor log_mean_exp_backward(const Tensor& grad, const Tensor& log_w, int64_t dim) {
-  FASTELBO_OP("_log_mean_exp_backward", Tensor(const Tensor&, const Tensor&, int64_t));
-  return op.call(grad, log_w, dim);
-}
+inline constexpr Op<"fastelbo::log_mean_exp", Tensor(const Tensor& log_w, int64_t dim)> log_mean_exp;
+inline constexpr Op<"fastelbo::_log_mean_exp_backward", Tensor(const Tensor& grad, const Tensor& log_w, int64_t dim)>
+    log_mean_exp_backward;
 
-using ElboForward = std::tuple<Tensor, Tensor, Tensor, Tensors>;
-inline ElboForward elbo_loss_forward(const Tensor& recon, const Tensor& x, const Tensor& mu, const Tensor& logvar,
-                                     const OptionalTensor& scale, const OptionalTensor& mask, double beta,
-                                     const OptionalTensor& beta_tensor, double free_bits, std::string_view likelihood,
-                                     std::string_view reduction, std::array<bool, 4> needs) {
-  FASTELBO_OP("_elbo_loss_forward",
-              ElboForward(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                          const OptionalTensor&, double, const OptionalTensor&, double, std::string_view,
-                          std::string_view, std::array<bool, 4>));
-  return op.call(recon, x, mu, logvar, scale, mask, beta, beta_tensor, free_bits, likelihood, reduction, needs);
-}
+using ElboLoss = std::tuple<Tensor, Tensor, Tensor>;  // loss, log_likelihood, kl
+// the same, and the gradients of recon, mu, logvar, prior_mu, prior_logvar, second, third
+using ElboForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+inline constexpr Op<"fastelbo::_elbo_loss_forward",
+                    ElboForward(const Tensor& recon, const Tensor& x, const Tensor& mu, const Tensor& logvar,
+                                const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+                                const OptionalTensor& second, const OptionalTensor& third, const OptionalTensor& mask,
+                                double beta, const OptionalTensor& beta_tensor, double free_bits,
+                                std::string_view likelihood, std::string_view reduction, std::array<bool, 7> needs)>
+    elbo_loss_forward;
 
-using MultiSampleForward = std::tuple<Tensor, Tensor, Tensors>;
-inline MultiSampleForward multi_sample_loss_forward(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                                    const OptionalTensor& gates, const OptionalTensor& scale,
-                                                    const OptionalTensor& mask, std::string_view likelihood,
-                                                    std::string_view reduction, const Estimator& e,
-                                                    std::array<bool, 4> needs) {
-  FASTELBO_OP("_multi_sample_loss_forward",
-              MultiSampleForward(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                 const OptionalTensor&, const OptionalTensor&, std::string_view, std::string_view,
-                                 double, double, int64_t, double, double, double, std::array<bool, 4>));
-  return op.call(recon, x, log_ratio, gates, scale, mask, likelihood, reduction, e.elbo_share, e.alpha, e.groups,
-                 e.path, e.path_weight, e.score, needs);
-}
+using MultiSampleLoss = std::tuple<Tensor, Tensor>;  // loss, log_likelihood
+// the same, and the gradients of recon, log_ratio, gates, second, third
+using MultiSampleForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+inline constexpr Op<"fastelbo::_multi_sample_loss_forward",
+                    MultiSampleForward(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                       const OptionalTensor& gates, const OptionalTensor& second,
+                                       const OptionalTensor& third, const OptionalTensor& mask,
+                                       std::string_view likelihood, at::ArrayRef<double> estimator,
+                                       std::string_view reduction, std::array<bool, 5> needs)>
+    multi_sample_loss_forward;
 
-inline void scale_(const Tensor& t, const Tensor& factor) {
-  FASTELBO_OP("_scale_", void(const Tensor&, const Tensor&));
-  op.call(t, factor);
-}
+using Weights = std::tuple<Tensor, Tensor, Tensor>;  // bound [B], a [K, B], gates [2, K, B]
+inline constexpr Op<"fastelbo::_multi_sample_weights", Weights(const Tensor& log_w, at::ArrayRef<double> estimator)>
+    multi_sample_weights;
 
-inline Tensor ppca_log_prob(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& log_sigma2) {
-  FASTELBO_OP("ppca_log_prob", Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&));
-  return op.call(x, W, b, log_sigma2);
-}
+inline constexpr Op<"fastelbo::_scale_", void(const Tensor& t, const Tensor& factor)> scale_;
 
-using PpcaForward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // log_prob, mean, distance, inverse
-inline PpcaForward ppca_log_prob_forward(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& log_sigma2) {
-  FASTELBO_OP("_ppca_log_prob_forward", PpcaForward(const Tensor&, const Tensor&, const Tensor&, const Tensor&));
-  return op.call(x, W, b, log_sigma2);
-}
+// ---------------------------------------------------------------------------------------------------------------------
+// ppca
 
-inline Tensors ppca_log_prob_backward(const Tensor& grad, const Tensor& x, const Tensor& W, const Tensor& b,
-                                      const Tensor& log_sigma2, const Tensor& mean, const Tensor& distance,
-                                      const Tensor& inverse, std::array<bool, 4> needs) {
-  FASTELBO_OP("_ppca_log_prob_backward",
-              Tensors(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                      const Tensor&, const Tensor&, std::array<bool, 4>));
-  return op.call(grad, x, W, b, log_sigma2, mean, distance, inverse, needs);
-}
-
-using PpcaProjection = std::tuple<Tensor, Tensor>;  // proj, square
-inline PpcaProjection ppca_project(const Tensor& x, const Tensor& W, const Tensor& b) {
-  FASTELBO_OP("_ppca_project", PpcaProjection(const Tensor&, const Tensor&, const Tensor&));
-  return op.call(x, W, b);
-}
-
-using PpcaResidual = std::tuple<Tensor, Tensor, Tensor>;  // residual, cross, sum
-inline PpcaResidual ppca_residual(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& mean,
-                                  const Tensor& weight, std::array<bool, 3> needs) {
-  FASTELBO_OP("_ppca_residual", PpcaResidual(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                             std::array<bool, 3>));
-  return op.call(x, W, b, mean, weight, needs);
-}
-
-#undef FASTELBO_OP
-
-}  // namespace fastelbo::ops
+inline constexpr Op<"fastelbo::ppca_log_prob",
+                    Tensor(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& log_sigma2)>
+    ppca_log_prob;

@@ -9,20 +9,22 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
-struct Bernoulli {
+struct Bernoulli : Defaults {
   static constexpr const char* name = "bernoulli";
-  static constexpr bool takes_scale = false, kShares = true, kSoftplus = true;
+  static constexpr const char* parameters[] = {"logits"};
+  static constexpr Domain kDomain = Domain::unit;
+  static constexpr bool kShares = true, kSoftplus = true;
 
   template <class T>
-  FASTELBO_HD static T share(T l, T) {
+  FASTELBO_HD static T shared(T l) {
     return exp_nonpositive(minus_abs(l));
   }
 
   template <class T>
-  FASTELBO_HD static Terms<T> eval(T l, T, T x, T e) {
+  FASTELBO_HD static Terms<T> eval(T l, T x, T e) {
     const T step = x - one_unless_negative(l);
     const T tail = e / (1 + e);  // sigmoid(-|l|)
-    return {.value = l * step, .d_recon = step + with_sign_of(l, tail), .d_x = l};
+    return {.value = l * step, .d_first = step + with_sign_of(l, tail), .d_x = l};
   }
 };
 

@@ -8,23 +8,19 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
-struct BernoulliProbs {
+struct BernoulliProbs : Defaults {
   static constexpr const char* name = "bernoulli_probs";
-  static constexpr bool takes_scale = false, kShares = false, kSoftplus = false;
+  static constexpr const char* parameters[] = {"probs"};
+  static constexpr Domain kDomain = Domain::unit;
 
   template <class T>
-  FASTELBO_HD static T share(T, T) {
-    return 0;
-  }
-
-  template <class T>
-  FASTELBO_HD static Terms<T> eval(T p, T, T x, T) {
+  FASTELBO_HD static Terms<T> eval(T p, T x, T) {
     const LogPair<T> logs = log_and_log1m(p);
     const T log_p = logs.log_p < -100 ? T(-100) : logs.log_p;
     const T log_1mp = logs.log_1mp < -100 ? T(-100) : logs.log_1mp;
     const T variance = p * (1 - p);
     const T floored = variance < T(1e-12f) ? T(1e-12f) : variance;  // float: torch's constant
-    return {.value = x * log_p + (1 - x) * log_1mp, .d_recon = (x - p) / floored, .d_x = log_p - log_1mp};
+    return {.value = x * log_p + (1 - x) * log_1mp, .d_first = (x - p) / floored, .d_x = log_p - log_1mp};
   }
 };
 

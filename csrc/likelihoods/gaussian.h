@@ -6,12 +6,13 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
-struct Gaussian {
+struct Gaussian : Defaults {
   static constexpr const char* name = "gaussian";
-  static constexpr bool takes_scale = true, kShares = true, kSoftplus = false;
+  static constexpr const char* parameters[] = {"mean", "logvar"};
+  static constexpr bool kShares = true;
 
   template <class T>
-  FASTELBO_HD static T share(T, T lv) {
+  FASTELBO_HD static T shared(T, T lv) {
     return exp_full(-lv);
   }
 
@@ -22,8 +23,8 @@ struct Gaussian {
     const T half_square = T(0.5) * delta * slope;  // halved first: finite wherever its double in the log p is not
     const T half_log_2pi = T(0.91893853320467274178);
     return {.value = -(half_square + (T(0.5) * lv + half_log_2pi)),
-            .d_recon = slope,
-            .d_scale = half_square - T(0.5),
+            .d_first = slope,
+            .d_second = half_square - T(0.5),
             .d_x = -slope};
   }
 };

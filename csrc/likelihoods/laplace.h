@@ -1,17 +1,19 @@
 // Laplace from the mean m and, where it is given, the log scale s (0 otherwise):
-//   log p = -[|x - m| exp(-s) + s + log 2]; the gradient at x = m, and at NaN, is that of torch.abs: 0.
+//   log p = -[|x - m| exp(-s) + s + log 2]; the gradient at x = m is 0, as that of torch.abs; at NaN it is
+// NaN, where that of torch.abs is 0.
 #pragma once
 
 #include "likelihoods/terms.h"
 
 namespace fastelbo::FASTELBO_ISA {
 
-struct Laplace {
+struct Laplace : Defaults {
   static constexpr const char* name = "laplace";
-  static constexpr bool takes_scale = true, kShares = true, kSoftplus = false;
+  static constexpr const char* parameters[] = {"mean", "log_scale"};
+  static constexpr bool kShares = true;
 
   template <class T>
-  FASTELBO_HD static T share(T, T s) {
+  FASTELBO_HD static T shared(T, T s) {
     return exp_full(-s);
   }
 
@@ -19,9 +21,9 @@ struct Laplace {
   FASTELBO_HD static Terms<T> eval(T m, T s, T x, T inverse) {
     const T delta = x - m;
     const T distance = abs_of(delta) * inverse;
-    const T slope = (T(delta > 0) - T(delta < 0)) * inverse;
+    const T slope = delta > 0 ? inverse : (delta < 0 ? -inverse : delta * inverse);
     const T log_2 = T(0.69314718055994530942);
-    return {.value = -(distance + s + log_2), .d_recon = slope, .d_scale = distance - 1, .d_x = -slope};
+    return {.value = -(distance + s + log_2), .d_first = slope, .d_second = distance - 1, .d_x = -slope};
   }
 };
 

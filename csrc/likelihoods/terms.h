@@ -1,30 +1,67 @@
-// What a likelihood says of one element: log p and its gradient. A likelihood is a struct with
+// What a likelihood says of one element: log p and its gradient. A likelihood is a struct derived from Defaults, with
 //   name          as users write it
-//   takes_scale   whether recon may be a pair, its second tensor the scale parameter
-//   kShares       whether share() is worth a pass of its own: value and gradient need one exponential, which is long
-//   kSoftplus     whether log(1 + share) is still to be subtracted from the value: the CPU takes one logarithm of the
-//                 product of eight
-//   share         (recon, scale) -> that number, in [0, 1] with kSoftplus
-//   eval          (recon, scale, x, share) -> Terms; scale is the constant 0 where it is not given
+//   parameters    their names, one to three; the first has the shape of the data, the others each a shape of its own
+//   eval          (first, second, third, x, shared) -> Terms, as many parameters as there are
+// and, where the defaults do not fit:
+//   kFewest       parameters that have to be given; one that is not is 0
+//   kDomain       of x: the reals or [0, 1], where bytes mean x / 255, or counts, which integers of any type are
+//   kShares       whether shared() is worth a pass of its own: value and gradient need one exponential, which is long
+//   shared        (first, second, third) -> that number
+//   kSoftplus     whether log(1 + shared) is still to be subtracted from the value, for a shared number in [0, 1]: the
+//                 CPU takes one logarithm of the product of eight
 // What the caller does not use of the Terms costs nothing: the compiler drops it.
 #pragma once
 
+#include "likelihoods/info.h"
 #include "math/elementary.h"
 
 namespace fastelbo::FASTELBO_ISA {
 
+struct Defaults {
+  static constexpr int kFewest = 1;
+  static constexpr Domain kDomain = Domain::reals;
+  static constexpr bool kShares = false, kSoftplus = false;
+};
+
 template <class T>
 struct Terms {
-  T value = 0, d_recon = 0, d_scale = 0, d_x = 0;
+  T value = 0, d_first = 0, d_second = 0, d_third = 0, d_x = 0;
 };
+
+template <class L>
+inline constexpr int kParameters = int(sizeof(L::parameters) / sizeof(L::parameters[0]));
+
+template <class L, class T>
+FASTELBO_HD T shared_of(T first, T second, T third) {
+  if constexpr (!L::kShares) {
+    return T(0);
+  } else if constexpr (kParameters<L> == 1) {
+    return L::shared(first);
+  } else if constexpr (kParameters<L> == 2) {
+    return L::shared(first, second);
+  } else {
+    return L::shared(first, second, third);
+  }
+}
+
+template <class L, class T>
+FASTELBO_HD Terms<T> terms_of(T first, T second, T third, T x, T shared) {
+  if constexpr (kParameters<L> == 1) {
+    return L::eval(first, x, shared);
+  } else if constexpr (kParameters<L> == 2) {
+    return L::eval(first, second, x, shared);
+  } else {
+    return L::eval(first, second, third, x, shared);
+  }
+}
 
 // The whole of one element.
 template <class L, class T>
-FASTELBO_HD Terms<T> evaluate(T recon, T scale, T x) {
-  const T share = L::share(recon, scale);
-  const Terms<T> t = L::eval(recon, scale, x, share);
-  const T value = L::kSoftplus ? t.value - log1p_unit(share) : t.value;
-  return {.value = value, .d_recon = t.d_recon, .d_scale = t.d_scale, .d_x = t.d_x};
+FASTELBO_HD Terms<T> evaluate(T first, T second, T third, T x) {
+  const T shared = shared_of<L>(first, second, third);
+  const Terms<T> t = terms_of<L>(first, second, third, x, shared);
+  const T value = L::kSoftplus ? t.value - log1p_unit(shared) : t.value;
+  return {.value = value, .d_first = t.d_first, .d_second = t.d_second, .d_third = t.d_third, .d_x = t.d_x};
 }
 
 }  // namespace fastelbo::FASTELBO_ISA

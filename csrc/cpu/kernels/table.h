@@ -1,24 +1,24 @@
 // The kernels of one instruction set: included once by every isa_*.cpp, after its target pragma.
 //
-// The standard headers come before that pragma (isa_*.cpp includes kernels/std.h first): what they define stays
+// The standard headers come before that pragma (isa_*.cpp includes cpu/kernels/std.h first): what they define stays
 // baseline code, since the linker keeps one copy of an inline function for the whole library.
 #pragma once
 
-#include "kernels/latent.h"
-#include "kernels/likelihood.h"
-#include "kernels/objective.h"
-#include "kernels/ppca.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/kernels/latent.h"
+#include "cpu/kernels/likelihood.h"
+#include "cpu/kernels/objective.h"
+#include "cpu/kernels/ppca.h"
 
 namespace fastelbo::FASTELBO_ISA {
 
-template <class L>
+template <class L, int kCount>
 void add_likelihood(KernelTable& table, int index) {
-  table.log_prob[index][0][0] = log_prob_kernel<L, false, float>;
-  table.log_prob[index][0][1] = log_prob_kernel<L, false, double>;
-  if constexpr (L::takes_scale) {
-    table.log_prob[index][1][0] = log_prob_kernel<L, true, float>;
-    table.log_prob[index][1][1] = log_prob_kernel<L, true, double>;
-  }
+  table.log_prob[index][kCount - 1][0] = log_prob_kernel<L, kCount, float>;
+  table.log_prob[index][kCount - 1][1] = log_prob_kernel<L, kCount, double>;
+  table.multi_sample[index][kCount - 1][0] = multi_sample_kernel<L, kCount, float>;
+  table.multi_sample[index][kCount - 1][1] = multi_sample_kernel<L, kCount, double>;
+  if constexpr (kCount < kParameters<L>) add_likelihood<L, kCount + 1>(table, index);
 }
 
 template <class... L>
@@ -31,14 +31,15 @@ KernelTable make_table(TypeList<L...>) {
       .sample_backward = {sample_backward_kernel<float>, sample_backward_kernel<double>},
       .log_mean_exp = {log_mean_exp_kernel<float>, log_mean_exp_kernel<double>},
       .log_mean_exp_backward = {log_mean_exp_backward_kernel<float>, log_mean_exp_backward_kernel<double>},
-      .scale_row = {scale_row_kernel<float>, scale_row_kernel<double>},
+      .weigh = {weigh_kernel<float>, weigh_kernel<double>},
       .ppca_project = ppca_project_kernel,
       .ppca_moments = ppca_moments_kernel,
       .ppca_residual = {ppca_residual_kernel<float>, ppca_residual_kernel<double>},
       .log_prob = {},
+      .multi_sample = {},
   };
   int index = 0;
-  (add_likelihood<L>(table, index++), ...);
+  (add_likelihood<L, L::kFewest>(table, index++), ...);
   return table;
 }
 

@@ -5,7 +5,7 @@
 // form. tests/cpp compares both.
 #pragma once
 
-#include "kernels/params.h"
+#include "params.h"
 #include "math/philox.h"
 
 namespace fastelbo::FASTELBO_ISA {

@@ -1,9 +1,10 @@
 // The latent side: KL of rows, reparameterized samples with their log ratio, and the gradients of all of it.
 #pragma once
 
-#include "kernels/noise.h"
-#include "kernels/tile.h"
+#include "cpu/kernels/noise.h"
+#include "cpu/kernels/tile.h"
 #include "math/kl.h"
+#include "math/latent.h"
 
 namespace fastelbo::FASTELBO_ISA {
 
@@ -38,8 +39,8 @@ struct LatentTile {
     if (from != to) memcpy(to, from, sizeof(T) * n);
   }
 
-  template <bool kStd, class Params>
-  void read(const Params& p, int64_t b, int64_t row_count, int64_t column, int64_t column_count) {
+  template <bool kStd>
+  void read(const Latents& p, int64_t b, int64_t row_count, int64_t column, int64_t column_count) {
     rows = row_count, columns = column_count, n = rows * columns;
     load_view(p.mu, b, column, mu);
     load_view(p.logvar, b, column, logvar);
@@ -76,8 +77,8 @@ struct LatentTile {
 };
 
 // Work items cover rows [b, b + rows) and all columns: f(tile, b, column).
-template <class T, bool kStd, class Params, class F>
-inline void for_latent_tiles(const Params& p, int64_t block, F f) {
+template <class T, bool kStd, class F>
+inline void for_latent_tiles(const Latents& p, int64_t block, F f) {
   const int64_t per_block = rows_per_block(p.D), b = block * per_block;
   const int64_t rows = p.B - b < per_block ? p.B - b : per_block;
   LatentTile<T> tile;
@@ -111,30 +112,28 @@ inline void store_rows(const View& v, int64_t k, int64_t b, int64_t column, cons
 
 // The gradients of a tile, before they are stored.
 template <class T>
-struct LatentGrads {
+struct TileGrads {
   alignas(64) T mu[kLatentTile], logvar[kLatentTile], prior_mu[kLatentTile], prior_logvar[kLatentTile];
 
-  template <class Params>
-  void store_to(const Params& p, int64_t b, int64_t column, const LatentTile<T>& tile) {
-    store_rows(p.grad_mu, 0, b, column, tile, mu);
-    store_rows(p.grad_logvar, 0, b, column, tile, logvar);
-    store_rows(p.grad_prior_mu, 0, b, column, tile, prior_mu);
-    store_rows(p.grad_prior_logvar, 0, b, column, tile, prior_logvar);
+  void store_to(const LatentGrads& to, int64_t b, int64_t column, const LatentTile<T>& tile) {
+    store_rows(to.mu, 0, b, column, tile, mu);
+    store_rows(to.logvar, 0, b, column, tile, logvar);
+    store_rows(to.prior_mu, 0, b, column, tile, prior_mu);
+    store_rows(to.prior_logvar, 0, b, column, tile, prior_logvar);
   }
 };
 
 template <class T>
 void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
   alignas(64) T value[kLatentTile], up[kLatentTile];
-  LatentGrads<T> g;
-  const bool prior = p.grad_prior_mu || p.grad_prior_logvar;
-  const bool grads = p.grad_mu || p.grad_logvar || prior;
+  TileGrads<T> g;
+  const bool prior = p.grad.prior(), grads = p.grad.any();
   for (int64_t block = begin; block < end; ++block) {
-    for_latent_tiles<T, false>(p, block, [&](LatentTile<T>& tile, int64_t b, int64_t column) {
+    for_latent_tiles<T, false>(p.q, block, [&](LatentTile<T>& tile, int64_t b, int64_t column) {
       const int64_t columns = tile.columns;
       tile.prepare_kl();
       for (int64_t r = 0; r < tile.rows; ++r) {
-        const T row = at<T>(p.grad, 0, b + r);
+        const T row = at<T>(p.factor, 0, b + r);
         for (int64_t i = 0; i < columns; ++i) up[r * columns + i] = row;
       }
 #pragma omp simd
@@ -158,16 +157,16 @@ void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
           out[b + r] = (column ? out[b + r] : 0) + double(sum_of(value + r * columns, columns));
         }
       };
-      add_rows(p.out);
+      add_rows(p.kl);
       if (p.dim_means) {
         for (int64_t i = 0; i < tile.n; ++i) {
           if (!(p.dim_means[column + i % columns] < p.free_bits)) continue;  // NaN is not below the floor
           value[i] = T(p.free_bits);
           g.mu[i] = g.logvar[i] = g.prior_mu[i] = g.prior_logvar[i] = 0;
         }
-        add_rows(p.charged);
+        add_rows(p.floored_kl);
       }
-      if (grads) g.store_to(p, b, column, tile);
+      if (grads) g.store_to(p.grad, b, column, tile);
     });
   }
 }
@@ -177,10 +176,10 @@ void kl_dims_kernel(const KlDimsParams& p, int64_t begin, int64_t end) {
   LatentTile<T> tile;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t column = item * kLatentTile;
-    const int64_t columns = p.D - column < kLatentTile ? p.D - column : kLatentTile;
+    const int64_t columns = p.q.D - column < kLatentTile ? p.q.D - column : kLatentTile;
     for (int64_t i = 0; i < columns; ++i) p.out[column + i] = 0;
-    for (int64_t b = 0; b < p.B; ++b) {
-      tile.template read<false>(p, b, 1, column, columns);
+    for (int64_t b = 0; b < p.q.B; ++b) {
+      tile.template read<false>(p.q, b, 1, column, columns);
       tile.prepare_kl();
       for (int64_t i = 0; i < columns; ++i) p.out[column + i] += double(tile.kl(i).value);
     }
@@ -193,7 +192,7 @@ inline const T* eps_of(const Params& p, const LatentTile<T>& tile, int64_t k, in
                        NoiseBuffer& noise) {
   if (p.eps) return load_rows(p.eps, k, b, column, tile.rows, tile.columns, to);
   // a tile is whole rows, or part of one row: its indices in [K, B, D] are contiguous
-  const float* e = normal_run(p.seed, ((p.first_sample + k) * p.B + b) * p.D + column, tile.n, noise);
+  const float* e = normal_run(uint64_t(*p.seed), ((p.first_sample + k) * p.q.B + b) * p.q.D + column, tile.n, noise);
   if constexpr (sizeof(T) == 4) {
     return e;
   } else {
@@ -210,48 +209,41 @@ void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item % blocks_k * kSampleBlock;
     const int64_t last = first + kSampleBlock < p.K ? first + kSampleBlock : p.K;
-    for_latent_tiles<T, true>(p, item / blocks_k, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
+    for_latent_tiles<T, true>(p.q, item / blocks_k, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
       for (int64_t k = first; k < last; ++k) {
         const T* __restrict eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
         T* __restrict z_at = target_rows(p.z, k, b, column, tile, z);
 #pragma omp simd
         for (int64_t i = 0; i < tile.n; ++i) {
-          const T e = eps[i], step = tile.std[i] * e;
-          const T from_prior = tile.delta[i] + step;  // z - mu_p
-          z_at[i] = tile.mu[i] + step;
-          ratio[i] = T(0.5) * (tile.t[i] + (e * e - from_prior * from_prior * tile.inv_p[i]));
+          const Sample<T> s = sample(tile.mu[i], tile.delta[i], tile.t[i], tile.std[i], tile.inv_p[i], eps[i]);
+          z_at[i] = s.z;
+          ratio[i] = s.log_ratio;
         }
         store_rows(p.z, k, b, column, tile, z_at);
         for (int64_t r = 0; r < tile.rows; ++r) {
-          p.log_ratio[k * p.B + b + r] += double(sum_of(ratio + r * tile.columns, tile.columns));
+          p.log_ratio[k * p.q.B + b + r] += double(sum_of(ratio + r * tile.columns, tile.columns));
         }
       }
     });
   }
 }
 
-// With G = grad_z - grad_lr (z - mu_p) exp(-lv_p):
-//   d mu = sum_k G,  d lv = sum_k [G std eps + grad_lr] / 2,  and the KL's own gradient;
-//   d mu_p = sum_k grad_lr (z - mu_p) exp(-lv_p),  d lv_p = sum_k grad_lr [(z - mu_p)^2 exp(-lv_p) - 1] / 2.
-// Gated, with the path derivative times r = 1 + gate_path and the score times s = 1 + gate_score:
-//   G = r [grad_z - grad_lr (z - mu_p) exp(-lv_p)],
-//   d mu = sum_k [G + grad_lr (r - s) eps / std],  d lv = sum_k [G std eps + grad_lr ((r - s) eps^2 + s)] / 2.
-// Sums over k: kInner in the compute type, then in double.
+// The gradients of math/latent.h and the KL's own, summed over k: kInner in the compute type, then in double.
 template <class T>
 void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_t end) {
   constexpr int64_t kInner = 16;
   alignas(64) T eps_buffer[kLatentTile], grad_z[kLatentTile], up[kLatentTile], grad_eps[kLatentTile],
       zeros[kLatentTile] = {};
   NoiseBuffer noise;
-  LatentGrads<T> part;
+  TileGrads<T> part;
   alignas(64) double total[4][kLatentTile];
   T* parts[4] = {part.mu, part.logvar, part.prior_mu, part.prior_logvar};
-  const bool prior = p.grad_prior_mu || p.grad_prior_logvar;
+  const bool prior = p.grad.prior();
   const bool ratio = p.grad_log_ratio.data;  // without it, nothing of the log ratio is multiplied by 0: it may be inf
   const bool gated = p.gate_path.data;
   const int sums = prior ? 4 : 2;
   for (int64_t block = begin; block < end; ++block) {
-    for_latent_tiles<T, true>(p, block, [&](LatentTile<T>& tile, int64_t b, int64_t column) {
+    for_latent_tiles<T, true>(p.q, block, [&](LatentTile<T>& tile, int64_t b, int64_t column) {
       const int64_t n = tile.n;
       if (p.grad_kl.data) tile.prepare_kl();
       for (int s = 0; s < sums; ++s) {
@@ -264,46 +256,36 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
           for (int64_t i = 0; i < tile.columns; ++i) up[r * tile.columns + i] = g;
         }
         const T* __restrict gz = p.grad_z ? load_rows(p.grad_z, k, b, column, tile.rows, tile.columns, grad_z) : zeros;
+        const auto add = [&](int64_t i, const SampleGrad<T>& g) {
+          part.mu[i] += g.mu;
+          part.logvar[i] += g.logvar;
+          grad_eps[i] = g.eps;
+        };
         if (gated) {
           for (int64_t r = 0; r < tile.rows; ++r) {
             const T path = 1 + at<T>(p.gate_path, k, b + r), score = 1 + at<T>(p.gate_score, k, b + r);
             const T lr = ratio ? at<T>(p.grad_log_ratio, k, b + r) : T(0);
-            const T of_q = lr * (path - score), of_score = lr * score;
             const int64_t end = (r + 1) * tile.columns;
 #pragma omp simd
             for (int64_t i = r * tile.columns; i < end; ++i) {
-              const T step = tile.std[i] * eps[i];
-              const T g = path * (gz[i] - lr * (tile.delta[i] + step) * tile.inv_p[i]);
-              part.mu[i] += g + of_q * eps[i] / tile.std[i];
-              part.logvar[i] += T(0.5) * (g * step + (of_q * eps[i] * eps[i] + of_score));
-              grad_eps[i] = g * tile.std[i] + lr * path * eps[i];
+              add(i, gated_sample_grad(gz[i], lr, path, score, tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]));
             }
           }
         } else if (!ratio) {
 #pragma omp simd
-          for (int64_t i = 0; i < n; ++i) {
-            part.mu[i] += gz[i];
-            part.logvar[i] += T(0.5) * (gz[i] * (tile.std[i] * eps[i]));
-            grad_eps[i] = gz[i] * tile.std[i];
-          }
+          for (int64_t i = 0; i < n; ++i) add(i, sample_grad(gz[i], tile.std[i], eps[i]));
         } else {
 #pragma omp simd
           for (int64_t i = 0; i < n; ++i) {
-            const T step = tile.std[i] * eps[i];
-            const T slope = up[i] * (tile.delta[i] + step) * tile.inv_p[i];
-            const T g = gz[i] - slope;
-            part.mu[i] += g;
-            part.logvar[i] += T(0.5) * (g * step + up[i]);
-            grad_eps[i] = g * tile.std[i] + up[i] * eps[i];
+            add(i, sample_grad(gz[i], up[i], tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]));
           }
         }
         if (ratio && prior) {
 #pragma omp simd
           for (int64_t i = 0; i < n; ++i) {
-            const T from_prior = tile.delta[i] + tile.std[i] * eps[i];
-            const T slope = up[i] * from_prior * tile.inv_p[i];
-            part.prior_mu[i] += slope;
-            part.prior_logvar[i] += T(0.5) * (slope * from_prior - up[i]);
+            const SampleGrad<T> g = sample_grad(gz[i], up[i], tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]);
+            part.prior_mu[i] += g.prior_mu;
+            part.prior_logvar[i] += g.prior_logvar;
           }
         }
         store_rows(p.grad_eps, k, b, column, tile, grad_eps);
@@ -330,7 +312,7 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
           part.prior_logvar[i] = T(total[3][i] + double(g * kl.d_prior_logvar));
         }
       }
-      part.store_to(p, b, column, tile);
+      part.store_to(p.grad, b, column, tile);
     });
   }
 }

@@ -1,8 +1,8 @@
 // The kernels for AVX-512 F, BW, DQ and VL (x86-64-v4: Skylake-X, Ice Lake, Zen 4 and later).
-#include "kernels/std.h"
+#include "cpu/kernels/std.h"
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define FASTELBO_ISA avx512
 #define FASTELBO_X86_LEVEL 4
-#include "kernels/table.h"
+#include "cpu/kernels/table.h"
 #endif

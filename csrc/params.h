@@ -1,13 +1,16 @@
-// What the kernels take: plain structs of pointers and sizes, and the table of kernels of one instruction set.
+// What the kernels take: plain structs of pointers and sizes.
 //
 // Shapes: K samples, B batch, D event elements (data or latent dimensions, flattened). "Row" is (k, b), at k * B + b.
+// "T" is the compute type: float, or double where the inputs are double.
 #pragma once
 
 #include <cstdint>
 
+#include "math/estimator.h"
+
 namespace fastelbo {
 
-enum class DType : uint8_t { f32, f64, bf16, f16, u8, b8 };
+enum class DType : uint8_t { f32, f64, bf16, f16, u8, b8, i16, i32, i64 };
 
 // A strided view of [K, B, D]. D is walked through up to kMaxDims collapsed dimensions; all strides are in elements.
 struct View {
@@ -22,68 +25,105 @@ struct View {
   constexpr explicit operator bool() const { return data != nullptr; }
 };
 
-// One number for every row, or the same for all: upstream gradients. Type: the kernel's compute type.
+// One number of type T for every row, or the same for all: upstream gradients.
 struct RowScalars {
   const void* data = nullptr;  // null: the constant
   double constant = 0;
   int64_t stride_k = 0, stride_b = 0;
 };
 
-inline constexpr int64_t kSegment = 4096;                  // a row's unit of work: the same for any number of threads
+inline constexpr int64_t kSegment = 4096;                  // of a row, in one work item
 inline constexpr int64_t kTile = 1024, kLatentTile = 512;  // what is in the L1 cache at a time
 inline constexpr int64_t segments(int64_t d) { return d <= kSegment ? 1 : (d + kSegment - 1) / kSegment; }
 
-// log p(x | recon) of every row, its gradient, or both. Work items: rows x segments(D).
-struct LogProbParams {
-  int64_t K = 1, B = 0, D = 0;
-  View recon, scale, x, mask;           // scale, mask: may be empty
-  View grad_recon, grad_scale, grad_x;  // written where not empty: row gradient x d log p
-  RowScalars grad;
-  double* out = nullptr;  // [K, B, segments] partial sums, or null
+inline constexpr int kMaxParameters = 3;
+
+// The gradient of a parameter that rows share, [*event] or 0-d: its sums over the rows of every chunk.
+struct SharedGrad {
+  void* sums = nullptr;  // T [chunks, size], or null: not wanted
+  int64_t size = 0;      // D for [*event], segments(D) for 0-d
 };
 
-// KL of every row and its gradient. Work items: rows (B). K = 1.
-struct KlParams {
+// log p(x | parameters) of every row, its gradient, or both. Work items: chunks of rows x segments(D).
+struct LogProbParams {
+  int64_t K = 1, B = 0, D = 0;
+  int count = 1;                         // parameters that are given
+  View parameter[kMaxParameters];        // [K, B, D]; of one that rows share, the strides over rows are 0
+  View x, mask;                          // [B, D]; mask may be empty
+  View grad[kMaxParameters], grad_x;     // written where not empty: row factor x d log p
+  SharedGrad shared_grad[kMaxParameters];
+  RowScalars factor;                     // [K, B]
+  int64_t chunk = 1;                     // rows of a work item; more than 1 only where rows share a gradient
+  double* log_p = nullptr;               // [K, B, segments] partial sums, or null
+
+  constexpr int64_t rows() const { return K * B; }
+  constexpr int64_t chunks() const { return (rows() + chunk - 1) / chunk; }
+};
+
+// A K-sample bound and its gradient, by datum: math/estimator.h.
+struct MultiSampleParams {
+  LogProbParams fit;               // its factor and log_p are not used
+  Estimator estimator;
+  RowScalars log_ratio;            // [K, B]
+  double datum_weight = 1;         // of a datum's loss in the returned one
+  double* weights = nullptr;       // [K, B]: log w, then the weights a
+  double* bound = nullptr;         // [B]
+  void* log_p = nullptr;           // T [K, B]
+  void* row_factor = nullptr;      // T [K, B], or null: -datum_weight a, the gradient of the loss by log w
+  void* gates = nullptr;           // T [2, K, B], or null: b / a - 1 and c / a - 1
+};
+
+// N(mu, diag exp(logvar)) and its prior, N(0, I) where that is empty.
+struct Latents {
   int64_t B = 0, D = 0;
-  View mu, logvar, prior_mu, prior_logvar;  // priors may be empty: N(0, I)
-  View grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;
-  RowScalars grad;
+  View mu, logvar, prior_mu, prior_logvar;  // [B, D]
+};
+
+struct LatentGrads {
+  View mu, logvar, prior_mu, prior_logvar;  // [B, D], written where not empty
+
+  constexpr bool prior() const { return prior_mu || prior_logvar; }
+  constexpr bool any() const { return mu || logvar || prior(); }
+};
+
+// KL of every row and its gradient. Work items: blocks of rows.
+struct KlParams {
+  Latents q;
+  LatentGrads grad;
+  RowScalars factor;                  // [B]
   const double* dim_means = nullptr;  // [D]: batch mean of every dimension's KL; null without free bits
   double free_bits = 0;
-  double* out = nullptr;      // [B]: KL
-  double* charged = nullptr;  // [B]: KL with free bits, or null
+  double* kl = nullptr;          // [B], or null
+  double* floored_kl = nullptr;  // [B]: KL with free bits, or null
 };
 
 // Batch sums of every dimension's KL, for free bits. Work items: tiles of D.
 struct KlDimsParams {
-  int64_t B = 0, D = 0;
-  View mu, logvar, prior_mu, prior_logvar;
+  Latents q;
   double* out = nullptr;  // [D]
 };
 
 // Samples of q and their log ratio. Work items: blocks of rows x blocks of samples, see sample_blocks().
 struct SampleParams {
-  int64_t K = 1, B = 0, D = 0;
-  View mu, logvar, prior_mu, prior_logvar;  // [B, D]
-  uint64_t seed = 0;
-  int64_t first_sample = 0;
-  View eps;                     // [K, B, D], or empty: from the seed
-  View z;                       // [K, B, D]
-  double* log_ratio = nullptr;  // [K, B], zeroed
+  Latents q;
+  int64_t K = 1, first_sample = 0;
+  const int64_t* seed = nullptr;  // on the device of the tensors; null with eps
+  View eps;                       // [K, B, D], or empty: from the seed
+  View z;                         // [K, B, D]
+  double* log_ratio = nullptr;    // [K, B], zeroed
 };
 
 // Gradients of the samples and of their log ratio. Work items: blocks of rows.
 struct SampleBackwardParams {
-  int64_t K = 1, B = 0, D = 0;
-  View mu, logvar, prior_mu, prior_logvar;
-  uint64_t seed = 0;
-  int64_t first_sample = 0;
-  View eps, grad_z;                                             // [K, B, D], may be empty
-  RowScalars grad_log_ratio;                                    // [K, B]
-  RowScalars gate_path, gate_score;                             // [K, B], see estimator.h; no data: 0
-  RowScalars grad_kl;                                           // [B]
-  View grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;  // [B, D], may be empty
-  View grad_eps;                                                // [K, B, D], may be empty
+  Latents q;
+  int64_t K = 1, first_sample = 0;
+  const int64_t* seed = nullptr;
+  View eps, grad_z;                  // [K, B, D], may be empty
+  RowScalars grad_log_ratio;         // [K, B]
+  RowScalars gate_path, gate_score;  // [K, B], see math/estimator.h; no data: 0
+  RowScalars grad_kl;                // [B]
+  LatentGrads grad;
+  View grad_eps;  // [K, B, D], may be empty
 };
 
 inline constexpr int64_t kSampleBlock = 64;  // samples in one work item of the forward
@@ -135,45 +175,5 @@ struct PpcaSumsParams {
   const void* rounded_mean = nullptr;  // T [N, lanes]
   void* residual = nullptr;            // T [N, D]: e
 };
-
-template <class Params>
-using Kernel = void (*)(const Params&, int64_t begin, int64_t end);
-
-inline constexpr int kMaxLikelihoods = 32;
-
-struct KernelTable {
-  // [float or double]
-  Kernel<KlParams> kl[2];
-  Kernel<KlDimsParams> kl_dims[2];
-  Kernel<SampleParams> sample[2];
-  Kernel<SampleBackwardParams> sample_backward[2];
-  Kernel<LogMeanExpParams> log_mean_exp[2], log_mean_exp_backward[2];
-  // p[i] *= factor
-  void (*scale_row[2])(void* p, int64_t n, double factor);
-  Kernel<PpcaProjectParams> ppca_project;
-  Kernel<PpcaSumsParams> ppca_moments;
-  Kernel<PpcaSumsParams> ppca_residual[2];
-  // [likelihood][scale given][float or double]
-  Kernel<LogProbParams> log_prob[kMaxLikelihoods][2][2];
-};
-
-// The table of the instruction set in use: the best that the CPU has, or FASTELBO_CPU_CAPABILITY. Chosen once.
-const KernelTable& kernels();
-
-struct LikelihoodInfo {
-  const char* name;
-  bool takes_scale;
-};
-struct IsaInfo {
-  const char* name;
-  bool supported;  // by this CPU
-  const KernelTable& (*table)();
-};
-
-int likelihood_count();
-const LikelihoodInfo& likelihood_info(int index);
-int isa_count();
-const IsaInfo& isa_info(int index);
-const IsaInfo& isa_in_use();
 
 }  // namespace fastelbo

@@ -1,4 +1,4 @@
 // The kernels for every CPU of the architecture (SSE2 on x86-64).
 #define FASTELBO_ISA baseline
-#include "kernels/std.h"
-#include "kernels/table.h"
+#include "cpu/kernels/std.h"
+#include "cpu/kernels/table.h"

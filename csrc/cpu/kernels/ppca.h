@@ -6,7 +6,7 @@
 // needed for the gradient of x alone, D M more in the compute type for the sums of e, which do not cancel.
 #pragma once
 
-#include "kernels/tile.h"
+#include "cpu/kernels/tile.h"
 
 namespace fastelbo::FASTELBO_ISA {
 

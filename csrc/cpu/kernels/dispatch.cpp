@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/std.h"
+#include "cpu/kernels/std.h"
 #include "likelihoods/list.h"
 
 namespace fastelbo {
@@ -57,9 +57,16 @@ const IsaInfo& choose() {
   return *best;
 }
 
+template <class L>
+LikelihoodInfo info_of() {
+  LikelihoodInfo info{L::name, L::kFewest, baseline::kParameters<L>, {}, L::kDomain};
+  for (int i = 0; i < info.most; ++i) info.parameters[i] = L::parameters[i];
+  return info;
+}
+
 template <class... L>
 const LikelihoodInfo* likelihoods(baseline::TypeList<L...>) {
-  static const LikelihoodInfo list[] = {{L::name, L::takes_scale}...};
+  static const LikelihoodInfo list[] = {info_of<L>()...};
   return list;
 }
 

@@ -10,4 +10,4 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels/params.h"
+#include "cpu/kernels/kernels.h"

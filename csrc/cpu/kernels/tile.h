@@ -7,41 +7,17 @@
 
 #include <cstring>
 
-#include "kernels/params.h"
-#include "math/elementary.h"
+#include "math/half.h"
+#include "params.h"
 
 namespace fastelbo::FASTELBO_ISA {
 
 template <class T>
 constexpr DType dtype_of = sizeof(T) == 4 ? DType::f32 : DType::f64;
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-FASTELBO_HD float to_float(BFloat16 v) { return bits_to<float>(uint32_t(v.bits) << 16); }
-
-// Round to nearest even; NaN stays NaN.
-FASTELBO_HD BFloat16 to_bfloat16(float v) {
-  const uint32_t b = bits_to<uint32_t>(v);
-  const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1)) >> 16;
-  return {uint16_t(v == v ? rounded : 0x7fc0u)};
-}
-
-#if FASTELBO_X86_LEVEL >= 3
-FASTELBO_HD float to_float(Half v) { return _cvtsh_ss(v.bits); }
-FASTELBO_HD Half to_half(float v) { return {uint16_t(_cvtss_sh(v, 0))}; }
-#else
-FASTELBO_HD float to_float(Half v) { return c10::detail::fp16_ieee_to_fp32_value(v.bits); }
-FASTELBO_HD Half to_half(float v) { return {c10::detail::fp16_ieee_from_fp32_value(v)}; }
-#endif
-
 template <class T, class From>
 FASTELBO_HD T convert_in(From v, ByteScale<T> scale) {
-  if constexpr (sizeof(From) == 2) {
+  if constexpr (__is_same(From, BFloat16) || __is_same(From, Half)) {
     return T(to_float(v));
   } else if constexpr (sizeof(From) == 1) {
     return scaled_byte(T(v), scale);
@@ -61,7 +37,7 @@ FASTELBO_HD To convert_out(T v) {
   }
 }
 
-#if FASTELBO_X86_LEVEL >= 3
+#if FASTELBO_X86_LEVEL >= 3  // kHasF16c: the intrinsics exist
 // Eight halves at a time: the compiler does not vectorize the scalar conversion.
 inline void halves_in(float* __restrict to, const Half* __restrict from, int64_t n) {
   int64_t i = 0;
@@ -112,6 +88,9 @@ inline void gather(T* __restrict to, const View& v, const From* from, int64_t be
 #endif
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) q[i] = convert_in<T>(p[i], scale);
+    } else if (step == 0) {  // a number that all elements share
+      const T value = convert_in<T>(*p, scale);
+      for (int64_t i = 0; i < count; ++i) q[i] = value;
     } else {
       for (int64_t i = 0; i < count; ++i) q[i] = convert_in<T>(p[i * step], scale);
     }
@@ -159,6 +138,9 @@ inline const T* load(const View& v, int64_t k, int64_t b, int64_t begin, int64_t
     case DType::f16: gather(buffer, v, static_cast<const Half*>(v.data) + row, begin, n); break;
     case DType::u8:
     case DType::b8: gather(buffer, v, static_cast<const uint8_t*>(v.data) + row, begin, n); break;
+    case DType::i16: gather(buffer, v, static_cast<const int16_t*>(v.data) + row, begin, n); break;
+    case DType::i32: gather(buffer, v, static_cast<const int32_t*>(v.data) + row, begin, n); break;
+    case DType::i64: gather(buffer, v, static_cast<const int64_t*>(v.data) + row, begin, n); break;
   }
   return buffer;
 }

@@ -1,0 +1,243 @@
+// log p(x | recon) of rows, with its gradient: one pass over recon and x.
+#pragma once
+
+#include "cpu/kernels/tile.h"
+#include "likelihoods/list.h"
+
+namespace fastelbo::FASTELBO_ISA {
+
+enum class Grads { none, parameters, all };
+
+template <class T>
+struct Elements {
+  const T *first, *second, *third, *x, *weight;
+  T *d_first, *d_second, *d_third, *d_x;
+  const uint8_t* bytes;  // x as it lies, where it is bytes in a row: converted in registers
+  ByteScale<T> byte_scale;
+};
+
+// A tile is done in several short loops instead of a long one: what limits a long one is not the number of its
+// instructions but how few elements fit the processor's window while each waits for the one before (a chain of some 90
+// cycles in the Bernoulli). Times of both are in benchmarks/LIMITS.md.
+//
+// Sums are of kGroup numbers in the compute type, then kTile / kGroup of these in vector lanes, then in double: their
+// order depends on D and the instruction set alone, never on threads.
+inline constexpr int64_t kGroup = 8;
+inline constexpr int64_t kPadded = kGroup * kLanes;  // a tile is padded with zeros to a multiple of this
+static_assert(kTile % kPadded == 0);
+
+template <class T>
+struct TileSums {
+  alignas(64) T value[kTile], shared[kTile], product[kTile / kGroup];
+};
+
+// The values of n elements and their gradients times factor, from kCount parameters. An element of weight 0 counts for
+// nothing, whatever it holds.
+template <class L, int kCount, Grads kGrads, bool kWeighted, bool kBytes, class T>
+inline void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restrict value, T* __restrict shared) {
+  constexpr bool kShares = L::kShares && kCount == kParameters<L>;  // else it is a constant, or short
+  const T* __restrict first = e.first;
+  const T* __restrict second = e.second;
+  const T* __restrict third = e.third;
+  const T* __restrict x = e.x;
+  const uint8_t* __restrict bytes = e.bytes;
+  const ByteScale<T> byte_scale = e.byte_scale;
+  const T* __restrict weight = e.weight;
+  T* __restrict d_first = e.d_first;
+  T* __restrict d_second = e.d_second;
+  T* __restrict d_third = e.d_third;
+  T* __restrict d_x = e.d_x;
+  if constexpr (kShares) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      shared[i] = shared_of<L>(first[i], kCount > 1 ? second[i] : T(0), kCount > 2 ? third[i] : T(0));
+    }
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    // one const value: gcc keeps a struct that is assigned in pieces in memory, and then does not vectorize
+    const T b = kCount > 1 ? second[i] : T(0), c = kCount > 2 ? third[i] : T(0);
+    const T s = kShares ? shared[i] : shared_of<L>(first[i], b, c);
+    const Terms<T> t = terms_of<L>(first[i], b, c, kBytes ? scaled_byte(T(bytes[i]), byte_scale) : x[i], s);
+    const T m = kWeighted ? weight[i] : T(1);
+    const bool seen = !kWeighted || m != 0;
+    const T w = kWeighted ? factor * m : factor;
+    const T v = kWeighted && L::kSoftplus ? t.value - log1p_unit(s) : t.value;
+    value[i] = seen ? m * v : T(0);
+    if constexpr (kGrads != Grads::none) {
+      d_first[i] = seen ? w * t.d_first : T(0);
+      if constexpr (kCount > 1) d_second[i] = seen ? w * t.d_second : T(0);
+      if constexpr (kCount > 2) d_third[i] = seen ? w * t.d_third : T(0);
+    }
+    if constexpr (kGrads == Grads::all) d_x[i] = seen ? w * t.d_x : T(0);
+  }
+}
+
+// f over n numbers that lie `step` apart, as a tree.
+template <int64_t n, class T, class F>
+FASTELBO_HD T tree(const T* p, int64_t step, F f) {
+  if constexpr (n == 1) {
+    return *p;
+  } else {
+    return f(tree<n / 2>(p, step, f), tree<n / 2>(p + n / 2 * step, step, f));
+  }
+}
+
+// The sum of the first n values of a tile, less log(1 + shared) where kSoftplus: by products of kGroup factors, of which
+// q holds what is beyond 1. So no digit is lost where all factors are near 1.
+template <bool kSoftplus, class T>
+inline double sum_tile(TileSums<T>& tile, int64_t n) {
+  const int64_t padded = (n + kPadded - 1) / kPadded * kPadded, part = padded / kGroup;
+  for (int64_t i = n; i < padded; ++i) tile.value[i] = 0;
+  for (int64_t i = n; kSoftplus && i < padded; ++i) tile.shared[i] = 0;
+  const T* __restrict v = tile.value;
+  const T* __restrict q = tile.shared;
+  T* __restrict product = tile.product;
+  if constexpr (kSoftplus) {
+#pragma omp simd
+    for (int64_t i = 0; i < part; ++i) {
+      product[i] = tree<kGroup>(q + i, part, [](T a, T b) { return a * b + (a + b); });
+    }
+  }
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < part; ++i) {
+    T total = tree<kGroup>(v + i, part, [](T a, T b) { return a + b; });
+    if constexpr (kSoftplus) total -= log1p_product(product[i]);
+    sum += total;
+  }
+  return sum;
+}
+
+// The sums over a chunk's rows of the gradients of parameters that rows share, for one segment of the columns.
+template <class T>
+class SharedSums {
+  T* event_[kMaxParameters] = {};       // [D], of a parameter [*event]
+  T* scalar_[kMaxParameters] = {};      // where that of a 0-d one goes
+  double total_[kMaxParameters] = {};
+
+ public:
+  SharedSums() = default;
+  SharedSums(const LogProbParams& p, int64_t chunk, int64_t segment, int64_t begin, int64_t end) {
+    for (int i = 0; i < p.count; ++i) {
+      if (!p.shared_grad[i].sums) continue;
+      T* sums = static_cast<T*>(p.shared_grad[i].sums) + chunk * p.shared_grad[i].size;
+      if (p.parameter[i].stride[p.parameter[i].ndim - 1] == 0) {
+        scalar_[i] = sums + segment;
+      } else {
+        event_[i] = sums;
+        for (int64_t d = begin; d < end; ++d) sums[d] = 0;
+      }
+    }
+  }
+  ~SharedSums() {
+    for (int i = 0; i < kMaxParameters; ++i) {
+      if (scalar_[i]) *scalar_[i] = T(total_[i]);
+    }
+  }
+
+  // n gradients of parameter i from column `column` on
+  void add(int i, int64_t column, int64_t n, const T* __restrict grad) {
+    if (scalar_[i]) total_[i] += double(sum_of(grad, n));
+    if (!event_[i]) return;
+    T* __restrict to = event_[i] + column;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) to[j] += grad[j];
+  }
+};
+
+// Columns [begin, end) of row (k, b): the sum of log p; the gradients are times factor.
+template <class L, int kCount, Grads kGrads, class T>
+__attribute__((noinline)) double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int64_t begin,
+                                                  int64_t end, T factor, SharedSums<T>& shared) {
+  alignas(64) T in[5][kTile], out[4][kTile];
+  TileSums<T> tile;
+  double sum = 0;
+  for (int64_t i = begin; i < end; i += kTile) {
+    const int64_t n = end - i < kTile ? end - i : kTile;
+    const auto parameter = [&](int j) { return j < kCount ? load(p.parameter[j], k, b, i, n, in[j]) : nullptr; };
+    const auto grad = [&](int j) { return target(p.grad[j], k, b, i, out[j]); };
+    Elements<T> e;
+    e.first = parameter(0), e.second = parameter(1), e.third = parameter(2);
+    e.bytes = p.mask ? nullptr : bytes_of(p.x, k, b, i);
+    e.byte_scale = byte_scale(p.x.unit, T());
+    e.x = e.bytes ? nullptr : load(p.x, k, b, i, n, in[3]);
+    e.weight = p.mask ? load(p.mask, k, b, i, n, in[4]) : nullptr;
+    e.d_first = grad(0), e.d_second = grad(1), e.d_third = grad(2);
+    e.d_x = target(p.grad_x, k, b, i, out[3]);
+    const int64_t whole = n - n % kLanes, tail = n - whole;
+    const auto evaluate_part = [&](const Elements<T>& part, int64_t count, int64_t at) {
+      T *value = tile.value + at, *exponential = tile.shared + at;
+      if (part.bytes) return log_prob_tile<L, kCount, kGrads, false, true>(part, factor, count, value, exponential);
+      part.weight ? log_prob_tile<L, kCount, kGrads, true, false>(part, factor, count, value, exponential)
+                  : log_prob_tile<L, kCount, kGrads, false, false>(part, factor, count, value, exponential);
+    };
+    evaluate_part(e, whole, 0);
+    if (tail) {  // one more vector, padded: no scalar loop
+      alignas(64) T ti[5][kLanes], to[4][kLanes];
+      for (int64_t j = 0; j < kLanes; ++j) {
+        const bool inside = j < tail;
+        ti[0][j] = inside ? e.first[whole + j] : T(0.5);
+        if constexpr (kCount > 1) ti[1][j] = inside ? e.second[whole + j] : T(0);
+        if constexpr (kCount > 2) ti[2][j] = inside ? e.third[whole + j] : T(0);
+        ti[3][j] = !inside ? T(0.5) : e.bytes ? scaled_byte(T(e.bytes[whole + j]), e.byte_scale) : e.x[whole + j];
+        ti[4][j] = inside && e.weight ? e.weight[whole + j] : T(0);
+      }
+      evaluate_part({ti[0], ti[1], ti[2], ti[3], e.weight ? ti[4] : nullptr, to[0], to[1], to[2], to[3], nullptr, {}},
+                    kLanes, whole);
+      for (int64_t j = 0; j < tail; ++j) {
+        if constexpr (kGrads != Grads::none) e.d_first[whole + j] = to[0][j];
+        if constexpr (kGrads != Grads::none && kCount > 1) e.d_second[whole + j] = to[1][j];
+        if constexpr (kGrads != Grads::none && kCount > 2) e.d_third[whole + j] = to[2][j];
+        if constexpr (kGrads == Grads::all) e.d_x[whole + j] = to[3][j];
+      }
+    }
+    sum += e.weight ? sum_tile<false>(tile, n) : sum_tile<L::kSoftplus>(tile, n);
+    if constexpr (kGrads != Grads::none) {
+      T* const grads[] = {e.d_first, e.d_second, e.d_third};
+      for (int j = 0; j < kCount; ++j) {
+        store(p.grad[j], k, b, i, n, grads[j]);
+        shared.add(j, i, n, grads[j]);
+      }
+    }
+    if constexpr (kGrads == Grads::all) store(p.grad_x, k, b, i, n, e.d_x);
+  }
+  return sum;
+}
+
+// Which gradients are wanted.
+inline Grads grads_of(const LogProbParams& p) {
+  if (p.grad_x) return Grads::all;
+  for (int i = 0; i < p.count; ++i) {
+    if (p.grad[i] || p.shared_grad[i].sums) return Grads::parameters;
+  }
+  return Grads::none;
+}
+
+template <class L, int kCount, class T>
+inline double log_prob_segment(Grads grads, const LogProbParams& p, int64_t k, int64_t b, int64_t begin, int64_t end,
+                               T factor, SharedSums<T>& shared) {
+  switch (grads) {
+    case Grads::all: return log_prob_segment<L, kCount, Grads::all>(p, k, b, begin, end, factor, shared);
+    case Grads::parameters: return log_prob_segment<L, kCount, Grads::parameters>(p, k, b, begin, end, factor, shared);
+    default: return log_prob_segment<L, kCount, Grads::none>(p, k, b, begin, end, factor, shared);
+  }
+}
+
+template <class L, int kCount, class T>
+void log_prob_kernel(const LogProbParams& p, int64_t begin, int64_t end) {
+  const int64_t per_row = segments(p.D), rows = p.rows();
+  const Grads grads = grads_of(p);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t chunk = item / per_row, segment = item % per_row, first = segment * kSegment;
+    const int64_t last = first + kSegment < p.D ? first + kSegment : p.D;
+    SharedSums<T> shared(p, chunk, segment, first, last);
+    for (int64_t row = chunk * p.chunk; row < (chunk + 1) * p.chunk && row < rows; ++row) {
+      const int64_t k = row / p.B, b = row % p.B;
+      const double sum = log_prob_segment<L, kCount>(grads, p, k, b, first, last, at<T>(p.factor, k, b), shared);
+      if (p.log_p) p.log_p[row * per_row + segment] = sum;
+    }
+  }
+}
+
+}  // namespace fastelbo::FASTELBO_ISA

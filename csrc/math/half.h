@@ -1,0 +1,43 @@
+// Half-precision numbers as the bits that they are stored in, to and from float.
+#pragma once
+
+#include <c10/util/Half.h>
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#endif
+
+#include "math/elementary.h"
+
+namespace fastelbo::FASTELBO_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// Whether the instruction set converts halves: then a loop over this scalar form is slower than eight at a time.
+inline constexpr bool kHasF16c = FASTELBO_X86_LEVEL >= 3;
+
+FASTELBO_HD float to_float(BFloat16 v) { return bits_to<float>(uint32_t(v.bits) << 16); }
+
+// Round to nearest even; NaN stays NaN.
+FASTELBO_HD BFloat16 to_bfloat16(float v) {
+  const uint32_t b = bits_to<uint32_t>(v);
+  const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1)) >> 16;
+  return {uint16_t(v == v ? rounded : 0x7fc0u)};
+}
+
+#if defined(__CUDA_ARCH__)
+FASTELBO_HD float to_float(Half v) { return __half2float(__ushort_as_half(v.bits)); }
+FASTELBO_HD Half to_half(float v) { return {__half_as_ushort(__float2half_rn(v))}; }
+#elif FASTELBO_X86_LEVEL >= 3
+FASTELBO_HD float to_float(Half v) { return _cvtsh_ss(v.bits); }
+FASTELBO_HD Half to_half(float v) { return {uint16_t(_cvtss_sh(v, 0))}; }
+#else
+FASTELBO_HD float to_float(Half v) { return c10::detail::fp16_ieee_to_fp32_value(v.bits); }
+FASTELBO_HD Half to_half(float v) { return {c10::detail::fp16_ieee_from_fp32_value(v)}; }
+#endif
+
+}  // namespace fastelbo::FASTELBO_ISA

@@ -1,5 +1,6 @@
 // Laplace from the mean m and, where it is given, the log scale s (0 otherwise):
-//   log p = -[|x - m| exp(-s) + s + log 2]; the gradient at x = m, and at NaN, is that of torch.abs: 0.
+//   log p = -[|x - m| exp(-s) + s + log 2]; the gradient at x = m is 0, as that of torch.abs; at NaN it is
+// NaN, where that of torch.abs is 0.
 #pragma once
 
 #include "likelihoods/terms.h"
@@ -19,7 +20,7 @@ struct Laplace {
   FASTELBO_HD static Terms<T> eval(T m, T s, T x, T inverse) {
     const T delta = x - m;
     const T distance = abs_of(delta) * inverse;
-    const T slope = (T(delta > 0) - T(delta < 0)) * inverse;
+    const T slope = delta > 0 ? inverse : (delta < 0 ? -inverse : delta * inverse);
     const T log_2 = T(0.69314718055994530942);
     return {.value = -(distance + s + log_2), .d_recon = slope, .d_scale = distance - 1, .d_x = -slope};
   }

@@ -58,9 +58,9 @@ BUILT_IN = {"digits": (_digits, "bernoulli"), "patches": (_patches, "gaussian")}
 
 
 class _Array:
-    """An array in the .npy format, whose header was compared with the size that the file or the archive tells."""
+    """An array in the .npy format: first its header, then, if that is what was looked for, the rest."""
 
-    def __init__(self, file: IO[bytes], size: int) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         import numpy as np
 
         head = io.BytesIO(file.read(HEADER))
@@ -70,9 +70,6 @@ class _Array:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         self.shape, self._fortran, self.dtype = read(head)
         self.bytes = math.prod(self.shape) * self.dtype.itemsize
-        if min(self.shape, default=0) < 0 or self.bytes != size - head.tell():
-            told = f"{self.shape} of {self.dtype}, {self.bytes} bytes"
-            raise ValueError(f"its header tells of {told}; {size - head.tell()} follow")
         self._file, self._start = file, head.read()
 
     def read(self) -> Any:
@@ -85,7 +82,8 @@ class _Array:
         while len(content) <= self.bytes and (piece := self._file.read(PIECE)):
             content += piece
         if len(content) != self.bytes:
-            raise ValueError(f"it ends after {len(content)} bytes of {self.bytes}")
+            found = "more" if len(content) > self.bytes else f"{len(content)} bytes"
+            raise ValueError(f"its header tells of {self.shape} of {self.dtype}, {self.bytes} bytes; {found} follow it")
         # a byte of a bool is 0 or 1; in a file it may be any
         x = np.frombuffer(content, np.uint8) != 0 if self.dtype == np.bool_ else np.frombuffer(content, self.dtype)
         return x.reshape(self.shape[::-1]).T if self._fortran else x.reshape(self.shape)
@@ -111,13 +109,11 @@ def _file(path: Path) -> tuple[Tensor, Tensor | None]:
                 members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename[-4:] == ".npy"}
             wanted = [_chosen(list(members), path), *(name for name in members if name == "y")]
             with files.reading(path, kind):  # no other member is decompressed
-                x, *labelled = [
-                    _Array(stack.enter_context(archive.open(members[name])), members[name].file_size) for name in wanted
-                ]
+                x, *labelled = [_Array(stack.enter_context(archive.open(members[name]))) for name in wanted]
             labels = labelled[0] if labelled else None
         else:
             with files.reading(path, kind):
-                x = _Array(file, os.fstat(file.fileno()).st_size)
+                x = _Array(file)
         if x.dtype.kind != "f" and x.dtype not in (np.uint8, np.bool_):
             raise TypeError(f"data must be floating, uint8 or bool; {path} holds {x.dtype}")
         if len(x.shape) < 2 or x.shape[0] < 2 or x.bytes == 0:

@@ -4,6 +4,7 @@ Sizes: B batch, K samples, M latent dimensions, D data dimensions (all event dim
 Half and bfloat16 inputs: arithmetic, sums and returned losses are float32, gradients have the input's type.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -18,7 +19,16 @@ Recon = Tensor | tuple[Tensor, Tensor]
 _R = TypeVar("_R")
 
 _op = torch.ops.fastelbo
-_forced_reference = False
+
+
+class _Mode(threading.local):
+    """How many blocks of `reference_mode` are open. Not a ContextVar: torch.compile cannot trace or guard one."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+
+
+_mode = _Mode()
 
 
 class Posterior(NamedTuple):
@@ -47,20 +57,22 @@ class LossParts(NamedTuple):
 def reference_mode() -> Iterator[None]:
     """Within it, every function takes the plain-PyTorch path of `fastelbo.reference`: to compare, or to debug.
 
-    It holds for the whole process, other threads included.
+    It holds for the thread that entered it, and for every task of that thread, until the last open block ends.
+    `torch.compile` guards on it: a compiled function is traced once within and once without. A backward follows the
+    path on which its graph was recorded. Where checkpointing computes anew on a thread of autograd's own (on CUDA
+    devices), enter the mode inside the checkpointed function.
     """
-    global _forced_reference
-    before, _forced_reference = _forced_reference, True
+    _mode.blocks += 1
     try:
         yield
     finally:
-        _forced_reference = before
+        _mode.blocks -= 1
 
 
 def _call(op: Callable[..., Any], twin: Callable[..., _R], *args: Any) -> _R:
     """The op, or its plain-PyTorch twin: under torch.func, in forward-mode AD, on devices without kernels."""
     if (
-        _forced_reference
+        _mode.blocks > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or args[0].device.type not in _ops.KERNEL_DEVICES

@@ -464,7 +464,10 @@ def multi_sample_loss(
 
 
 class ELBOLoss(torch.nn.Module):
-    """`elbo_loss` as a module: the options are set once, the tensors are given at each call."""
+    """`elbo_loss` as a module: the options are set once, the tensors are given at each call.
+
+    A tensor beta is a buffer that moves with the module and is not in its state_dict; an nn.Parameter is learned.
+    """
 
     def __init__(
         self,
@@ -476,7 +479,13 @@ class ELBOLoss(torch.nn.Module):
         return_parts: bool = False,
     ) -> None:
         super().__init__()
-        self.likelihood, self.beta, self.free_bits = likelihood, beta, free_bits
+        self.likelihood, self.free_bits = likelihood, free_bits
+        self.beta: float | Tensor
+        if isinstance(beta, Tensor) and not isinstance(beta, torch.nn.Parameter):
+            # moved with the module; not in its state, since like the other options it is given to the constructor
+            self.register_buffer("beta", beta, persistent=False)
+        else:
+            self.beta = beta
         self.reduction, self.return_parts = reduction, return_parts
 
     def forward(self, recon: Recon, x: Tensor, mu: Tensor, logvar: Tensor, mask: Tensor | None = None) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastelbo import _ops, estimators, ppca_missing, reference
+from fastelbo.ordered import ordered_sum
 
 Recon = Tensor | tuple[Tensor, Tensor]
 _R = TypeVar("_R")
@@ -376,7 +377,7 @@ def iwae_loss(
     )
     if not return_parts:
         return loss
-    return LossParts(loss, log_likelihood, -log_ratio.to(log_likelihood.dtype).mean(0))
+    return LossParts(loss, log_likelihood, -ordered_sum(log_ratio.to(log_likelihood.dtype)) / log_ratio.shape[0])
 
 
 def multi_sample_loss(

@@ -2,19 +2,23 @@
 
 import argparse
 import json
+import os
+import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import fastelbo
-from fastelbo import ppca_run, training
-from fastelbo.data import BUILT_IN, load
+from fastelbo import data, files, ppca_run, training
+from fastelbo import options as numbers
+from fastelbo.data import BUILT_IN
 from fastelbo.latents import ACTIVE_VARIANCE
 from fastelbo.likelihoods import LIKELIHOODS
-from fastelbo.ppca import METHODS
+from fastelbo.ppca import METHODS, PPCA
 from fastelbo.ppca_run import PPCAConfig
 from fastelbo.training import IMPLS, Config, Metrics
 from fastelbo.vae import OBJECTIVES
@@ -108,67 +112,82 @@ def _options(args: argparse.Namespace, config: type) -> dict[str, Any]:
     return options
 
 
-def _fit_ppca(args: argparse.Namespace, parser: _Parser) -> int:
+@contextmanager
+def _refusing(
+    args: argparse.Namespace, kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError)
+) -> Iterator[None]:
+    """Errors of these kinds, by default those that tell of arguments and files, end the command with one line."""
+    try:
+        yield
+    except kinds as error:
+        print(f"fastelbo {args.command}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _interrupted(what: str) -> int:
+    print(f"interrupted: {what}", file=sys.stderr)
+    return 130
+
+
+def _fit_ppca(args: argparse.Namespace) -> int:
     from fastelbo import plots
 
     out: Path = args.out
     mine = {field.name for field in fields(PPCAConfig)} | {"out", "model", "command"}
-    try:
+    with _refusing(args):
         foreign = [name for name, value in vars(args).items() if name not in mine and value is not False]
         if foreign or args.resume:
             raise ValueError(f"{', '.join(foreign) or 'resume'} has no effect with model 'ppca': leave it out")
         run = ppca_run.Run(PPCAConfig(**_options(args, PPCAConfig)))
         if (out / "checkpoint.pt").exists():
             raise FileExistsError(f"{out} already holds a run: write to another directory")
-        out.mkdir(parents=True, exist_ok=True)
+    try:
         print(
             f"{run.config.data}: {len(run.train)} training and {len(run.held_out)} held-out data of shape "
             f"{tuple(run.data.train.shape[1:])}; PPCA by {run.config.method}; log p(x) in nats per datum"
         )
-        run.fit(
-            out,
-            lambda row: print(
-                f"{row['components']:4.0f} components  log p(x): training {row['train_log_prob']:9.3f}  "
-                f"held-out {row['held_out_log_prob']:9.3f}  BIC {row['bic']:12.1f}  sigma {row['sigma']:.4f}"
-                + (f"  {row['steps']:.0f} steps" if row["steps"] else ""),
-                flush=True,
-            ),
-        )
-    except (ValueError, TypeError, OSError) as error:
-        parser.exit(2, f"fastelbo train: error: {error}\n")
-    assert run.model is not None
-    if len(run.rows) > 1:
-        print(f"kept: {run.model.n_components} components, the lowest BIC")
-    pictures = plots.save_ppca(run.model, run.data, run.rows, out)
+        with _refusing(args):
+            run.fit(
+                out,
+                lambda row: print(
+                    f"{row['components']:4.0f} components  log p(x): training {row['train_log_prob']:9.3f}  "
+                    f"held-out {row['held_out_log_prob']:9.3f}  BIC {row['bic']:12.1f}  sigma {row['sigma']:.4f}"
+                    + (f"  {row['steps']:.0f} steps" if row["steps"] else ""),
+                    flush=True,
+                ),
+            )
+        assert run.model is not None
+        if len(run.rows) > 1:
+            print(f"kept: {run.model.n_components} components, the lowest BIC")
+        pictures = plots.save_ppca(run.model, run.data, run.rows, out)
+    except KeyboardInterrupt:
+        if (out / "checkpoint.pt").exists():
+            return _interrupted(f"the model is in {out}, its pictures are not all there")
+        return _interrupted("no model was written")
     print(f"in {out}: metrics.csv, checkpoint.pt, {', '.join(path.name for path in pictures)}")
     return 0
 
 
-def _train(args: argparse.Namespace, parser: _Parser) -> int:
-    out: Path = args.out
-    missing = [name for name in TRAIN_EXTRA if find_spec(name) is None]
-    if missing:
-        print(f"fastelbo train needs {', '.join(missing)}: pip install fastelbo[train]", file=sys.stderr)
-        return 2
-    if args.model == "ppca":
-        return _fit_ppca(args, parser)
+def _fit_vae(args: argparse.Namespace) -> int:
     from fastelbo import plots
 
+    out: Path = args.out
     options = _options(args, Config)
-    try:
+    with _refusing(args):
         if "method" in args:
             raise ValueError("method has no effect with model 'vae': leave it out")
-        saved = training.read_checkpoint(out) if args.resume else {}
-        if "ppca" in saved:
-            raise ValueError("the run is one of model 'ppca', which is not resumed")
-        trainer = training.prepare(Config(**(saved.get("config", {}) | options)), out, resume=args.resume)
-        out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, TypeError, OSError) as error:
-        parser.exit(2, f"fastelbo train: error: {error}\n")
-    config, data = trainer.config, trainer.data
+        config = Config()
+        if args.resume:
+            saved = files.read_checkpoint(out)
+            if saved["model_kind"] != "vae":
+                raise ValueError(f"the run is one of model {saved['model_kind']!r}, which is not resumed")
+            with files.reading(out / "checkpoint.pt", files.CHECKPOINT):
+                config = Config(**saved["config"])
+        trainer = training.prepare(replace(config, **options), out, resume=args.resume)
+    config, dataset = trainer.config, trainer.data
     print(
-        f"{config.data}: {len(data.train)} training and {len(data.held_out)} held-out data of shape "
-        f"{tuple(data.train.shape[1:])}, likelihood {config.likelihood}; {config.impl}; figures in nats per datum"
+        f"{config.data}: {len(dataset.train)} training and {len(dataset.held_out)} held-out data of shape "
+        f"{tuple(dataset.train.shape[1:])}, likelihood {config.likelihood}; {config.impl}; figures in nats per datum"
     )
     if trainer.history:
         print(f"resumed after epoch {len(trainer.history)}")
@@ -177,49 +196,69 @@ def _train(args: argparse.Namespace, parser: _Parser) -> int:
     def report(row: Metrics) -> None:
         nonlocal collapsed
         print(_line(row, config), flush=True)
-        before, collapsed = collapsed, training.collapses(trainer.history)
+        before, collapsed = collapsed, training.collapses([row], collapsed)
         if collapsed.keys() - before.keys():
             print(_collapse(collapsed), flush=True)
 
     try:
         training.fit(trainer, out, report)
+        if collapsed:
+            print(f"at the end: {_collapse(collapsed)}")
+        pictures = plots.save_all(trainer.model, dataset, trainer.history, out)
     except training.Diverged as error:
         print(f"fastelbo train: {error}", file=sys.stderr)
         return 1
-    if collapsed:
-        print(f"at the end: {_collapse(collapsed)}")
-    pictures = plots.save_all(trainer.model, data, trainer.history, out)
+    except KeyboardInterrupt:
+        if (out / "checkpoint.pt").exists():
+            return _interrupted(f"--resume --out {shlex.quote(str(out))} goes on after the last whole epoch")
+        return _interrupted("no epoch was finished, so that there is nothing to resume")
     print(f"in {out}: metrics.csv, checkpoint.pt, {', '.join(path.name for path in pictures)}")
     return 0
 
 
-def _evaluate(args: argparse.Namespace, parser: _Parser) -> int:
+def _train(args: argparse.Namespace) -> int:
+    missing = [name for name in TRAIN_EXTRA if find_spec(name) is None]
+    if missing:
+        print(f"fastelbo train needs {', '.join(missing)}: pip install fastelbo[train]", file=sys.stderr)
+        return 2
+    with _refusing(args):
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if processes.isdecimal() and int(processes) > 1:
+            raise ValueError(f"training takes one process; torchrun, by WORLD_SIZE, started {processes}")
+    with _refusing(args, (OSError,)), files.held(args.out):
+        return _fit_ppca(args) if args.model == "ppca" else _fit_vae(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
     if find_spec("numpy") is None or find_spec("sklearn") is None:
         print("fastelbo evaluate needs numpy and sklearn: pip install fastelbo[train]", file=sys.stderr)
         return 2
-    try:
-        saved = training.read_checkpoint(args.checkpoint)
-        if "ppca" in saved:
-            ppca, count, mean, error = ppca_run.evaluate(saved, args.data)
+    with _refusing(args):
+        numbers.check(num_samples=args.samples, chunk_size=args.chunk_size, seed=args.seed)
+        saved = files.read_checkpoint(args.checkpoint)
+        ppca = saved["model_kind"] == "ppca"
+        with files.reading(args.checkpoint, files.CHECKPOINT):
+            trained = str(saved["config"]["data"])
+            likelihood = None if ppca else str(saved["config"]["likelihood"])
+            event, epoch = tuple(saved["data"]["shape"][1:]), None if ppca else int(saved["epoch"])
+            model = ppca_run.model_of(saved) if ppca else training.model_of(saved)
+        name = trained if args.data is None else args.data
+        dataset = data.load(name, likelihood or "gaussian", missing=ppca)
+        if args.data is None:
+            data.check_unchanged(name, dataset, saved["data"])
+        if event != tuple(dataset.held_out.shape[1:]):
+            raise ValueError(f"data must be of shape {event} as in training; got {tuple(dataset.held_out.shape[1:])}")
+        if isinstance(model, PPCA):
+            mean, error = ppca_run.evaluate(model, dataset.held_out)
             print(
-                f"{args.data or saved['ppca']['data']}: {count} held-out data, PPCA with {ppca.n_components} "
-                f"components; nats per datum\nlog p(x)         {mean:10.4f}  exactly; standard error {error:.4f} by "
-                "the choice of data"
+                f"{name}: {len(dataset.held_out)} held-out data, PPCA with {model.n_components} components; nats per "
+                f"datum\nlog p(x)         {mean:10.4f}  exactly; standard error {error:.4f} by the choice of data"
             )
             return 0
-        config = Config(**saved["config"])
-        data = load(config.data if args.data is None else args.data, config.likelihood)
-        event = tuple(data.held_out.shape[1:])
-        if "event" in saved and tuple(saved["event"]) != event:
-            raise ValueError(f"data must be of shape {tuple(saved['event'])} as in training; got {event}")
-        model = training.build_model(event, config.latent_dim, config.hidden, data.likelihood)
-        model.load_state_dict(saved["model"])
-        found = training.evaluate(model, data.held_out, args.samples, seed=args.seed, chunk_size=args.chunk_size)
-    except (ValueError, TypeError, OSError) as error:
-        parser.exit(2, f"fastelbo evaluate: error: {error}\n")
+        found = training.evaluate(model, dataset.held_out, args.samples, seed=args.seed, chunk_size=args.chunk_size)
     print(
-        f"{config.data if args.data is None else args.data}: {len(data.held_out)} held-out data, "
-        f"{args.samples} samples each, after epoch {saved['epoch']}; nats per datum\n"
+        f"{name}: {len(dataset.held_out)} held-out data, "
+        f"{args.samples} samples each, after epoch {epoch}; nats per datum\n"
         f"log p(x)         {found.log_prob:10.4f}  standard error {found.sampling_error:.4f} by sampling, "
         f"{found.data_error:.4f} by the choice of data\n"
         f"ELBO             {found.elbo:10.4f}  on the same samples\n"
@@ -238,9 +277,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(fastelbo.build_info(), indent=2, default=str))
         return 0
     try:
-        return _evaluate(args, parser) if args.command == "evaluate" else _train(args, parser)
+        return _evaluate(args) if args.command == "evaluate" else _train(args)
     except KeyboardInterrupt:
-        if args.command == "evaluate":
-            return 130
-        print(f"interrupted: --resume --out {args.out} goes on after the last whole epoch", file=sys.stderr)
-        return 130
+        return _interrupted("nothing was written")

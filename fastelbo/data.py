@@ -1,16 +1,23 @@
 """Data sets that need no download, and arrays from files, split into a training and a held-out part."""
 
-from collections.abc import Mapping
+import hashlib
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
-from zipfile import BadZipFile
+from typing import IO, Any, NamedTuple
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
 
-from fastelbo import likelihoods
+from fastelbo import files, likelihoods
 
 PATCH = 8  # side of an image patch, in pixels
+HEADER = 1 << 16  # bytes; numpy refuses headers of more than 10000
+PIECE = 1 << 20  # bytes that are read at a time
 
 
 class Dataset(NamedTuple):
@@ -50,31 +57,77 @@ def _patches() -> tuple[Tensor, Tensor | None]:
 BUILT_IN = {"digits": (_digits, "bernoulli"), "patches": (_patches, "gaussian")}
 
 
-def _array(arrays: Mapping[str, Any], path: Path) -> Any:
+class _Array:
+    """An array in the .npy format: first its header, then, if that is what was looked for, the rest."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        import numpy as np
+
+        head = io.BytesIO(file.read(HEADER))
+        version = np.lib.format.read_magic(head)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version} of the format, which plain arrays do not need")
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        self.shape, self._fortran, self.dtype = read(head)
+        self.bytes = math.prod(self.shape) * self.dtype.itemsize
+        self._file, self._start = file, head.read()
+
+    def read(self) -> Any:
+        """The array. Memory is taken as bytes come, not as the header has them."""
+        import numpy as np
+
+        if 2 * self.bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):  # the parts are copies
+            raise MemoryError(f"{self.bytes / 1e9:.1f} GB, twice that in use, are more than this machine's memory")
+        content = bytearray(self._start)
+        while len(content) <= self.bytes and (piece := self._file.read(PIECE)):
+            content += piece
+        if len(content) != self.bytes:
+            found = "more" if len(content) > self.bytes else f"{len(content)} bytes"
+            raise ValueError(f"its header tells of {self.shape} of {self.dtype}, {self.bytes} bytes; {found} follow it")
+        # a byte of a bool is 0 or 1; in a file it may be any
+        x = np.frombuffer(content, np.uint8) != 0 if self.dtype == np.bool_ else np.frombuffer(content, self.dtype)
+        return x.reshape(self.shape[::-1]).T if self._fortran else x.reshape(self.shape)
+
+
+def _chosen(names: Sequence[str], path: Path) -> str:
     """The data among the arrays of an .npz file: the one named x, or the only one besides the labels y."""
-    names = [name for name in arrays if name != "y"]
+    names = [name for name in names if name != "y"]
     if "x" not in names and len(names) != 1:
         raise ValueError(f"data must be the array x of {path} where it holds several; it holds {', '.join(names)}")
-    return arrays["x" if "x" in names else names[0]]
+    return "x" if "x" in names else names[0]
 
 
 def _file(path: Path) -> tuple[Tensor, Tensor | None]:
     import numpy as np
 
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {name: loaded[name] for name in loaded.files} if path.suffix == ".npz" else {"x": loaded}
-    except (ValueError, EOFError, BadZipFile) as error:
-        raise ValueError(f"data cannot be read from {path}: it is no {path.suffix} file of plain arrays") from error
-    x, labels = _array(arrays, path), arrays.get("y")
-    if x.dtype.kind != "f" and x.dtype not in (np.uint8, np.bool_):
-        raise TypeError(f"data must be floating, uint8 or bool; {path} holds {x.dtype}")
-    if x.ndim < 2 or len(x) < 2 or x[0].size == 0:
-        raise ValueError(f"data must be [N, *event] with N of 2 or more and no empty event; {path} holds {x.shape}")
-    if labels is not None and labels.shape != (len(x),):
-        raise ValueError(f"labels y must be [{len(x)}]; {path} holds {labels.shape}")
-    data = torch.from_numpy(x.astype(np.float32) if x.dtype.kind == "f" else x)
-    return data, None if labels is None else torch.from_numpy(labels)
+    kind = f"{path.suffix} file of plain arrays"
+    labels = None
+    with path.open("rb") as file, ExitStack() as stack:
+        if path.suffix == ".npz":
+            with files.reading(path, kind):
+                archive = stack.enter_context(ZipFile(file))
+                members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename[-4:] == ".npy"}
+            wanted = [_chosen(list(members), path), *(name for name in members if name == "y")]
+            with files.reading(path, kind):  # no other member is decompressed
+                x, *labelled = [_Array(stack.enter_context(archive.open(members[name]))) for name in wanted]
+            labels = labelled[0] if labelled else None
+        else:
+            with files.reading(path, kind):
+                x = _Array(file)
+        if x.dtype.kind != "f" and x.dtype not in (np.uint8, np.bool_):
+            raise TypeError(f"data must be floating, uint8 or bool; {path} holds {x.dtype}")
+        if len(x.shape) < 2 or x.shape[0] < 2 or x.bytes == 0:
+            raise ValueError(f"data must be [N, *event] with N of 2 or more and no empty event; {path} holds {x.shape}")
+        if labels is not None and labels.shape != x.shape[:1]:
+            raise ValueError(f"labels y must be [{x.shape[0]}]; {path} holds {labels.shape}")
+        if labels is not None and labels.dtype.kind not in "biuf":
+            raise TypeError(f"labels y must be numbers; {path} holds {labels.dtype}")
+        with files.reading(path, kind), np.errstate(over="ignore", invalid="ignore"):
+            array = x.read()
+            data = torch.from_numpy(np.asarray(array, np.float32) if x.dtype.kind == "f" else array)
+            if labels is None:
+                return data, None
+            return data, torch.from_numpy(labels.read().astype(np.float64 if labels.dtype.kind == "f" else np.int64))
 
 
 def _check_range(x: Tensor, likelihood: str, missing: bool) -> None:
@@ -107,9 +160,9 @@ def load(
         missing: floating data may hold any value, NaN for missing cells too.
 
     Raises:
-        ValueError, TypeError: an unknown name or likelihood, an array of another type or shape, values that are not
-            finite or outside the likelihood's range.
-        FileNotFoundError: no file of that name.
+        ValueError, TypeError: an unknown name or likelihood, a damaged file, an array of another type or shape, values
+            that are not finite or outside the likelihood's range.
+        OSError: no file of that name, or the system cannot read it.
     """
     if name in BUILT_IN:
         read, default = BUILT_IN[name]
@@ -131,3 +184,31 @@ def load(
     if labels is None:
         return Dataset(x[train], x[test], None, None, likelihood)
     return Dataset(x[train], x[test], labels[train], labels[test], likelihood)
+
+
+def fingerprint(name: str, dataset: Dataset) -> dict[str, Any]:
+    """What tells the data that a run was trained on from others: shape, dtype, likelihood, of a file also a hash."""
+    x = dataset.train
+    found = {
+        "shape": (len(x) + len(dataset.held_out), *x.shape[1:]),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "likelihood": dataset.likelihood,
+    }
+    if name not in BUILT_IN:  # those are the same everywhere but for rounding
+        content = hashlib.sha256()
+        for part in (x, dataset.held_out):
+            content.update(part.contiguous().numpy().data)
+        found["content"] = content.hexdigest()
+    return found
+
+
+def check_unchanged(name: str, dataset: Dataset, before: Mapping[str, Any]) -> None:
+    """ValueError where the data are not those whose fingerprint is `before`."""
+    now = fingerprint(name, dataset)
+    changes = [
+        key if key == "content" else f"{key} {before.get(key)} -> {value}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
+    if changes:
+        raise ValueError(f"data {name} are not what the run was trained on; changed: {', '.join(changes)}")

@@ -4,6 +4,7 @@ Sizes: B batch, K samples, M latent dimensions, D data dimensions (all event dim
 Half and bfloat16 inputs: arithmetic, sums and returned losses are float32, gradients have the input's type.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -13,12 +14,22 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastelbo import _ops, estimators, ppca_missing, reference
+from fastelbo.ordered import ordered_sum
 
 Recon = Tensor | tuple[Tensor, Tensor]
 _R = TypeVar("_R")
 
 _op = torch.ops.fastelbo
-_forced_reference = False
+
+
+class _Mode(threading.local):
+    """How many blocks of `reference_mode` are open. Not a ContextVar: torch.compile cannot trace or guard one."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+
+
+_mode = _Mode()
 
 
 class Posterior(NamedTuple):
@@ -47,20 +58,22 @@ class LossParts(NamedTuple):
 def reference_mode() -> Iterator[None]:
     """Within it, every function takes the plain-PyTorch path of `fastelbo.reference`: to compare, or to debug.
 
-    It holds for the whole process, other threads included.
+    It holds for the thread that entered it, and for every task of that thread, until the last open block ends.
+    `torch.compile` guards on it: a compiled function is traced once within and once without. A backward follows the
+    path on which its graph was recorded. Where checkpointing computes anew on a thread of autograd's own (on CUDA
+    devices), enter the mode inside the checkpointed function.
     """
-    global _forced_reference
-    before, _forced_reference = _forced_reference, True
+    _mode.blocks += 1
     try:
         yield
     finally:
-        _forced_reference = before
+        _mode.blocks -= 1
 
 
 def _call(op: Callable[..., Any], twin: Callable[..., _R], *args: Any) -> _R:
     """The op, or its plain-PyTorch twin: under torch.func, in forward-mode AD, on devices without kernels."""
     if (
-        _forced_reference
+        _mode.blocks > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or args[0].device.type not in _ops.KERNEL_DEVICES
@@ -364,7 +377,7 @@ def iwae_loss(
     )
     if not return_parts:
         return loss
-    return LossParts(loss, log_likelihood, -log_ratio.to(log_likelihood.dtype).mean(0))
+    return LossParts(loss, log_likelihood, -ordered_sum(log_ratio.to(log_likelihood.dtype)) / log_ratio.shape[0])
 
 
 def multi_sample_loss(
@@ -452,7 +465,10 @@ def multi_sample_loss(
 
 
 class ELBOLoss(torch.nn.Module):
-    """`elbo_loss` as a module: the options are set once, the tensors are given at each call."""
+    """`elbo_loss` as a module: the options are set once, the tensors are given at each call.
+
+    A tensor beta is a buffer that moves with the module and is not in its state_dict; an nn.Parameter is learned.
+    """
 
     def __init__(
         self,
@@ -464,7 +480,13 @@ class ELBOLoss(torch.nn.Module):
         return_parts: bool = False,
     ) -> None:
         super().__init__()
-        self.likelihood, self.beta, self.free_bits = likelihood, beta, free_bits
+        self.likelihood, self.free_bits = likelihood, free_bits
+        self.beta: float | Tensor
+        if isinstance(beta, Tensor) and not isinstance(beta, torch.nn.Parameter):
+            # moved with the module; not in its state, since like the other options it is given to the constructor
+            self.register_buffer("beta", beta, persistent=False)
+        else:
+            self.beta = beta
         self.reduction, self.return_parts = reduction, return_parts
 
     def forward(self, recon: Recon, x: Tensor, mu: Tensor, logvar: Tensor, mask: Tensor | None = None) -> Any:

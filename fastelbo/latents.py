@@ -28,6 +28,13 @@ class Diagnostics(NamedTuple):
         return ~(self.mu_variance > ACTIVE_VARIANCE)
 
 
+def _ess(log_w: Tensor, batch: int) -> Tensor:
+    """The sum over B of the effective sample sizes."""
+    if log_w.dim() != 2 or log_w.shape[1] != batch:
+        raise ValueError(f"log_w must be [K, B] with B={batch} from posterior; got {tuple(log_w.shape)}")
+    return LogMeanExp().update(log_w).result().ess.sum()
+
+
 class DiagnosticsMeter:
     """Gathers `Diagnostics` over batches, from what a training or evaluation step holds anyway; never synchronizes."""
 
@@ -43,8 +50,12 @@ class DiagnosticsMeter:
 
         Args:
             posterior: from `rsample`, mu and logvar [B, *latent].
-            log_w: [K, B], the samples' log weights: log p(x | z) + posterior.log_ratio.
+            log_w: [K, B], floating: the samples' log weights, log p(x | z) + posterior.log_ratio.
+
+        Raises:
+            ValueError, TypeError: log_w of another shape or dtype.
         """
+        ess = None if log_w is None else _ess(log_w.detach(), len(posterior.mu))
         mu, count = posterior.mu.detach().double(), len(posterior.mu)
         if count == 0:
             return self
@@ -65,8 +76,7 @@ class DiagnosticsMeter:
             self._spread = self._spread + spread + step.square() * (self._count * count / total)
             self._mean = self._mean + step * (count / total)
         self._count += count
-        if log_w is not None:
-            ess = LogMeanExp().update(log_w.detach()).result().ess.sum()
+        if ess is not None:
             self._ess = ess if self._weighed == 0 else self._ess + ess
             self._weighed += count
         return self
@@ -99,7 +109,7 @@ def diagnostics(posterior: Posterior, log_w: Tensor | None = None) -> Diagnostic
         Diagnostics(kl [*latent], mu_variance [*latent], active_units, ess), on the device; nothing synchronizes.
 
     Raises:
-        ValueError: an empty batch.
+        ValueError, TypeError: an empty batch, log_w of another shape or dtype.
 
     Reference: Burda et al. 2016, sec. 5.2 (active units).
     """

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from fastelbo.functional import Recon, log_prob, rsample, seed_tensor, split_recon
+from fastelbo.ordered import ordered_sum
 
 if TYPE_CHECKING:
     from fastelbo.vae import VAE
@@ -80,7 +81,7 @@ class LogMeanExp:
         log_w = log_w.double()
         top = log_w.amax(0)
         weights = torch.exp(log_w - self._shift(top))
-        return self._add(len(log_w), top, weights.sum(0), weights.square().sum(0))
+        return self._add(len(log_w), top, ordered_sum(weights), ordered_sum(weights.square()))
 
     def merge(self, other: LogMeanExp) -> LogMeanExp:
         """Add all that another accumulator, for the same data, has seen; the other stays as it is."""

@@ -1,5 +1,6 @@
 """Pictures of trained models as PNG files."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 from torch import Generator, Tensor
 
-from fastelbo import reference
+from fastelbo import files, reference
 from fastelbo.data import Dataset
 from fastelbo.ppca import PPCA
 from fastelbo.ppca_run import Row
@@ -24,7 +25,9 @@ TRAIN, HELD_OUT = "#9aa5b1", "#1f5fa8"
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=130, facecolor="white", bbox_inches="tight", pad_inches=0.12)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130, facecolor="white", bbox_inches="tight", pad_inches=0.12)
+    files.write(path, content.getvalue())
     return path
 
 

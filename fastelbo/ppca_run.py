@@ -1,8 +1,6 @@
 """`fastelbo train --model ppca`: fits for several numbers of components, one of which is kept."""
 
-import csv
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fastelbo import data
+from fastelbo import data, files, options
 from fastelbo.ppca import METHODS, PPCA
 from fastelbo.ppca_fit import RankError
 
@@ -30,8 +28,7 @@ class PPCAConfig:
     seed: int = 0  # of the start of "em"
 
     def __post_init__(self) -> None:
-        if self.latent_dim is not None and self.latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1; got {self.latent_dim}")
+        options.check(**asdict(self))
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
 
@@ -60,32 +57,31 @@ class Run:
         self.model: PPCA | None = None
 
     def fit(self, out: Path, report: Callable[[Row], object]) -> None:
-        """All fits; writes out/metrics.csv and out/checkpoint.pt.
+        """All fits; writes out/metrics.csv and out/checkpoint.pt at the end, in which Ctrl-C waits.
 
         Raises:
             ValueError: as `PPCA.fit`, for the first fit; beyond the rank of the data it stops.
+            OSError: a file cannot be written.
         """
         config = self.config
         lowest = math.inf
         tried = [config.latent_dim] if config.latent_dim else ladder(self.train.shape[1])
-        with (out / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, METRICS)
-            writer.writeheader()
-            for m in tried:
-                generator = Generator().manual_seed(config.seed)
-                try:
-                    model = PPCA(m).fit(self.train, config.method, generator=generator)
-                except RankError:
-                    if not self.rows:
-                        raise
-                    break
-                row = self._measure(model)
-                self.rows.append(row)
-                writer.writerow(row)
-                report(row)
-                if row["bic"] < lowest:
-                    lowest, self.model = row["bic"], model
-        self.save(out / "checkpoint.pt")
+        for m in tried:
+            generator = Generator().manual_seed(config.seed)
+            try:
+                model = PPCA(m).fit(self.train, config.method, generator=generator)
+            except RankError:
+                if not self.rows:
+                    raise
+                break
+            row = self._measure(model)
+            self.rows.append(row)
+            report(row)
+            if row["bic"] < lowest:
+                lowest, self.model = row["bic"], model
+        with files.uninterrupted():
+            files.write(out / "metrics.csv", files.csv_bytes(METRICS, self.rows, header=True))
+            self.save(out / "checkpoint.pt")
 
     def _measure(self, model: PPCA) -> Row:
         assert model.fit_report is not None and model.log_sigma2 is not None
@@ -99,25 +95,26 @@ class Run:
         }
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all; it loads with torch.load(weights_only=True)."""
+        """Write a checkpoint, whole or not at all."""
         assert self.model is not None
-        event = tuple(self.data.train.shape[1:])
-        state = {"ppca": asdict(self.config), "event": event, "model": self.model.state_dict(), "rows": self.rows}
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        state = {
+            "model_kind": "ppca",
+            "config": asdict(self.config),
+            "data": data.fingerprint(self.config.data, self.data),
+            "model": self.model.state_dict(),
+        }
+        files.save_checkpoint(path, state)
 
 
-def evaluate(state: dict[str, Any], name: str | None) -> tuple[PPCA, int, float, float]:
-    """Held-out log p(x) of a checkpoint, exactly: model, number of data, mean, its standard error by their choice."""
-    held_out = data.load(state["ppca"]["data"] if name is None else name, "gaussian", missing=True).held_out
-    if tuple(held_out.shape[1:]) != tuple(state["event"]):
-        raise ValueError(f"data must be of shape {tuple(state['event'])} as in training; got {held_out.shape[1:]}")
+def model_of(state: dict[str, Any]) -> PPCA:
+    """The model of a checkpoint. Where the two do not fit, what torch raises: see `fastelbo.files.reading`."""
     model = PPCA(state["model"]["W"].shape[1])
     model.load_state_dict(state["model"])
-    with torch.no_grad():
-        found = model.log_prob(flat(held_out)).double()
-    return model, len(found), found.mean().item(), found.std().item() / math.sqrt(len(found))
+    return model
+
+
+@torch.no_grad()
+def evaluate(model: PPCA, held_out: Tensor) -> tuple[float, float]:
+    """Held-out log p(x), exactly, in nats per datum: mean, and its standard error by the choice of data."""
+    found = model.log_prob(flat(held_out)).double()
+    return found.mean().item(), found.std().item() / math.sqrt(len(found))

@@ -1,21 +1,22 @@
 """Training a small dense VAE: reproducible, resumable, and timed. `fastelbo train` is this module with arguments."""
 
 import csv
+import json
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastelbo import data, likelihoods, reference
+from fastelbo import data, files, likelihoods, options, reference
 from fastelbo.estimators import estimator
 from fastelbo.functional import LossParts, Posterior, Recon, reference_mode, rsample
 from fastelbo.latents import ACTIVE_VARIANCE, DiagnosticsMeter
@@ -58,11 +59,7 @@ class Config:
     impl: str = "fused"
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "latent_dim", "hidden", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite; got {self.lr}")
+        options.check(**asdict(self))
         for name, valid in (("objective", OBJECTIVES), ("impl", IMPLS)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} must be one of {', '.join(valid)}; got {getattr(self, name)!r}")
@@ -71,11 +68,6 @@ class Config:
                 raise ValueError(f"{option} has no effect with objective {self.objective!r}: leave it out")
         if self.beta_warmup and self.objective != "elbo":
             raise ValueError(f"beta_warmup has no effect with objective {self.objective!r}: leave it out")
-        if self.beta_warmup < 0 or self.free_bits < 0 or (self.beta or 0) < 0:
-            raise ValueError(
-                "beta, beta_warmup and free_bits must be at least 0; "
-                f"got {self.beta}, {self.beta_warmup} and {self.free_bits}"
-            )
         if self.objective != "elbo":
             beta = 0.5 if self.beta is None else self.beta
             estimator(self.objective, self.num_samples, alpha=self.alpha, beta=beta, groups=self.groups)
@@ -122,10 +114,13 @@ def _log_w(parts: LossParts, posterior: Posterior) -> Tensor:
     return log_w if log_w.dim() == 2 else log_w[None]
 
 
-def collapses(history: Sequence[Metrics]) -> dict[int, int]:
-    """Latent dimensions whose mu does not vary with x at the end of the history, with the epoch since when."""
-    since: dict[int, int] = {}
-    for row in history:
+def collapses(rows: Sequence[Metrics], before: Mapping[int, int] | None = None) -> dict[int, int]:
+    """Latent dimensions whose mu does not vary with x at the end of the rows, with the epoch since when.
+
+    before: what was found for the rows that came before these.
+    """
+    since = dict(before or {})
+    for row in rows:
         for name, value in row.items():
             if not name.startswith("mu_variance_"):
                 continue
@@ -285,59 +280,73 @@ class Trainer:
                 seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
 
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the data: see `fastelbo.data.fingerprint`."""
+        return data.fingerprint(self.config.data, self.data)
+
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all; it loads with torch.load(weights_only=True)."""
+        """Write a checkpoint, whole or not at all; the history is not part of it."""
         state = {
+            "model_kind": "vae",
             "config": asdict(self.config),
             "epoch": len(self.history),
-            "event": tuple(self.data.train.shape[1:]),
-            "history": self.history,
+            "data": self.fingerprint,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
         }
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        files.save_checkpoint(path, state)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint; ValueError where it was written with another config (epochs may differ)."""
-        ours = asdict(self.config)
-        differing = [k for k, v in state["config"].items() if k != "epochs" and ours[k] != v]
+    def restore(self, out: Path) -> None:
+        """Continue the run in the folder `out`: its checkpoint, and the rows of metrics.csv up to that.
+
+        Raises:
+            OSError: there is none, or the system cannot read it.
+            ValueError: a damaged file, another config (epochs may differ), data that changed.
+        """
+        state, ours = files.read_checkpoint(out), asdict(self.config)
+        differing = [k for k, v in ours.items() if k != "epochs" and state["config"].get(k) != v]
         if differing:
-            changes = ", ".join(f"{k} {state['config'][k]!r} -> {ours[k]!r}" for k in differing)
+            changes = ", ".join(f"{k} {state['config'].get(k)!r} -> {ours[k]!r}" for k in differing)
             raise ValueError(f"a resumed run keeps its options besides epochs; changed: {changes}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.history = list(state["history"])
+        data.check_unchanged(self.config.data, self.data, state["data"])
+        with files.reading(out / "checkpoint.pt", files.CHECKPOINT):
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+            epoch = int(state["epoch"])
+        self.history = read_history(out / "metrics.csv", self.columns, epoch)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, given as a file or as the folder of a run.
+def read_history(path: Path, columns: Sequence[str], epochs: int) -> list[Metrics]:
+    """The first rows of a metrics.csv, one per epoch.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it cannot be read.
+        OSError: the system cannot read it.
+        ValueError: a row of them is missing or damaged.
     """
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"no run to go on from: there is no {path}")
-    try:
-        state = torch.load(path, weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint of fastelbo") from error
-    keys = {"config", "history", "generator"}, {"ppca", "event", "model"}
-    if not isinstance(state, dict) or not any(k <= state.keys() for k in keys):
-        raise ValueError(f"{path} is no checkpoint of fastelbo")
-    return state
+    with path.open(newline="") as file, files.reading(path, f"metrics.csv with the {epochs} epochs of the checkpoint"):
+        reader = csv.DictReader(file)
+        rows = [{name: json.loads(row[name]) for name in columns} for row in islice(reader, epochs)]
+        if [row["epoch"] for row in rows] != list(range(1, epochs + 1)):
+            raise ValueError(f"the epochs of its rows are not 1 to {epochs}")
+        if not all(math.isfinite(value) for row in rows for value in row.values()):
+            raise ValueError("a figure is not finite")
+        return rows
+
+
+def model_of(state: dict[str, Any]) -> VAE:
+    """The model of a checkpoint. Where the two do not fit, what torch raises: see `fastelbo.files.reading`."""
+    config = Config(**state["config"])
+    with torch.device("meta"):  # memory is taken by what is in the checkpoint, not by the sizes that it names
+        model = build_model(tuple(state["data"]["shape"][1:]), config.latent_dim, config.hidden, str(config.likelihood))
+    model.load_state_dict(state["model"], assign=True)
+    return model
 
 
 def prepare(config: Config, out: Path, *, resume: bool = False) -> Trainer:
-    """A new run, or with `resume` the one of out/checkpoint.pt.
+    """A new run, or with `resume` the one in the folder `out`.
 
     Raises:
         ValueError, TypeError: data, options or checkpoint that do not fit.
@@ -346,7 +355,7 @@ def prepare(config: Config, out: Path, *, resume: bool = False) -> Trainer:
     """
     trainer = Trainer(config)
     if resume:
-        trainer.restore(read_checkpoint(out))
+        trainer.restore(out)
     elif (out / "checkpoint.pt").exists():
         raise FileExistsError(f"{out} already holds a run: resume it, or write to another directory")
     return trainer
@@ -356,22 +365,23 @@ def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | Non
     """Run the epochs that are left; after each, append a row to out/metrics.csv and write out/checkpoint.pt.
 
     A run that was interrupted and resumed ends with the same parameters and figures, bit for bit, as one that was not.
+    Ctrl-C waits until both files are written. `fastelbo.files.held` keeps other processes out of the folder.
 
     Raises:
         Diverged: the loss is NaN or infinite; the checkpoint is that of the last good epoch.
+        OSError: a file cannot be written; both are those of the epoch before.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, trainer.columns)
-        writer.writeheader()
-        writer.writerows(trainer.history)  # the checkpoint decides: a row beyond it belongs to an epoch to be repeated
-        while len(trainer.history) < trainer.config.epochs:
-            row = trainer.run_epoch()
-            writer.writerow(row)
-            file.flush()
+    table = out / "metrics.csv"
+    # the checkpoint decides: a row beyond it belongs to an epoch to be repeated
+    files.write(table, files.csv_bytes(trainer.columns, trainer.history, header=True))
+    while len(trainer.history) < trainer.config.epochs:
+        row = trainer.run_epoch()
+        line = files.csv_bytes(trainer.columns, [row], header=False)
+        with files.uninterrupted(), files.appended(table, line):
             trainer.save(out / "checkpoint.pt")
-            if on_epoch is not None:
-                on_epoch(row)
+        if on_epoch is not None:
+            on_epoch(row)
 
 
 class Evaluation(NamedTuple):

@@ -241,7 +241,7 @@ def test_data_that_are_no_images(tmp_path):
         (["--beta-warmup", "2", "--objective", "dreg"], "beta_warmup has no effect with objective 'dreg'"),
         (["--groups", "3", "--samples", "4", "--objective", "miwae"], "groups must divide the number of samples K=4"),
         (["--objective", "rws"], "'rws' needs at least 2 samples"),
-        (["--beta", "-1"], "must be at least 0; got -1.0"),
+        (["--beta", "-1"], "beta must be finite and at least 0; got -1.0"),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],
 )

@@ -1,5 +1,6 @@
 """elbo_loss against its twin: reductions, beta, free bits, masks, samples, parts, and what a backward may not do."""
 
+import copy
 from itertools import combinations
 
 import pytest
@@ -247,3 +248,40 @@ def test_module_form():
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     assert isinstance(actual, fastelbo.LossParts)
     assert "gaussian" in repr(module) and "0.3" in repr(module)
+
+
+def _elbo_inputs(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    return [torch.randn(4, d).to(device, dtype) for d in (6, 6, 5, 5)]
+
+
+def test_a_tensor_beta_goes_where_the_module_goes():
+    module = fastelbo.ELBOLoss("gaussian", beta=torch.tensor(0.3))
+    assert list(module.state_dict()) == [] and list(module.parameters()) == []
+    inputs = _elbo_inputs(torch.float64)
+    expected = fastelbo.elbo_loss(*inputs, likelihood="gaussian", beta=torch.tensor(0.3).double())
+    copied = copy.deepcopy(module).to(torch.float64)
+    assert copied.beta.dtype == torch.float64 and torch.equal(copied(*inputs), expected)
+    assert module.beta.dtype == torch.float32, "a copy is a copy"
+    assert module.to("meta").beta.device.type == "meta"
+    assert module(*_elbo_inputs(device="meta")).device.type == "meta"
+
+
+def test_a_parameter_beta_is_learned():
+    beta = torch.nn.Parameter(torch.tensor(0.3))
+    module = fastelbo.ELBOLoss("gaussian", beta=beta)
+    assert list(module.parameters()) == [beta] and list(module.state_dict()) == ["beta"]
+    inputs = _elbo_inputs()
+    module(*inputs).backward()
+    torch.testing.assert_close(beta.grad, fastelbo.gaussian_kl(*inputs[2:]).mean())
+    copied = copy.deepcopy(module).to(torch.float64)
+    assert isinstance(copied.beta, torch.nn.Parameter) and copied.beta.dtype == torch.float64
+
+
+def test_gradient_to_a_tensor_beta():
+    """To the caller's own tensor, after a move of the module too."""
+    inputs = _elbo_inputs()
+    for move in (torch.float32, torch.float64):
+        beta = torch.tensor(0.3, requires_grad=True)
+        module = fastelbo.ELBOLoss("gaussian", beta=beta).to(move)
+        module(*(t.to(move) for t in inputs)).backward()
+        torch.testing.assert_close(beta.grad, fastelbo.gaussian_kl(*inputs[2:]).mean())

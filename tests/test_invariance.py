@@ -67,6 +67,25 @@ def test_gradients_written_by_the_forward_have_the_same_bits(shape, dtype):
             assert torch.equal(a, e), f"tensor {i} with {threads} threads"
 
 
+def _sums_over_samples(threads: int, shape: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    log_ratio = (3 * torch.randn(shape)).to(dtype).requires_grad_()
+    recon, x = torch.zeros(*shape, 1), torch.zeros(shape[1], 1)
+    kl = fastelbo.iwae_loss(recon.to(dtype), x.to(dtype), log_ratio, return_parts=True).kl
+    torch.testing.assert_close(kl, -log_ratio.mean(0))
+    return [kl, *torch.autograd.grad(kl.sum(), log_ratio), *fastelbo.LogMeanExp().update(log_ratio).result()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(100_000, 1), (32_768, 1), (60_001, 3), (50, 20_011), (300, 1001)], ids=str)
+def test_sums_over_many_samples_have_the_same_bits(shape, dtype):
+    expected = _sums_over_samples(1, shape, dtype)
+    for threads in (2, 3, 8):
+        for i, (a, e) in enumerate(zip(_sums_over_samples(threads, shape, dtype), expected, strict=True)):
+            assert torch.equal(a, e), f"tensor {i} with {threads} threads"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Instruction sets
 

@@ -124,13 +124,73 @@ def test_kl_is_free_of_cancellation_and_never_negative(dtype):
     torch.testing.assert_close(kl.double(), expected, rtol=FLOOR * ulp, atol=torch.finfo(dtype).tiny)
 
 
+# logvar of both signs, from where exp(t) - 1 - t cancels to where it does not; the twin's series ends at 1
+SIZES = [*(10.0**e for e in range(-8, 2)), 3e-6, 1e-3 / 3, 0.3, 0.5, 0.9, 0.999999, 1.0, 1.000001, 1.5, 3.0, 20.0, 30.0]
+
+
+def _exact(dtype: torch.dtype) -> list[Tensor]:
+    """logvar [N, 1] in the dtype, and at the numbers as they are the KL's value, first and second derivative [N]."""
+    logvar = torch.tensor([s * t for t in SIZES for s in (1, -1)], dtype=dtype)
+    with mpmath.workdps(60):
+        ts = [mpmath.mpf(t) for t in logvar.tolist()]
+        exact = [[mpmath.exp(t) - 1 - t for t in ts], [mpmath.expm1(t) for t in ts], [mpmath.exp(t) for t in ts]]
+        return [logvar[:, None], *(torch.tensor([float(v / 2) for v in row], dtype=torch.float64) for row in exact)]
+
+
+def _kl_of(logvar: Tensor) -> Tensor:
+    return fastelbo.gaussian_kl(torch.zeros_like(logvar), logvar)
+
+
+def _by_autograd(logvar: Tensor) -> list[Tensor]:
+    leaf = logvar.clone().requires_grad_()
+    kl = _kl_of(leaf)
+    (first,) = torch.autograd.grad(kl.sum(), leaf, create_graph=True)
+    return [kl, first, *torch.autograd.grad(first.sum(), leaf)]
+
+
+def _by_reference(logvar: Tensor) -> list[Tensor]:
+    with fastelbo.reference_mode():
+        return _by_autograd(logvar)
+
+
+def _by_torch_func(logvar: Tensor) -> list[Tensor]:
+    def kl(t: Tensor) -> Tensor:
+        return _kl_of(t[None])[0]
+
+    def value_too(t: Tensor) -> tuple[Tensor, Tensor]:
+        return (value := kl(t)), value
+
+    first, value = torch.func.vmap(torch.func.grad(value_too, has_aux=True))(logvar)
+    return [value, first, torch.func.vmap(torch.func.hessian(kl))(logvar)]
+
+
+def _by_forward_mode(logvar: Tensor) -> list[Tensor]:
+    ones = torch.ones_like(logvar)
+    value, first = torch.func.jvp(_kl_of, (logvar,), (ones,))
+    return [value, first, torch.func.jvp(lambda t: torch.func.jvp(_kl_of, (t,), (ones,))[1], (logvar,), (ones,))[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("way", [_by_autograd, _by_reference, _by_torch_func, _by_forward_mode])
+def test_kl_derivatives_are_free_of_cancellation(way, dtype):
+    """Whichever way PyTorch is asked: values, first and second derivatives have every digit of their type."""
+    logvar, *expected = _exact(dtype)
+    actual = [t.detach().flatten() for t in way(logvar)]
+    assert (actual[0] >= 0).all()
+    for what, a, e in zip(("value", "first derivative", "second derivative"), actual, expected, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(
+            a.double(), e, rtol=FLOOR * torch.finfo(dtype).eps, atol=0, msg=lambda m, what=what: f"{what}: {m}"
+        )
+
+
 @every_dtype
 def test_kl_extremes(dtype):
     inf, nan = float("inf"), float("nan")
     mu = torch.tensor([0.0, inf, nan, 0.0, 0.0, 100.0, -60000.0], dtype=dtype)
     logvar = torch.tensor([nan, 0.0, 0.0, inf, -inf, -60000.0, 80.0], dtype=dtype)
-    kl = fastelbo.gaussian_kl(mu, logvar)
-    assert kl[[0, 2]].isnan().all() and kl[[1, 4]].isposinf().all() and not kl[3].isfinite()
+    for kl in (fastelbo.gaussian_kl(mu, logvar), reference.gaussian_kl(mu, logvar)):
+        assert kl[[0, 2]].isnan().all() and kl[[1, 4]].isposinf().all() and not kl[3].isfinite()
     check(fastelbo.gaussian_kl, mu[5:].requires_grad_(), logvar[5:].requires_grad_())
 
 

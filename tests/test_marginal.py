@@ -267,3 +267,28 @@ def test_diagnostics_of_a_general_prior():
     mu, logvar, p_mu, p_logvar = (torch.randn(9, 3) for _ in range(4))
     drawn = fastelbo.rsample(mu, logvar, 2, prior_mu=p_mu, prior_logvar=p_logvar[:1].expand(9, 3))
     torch.testing.assert_close(fastelbo.diagnostics(drawn).kl.sum(), drawn.kl.double().mean(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "log_w, error, message",
+    [
+        (torch.zeros(6, 5), ValueError, r"log_w must be \[K, B\] with B=9 from posterior; got \(6, 5\)"),
+        (torch.zeros(9), ValueError, r"log_w must be \[K, B\] with B=9 from posterior; got \(9,\)"),
+        (torch.zeros(9, 2), ValueError, r"log_w must be \[K, B\] with B=9 from posterior; got \(9, 2\)"),
+        (torch.zeros(2, 6, 9), ValueError, r"log_w must be \[K, B\] with B=9 from posterior; got \(2, 6, 9\)"),
+        (torch.zeros(0, 9), ValueError, r"log_w must be .* k of at least 1; got \(0, 9\)"),
+        (torch.zeros(6, 9, dtype=torch.int64), TypeError, "log_w must be .*float.*int64"),
+    ],
+)
+def test_diagnostics_refuse_weights_of_other_data(log_w, error, message):
+    """And a refused batch leaves the figures as they were."""
+    mu, logvar = torch.randn(9, 3), torch.randn(9, 3)
+    drawn, good = fastelbo.rsample(mu, logvar, 6), torch.randn(6, 9)
+    with pytest.raises(error, match=message):
+        fastelbo.diagnostics(drawn, log_w)
+    meter = fastelbo.DiagnosticsMeter().update(drawn, good)
+    before = meter.result()
+    with pytest.raises(error, match=message):
+        meter.update(drawn, log_w)
+    for a, e in zip(meter.result(), before, strict=True):
+        assert torch.equal(a, e)

@@ -1,0 +1,197 @@
+"""The files of a run: written whole or not at all, read without trust, in a folder that one process holds."""
+
+import csv
+import fcntl
+import io
+import os
+import secrets
+import signal
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_STORED, ZipFile
+
+import torch
+
+CHECKPOINT = "checkpoint of fastelbo"
+CONTENT = {"model_kind": str, "config": dict, "data": dict, "model": dict}  # of every checkpoint; a model adds its own
+_PARTIAL = ".{}.partial"  # the end of the name of a file that is being written
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing.
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block. Blocks nest; outside the main thread, which alone gets it, no effect."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        signal.raise_signal(signal.SIGINT)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; two writers of one file do not meet.
+
+    Raises:
+        OSError: as the system has it, with the path; what was there before is left as it was.
+    """
+    partial = path.with_name(path.name + _PARTIAL.format(secrets.token_hex(4)))
+    with uninterrupted():
+        try:
+            with partial.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def appended(path: Path, content: bytes) -> Iterator[None]:
+    """Append to a file, and take that back where it cannot be written whole, or the block fails.
+
+    Raises:
+        OSError: as the system has it, with the path.
+    """
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            try:
+                while content:
+                    content = content[file.write(content) :]
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            yield
+        except BaseException:
+            file.truncate(size)
+            raise
+
+
+def csv_bytes(columns: Sequence[str], rows: Iterable[Mapping[str, float]], *, header: bool) -> bytes:
+    """Rows of a CSV file, under its header if that is wanted."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all; it loads with torch.load(weights_only=True).
+
+    Raises:
+        OSError: as `write`.
+    """
+    content = io.BytesIO()  # torch.save turns what a file raises into a RuntimeError
+    torch.save(dict(state), content)
+    write(path, content.getvalue())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading.
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Whatever a parser raises of bytes that it was not made for is a ValueError that names the file and its kind."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except Exception as error:
+        # what the system says of the file passes; zipfile too raises OSErrors, of offsets that lie
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path} is damaged, or no {kind} ({type(error).__name__}: {said})") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, given as a file or as the folder of a run.
+
+    Raises:
+        OSError: there is none, or the system cannot read it.
+        ValueError: it is damaged, or another kind of file.
+    """
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"no run to go on from: there is no {path}")
+    with path.open("rb") as file, reading(path, CHECKPOINT):
+        with ZipFile(file) as archive:
+            # torch.load neither compares check sums nor doubts the sizes that it is told
+            for member in archive.infolist():
+                if member.compress_type != ZIP_STORED or member.file_size != member.compress_size:
+                    raise ValueError(f"{member.filename} is compressed")
+            if broken := archive.testzip():
+                raise ValueError(f"{broken} has another check sum")
+        file.seek(0)
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+        missing = [name for name, kind in CONTENT.items() if not isinstance(state.get(name), kind)]
+        if missing:
+            raise ValueError(f"without {', '.join(missing)}")
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The folder of a run.
+
+
+def _lock(path: Path) -> int:
+    """A descriptor of the file, with the lock on it; BlockingIOError where another process has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # of a file that its holder took away in between: the name is free, or already another's
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A folder that no other process writes runs to; made where there is none, and taken away if it stays empty.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be made or written to.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = _lock(lock)
+        except BlockingIOError:
+            raise BlockingIOError(f"another run is writing to {folder}: write to another directory") from None
+        try:
+            for left in folder.glob("*" + _PARTIAL.format("[0-9a-f]" * 8)):  # by a process that was killed
+                left.unlink()
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+            os.close(descriptor)
+    finally:
+        with suppress(OSError):  # the first one that is not empty
+            for path in made:
+                path.rmdir()

@@ -1,0 +1,7 @@
+// Every kernel of an instruction set, in one piece and then item by item in several threads: the same bits.
+#pragma once
+
+#include "check.h"
+#include "kernels/params.h"
+
+void split(Checks&, const fastelbo::KernelTable&);

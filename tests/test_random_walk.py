@@ -1,0 +1,333 @@
+"""A random walk over all that a call may be: op, likelihood, shapes, strides, dtypes, masks, samples, options.
+
+A case is a function of its number alone; `oracle.check` judges its values and all of its gradients. The first CASES
+numbers are walked by default. FASTELBO_WALK_SECONDS=600 walks for so long instead, from number FASTELBO_WALK_START on.
+
+    python tests/test_random_walk.py NUMBER     prints a case, and checks it
+"""
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import LIKELIHOODS, ROWS
+from oracle import DTYPES, HALF_TYPES, Call, check, compute_dtype
+from torch import Tensor
+
+import fastelbo
+from fastelbo.estimators import ESTIMATORS
+
+CASES, PARTS = 2000, 8
+SECONDS = float(os.environ.get("FASTELBO_WALK_SECONDS", "0"))
+START = int(os.environ.get("FASTELBO_WALK_START", "0"))
+LARGEST = 20_000  # elements of recon
+
+
+class Case(NamedTuple):
+    call: Call
+    inputs: list[Tensor | None]
+    options: dict[str, object]  # those of the call, to be read
+    twin: Call | None = None
+
+    def __str__(self) -> str:
+        def text(t: Tensor | None) -> str:
+            if t is None:
+                return "None"
+            place = f"{t.dtype}".removeprefix("torch.") + f"{tuple(t.shape)} strides {t.stride()}"
+            return place + f" offset {t.storage_offset()}" + " requires_grad" * t.requires_grad
+
+        return "\n".join([str(self.options), *(f"input {i}: {text(t)}" for i, t in enumerate(self.inputs))])
+
+
+class Draw:
+    """What a case is drawn with: choices from `self.random`, numbers from torch's generator."""
+
+    def __init__(self, number: int) -> None:
+        self.random = random.Random(number)
+        torch.manual_seed(number)
+        self.dtype = self.any_of(*DTYPES, torch.float32, torch.float32)
+        self.likelihood, self.pair = self.any_of(*LIKELIHOODS)
+        self.B = self.any_of(0, 1, 2, 3, 4, 5, 5, 40)
+        self.event = self.sizes(4, LARGEST // max(self.B, 1))
+        most = max(LARGEST // max(self.B * torch.Size(self.event).numel(), 1), 1)
+        self.K = min(self.any_of(1, 2, 3, 4, 6, 20, 70), most)
+
+    def any_of(self, *choices):
+        return self.random.choice(choices)
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def sizes(self, most_dims: int, most_elements: int) -> tuple[int, ...]:
+        found: tuple[int, ...] = ()
+        for _ in range(self.random.randint(0, most_dims)):
+            small = self.random.randint(1, 9)
+            size = self.any_of(small, small, small, 0 if self.chance(0.1) else 1, 16, 17, 33, 64, 130, 700, 4100)
+            if torch.Size((*found, size)).numel() <= most_elements:
+                found = (*found, size)
+        return found
+
+    def lie(self, shape: tuple[int, ...]) -> tuple[int, Callable[[Tensor], Tensor]]:
+        """How many numbers a tensor in a drawn layout has, and the tensor on them: any strides, any offset."""
+        order = list(range(len(shape)))[::-1]
+        if self.chance(0.4):
+            self.random.shuffle(order)
+        gaps, expands, overlaps = self.chance(0.3), self.chance(0.2), self.chance(0.1)
+        step, strides = 1, [0] * len(shape)
+        for dim in order:
+            step *= self.any_of(1, 2, 3) if gaps else 1
+            strides[dim] = 0 if expands and self.chance(0.4) else step
+            step = step + 1 if overlaps else step * max(shape[dim], 1)
+            step += self.any_of(0, 1, 2) if gaps else 0
+        offset = self.any_of(0, 0, 0, 1, 3, 7)
+        count = offset + 1 + sum(max(size - 1, 0) * stride for size, stride in zip(shape, strides, strict=True))
+        return count, lambda flat: flat.as_strided(shape, strides, offset)
+
+    def tensor(
+        self,
+        shape: tuple[int, ...],
+        values: Callable[[Tensor], Tensor] = lambda noise: noise,
+        dtype: torch.dtype | None = None,
+        grad: bool | None = None,
+    ) -> Tensor:
+        """values(standard normal noise); it requires a gradient if `grad`, by default in nine of ten."""
+        count, view = self.lie(shape)
+        flat = values(torch.randn(count, dtype=torch.float64)).to(dtype or self.dtype)
+        return view(flat).requires_grad_(self.chance(0.9) if grad is None else grad)
+
+    def broadcast(self, whole: tuple[int, ...], shape: tuple[int, ...], *values: Callable[[Tensor], Tensor]) -> Tensor:
+        """One of `shape`, which is going to be expanded to `whole`. Then it is float32 beside half types.
+
+        Its gradient is a sum that PyTorch makes of the expanded one. In half types that one is rounded, in eager
+        PyTorch as well, by which of the two is nearer to the truth is luck.
+        """
+        return self.tensor(shape, *values, dtype=self.dtype if shape == whole else compute_dtype(self.dtype))
+
+    def samples(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.K, *shape)
+
+    def parameters(self, sampled: bool) -> tuple[Tensor, Tensor | None]:
+        """recon, and the second parameter where the likelihood is a pair: in any shape that broadcasts."""
+        row, full = ROWS[self.likelihood], (self.B, *self.event)
+        size = self.any_of(1.0, 1.0, 0.05, 5.0)
+        whole = self.samples(full) if sampled else full
+        recon = self.tensor(whole, lambda noise: row.recon(size * noise))
+        if not self.pair:
+            return recon, None
+        return recon, self.broadcast(whole, self.any_of(whole, whole, full, self.event, ()), row.scale)
+
+    def data(self) -> tuple[Tensor, Tensor | None]:
+        """x and its mask; what lies under a weight of 0 may be NaN."""
+        shape, row = (self.B, *self.event), ROWS[self.likelihood]
+        kind = self.any_of("same", "same", "float", "uint8", "bool")
+        if kind == "uint8":
+            x = self.tensor(shape, lambda noise: (60 * noise + 128).clamp(0, 255), torch.uint8, False)
+        elif kind == "bool":
+            x = self.tensor(shape, lambda noise: noise > 0, torch.bool, False)
+        else:
+            dtype = torch.float32 if kind == "float" and self.dtype in HALF_TYPES else self.dtype
+            x = self.tensor(shape, row.x, dtype, self.chance(0.4))
+        if self.chance(0.5):
+            return x, None
+        ones = (1,) * len(self.event)
+        of = self.any_of(shape, shape, shape, self.event, (self.B, *ones), (1, *self.event), ())
+        kind = self.any_of(torch.bool, torch.uint8, torch.float32, torch.float64, torch.bfloat16)
+        keep = self.any_of(0.0, 0.3, 0.3, 1.0)
+        mask = self.tensor(of, lambda noise: noise.abs() * (noise > keep - 0.5), kind, False)
+        if x.is_floating_point() and self.chance(0.2):
+            x = torch.where(mask != 0, x.detach(), torch.nan).requires_grad_(x.requires_grad)
+        return x, mask
+
+    def latent(self, count: int, shape: tuple[int, ...], spread: float = 1.0) -> list[Tensor]:
+        return [self.tensor(shape, lambda noise: spread * noise) for _ in range(count)]
+
+    def prior(self, shape: tuple[int, ...]) -> list[Tensor | None]:
+        def one() -> Tensor | None:
+            return self.broadcast(shape, self.any_of(shape, shape, shape[1:], ())) if self.chance(0.4) else None
+
+        return [one(), one()]
+
+    def reduction(self) -> str:
+        return self.any_of("mean", "sum", "none")
+
+    def parts(self, count: int) -> list[int]:
+        """Which results are looked at and have an upstream gradient; the loss alone in half of the cases."""
+        return [0] if self.chance(0.5) else sorted(self.random.sample(range(count), self.random.randint(1, count)))
+
+
+def _pair(recon: Tensor, scale: Tensor | None):
+    return recon if scale is None else (recon, scale)
+
+
+def _of(result: Tensor, *inputs: Tensor | None) -> Tensor:
+    """All results of an op require a gradient where one does; here a result does where its own inputs do."""
+    return result if any(t is not None and t.requires_grad for t in inputs) else result.detach()
+
+
+def log_prob(d: Draw) -> Case:
+    options = {"likelihood": d.likelihood}
+
+    def call(recon, scale, x, mask):
+        return fastelbo.log_prob(_pair(recon, scale), x, mask=mask, **options)
+
+    return Case(call, [*d.parameters(d.chance(0.6)), *d.data()], options)
+
+
+def elbo_loss(d: Draw) -> Case:
+    options = {"likelihood": d.likelihood, "reduction": d.reduction(), "free_bits": d.any_of(0.0, 0.0, 0.2, 1.0)}
+    parts, number = d.parts(3), d.any_of(1.0, 0.0, 0.7, -2.0)
+    latent = d.latent(2, (d.B, *d.sizes(3, 2000)))
+    beta = None
+    if d.chance(0.3):
+        beta = d.tensor((), lambda noise: number + noise, d.any_of(*DTYPES))
+
+    def call(recon, scale, x, mask, mu, logvar, beta):
+        weight = number if beta is None else beta
+        loss = fastelbo.elbo_loss(
+            _pair(recon, scale), x, mu, logvar, mask=mask, beta=weight, return_parts=True, **options
+        )
+        results = [loss.loss, _of(loss.log_likelihood, recon, scale, x), _of(loss.kl, mu, logvar)]
+        return [results[i] for i in parts]
+
+    inputs = [*d.parameters(d.chance(0.6)), *d.data(), *latent, beta]
+    return Case(call, inputs, options | {"parts": parts, "beta": number if beta is None else "input 6"})
+
+
+def iwae_loss(d: Draw) -> Case:
+    options = {"likelihood": d.likelihood, "reduction": d.reduction()}
+    parts = d.parts(3)
+
+    def call(recon, scale, x, mask, log_ratio):
+        loss = fastelbo.iwae_loss(_pair(recon, scale), x, log_ratio, mask=mask, return_parts=True, **options)
+        results = [loss.loss, _of(loss.log_likelihood, recon, scale, x), loss.kl]
+        return [results[i] for i in parts]
+
+    return Case(call, [*d.parameters(True), *d.data(), *d.latent(1, (d.K, d.B), 3)], options | {"parts": parts})
+
+
+def multi_sample_loss(d: Draw) -> Case:
+    """Drawn and judged together with rsample. z is a result of its own: it has the upstream gradient of a decoder."""
+    name = d.any_of(*(e for e in ESTIMATORS if ESTIMATORS[e].fewest <= d.K))
+    options = {"likelihood": d.likelihood, "reduction": d.reduction(), "estimator": name}
+    options |= {"alpha": d.any_of(-0.7, 0.0, 0.5, 1.0, 2.0), "beta": d.any_of(0.0, 0.3, 1.0)}
+    options["groups"] = d.any_of(*(g for g in range(1, d.K + 1) if d.K % g == 0))
+    parts, K = d.parts(5), d.K
+    shape = (d.B, *d.sizes(2, max(2000 // K, 1)))
+
+    def call(recon, scale, x, mask, mu, logvar, prior_mu, prior_logvar, eps):
+        posterior = fastelbo.rsample(mu, logvar, K, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
+        loss = fastelbo.multi_sample_loss(_pair(recon, scale), x, posterior, mask=mask, return_parts=True, **options)
+        kl = _of(loss.kl, mu, logvar, prior_mu, prior_logvar)
+        results = [loss.loss, _of(loss.log_likelihood, recon, scale, x), kl, posterior.z, posterior.log_ratio]
+        return [results[i] for i in parts]
+
+    inputs = [*d.parameters(True), *d.data(), *d.latent(2, shape), *d.prior(shape), *d.latent(1, d.samples(shape))]
+    return Case(call, inputs, options | {"parts": parts})
+
+
+def rsample(d: Draw) -> Case:
+    K = d.any_of(None, d.K)
+    shape = (d.B, *d.sizes(3, 2000))
+    parts, seed, first = d.parts(3), d.random.randrange(-(2**63), 2**63), d.random.randrange(2**d.any_of(1, 20, 40))
+    zero = torch.zeros(shape, dtype=compute_dtype(d.dtype))
+    noise = fastelbo.rsample(zero, zero, K, seed=seed, first_sample=first).z
+
+    def sample(options: Callable[[Tensor], dict[str, object]]) -> Call:
+        def call(mu, logvar, prior_mu, prior_logvar, eps):
+            prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
+            p = fastelbo.rsample(mu, logvar, K, **prior, **options(eps))
+            results = [_of(p.z, mu, logvar, eps), _of(p.kl, mu, logvar, prior_mu, prior_logvar), p.log_ratio]
+            return [results[i] for i in parts]
+
+        return call
+
+    inputs = [*d.latent(2, shape), *d.prior(shape)]
+    by_noise = sample(lambda eps: {"eps": eps})
+    if d.chance(0.5):
+        eps = d.tensor(noise.shape)
+        return Case(by_noise, [*inputs, eps], {"K": K, "parts": parts, "noise": "eps"})
+    by_seed = sample(lambda _: {"seed": seed, "first_sample": first})
+    return Case(by_seed, [*inputs, noise], {"K": K, "parts": parts, "seed": seed, "first": first}, by_noise)
+
+
+def gaussian_kl(d: Draw) -> Case:
+    options = {"free_bits": d.any_of(0.0, 0.0, 0.3)}
+    shape = (d.B, *d.sizes(4, 5000))
+
+    def call(*latent):
+        return fastelbo.gaussian_kl(*latent, **options)
+
+    return Case(call, [*d.latent(2, shape, d.any_of(1.0, 1.0, 0.01, 4.0)), *d.prior(shape)], options)
+
+
+def log_mean_exp(d: Draw) -> Case:
+    shape = tuple(s or 1 for s in (d.K, *d.sizes(3, 5000)))
+    options = {"dim": d.random.randrange(-len(shape), len(shape))}
+    return Case(lambda log_w: fastelbo.log_mean_exp(log_w, **options), d.latent(1, shape, d.any_of(1, 30)), options)
+
+
+OPS = (log_prob, log_prob, elbo_loss, elbo_loss, iwae_loss, multi_sample_loss, multi_sample_loss)
+OPS = (*OPS, rsample, gaussian_kl, log_mean_exp)
+
+
+def case_of(number: int) -> Case:
+    draw = Draw(number)
+    op = draw.any_of(*OPS)
+    case = op(draw)
+    return case._replace(options={"op": op.__name__, **case.options})
+
+
+def judge(number: int) -> None:
+    case = case_of(number)
+    try:
+        check(case.call, *case.inputs, twin=case.twin)
+    except Exception as error:
+        repeat = f"python tests/test_random_walk.py {number}"
+        raise AssertionError(f"case {number} of the random walk; to repeat it: {repeat}\n{case}\n{error}") from error
+
+
+@pytest.mark.skipif(SECONDS > 0, reason="FASTELBO_WALK_SECONDS says how long to walk")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_the_first_cases(part):
+    for number in range(part, CASES, PARTS):
+        judge(number)
+
+
+@pytest.mark.skipif(SECONDS == 0, reason="FASTELBO_WALK_SECONDS is not set")
+def test_as_long_as_it_is_asked_to(capsys):
+    """Every failure is shown, not the first alone."""
+    number, end, failures = START, time.monotonic() + SECONDS, []
+    while time.monotonic() < end:
+        try:
+            judge(number)
+        except AssertionError as error:
+            failures.append(str(error))
+        number += 1
+    with capsys.disabled():
+        print(f"\n{number - START} cases, from {START} to {number - 1}")
+    assert not failures, f"{len(failures)} cases failed:\n\n" + "\n\n".join(failures)
+
+
+def test_a_failure_says_how_to_repeat_it(monkeypatch):
+    """The oracle is what finds errors; here a wrong constant is added to one result in a million elements' place."""
+    right = fastelbo.log_prob
+
+    def wrong(recon, x, **options):
+        result = right(recon, x, **options)
+        return result if fastelbo.functional._forced_reference else result * (1 + 1e-5)
+
+    monkeypatch.setattr(fastelbo, "log_prob", wrong)
+    number = next(n for n in range(1000) if case_of(n).options["op"] == "log_prob" and case_of(n).inputs[0].numel())
+    with pytest.raises(AssertionError, match=f"python tests/test_random_walk.py {number}"):
+        judge(number)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(case_of(int(argument)))
+        judge(int(argument))

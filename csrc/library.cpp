@@ -1,6 +1,8 @@
 // Every op, once. Names and shapes: K samples, B batch; recon [K?, B, *event], x and mask [B, *event], mu [B, *latent].
-// "scale" is the likelihood's second parameter (a Gaussian's logvar). "needs" says which inputs want a gradient; the
-// backward ops return the wanted ones, in order.
+//
+// "second" and "third" are the likelihood's other parameters (a Gaussian's logvar), each in a shape of its own: that of
+// recon, [*event] or 0-d. "needs" says which inputs want a gradient; a gradient that is not wanted comes back undefined
+// (None in Python).
 #include <torch/library.h>
 
 TORCH_LIBRARY(fastelbo, m) {
@@ -11,42 +13,47 @@ TORCH_LIBRARY(fastelbo, m) {
   m.def(
       "_rsample_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_ratio, Tensor? grad_gates, Tensor mu, "
       "Tensor logvar, SymInt? num_samples, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, Tensor? eps, "
-      "SymInt first_sample, bool[5] needs) -> Tensor[]");
+      "SymInt first_sample, bool[5] needs) "
+      "-> (Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar, Tensor eps)");
   m.def("gaussian_kl(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, float free_bits=0.) -> Tensor");
   m.def(
       "_gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "
-      "float free_bits, bool[4] needs) -> Tensor[]");
+      "float free_bits, bool[4] needs) -> (Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar)");
 
   // likelihood
-  m.def("log_prob(Tensor recon, Tensor x, Tensor? scale, Tensor? mask, str likelihood) -> Tensor");
   m.def(
-      "_log_prob_backward(Tensor grad, Tensor recon, Tensor x, Tensor? scale, Tensor? mask, str likelihood, "
-      "bool[3] needs) -> Tensor[]");
+      "log_prob(Tensor recon, Tensor x, Tensor? second, Tensor? third, Tensor? mask, str likelihood) -> Tensor");
+  m.def(
+      "_log_prob_backward(Tensor grad, Tensor recon, Tensor x, Tensor? second, Tensor? third, Tensor? mask, "
+      "str likelihood, bool[4] needs) -> (Tensor recon, Tensor x, Tensor second, Tensor third)");
 
   // objective
   m.def("log_mean_exp(Tensor log_w, int dim=0) -> Tensor");
   m.def("_log_mean_exp_backward(Tensor grad, Tensor log_w, int dim) -> Tensor");
   m.def(
-      "elbo_loss(Tensor recon, Tensor x, Tensor mu, Tensor logvar, Tensor? scale, Tensor? mask, float beta, "
-      "Tensor? beta_tensor, float free_bits, str likelihood, str reduction) "
-      "-> (Tensor loss, Tensor log_likelihood, Tensor kl)");
+      "elbo_loss(Tensor recon, Tensor x, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "
+      "Tensor? second, Tensor? third, Tensor? mask, float beta, Tensor? beta_tensor, float free_bits, str likelihood, "
+      "str reduction) -> (Tensor loss, Tensor log_likelihood, Tensor kl)");
   // also the gradients of the loss, computed while each row is in the cache
   m.def(
-      "_elbo_loss_forward(Tensor recon, Tensor x, Tensor mu, Tensor logvar, Tensor? scale, Tensor? mask, float beta, "
-      "Tensor? beta_tensor, float free_bits, str likelihood, str reduction, bool[4] needs) "
-      "-> (Tensor loss, Tensor log_likelihood, Tensor kl, Tensor[] grads)");
-  // t times a factor on its device, in place; reads nothing else where that is 1. For gradients that only the caller
-  // has.
+      "_elbo_loss_forward(Tensor recon, Tensor x, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "
+      "Tensor? second, Tensor? third, Tensor? mask, float beta, Tensor? beta_tensor, float free_bits, str likelihood, "
+      "str reduction, bool[7] needs) "
+      "-> (Tensor loss, Tensor log_likelihood, Tensor kl, Tensor grad_recon, Tensor grad_mu, Tensor grad_logvar, "
+      "Tensor grad_prior_mu, Tensor grad_prior_logvar, Tensor grad_second, Tensor grad_third)");
+  // Multiply t in place by a scalar on its device; skipped if the scalar is 1. For gradients that only the caller has.
   m.def("_scale_(Tensor(a!) t, Tensor factor) -> ()");
-  // the six numbers of an estimator: see csrc/estimator.h
+  // the six numbers of an estimator: see csrc/math/estimator.h
   m.def(
-      "multi_sample_loss(Tensor recon, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? scale, Tensor? mask, "
-      "str likelihood, str reduction, float elbo_share=0., float alpha=0., int groups=1, float path=1., "
-      "float path_weight=0., float score=1.) -> (Tensor loss, Tensor log_likelihood)");
+      "multi_sample_loss(Tensor recon, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? second, Tensor? third, "
+      "Tensor? mask, str likelihood, float[] estimator, str reduction) -> (Tensor loss, Tensor log_likelihood)");
   m.def(
-      "_multi_sample_loss_forward(Tensor recon, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? scale, "
-      "Tensor? mask, str likelihood, str reduction, float elbo_share, float alpha, int groups, float path, "
-      "float path_weight, float score, bool[4] needs) -> (Tensor loss, Tensor log_likelihood, Tensor[] grads)");
+      "_multi_sample_loss_forward(Tensor recon, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? second, "
+      "Tensor? third, Tensor? mask, str likelihood, float[] estimator, str reduction, bool[5] needs) "
+      "-> (Tensor loss, Tensor log_likelihood, Tensor grad_recon, Tensor grad_log_ratio, Tensor grad_gates, "
+      "Tensor grad_second, Tensor grad_third)");
+  // of log w [K, B]: the bound [B], its gradient by log w [K, B], and the factors of the gates [2, K, B]
+  m.def("_multi_sample_weights(Tensor log_w, float[] estimator) -> (Tensor bound, Tensor weights, Tensor gates)");
 
   // ppca: x [N, D], W [D, M], b [D]
   m.def("ppca_log_prob(Tensor x, Tensor W, Tensor b, Tensor log_sigma2) -> Tensor");
@@ -56,7 +63,7 @@ TORCH_LIBRARY(fastelbo, m) {
       "-> (Tensor log_prob, Tensor mean, Tensor distance, Tensor inverse)");
   m.def(
       "_ppca_log_prob_backward(Tensor grad, Tensor x, Tensor W, Tensor b, Tensor log_sigma2, Tensor mean, "
-      "Tensor distance, Tensor inverse, bool[4] needs) -> Tensor[]");
+      "Tensor distance, Tensor inverse, bool[4] needs) -> (Tensor x, Tensor W, Tensor b, Tensor log_sigma2)");
   // (x - b) W [N, M] and |x - b|^2 [N], float64
   m.def("_ppca_project(Tensor x, Tensor W, Tensor b) -> (Tensor proj, Tensor square)");
   // with e = weight (x - b - W mean) [N, D], those that are needed: e, sum_n e mean' [D, M], sum_n e [D]

@@ -2,7 +2,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#include "kernels/params.h"
+#include "cpu/kernels/kernels.h"
 
 #ifndef FASTELBO_CUDA_ARCHS
 #define FASTELBO_CUDA_ARCHS ""

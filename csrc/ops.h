@@ -90,6 +90,14 @@ inline constexpr Op<"fastelbo::_log_mean_exp_backward", Tensor(const Tensor& gra
     log_mean_exp_backward;
 
 using ElboLoss = std::tuple<Tensor, Tensor, Tensor>;  // loss, log_likelihood, kl
+inline constexpr Op<"fastelbo::elbo_loss",
+                    ElboLoss(const Tensor& recon, const Tensor& x, const Tensor& mu, const Tensor& logvar,
+                             const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+                             const OptionalTensor& second, const OptionalTensor& third, const OptionalTensor& mask,
+                             double beta, const OptionalTensor& beta_tensor, double free_bits,
+                             std::string_view likelihood, std::string_view reduction)>
+    elbo_loss;
+
 // the same, and the gradients of recon, mu, logvar, prior_mu, prior_logvar, second, third
 using ElboForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 inline constexpr Op<"fastelbo::_elbo_loss_forward",
@@ -101,6 +109,14 @@ inline constexpr Op<"fastelbo::_elbo_loss_forward",
     elbo_loss_forward;
 
 using MultiSampleLoss = std::tuple<Tensor, Tensor>;  // loss, log_likelihood
+inline constexpr Op<"fastelbo::multi_sample_loss",
+                    MultiSampleLoss(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
+                                    const OptionalTensor& gates, const OptionalTensor& second,
+                                    const OptionalTensor& third, const OptionalTensor& mask,
+                                    std::string_view likelihood, at::ArrayRef<double> estimator,
+                                    std::string_view reduction)>
+    multi_sample_loss;
+
 // the same, and the gradients of recon, log_ratio, gates, second, third
 using MultiSampleForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 inline constexpr Op<"fastelbo::_multi_sample_loss_forward",
@@ -123,3 +139,27 @@ inline constexpr Op<"fastelbo::_scale_", void(const Tensor& t, const Tensor& fac
 inline constexpr Op<"fastelbo::ppca_log_prob",
                     Tensor(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& log_sigma2)>
     ppca_log_prob;
+
+using PpcaForward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // log_prob, mean, distance, inverse
+inline constexpr Op<"fastelbo::_ppca_log_prob_forward",
+                    PpcaForward(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& log_sigma2)>
+    ppca_log_prob_forward;
+
+using PpcaGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of x, W, b, log_sigma2
+inline constexpr Op<"fastelbo::_ppca_log_prob_backward",
+                    PpcaGrads(const Tensor& grad, const Tensor& x, const Tensor& W, const Tensor& b,
+                              const Tensor& log_sigma2, const Tensor& mean, const Tensor& distance,
+                              const Tensor& inverse, std::array<bool, 4> needs)>
+    ppca_log_prob_backward;
+
+using PpcaProjection = std::tuple<Tensor, Tensor>;  // proj, square
+inline constexpr Op<"fastelbo::_ppca_project", PpcaProjection(const Tensor& x, const Tensor& W, const Tensor& b)>
+    ppca_project;
+
+using PpcaResidual = std::tuple<Tensor, Tensor, Tensor>;  // residual, cross, sum
+inline constexpr Op<"fastelbo::_ppca_residual",
+                    PpcaResidual(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& mean,
+                                 const Tensor& weight, std::array<bool, 3> needs)>
+    ppca_residual;
+
+}  // namespace fastelbo::ops

@@ -32,6 +32,11 @@ struct RowScalars {
   int64_t stride_k = 0, stride_b = 0;
 };
 
+template <class T>
+constexpr T row_number(const RowScalars& s, int64_t k, int64_t b) {
+  return s.data ? static_cast<const T*>(s.data)[k * s.stride_k + b * s.stride_b] : T(s.constant);
+}
+
 inline constexpr int64_t kSegment = 4096;                  // of a row, in one work item
 inline constexpr int64_t kTile = 1024, kLatentTile = 512;  // what is in the L1 cache at a time
 inline constexpr int64_t segments(int64_t d) { return d <= kSegment ? 1 : (d + kSegment - 1) / kSegment; }
@@ -41,7 +46,8 @@ inline constexpr int kMaxParameters = 3;
 // The gradient of a parameter that rows share, [*event] or 0-d: its sums over the rows of every chunk.
 struct SharedGrad {
   void* sums = nullptr;  // T [chunks, size], or null: not wanted
-  int64_t size = 0;      // D for [*event], segments(D) for 0-d
+  bool scalar = false;   // a 0-d one: its sums are over the columns of a segment, too
+  int64_t size = 0;      // D, or segments(D) of a 0-d one
 };
 
 // log p(x | parameters) of every row, its gradient, or both. Work items: chunks of rows x segments(D).
@@ -56,6 +62,8 @@ struct LogProbParams {
   int64_t chunk = 1;                     // rows of a work item; more than 1 only where rows share a gradient
   double* log_p = nullptr;               // [K, B, segments] partial sums, or null
 
+  // whether a gradient of full size is wanted
+  constexpr bool any_grad() const { return grad[0] || grad[1] || grad[2] || grad_x; }
   constexpr int64_t rows() const { return K * B; }
   constexpr int64_t chunks() const { return (rows() + chunk - 1) / chunk; }
 };
@@ -68,7 +76,7 @@ struct MultiSampleParams {
   double datum_weight = 1;         // of a datum's loss in the returned one
   double* weights = nullptr;       // [K, B]: log w, then the weights a
   double* bound = nullptr;         // [B]
-  void* log_p = nullptr;           // T [K, B]
+  void* log_p = nullptr;           // T [K, B], or null
   void* row_factor = nullptr;      // T [K, B], or null: -datum_weight a, the gradient of the loss by log w
   void* gates = nullptr;           // T [2, K, B], or null: b / a - 1 and c / a - 1
 };

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
 
 #include "ops.h"
 
@@ -20,16 +21,10 @@ using torch::autograd::variable_list;
 
 inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 inline Tensor tensor(const OptionalTensor& t) { return t.has_value() ? *t : Tensor(); }
-inline bool wants_grad(const Tensor& t) { return t.requires_grad(); }
+inline bool wants_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 inline bool wants_grad(const OptionalTensor& t) { return t.has_value() && t->requires_grad(); }
 
-// Whether a gradient that is computed in the forward and multiplied by the upstream one in the backward is as good as
-// one computed in the backward. float16 loses by it: what is too small for it is gone before a gradient scaler's 2^16,
-// which exists to save just that. bfloat16 has the range of float, and a scaler's power of two multiplies exactly.
-inline bool keeps_precision(const Tensor& t) { return !t.requires_grad() || t.scalar_type() != at::kHalf; }
-inline bool keeps_precision(const OptionalTensor& t) { return !t.has_value() || keeps_precision(*t); }
-
-// Whether each of these saved inputs needs a gradient now; the list is in the order of apply()'s tensor arguments, and
+// Whether each of these saved inputs needs a gradient now; they are in the order of apply()'s tensor arguments, and
 // undefined ones have no edge.
 template <size_t N>
 std::array<bool, N> needs(AutogradContext* ctx, const std::array<Tensor, N>& inputs) {
@@ -52,24 +47,6 @@ class BelowAutogradUnlessGraph {
   }
 };
 
-// Hands out the gradients that a backward op returned to the inputs that asked for them.
-template <size_t N>
-variable_list spread(Tensors grads, const std::array<bool, N>& needed) {
-  variable_list result(N);
-  size_t next = 0;
-  for (size_t i = 0; i < N; ++i) {
-    if (needed[i]) result[i] = std::move(grads[next++]);
-  }
-  return result;
-}
-
-// Per-datum upstream gradients [B] of a reduced loss.
-inline Tensor per_datum(const Tensor& grad_loss, std::string_view reduction, c10::SymInt B) {
-  if (reduction == "none") return grad_loss;
-  const Tensor g = reduction == "mean" ? grad_loss.div(at::Scalar(B)) : grad_loss;
-  return g.expand_symint({B});
-}
-
 // Saves the tensors that a backward may change or hand out, and notes whether hooks on saved tensors get them too.
 inline void save(AutogradContext* ctx, variable_list tensors) {
   if (torch::autograd::Engine::get_default_engine().get_default_saved_variable_hooks())
@@ -89,28 +66,41 @@ inline double number(const Tensor& t) {
   return lies ? double(*t.const_data_ptr<float>()) : t.item<double>();
 }
 
-// The saved gradients of a scalar loss times the upstream gradient, into the places that `wanted` (a bit per place)
-// names.
-template <size_t N>
-void scale_saved(const variable_list& saved, size_t first, const Tensor& grad_loss, int64_t wanted, bool owned,
-                 const int (&places)[N], variable_list& result) {
-  const bool real = !at::isTensorSubclassLike(grad_loss), plain = real && grad_loss.is_cpu();
-  const double factor = plain ? number(grad_loss) : 1;
-  for (size_t i = 0; i < N; ++i) {
-    if (!(wanted >> i & 1)) continue;
-    const Tensor& g = saved[first++];
-    Tensor& to = result[places[i]];
-    if (real && owned && grad_loss.is_cuda()) {
-      to = g.detach();
-      ops::scale_(to, grad_loss);  // the factor is read on the device: nothing waits for it
-    } else if (!plain) {
-      to = g * grad_loss;
-    } else if (!owned) {
-      to = g * factor;
-    } else {
-      to = factor == 1 ? g : g.detach().mul_(factor);
-    }
+// A saved gradient of a scalar loss times the upstream gradient; undefined if that is.
+inline Tensor scaled(AutogradContext* ctx, const Tensor& saved, const Tensor& grad_loss) {
+  if (!saved.defined()) return {};
+  if (at::isTensorSubclassLike(grad_loss)) return saved * grad_loss;
+  if (!owns_saved(ctx)) return grad_loss.is_cpu() ? saved * number(grad_loss) : saved * grad_loss;
+  if (grad_loss.is_cuda()) {
+    const Tensor result = saved.detach();
+    ops::scale_(result, grad_loss);  // the factor is read on the device: nothing waits for it
+    return result;
   }
+  if (!grad_loss.is_cpu()) return saved * grad_loss;
+  const double factor = number(grad_loss);
+  return factor == 1 ? saved : saved.detach().mul_(factor);
 }
+
+inline Tensor from_list(const variable_list& outputs, Tensor*) { return outputs[0]; }
+template <class... T>
+std::tuple<T...> from_list(const variable_list& outputs, std::tuple<T...>*) {
+  return [&]<size_t... i>(std::index_sequence<i...>) {
+    return std::tuple<T...>{outputs[i]...};
+  }(std::index_sequence_for<T...>());
+}
+
+// Registers an autograd function whose forward takes the arguments of the op, in their order.
+template <class F, class TheOp>
+struct Apply;
+template <class F, Name name, class R, class... A>
+struct Apply<F, const Op<name, R(A...)>> {
+  static R call(A... arguments) {
+    if (!at::GradMode::is_enabled()) {  // nothing is saved
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return Op<name, R(A...)>{}(std::forward<A>(arguments)...);
+    }
+    return from_list(F::apply(std::forward<A>(arguments)...), static_cast<R*>(nullptr));
+  }
+};
 
 }  // namespace fastelbo::autograd

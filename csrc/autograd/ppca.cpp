@@ -1,36 +1,30 @@
 // Autograd of probabilistic PCA. The residual is computed again by the backward: [N, M] is kept, not [N, D].
-#include <torch/library.h>
-
 #include "autograd/common.h"
 
 namespace fastelbo::autograd {
 namespace {
 
 struct PpcaLogProb : public Function<PpcaLogProb> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& W, const Tensor& b,
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& W, const Tensor& b,
                         const Tensor& log_sigma2) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto [log_prob, mean, distance, inverse] = ops::ppca_log_prob_forward(x, W, b, log_sigma2);
     ctx->save_for_backward({x, W, b, log_sigma2, mean, distance, inverse});
-    return log_prob;
+    return {log_prob};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const auto needed = needs<4>(ctx, {saved[0], saved[1], saved[2], saved[3]});
     BelowAutogradUnlessGraph guard;
-    return spread(ops::ppca_log_prob_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
-                                              saved[6], needed),
-                  needed);
+    const auto [x, W, b, log_sigma2] = ops::ppca_log_prob_backward(grads[0], saved[0], saved[1], saved[2], saved[3],
+                                                                  saved[4], saved[5], saved[6], needed);
+    return {x, W, b, log_sigma2};
   }
 };
 
-Tensor ppca_log_prob_autograd(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& log_sigma2) {
-  return PpcaLogProb::apply(x, W, b, log_sigma2);
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastelbo, Autograd, m) { m.impl("ppca_log_prob", ppca_log_prob_autograd); }
+TORCH_LIBRARY_IMPL(fastelbo, Autograd, m) { m.impl("ppca_log_prob", Apply<PpcaLogProb, decltype(ops::ppca_log_prob)>::call); }
 
 }  // namespace fastelbo::autograd

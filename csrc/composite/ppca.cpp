@@ -10,7 +10,7 @@
 #include <cmath>
 
 #include "ops.h"
-#include "shapes.h"
+#include "prepare/shapes.h"
 
 namespace fastelbo {
 namespace {
@@ -37,25 +37,26 @@ Tensor ppca_log_prob_composite(const Tensor& x, const Tensor& W, const Tensor& b
   return std::get<0>(ops::ppca_log_prob_forward(x, W, b, log_sigma2));
 }
 
-Tensors ppca_log_prob_backward_composite(const Tensor& grad, const Tensor& x, const Tensor& W, const Tensor& b,
+PpcaGrads ppca_log_prob_backward_composite(const Tensor& grad, const Tensor& x, const Tensor& W, const Tensor& b,
                                          const Tensor& log_sigma2, const Tensor& mean, const Tensor& distance,
                                          const Tensor& inverse, std::array<bool, 4> needs) {
   const Tensor g = grad.to(at::kDouble), s2 = log_sigma2.to(at::kDouble).exp(), total = g.sum();
-  Tensors grads;
+  PpcaGrads grads;
+  auto& [grad_x, grad_W, grad_b, grad_log_sigma2] = grads;
   if (needs[0] || needs[1] || needs[2]) {
     const auto [residual, cross, sum] = ops::ppca_residual(x, W, b, mean, -g / s2, {needs[0], needs[1], needs[2]});
-    if (needs[0]) grads.push_back(residual.to(x.scalar_type()));
+    if (needs[0]) grad_x = residual.to(x.scalar_type());
     if (needs[1]) {
       const Tensor whitened = at::mm(W.to(at::kDouble), inverse);  // C^-1 W
-      grads.push_back(at::neg(cross + total * whitened).to(W.scalar_type()));
+      grad_W = at::neg(cross + total * whitened).to(W.scalar_type());
     }
-    if (needs[2]) grads.push_back(at::neg(sum).to(b.scalar_type()));
+    if (needs[2]) grad_b = at::neg(sum).to(b.scalar_type());
   }
   if (needs[3]) {
     const c10::SymInt rest = W.sym_size(0) - W.sym_size(1);
     const Tensor trace = s2 * inverse.diagonal().sum() + rest;  // s2 tr C^-1
     const Tensor fit = (g * (distance - mean.square().sum(1))).sum();
-    grads.push_back(((fit - total * trace) * 0.5).to(log_sigma2.scalar_type()));
+    grad_log_sigma2 = ((fit - total * trace) * 0.5).to(log_sigma2.scalar_type());
   }
   return grads;
 }

@@ -5,9 +5,7 @@
 
 namespace fastelbo::cpu {
 
-// [D] batch means of every dimension's KL, for free bits.
-void kl_dim_means(const KlParams& p, bool is_double, Scratch& means);
-
-void run_kl(const KlParams& p, bool is_double);
+// KL of every row [B] into `kl` and, with free bits, into `floored_kl`, either of which may be null; its gradients.
+void run_kl(KlParams& p, bool is_double, double* kl, double* floored_kl);
 
 }  // namespace fastelbo::cpu

@@ -3,61 +3,72 @@
 
 #include <torch/library.h>
 
-#include "ops.h"
-#include "shapes.h"
-
 namespace fastelbo {
+namespace cpu {
 namespace {
 
-using namespace ops;
-using namespace cpu;
-
-Tensor log_prob_cpu(const Tensor& recon, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& mask,
-                    std::string_view likelihood) {
-  const int index = checks::log_prob(recon, x, scale, mask, likelihood);
-  const Tensor result = shapes::rows_like(recon, x);
-  Views views = data_views(recon, x);
-  LogProbParams p = log_prob_params(views, recon, x, scale, mask);
-  Scratch out(p.K * p.B);
-  run_log_prob(log_prob_kernel(index, scale, is_double(recon)), p, out.data());
-  write(out.data(), result);
-  return result;
+// The sums of the chunks, in order: [chunks, D] to the gradient [D], or [chunks, segments] to the one number.
+template <class T>
+void add_chunks(const prepare::SharedOutput& shared) {
+  const int64_t chunks = shared.sums.size(0), size = shared.sums.size(1), n = shared.total.numel();
+  const T* sums = shared.sums.const_data_ptr<T>();
+  T* to = shared.total.mutable_data_ptr<T>();
+  Scratch total(n, 0.0);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t i = 0; i < size; ++i) total[n == 1 ? 0 : i] += double(sums[chunk * size + i]);
+  }
+  for (int64_t i = 0; i < n; ++i) to[i] = T(total[i]);
 }
 
-Tensors log_prob_backward_cpu(const Tensor& grad, const Tensor& recon, const Tensor& x, const OptionalTensor& scale,
-                              const OptionalTensor& mask, std::string_view likelihood, std::array<bool, 3> needs) {
-  const int index = checks::log_prob_backward(grad, recon, x, scale, mask, likelihood);
-  Views views = data_views(recon, x);
-  const OptionalTensor r = recon, data = x;
-  Tensors grads = shapes::grads_like({&r, &data, &scale}, needs.data());
-  LogProbParams p = log_prob_params(views, recon, x, scale, mask);
-  p.grad = rows_of(grad);
-  size_t next = 0;
-  if (needs[0]) p.grad_recon = views.out(grads[next++]);
-  // x is shared by the samples: its gradient is the sum of theirs
-  Tensor grad_x;
-  const size_t x_index = next;
-  if (needs[1]) {
-    grad_x = p.K > 1 ? at::empty(recon.sizes(), shapes::compute_options(recon)) : grads[next];
-    p.grad_x = views.out(grad_x);
-    ++next;
+// Sums of rows from the sums of their segments, in order.
+void add_segments(const double* parts, int64_t per_row, int64_t rows, double* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum = 0;
+    for (int64_t s = 0; s < per_row; ++s) sum += parts[r * per_row + s];
+    out[r] = sum;
   }
-  if (needs[2] && scale.has_value()) p.grad_scale = views.out(grads[next]);
-  run_log_prob(log_prob_kernel(index, scale, is_double(recon)), p, nullptr);
-  views.finish();
-  if (needs[1] && p.K > 1) {  // in order: torch's sum over K would depend on the number of threads
-    Tensor sum = grad_x[0];
-    for (int64_t k = 1; k < p.K; ++k) sum.add_(grad_x[k]);
-    grads[x_index].copy_(sum);
-  }
-  return grads;
 }
 
 }  // namespace
 
+void run_rows(prepare::Likelihood& rows, double* log_p) {
+  LogProbParams& p = rows.params;
+  const int64_t per_row = segments(p.D);
+  const bool in_parts = log_p && per_row > 1;
+  Scratch parts;
+  if (in_parts) parts.resize_for_overwrite(p.rows() * per_row);
+  p.log_p = in_parts ? parts.data() : log_p;
+  run(kernels().log_prob[rows.index][p.count - 1][rows.is_double], p, p.chunks() * per_row,
+      std::min(p.D, kSegment) * p.chunk);
+  if (in_parts) add_segments(parts.data(), per_row, p.rows(), log_p);
+  for (const prepare::SharedOutput& shared : rows.shared) {
+    rows.is_double ? add_chunks<double>(shared) : add_chunks<float>(shared);
+  }
+}
+
+namespace {
+
+void log_prob(prepare::LogProb& op) {
+  Scratch log_p(op.rows.params.rows());
+  run_rows(op.rows, log_p.data());
+  write(log_p.data(), op.log_prob);
+}
+
+void log_prob_backward(prepare::LogProbBackward& op) {
+  run_rows(op.rows, nullptr);
+  if (!op.grad_x_samples.defined()) return;
+  op.rows.views.finish();
+  at::Tensor sum = op.grad_x_samples[0];
+  for (int64_t k = 1; k < op.grad_x_samples.size(0); ++k) sum.add_(op.grad_x_samples[k]);  // in order
+  op.grad_x.copy_(sum);
+}
+
+}  // namespace
+}  // namespace cpu
+
 TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
-  m.impl("log_prob", log_prob_cpu);
-  m.impl("_log_prob_backward", log_prob_backward_cpu);
+  m.impl("log_prob", implement<prepare::log_prob, cpu::log_prob>);
+  m.impl("_log_prob_backward", implement<prepare::log_prob_backward, cpu::log_prob_backward>);
 }
 
 }  // namespace fastelbo

@@ -3,13 +3,14 @@
 
 #include "cpu/run.h"
 #include "ops.h"
-#include "shapes.h"
+#include "prepare/shapes.h"
 
 namespace fastelbo {
 namespace cpu {
 namespace {
 
 using namespace ops;
+using namespace views;
 
 constexpr int64_t kWorkItems = 32;  // of the residual: enough for many threads, whatever N and D are
 

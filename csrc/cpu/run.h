@@ -3,11 +3,11 @@
 
 #include <ATen/Parallel.h>
 
-#include "views.h"
+#include "cpu/kernels/kernels.h"
+#include "prepare/implement.h"
+#include "prepare/views.h"
 
 namespace fastelbo::cpu {
-
-using namespace views;
 
 // Elements that one thread should have before a second one is worth waking: about 10 us of work.
 inline constexpr int64_t kGrain = 16384;

@@ -3,8 +3,8 @@
 
 #include <ATen/ATen.h>
 
-#include "kernels/cuda.h"
-#include "views.h"
+#include "cuda/kernels/kernels.h"
+#include "prepare/views.h"
 
 #if defined(FASTELBO_HOST_CUDA)  // the kernels on the host, for tests: see tests/cuda_host
 #define FASTELBO_CUDA_KEY CPU

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/device.h"
+#include "prepare/likelihood.h"
 
 namespace fastelbo::cuda {
 
@@ -10,18 +11,28 @@ class RowSums {
   at::Tensor parts_, rows_;
 
  public:
-  RowSums(RowsParams& p, const at::Tensor& like, const at::Tensor& rows) : rows_(rows) {
+  RowSums(RowsParams& p, const at::Tensor& rows) : rows_(rows) {
     if (segments(p.fit.D) == 1) {
       p.log_p = rows.mutable_data_ptr();
     } else {
-      parts_ = doubles(like, {p.fit.K * p.fit.B * segments(p.fit.D)});
-      p.fit.out = parts_.mutable_data_ptr<double>();
+      parts_ = doubles(rows, {p.fit.rows() * segments(p.fit.D)});
+      p.fit.log_p = parts_.mutable_data_ptr<double>();
     }
   }
-  void finish(const RowsParams& p, bool wide, cudaStream_t stream) const {
+  void finish(const RowsParams& p, bool is_double, cudaStream_t stream) const {
     if (p.log_p) return;
-    launch_add_segments(p.fit.out, segments(p.fit.D), p.fit.K * p.fit.B, rows_.mutable_data_ptr(), wide, stream);
+    launch_add_segments(p.fit.log_p, segments(p.fit.D), p.fit.rows(), rows_.mutable_data_ptr(), is_double, stream);
   }
 };
+
+// The gradients of parameters that rows share, from the row factors in rows.params.
+inline void run_shared_grads(const prepare::Likelihood& rows, cudaStream_t stream) {
+  if (rows.shared.empty()) return;
+  launch_shared_grads(rows.params, rows.index, rows.is_double, stream);
+  for (const prepare::SharedOutput& shared : rows.shared) {
+    shared.total.as_strided({shared.total.numel()}, {1}).copy_(
+        shared.total.dim() == 0 ? shared.sums.sum().reshape({1}) : shared.sums.sum(0));
+  }
+}
 
 }  // namespace fastelbo::cuda

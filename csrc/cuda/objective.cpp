@@ -3,173 +3,118 @@
 
 #include "cuda/latent.h"
 #include "cuda/likelihood.h"
-#include "ops.h"
-#include "shapes.h"
+#include "prepare/implement.h"
+#include "prepare/objective.h"
 
 namespace fastelbo {
+namespace cuda {
 namespace {
 
-using namespace ops;
-using namespace cuda;
-using namespace views;
-using checks::Reduction;
+using at::Tensor;
+using prepare::Reduction;
 
 // Fewer data than this leave most of a device idle where a block works on each alone.
 constexpr int64_t kFewData = 64;
 
-ElboForward elbo_loss_forward_cuda(const Tensor& recon, const Tensor& x, const Tensor& mu, const Tensor& logvar,
-                                   const OptionalTensor& scale, const OptionalTensor& mask, double beta,
-                                   const OptionalTensor& beta_tensor, double free_bits, std::string_view likelihood,
-                                   std::string_view reduction_name, std::array<bool, 4> needs) {
-  const int index = checks::elbo_loss(recon, x, mu, logvar, scale, mask, beta_tensor, free_bits, likelihood);
-  const Reduction reduction = checks::reduction(reduction_name);
-  const OnDeviceOf device(recon);
-  const OptionalTensor r = recon, m = mu, lv = logvar;
-  ElboForward result{shapes::loss_like(recon, x, reduction), shapes::rows_like(recon, x), shapes::batch_like(recon, x),
-                     shapes::grads_like({&r, &m, &lv, &scale}, needs.data())};
-  auto& [loss, log_likelihood, kl, grads] = result;
-
-  Views views = data_views(recon, x), latents = latent_views(mu);
+void elbo_loss_forward(prepare::ElboLossForward& op) {
+  const OnDeviceOf device(op.loss);
+  const bool is_double = op.rows.is_double;
   RowsParams p;
-  p.fit = log_prob_params(views, recon, x, scale, mask);
-  set_latent(p.kl, latents, mu, logvar, std::nullopt, std::nullopt);
-  if (beta_tensor.has_value()) beta = 1;
-  p.beta = scalar_of(beta_tensor);
-  p.fit.grad.constant = p.fit_share = -share(reduction, p.fit.B) / double(p.fit.K);
-  p.kl.grad.constant = p.kl_share = beta * share(reduction, p.fit.B);
-  size_t next = 0;
-  if (needs[0]) p.fit.grad_recon = views.out(grads[next++]);
-  if (needs[1]) p.kl.grad_mu = latents.out(grads[next++]);
-  if (needs[2]) p.kl.grad_logvar = latents.out(grads[next++]);
-  if (needs[3] && scale.has_value()) p.fit.grad_scale = views.out(grads[next]);
-  const Tensor means = set_free_bits(p.kl, mu, free_bits, device.stream());
-  p.kl_out = kl.mutable_data_ptr();
+  p.fit = op.rows.params;
+  p.kl = op.kl_params;
+  p.beta = scalar_of(op.beta_tensor);
+  p.fit_weight = p.fit.factor.constant;
+  const double beta = op.beta_tensor.has_value() ? 1 : op.beta;
+  p.kl.factor.constant = p.kl_weight = beta * prepare::datum_weight(op.reduction, p.fit.B);
+  const Tensor means = set_dim_means(p.kl, op.kl, is_double, device.stream());
+  p.kl_out = op.kl.mutable_data_ptr();
 
   TotalMemory memory;
-  Tensor charged;
-  if (reduction != Reduction::none) {
-    p.total = memory.total(recon, loss);
-    if (p.fit.B == 0) loss.fill_(reduction == Reduction::mean ? NAN : 0);  // no block, no total
-  } else {
-    charged = free_bits > 0 ? at::empty_like(kl) : kl;
-    if (free_bits > 0) p.charged = charged.mutable_data_ptr();
+  Tensor penalty = op.kl;
+  if (op.reduction != Reduction::none) {
+    p.total = memory.total(op.kl, op.loss);
+    if (p.fit.B == 0) op.loss.fill_(op.reduction == Reduction::mean ? NAN : 0);  // no block, no total
+  } else if (means.defined()) {
+    penalty = at::empty_like(op.kl);
+    p.floored_kl = penalty.mutable_data_ptr();
   }
-  RowSums sums(p, recon, log_likelihood);
-  launch_rows(p, index, scale.has_value(), is_double(recon), device.stream());
-  sums.finish(p, is_double(recon), device.stream());
-  views.finish(), latents.finish();
-  if (reduction == Reduction::none) {
-    const Tensor fit = recon.dim() > x.dim() ? log_likelihood.mean(0) : log_likelihood;
-    const Tensor weighted = beta_tensor.has_value() ? charged * beta_tensor->to(charged.scalar_type()) : charged * beta;
-    loss.copy_(weighted - fit);
+  RowSums sums(p, op.log_likelihood);
+  launch_rows(p, op.rows.index, is_double, device.stream());
+  sums.finish(p, is_double, device.stream());
+  run_shared_grads(op.rows, device.stream());
+  if (op.reduction == Reduction::none) {
+    const Tensor fit = op.log_likelihood.dim() == 2 ? op.log_likelihood.mean(0) : op.log_likelihood;
+    const Tensor weighted =
+        op.beta_tensor.has_value() ? penalty * op.beta_tensor->to(penalty.scalar_type()) : penalty * op.beta;
+    op.loss.copy_(weighted - fit);
   }
-  return result;
 }
 
-MultiSampleForward multi_sample_loss_forward_cuda(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                                  const OptionalTensor& gates, const OptionalTensor& scale,
-                                                  const OptionalTensor& mask, std::string_view likelihood,
-                                                  std::string_view reduction_name, double elbo_share, double alpha,
-                                                  int64_t groups, double path, double path_weight, double score,
-                                                  std::array<bool, 4> needs) {
-  MultiSampleParams p;
-  p.estimator = {elbo_share, alpha, groups, path, path_weight, score};
-  const int index = checks::multi_sample_loss(recon, x, log_ratio, gates, scale, mask, likelihood, p.estimator);
-  const Reduction reduction = checks::reduction(reduction_name);
-  const OnDeviceOf device(recon);
-  const bool wide = is_double(recon);
-  const OptionalTensor r = recon, lr = log_ratio;
-  MultiSampleForward result{shapes::loss_like(recon, x, reduction), shapes::rows_like(recon, x),
-                            shapes::grads_like({&r, &lr, &gates, &scale}, needs.data())};
-  auto& [loss, log_likelihood, grads] = result;
-
-  Views views = data_views(recon, x);
-  p.fit = log_prob_params(views, recon, x, scale, mask);
+void multi_sample_loss_forward(prepare::MultiSampleLossForward& op) {
+  const OnDeviceOf device(op.loss);
+  const bool is_double = op.rows.is_double;
+  MultiSampleParams& p = op.params;
   const int64_t K = p.fit.K, B = p.fit.B, D = p.fit.D;
-  const Tensor ratio = log_ratio.to(checks::compute_type(recon));
-  p.log_ratio = rows_of(ratio);
-  p.log_p = log_likelihood.mutable_data_ptr();
-  const Tensor weights = doubles(recon, {K, B});
-  p.weights = weights.mutable_data_ptr<double>();
-  p.share = share(reduction, B);
-  size_t next = 0;
-  if (needs[0]) p.fit.grad_recon = views.out(grads[next++]);
-  if (needs[1]) p.grad_log_ratio = views.dense(grads[next++], loss.scalar_type()).mutable_data_ptr();
-  if (needs[2] && gates.has_value()) {
-    p.grad_gates = views.dense(grads[next++], loss.scalar_type()).mutable_data_ptr();
-  }
-  if (needs[3] && scale.has_value()) p.fit.grad_scale = views.out(grads[next]);
   TotalMemory memory;
-  if (reduction == Reduction::none) {
-    p.bound = loss.mutable_data_ptr();
-  } else {
-    p.total = memory.total(recon, loss);
-    if (B == 0) loss.fill_(reduction == Reduction::mean ? NAN : 0);
+  Total total;
+  if (op.reduction != Reduction::none) {
+    total = memory.total(op.weights, op.loss);
+    if (B == 0) op.loss.fill_(op.reduction == Reduction::mean ? NAN : 0);
   }
+  LogProbParams& rest = op.rows.params;  // what is left for a launch after the weights
+  Tensor parts;
   if (D <= kSegment && (B >= kFewData || K * D < kSegment)) {
-    launch_multi_sample(p, index, scale.has_value(), wide, device.stream());
-    views.finish();
-    return result;
+    launch_multi_sample(p, total, op.rows.index, is_double, device.stream());
+    for (View& grad : rest.grad) grad = {};
+  } else {
+    RowsParams values;
+    values.fit = p.fit;
+    for (View& grad : values.fit.grad) grad = {};
+    parts = doubles(op.weights, {K * B * segments(D)});
+    p.fit.log_p = values.fit.log_p = parts.mutable_data_ptr<double>();
+    launch_rows(values, op.rows.index, is_double, device.stream());
+    launch_weigh(p, total, is_double, device.stream());
   }
-  RowsParams rows;
-  rows.fit = p.fit;
-  rows.fit.grad_recon = rows.fit.grad_scale = {};
-  const Tensor parts = doubles(recon, {K * B * segments(D)});
-  p.fit.out = rows.fit.out = parts.mutable_data_ptr<double>();
-  launch_rows(rows, index, scale.has_value(), wide, device.stream());
-  p.given = true;
-  Tensor row_grad;
-  if (needs[0] || p.fit.grad_scale) {
-    row_grad = at::empty({K, B}, shapes::compute_options(recon));
-    p.row_grad = row_grad.mutable_data_ptr();
+  if (op.row_factor.defined()) rest.factor = views::rows_of(op.row_factor);
+  if (rest.any_grad()) {
+    RowsParams grads;
+    grads.fit = rest;
+    launch_rows(grads, op.rows.index, is_double, device.stream());
   }
-  launch_multi_sample(p, index, scale.has_value(), wide, device.stream());
-  if (p.row_grad) {
-    rows.fit = p.fit;
-    rows.fit.out = nullptr;
-    rows.fit.grad = rows_of(row_grad);
-    launch_rows(rows, index, scale.has_value(), wide, device.stream());
-  }
-  views.finish();
-  return result;
+  run_shared_grads(op.rows, device.stream());
+  if (op.reduction == Reduction::none) op.loss.copy_(op.bound.neg());
 }
 
-Tensor log_mean_exp_cuda(const Tensor& log_w, int64_t dim) {
-  const int64_t d = checks::log_mean_exp(log_w, dim);
-  const OnDeviceOf device(log_w);
-  const Tensor result = shapes::reduced_like(log_w, d);
-  const Tensor w = log_w.to(result.scalar_type()).contiguous();
-  LogMeanExpParams p = log_mean_exp_params(w, d);
-  p.out = result.mutable_data_ptr();
-  launch_log_mean_exp(p, result.numel(), is_double(w), device.stream());
-  return result;
+void multi_sample_weights(prepare::MultiSampleWeights& op) {
+  const OnDeviceOf device(op.weights);
+  launch_weigh(op.params, Total(), op.is_double, device.stream());
 }
 
-Tensor log_mean_exp_backward_cuda(const Tensor& grad, const Tensor& log_w, int64_t dim) {
-  const int64_t d = checks::log_mean_exp_backward(grad, log_w, dim);
-  const OnDeviceOf device(log_w);
-  const Tensor w = log_w.to(checks::compute_type(log_w)).contiguous(), g = grad.contiguous();
-  const Tensor result = at::empty_like(w, at::MemoryFormat::Contiguous);
-  LogMeanExpParams p = log_mean_exp_params(w, d);
-  p.grad = g.const_data_ptr();
-  p.grad_log_w = result.mutable_data_ptr();
-  launch_log_mean_exp(p, g.numel(), is_double(w), device.stream());
-  return result.to(log_w.scalar_type());
+void log_mean_exp(prepare::LogMeanExp& op) {
+  const OnDeviceOf device(op.value);
+  launch_log_mean_exp(op.params, op.value.numel(), op.is_double, device.stream());
 }
 
-void scale_cuda(const Tensor& t, const Tensor& factor) {
+void log_mean_exp_backward(prepare::LogMeanExpBackward& op) {
+  const OnDeviceOf device(op.grad);
+  launch_log_mean_exp(op.params, op.grad.numel(), op.is_double, device.stream());
+}
+
+void scale(const Tensor& t, const Tensor& factor) {
   const OnDeviceOf device(t);
-  launch_scale(view_of(t.as_strided({t.numel()}, {1}), 1), t.numel(), scalar_of(factor), device.stream());
+  launch_scale(views::view_of(t.as_strided({t.numel()}, {1}), 1), t.numel(), scalar_of(factor), device.stream());
 }
 
 }  // namespace
+}  // namespace cuda
 
 TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
-  m.impl("log_mean_exp", log_mean_exp_cuda);
-  m.impl("_log_mean_exp_backward", log_mean_exp_backward_cuda);
-  m.impl("_elbo_loss_forward", elbo_loss_forward_cuda);
-  m.impl("_multi_sample_loss_forward", multi_sample_loss_forward_cuda);
-  m.impl("_scale_", scale_cuda);
+  m.impl("log_mean_exp", implement<prepare::log_mean_exp, cuda::log_mean_exp>);
+  m.impl("_log_mean_exp_backward", implement<prepare::log_mean_exp_backward, cuda::log_mean_exp_backward>);
+  m.impl("_elbo_loss_forward", implement<prepare::elbo_loss_forward, cuda::elbo_loss_forward>);
+  m.impl("_multi_sample_loss_forward", implement<prepare::multi_sample_loss_forward, cuda::multi_sample_loss_forward>);
+  m.impl("_multi_sample_weights", implement<prepare::multi_sample_weights, cuda::multi_sample_weights>);
+  m.impl("_scale_", cuda::scale);
 }
 
 }  // namespace fastelbo

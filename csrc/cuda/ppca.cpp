@@ -3,7 +3,7 @@
 
 #include "cuda/device.h"
 #include "ops.h"
-#include "shapes.h"
+#include "prepare/shapes.h"
 
 namespace fastelbo {
 namespace {

@@ -2,7 +2,7 @@
 #include <torch/library.h>
 
 #include "ops.h"
-#include "shapes.h"
+#include "prepare/shapes.h"
 
 namespace fastelbo {
 namespace {

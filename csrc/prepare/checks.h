@@ -11,8 +11,8 @@
 #include <string>
 #include <string_view>
 
-#include "estimator.h"
-#include "kernels/params.h"
+#include "likelihoods/info.h"
+#include "math/estimator.h"
 
 namespace fastelbo::checks {
 
@@ -27,6 +27,8 @@ inline std::string dtype_name(at::ScalarType t) {
     case at::kBFloat16: return "bfloat16";
     case at::kByte: return "uint8";
     case at::kBool: return "bool";
+    case at::kShort: return "int16";
+    case at::kInt: return "int32";
     case at::kLong: return "int64";
     default: return c10::toString(t);
   }
@@ -84,11 +86,16 @@ inline void shaped(const char* name, const at::Tensor& t, const char* like_name,
 }
 
 // x beside a tensor of parameters.
-inline void data(const at::Tensor& x, const char* like_name, const at::Tensor& like, bool mixed = false) {
+inline void data(const at::Tensor& x, const char* like_name, const at::Tensor& like, Domain domain = Domain::reals,
+                 bool mixed = false) {
   same_device("x", x, like_name, like);
   const auto xt = x.scalar_type();
-  if (xt == at::kByte || xt == at::kBool) return;
-  TORCH_CHECK_TYPE(is_float(xt), "x must be a float type, uint8 (read as x / 255) or bool; got ", dtype_name(xt));
+  const bool counts = domain == Domain::counts;
+  if (xt == at::kByte || (counts ? xt == at::kShort || xt == at::kInt || xt == at::kLong : xt == at::kBool)) return;
+  TORCH_CHECK_TYPE(is_float(xt), "x must be ",
+                   counts ? "counts: a float type, uint8, int16, int32 or int64" :
+                          "a float type, uint8 (read as x / 255) or bool",
+                   "; got ", dtype_name(xt));
   if (!mixed) same_precision("x", x, like_name, like);
 }
 
@@ -110,10 +117,12 @@ inline Reduction reduction(std::string_view name) {
   return Reduction::none;
 }
 
-// recon [K?, B, *event] and what goes with it; the returned number is the likelihood's index.
-inline int log_prob(const at::Tensor& recon, const at::Tensor& x, const OptionalTensor& scale,
-                    const OptionalTensor& mask, std::string_view likelihood) {
+// The parameters of a likelihood, recon [K?, B, *event] the first of them, and what goes with them; the returned number
+// is the likelihood's index.
+inline int log_prob(const at::Tensor& recon, const at::Tensor& x, const OptionalTensor& second,
+                    const OptionalTensor& third, const OptionalTensor& mask, std::string_view likelihood) {
   const int index = likelihood_index(likelihood);
+  const LikelihoodInfo& info = likelihood_info(index);
   floating("recon", recon);
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must be [B, *event]; got a 0-d tensor");
   const auto xs = x.sym_sizes(), rs = recon.sym_sizes();
@@ -123,14 +132,26 @@ inline int log_prob(const at::Tensor& recon, const at::Tensor& x, const Optional
                       " and event=", shape_text(xs.slice(1)), " from x; got ", shape_text(recon));
   }
   TORCH_CHECK_VALUE(!sampled || rs[0] != 0, "recon must hold at least one sample; got K=0 in ", shape_text(recon));
-  data(x, "recon", recon);
-  if (scale.has_value()) {
-    TORCH_CHECK_VALUE(likelihood_info(index).takes_scale, "recon must be one tensor for likelihood \"", likelihood,
-                      "\"; got a pair");
-    shaped("the second tensor of recon", *scale, "the first", recon);
-    same_precision("the second tensor of recon", *scale, "the first", recon);
-    same_device("the second tensor of recon", *scale, "the first", recon);
+  data(x, "recon", recon, info.domain);
+  const int count = 1 + second.has_value() + third.has_value();
+  if (count < info.fewest || count > info.most || (third.has_value() && !second.has_value())) {
+    std::string names;
+    for (int i = 0; i < info.most; ++i) names += std::string(i ? ", " : "") + info.parameters[i];
+    TORCH_CHECK_VALUE(false, "recon must be ", info.most == 1 ? "one tensor" : "(" + names + ")",
+                      info.fewest < info.most ? ", where the last may be left out," : "", " for likelihood \"",
+                      likelihood, "\"; got ", count == 1 ? "one tensor" : count == 2 ? "a pair" : "three tensors");
   }
+  const auto parameter = [&](const OptionalTensor& t, const char* name) {
+    if (!t.has_value()) return;
+    const auto ts = t->sym_sizes();
+    TORCH_CHECK_VALUE(ts.empty() || same_shape(ts, rs) || same_shape(ts, xs.slice(1)), name,
+                      " must have the shape ", shape_text(rs), " of recon's first tensor, ", shape_text(xs.slice(1)),
+                      " of one datum, or be 0-d; got ", shape_text(*t));
+    same_precision(name, *t, "the first", recon);
+    same_device(name, *t, "the first", recon);
+  };
+  parameter(second, "the second tensor of recon");
+  parameter(third, "the third tensor of recon");
   if (mask.has_value()) {
     shaped("mask", *mask, "x", x);
     same_device("mask", *mask, "recon", recon);
@@ -149,13 +170,6 @@ inline void upstream(const char* name, const at::Tensor& grad, c10::SymIntArrayR
   TORCH_CHECK_TYPE(grad.scalar_type() == compute_type(like), name, " must be ", dtype_name(compute_type(like)),
                    "; got ", dtype_name(grad.scalar_type()));
   same_device(name, grad, "the inputs", like);
-}
-
-inline int log_prob_backward(const at::Tensor& grad, const at::Tensor& recon, const at::Tensor& x,
-                             const OptionalTensor& scale, const OptionalTensor& mask, std::string_view likelihood) {
-  const int index = log_prob(recon, x, scale, mask, likelihood);
-  upstream("grad", grad, recon.sym_sizes().slice(0, recon.dim() - x.dim() + 1), recon);
-  return index;
 }
 
 inline void free_bits(double value) { TORCH_CHECK_VALUE(value >= 0, "free_bits must be at least 0 nats; got ", value); }
@@ -221,28 +235,34 @@ inline void rsample_backward(const OptionalTensor& grad_z, const OptionalTensor&
   }
 }
 
-inline int elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& mu, const at::Tensor& logvar,
-                     const OptionalTensor& scale, const OptionalTensor& mask, const OptionalTensor& beta,
-                     double free_bits_value, std::string_view likelihood) {
-  const int index = log_prob(recon, x, scale, mask, likelihood);
-  latent(mu, logvar, std::nullopt, std::nullopt);
+inline void elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& mu,
+                      const OptionalTensor& beta) {
   TORCH_CHECK_VALUE(mu.sym_size(0) == x.sym_size(0), "mu must be [B, *latent] with B=", x.sym_size(0), " from x; got ",
                     shape_text(mu));
   same_precision("mu", mu, "recon", recon);
   same_device("mu", mu, "recon", recon);
-  free_bits(free_bits_value);
   if (beta.has_value()) {
     floating("beta", *beta);
     TORCH_CHECK_VALUE(beta->dim() == 0, "beta must be a float or a 0-d tensor; got the shape ", shape_text(*beta));
     same_device("beta", *beta, "recon", recon);
   }
-  return index;
 }
 
-inline int multi_sample_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& log_ratio,
-                             const OptionalTensor& gates, const OptionalTensor& scale, const OptionalTensor& mask,
-                             std::string_view likelihood, const Estimator& e) {
-  const int index = log_prob(recon, x, scale, mask, likelihood);
+// The six numbers of an estimator, for K samples.
+inline Estimator estimator(at::ArrayRef<double> numbers, const c10::SymInt& K) {
+  TORCH_CHECK_VALUE(numbers.size() == 6, "estimator must be six numbers; got ", numbers.size());
+  const Estimator e{numbers[0], numbers[1], int64_t(numbers[2]), numbers[3], numbers[4], numbers[5]};
+  TORCH_CHECK_VALUE(std::isfinite(e.alpha) && (e.alpha != 1 || e.elbo_weight == 1),
+                    "alpha must be finite, and 1 only with elbo_weight=1; got alpha=", e.alpha,
+                    ", elbo_weight=", e.elbo_weight);
+  TORCH_CHECK_VALUE(e.elbo_weight >= 0 && e.elbo_weight <= 1, "elbo_weight must be in [0, 1]; got ", e.elbo_weight);
+  TORCH_CHECK_VALUE(e.groups >= 1 && double(e.groups) == numbers[2] && K % e.groups == 0,
+                    "groups must divide the number of samples K=", K, "; got ", numbers[2]);
+  return e;
+}
+
+inline void multi_sample_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& log_ratio,
+                              const OptionalTensor& gates) {
   TORCH_CHECK_VALUE(recon.dim() == x.dim() + 1, "recon must be [K, B, *event] with B=", x.sym_size(0),
                     " and event=", shape_text(x.sym_sizes().slice(1)), " from x; got ", shape_text(recon));
   TORCH_CHECK_VALUE(same_shape(log_ratio.sym_sizes(), recon.sym_sizes().slice(0, 2)),
@@ -257,13 +277,6 @@ inline int multi_sample_loss(const at::Tensor& recon, const at::Tensor& x, const
     same_precision("gates", *gates, "recon", recon);
     same_device("gates", *gates, "recon", recon);
   }
-  TORCH_CHECK_VALUE(std::isfinite(e.alpha) && (e.alpha != 1 || e.elbo_share == 1),
-                    "alpha must be finite, and 1 only with elbo_share=1; got alpha=", e.alpha,
-                    ", elbo_share=", e.elbo_share);
-  TORCH_CHECK_VALUE(e.elbo_share >= 0 && e.elbo_share <= 1, "elbo_share must be in [0, 1]; got ", e.elbo_share);
-  TORCH_CHECK_VALUE(e.groups >= 1 && recon.sym_size(0) % e.groups == 0,
-                    "groups must divide the number of samples K=", recon.sym_size(0), "; got ", e.groups);
-  return index;
 }
 
 // The dimension averaged by log_mean_exp, counted from the front.
@@ -293,7 +306,7 @@ inline void ppca(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b, 
   const c10::SymInt D = W.sym_size(0);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.sym_size(1) == D, "x must be [N, D] with D=", D, " from W; got ", shape_text(x));
   TORCH_CHECK_VALUE(b.dim() == 1 && b.sym_size(0) == D, "b must be [D] with D=", D, " from W; got ", shape_text(b));
-  data(x, "W", W, mixed);
+  data(x, "W", W, Domain::reals, mixed);
   same_precision("b", b, "W", W);
   same_device("b", b, "W", W);
 }

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
+#include "prepare/checks.h"
 
 namespace fastelbo::shapes {
 
@@ -33,13 +33,8 @@ inline at::Tensor grad_like(const at::Tensor& t) {
   return t.is_non_overlapping_and_dense() ? at::empty_like(t) : at::empty_like(t, at::MemoryFormat::Contiguous);
 }
 
-// The gradients of those inputs that need one, in order, uninitialized.
-inline std::vector<at::Tensor> grads_like(std::initializer_list<const OptionalTensor*> inputs, const bool* needs) {
-  std::vector<at::Tensor> grads;
-  for (const OptionalTensor* input : inputs) {
-    if (*needs++ && input->has_value()) grads.push_back(grad_like(**input));
-  }
-  return grads;
+inline at::Tensor grad_like(const OptionalTensor& t, bool needed) {
+  return needed && t.has_value() ? grad_like(*t) : at::Tensor();
 }
 
 inline at::Tensor samples_like(const at::Tensor& mu, const std::optional<c10::SymInt>& num_samples, bool whole) {
@@ -49,7 +44,7 @@ inline at::Tensor samples_like(const at::Tensor& mu, const std::optional<c10::Sy
   return at::empty_symint(shape, whole ? mu.options() : compute_options(mu));
 }
 
-// [2, K, B] zeros, see estimator.h; without K samples there is nothing to weigh.
+// [2, K, B] zeros, see math/estimator.h; without K samples there is nothing to weigh.
 inline at::Tensor gates_like(const at::Tensor& mu, const std::optional<c10::SymInt>& num_samples) {
   if (!num_samples) return at::empty({0}, compute_options(mu));
   return at::zeros_symint({2, *num_samples, mu.sym_size(0)}, compute_options(mu));

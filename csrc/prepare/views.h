@@ -8,8 +8,8 @@
 #include <numeric>
 #include <vector>
 
-#include "checks.h"
-#include "kernels/params.h"
+#include "params.h"
+#include "prepare/checks.h"
 
 namespace fastelbo::views {
 
@@ -23,6 +23,9 @@ inline DType dtype_of(at::ScalarType t) {
     case at::kHalf: return DType::f16;
     case at::kByte: return DType::u8;
     case at::kBool: return DType::b8;
+    case at::kShort: return DType::i16;
+    case at::kInt: return DType::i32;
+    case at::kLong: return DType::i64;
     default: TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", t);
   }
 }
@@ -112,10 +115,18 @@ class Views {
     return *try_view(outputs_.back().second, event_dims_, order_);
   }
 
+  int64_t event_dims() const { return event_dims_; }
+
   // Memory for an output as contiguous numbers of this type: its own where they are that.
   at::Tensor dense(const at::Tensor& t, at::ScalarType type) {
     if (t.scalar_type() == type && t.is_contiguous()) return t;
     outputs_.emplace_back(t, at::empty(t.sizes(), t.options().dtype(type)));
+    return outputs_.back().second;
+  }
+  // The same for an output [*event], its numbers in the order of the walk.
+  at::Tensor walked(const at::Tensor& t, at::ScalarType type) {
+    if (order_.empty() || t.dim() == 0) return dense(t, type);
+    outputs_.emplace_back(t, empty(t.to(type)));
     return outputs_.back().second;
   }
 
@@ -134,70 +145,6 @@ inline RowScalars rows_of(const at::Tensor& t) {
 }
 
 inline bool is_double(const at::Tensor& t) { return t.scalar_type() == at::kDouble; }
-
-// The views of latents [B, *latent] and of their samples.
-inline Views latent_views(const at::Tensor& mu) { return Views(mu.dim() - 1); }
-
-// The views of recon [K?, B, *event] and of what is as large, walked as recon lies in memory.
-inline Views data_views(const at::Tensor& recon, const at::Tensor& x) {
-  return Views(x.dim() - 1, event_order(recon, x.dim() - 1));
-}
-
-template <class Params>
-void set_latent(Params& p, Views& views, const at::Tensor& mu, const at::Tensor& logvar, const OptionalTensor& prior_mu,
-                const OptionalTensor& prior_logvar) {
-  p.B = mu.size(0);
-  p.D = p.B ? mu.numel() / p.B : 0;
-  p.mu = views.in(mu);
-  p.logvar = views.in(logvar);
-  p.prior_mu = views.in(prior_mu);
-  p.prior_logvar = views.in(prior_logvar);
-}
-
-// The rows of recon [K?, B, *event] and their inputs, without outputs.
-inline LogProbParams log_prob_params(Views& views, const at::Tensor& recon, const at::Tensor& x,
-                                     const OptionalTensor& scale, const OptionalTensor& mask) {
-  LogProbParams p;
-  p.K = recon.dim() > x.dim() ? recon.size(0) : 1;
-  p.B = x.size(0);
-  p.D = 1;
-  for (int64_t size : x.sizes().slice(1)) p.D *= size;
-  p.recon = views.in(recon);
-  p.x = views.in(x, /*unit=*/true);
-  p.scale = views.in(scale);
-  p.mask = views.in(mask);
-  return p;
-}
-
-// Views of the wanted gradients, in the order of the needs.
-template <size_t N>
-void set_grads(Views& views, const std::vector<at::Tensor>& grads, std::array<bool, N> needs,
-               std::initializer_list<View*> targets, std::initializer_list<const OptionalTensor*> inputs) {
-  size_t next = 0;
-  const auto* input = inputs.begin();
-  const auto* target = targets.begin();
-  for (size_t i = 0; i < N; ++i, ++input, ++target) {
-    if (needs[i] && (*input)->has_value()) **target = views.out(grads[next++]);
-  }
-}
-
-// The inputs of rsample's backward.
-inline void set_sample_grads(SampleBackwardParams& p, Views& views, const OptionalTensor& grad_z,
-                             const OptionalTensor& grad_kl, const OptionalTensor& grad_log_ratio,
-                             const OptionalTensor& grad_gates, const at::Tensor& mu, const at::Tensor& logvar,
-                             const std::optional<c10::SymInt>& num_samples, const OptionalTensor& prior_mu,
-                             const OptionalTensor& prior_logvar, const OptionalTensor& eps, int64_t first_sample) {
-  set_latent(p, views, mu, logvar, prior_mu, prior_logvar);
-  p.K = num_samples ? num_samples->expect_int() : 1;
-  p.first_sample = first_sample;
-  p.eps = views.in(eps);
-  p.grad_z = views.in(grad_z);
-  if (grad_kl.has_value()) p.grad_kl = rows_of(*grad_kl);
-  if (grad_log_ratio.has_value()) p.grad_log_ratio = rows_of(*grad_log_ratio);
-  if (grad_gates.has_value() && num_samples) {
-    p.gate_path = rows_of(grad_gates->select(0, 0)), p.gate_score = rows_of(grad_gates->select(0, 1));
-  }
-}
 
 // Sizes of log_w in front of, at and behind the averaged dimension; log_w and its gradient are contiguous here.
 inline LogMeanExpParams log_mean_exp_params(const at::Tensor& log_w, int64_t dim) {
@@ -218,11 +165,6 @@ inline at::Tensor padded(const at::Tensor& matrix, int64_t panel, at::ScalarType
   const at::Tensor wide = at::zeros({rows, lanes}, matrix.options().dtype(type));
   wide.narrow(1, 0, columns).copy_(matrix);
   return wide;
-}
-
-// The factor of every datum's loss in the returned one.
-inline double share(checks::Reduction reduction, int64_t B) {
-  return reduction == checks::Reduction::mean ? 1.0 / double(B) : 1.0;
 }
 
 }  // namespace fastelbo::views

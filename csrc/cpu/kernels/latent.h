@@ -133,7 +133,7 @@ void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
       const int64_t columns = tile.columns;
       tile.prepare_kl();
       for (int64_t r = 0; r < tile.rows; ++r) {
-        const T row = at<T>(p.factor, 0, b + r);
+        const T row = row_number<T>(p.factor, 0, b + r);
         for (int64_t i = 0; i < columns; ++i) up[r * columns + i] = row;
       }
 #pragma omp simd
@@ -252,7 +252,7 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
       for (int64_t k = 0; k < p.K; ++k) {
         const T* __restrict eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
         for (int64_t r = 0; ratio && r < tile.rows; ++r) {
-          const T g = at<T>(p.grad_log_ratio, k, b + r);
+          const T g = row_number<T>(p.grad_log_ratio, k, b + r);
           for (int64_t i = 0; i < tile.columns; ++i) up[r * tile.columns + i] = g;
         }
         const T* __restrict gz = p.grad_z ? load_rows(p.grad_z, k, b, column, tile.rows, tile.columns, grad_z) : zeros;
@@ -263,8 +263,8 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
         };
         if (gated) {
           for (int64_t r = 0; r < tile.rows; ++r) {
-            const T path = 1 + at<T>(p.gate_path, k, b + r), score = 1 + at<T>(p.gate_score, k, b + r);
-            const T lr = ratio ? at<T>(p.grad_log_ratio, k, b + r) : T(0);
+            const T path = 1 + row_number<T>(p.gate_path, k, b + r), score = 1 + row_number<T>(p.gate_score, k, b + r);
+            const T lr = ratio ? row_number<T>(p.grad_log_ratio, k, b + r) : T(0);
             const int64_t end = (r + 1) * tile.columns;
 #pragma omp simd
             for (int64_t i = r * tile.columns; i < end; ++i) {
@@ -302,7 +302,7 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
         for (int64_t i = 0; i < n; ++i) parts[q][i] = T(total[q][i]);
       }
       for (int64_t r = 0; p.grad_kl.data && r < tile.rows; ++r) {
-        const T g = at<T>(p.grad_kl, 0, b + r);
+        const T g = row_number<T>(p.grad_kl, 0, b + r);
         for (int64_t i = r * tile.columns; i < (r + 1) * tile.columns; ++i) {
           const KlTerm<T> kl = tile.kl(i);
           part.mu[i] = T(total[0][i] + double(g * kl.d_mu));

@@ -122,7 +122,7 @@ class SharedSums {
     for (int i = 0; i < p.count; ++i) {
       if (!p.shared_grad[i].sums) continue;
       T* sums = static_cast<T*>(p.shared_grad[i].sums) + chunk * p.shared_grad[i].size;
-      if (p.parameter[i].stride[p.parameter[i].ndim - 1] == 0) {
+      if (p.shared_grad[i].scalar) {
         scalar_[i] = sums + segment;
       } else {
         event_[i] = sums;
@@ -234,7 +234,7 @@ void log_prob_kernel(const LogProbParams& p, int64_t begin, int64_t end) {
     SharedSums<T> shared(p, chunk, segment, first, last);
     for (int64_t row = chunk * p.chunk; row < (chunk + 1) * p.chunk && row < rows; ++row) {
       const int64_t k = row / p.B, b = row % p.B;
-      const double sum = log_prob_segment<L, kCount>(grads, p, k, b, first, last, at<T>(p.factor, k, b), shared);
+      const double sum = log_prob_segment<L, kCount>(grads, p, k, b, first, last, row_number<T>(p.factor, k, b), shared);
       if (p.log_p) p.log_p[row * per_row + segment] = sum;
     }
   }

@@ -70,6 +70,7 @@ void log_mean_exp_backward_kernel(const LogMeanExpParams& p, int64_t begin, int6
 
 // math/weights.h on one thread.
 struct OneThread {
+  bool leads() const { return true; }
   template <class F>
   double max(int64_t n, F f) const {
     double largest = -__builtin_huge_val();
@@ -90,29 +91,10 @@ struct OneThread {
   }
 };
 
-// Of one datum whose log p are in p.weights: everything but the gradients of the likelihood's parameters.
-template <class T>
-inline void weigh_datum(const MultiSampleParams& p, int64_t b) {
-  const int64_t K = p.fit.K, B = p.fit.B;
-  for (int64_t k = 0; k < K; ++k) {
-    double& w = p.weights[k * B + b];
-    static_cast<T*>(p.log_p)[k * B + b] = T(w);
-    w += double(at<T>(p.log_ratio, k, b));
-  }
-  p.bound[b] = weigh(p.estimator, p.weights + b, B, K, OneThread{});
-  for (int64_t k = 0; k < K; ++k) {
-    const double a = p.weights[k * B + b];
-    if (p.row_factor) static_cast<T*>(p.row_factor)[k * B + b] = T(-p.datum_weight * a);
-    if (!p.gates) continue;
-    static_cast<T*>(p.gates)[k * B + b] = T(path_gate(p.estimator, a));
-    static_cast<T*>(p.gates)[(K + k) * B + b] = T(score_gate(p.estimator));
-  }
-}
-
 // Work items: data.
 template <class T>
 void weigh_kernel(const MultiSampleParams& p, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) weigh_datum<T>(p, b);
+  for (int64_t b = begin; b < end; ++b) weigh_datum<T>(p, b, OneThread{});
 }
 
 // Work items: data. They are taken a few at a time, so that their K rows stay in the cache: log p and its gradient with
@@ -140,7 +122,7 @@ void multi_sample_kernel(const MultiSampleParams& p, int64_t begin, int64_t end)
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t b = b0; b < b1; ++b) p.weights[k * B + b] = row(in_place ? grads : Grads::none, k, b, T(1));
     }
-    for (int64_t b = b0; b < b1; ++b) weigh_datum<T>(p, b);
+    for (int64_t b = b0; b < b1; ++b) weigh_datum<T>(p, b, OneThread{});
     if (grads == Grads::none) continue;
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t b = b0; b < b1; ++b) {

@@ -164,11 +164,6 @@ inline void store(const View& v, int64_t k, int64_t b, int64_t begin, int64_t n,
   }
 }
 
-template <class T>
-FASTELBO_HD T at(const RowScalars& s, int64_t k, int64_t b) {
-  return s.data ? static_cast<const T*>(s.data)[k * s.stride_k + b * s.stride_b] : T(s.constant);
-}
-
 inline constexpr int64_t kLanes = 16;  // the widest vector of the compute types
 
 // The sum of n numbers, the last vector of which overlaps the one before: no scalar loop for the tail of a row.

@@ -4,13 +4,8 @@
 // take part in every shuffle and barrier, those without a row too.
 #pragma once
 
-#include <c10/util/Half.h>
-
-#include "kernels/launch.h"
-#include "math/elementary.h"
-#if defined(__CUDACC__)
-#include <cuda_fp16.h>
-#endif
+#include "cuda/kernels/launch.h"
+#include "math/half.h"
 
 namespace fastelbo::cuda {
 
@@ -18,26 +13,6 @@ using namespace FASTELBO_ISA;
 
 template <class T>
 constexpr DType compute_dtype = sizeof(T) == 4 ? DType::f32 : DType::f64;
-
-inline __device__ float half_to_float(uint16_t bits) {
-#if defined(__CUDACC__)
-  return __half2float(__ushort_as_half(bits));
-#else
-  return c10::detail::fp16_ieee_to_fp32_value(bits);
-#endif
-}
-inline __device__ uint16_t float_to_half(float v) {
-#if defined(__CUDACC__)
-  return __half_as_ushort(__float2half_rn(v));
-#else
-  return c10::detail::fp16_ieee_from_fp32_value(v);
-#endif
-}
-inline __device__ float bfloat16_to_float(uint16_t bits) { return bits_to<float>(uint32_t(bits) << 16); }
-inline __device__ uint16_t float_to_bfloat16(float v) {  // to nearest even; NaN stays NaN
-  const uint32_t b = bits_to<uint32_t>(v);
-  return uint16_t(v == v ? (b + 0x7fffu + ((b >> 16) & 1)) >> 16 : 0x7fc0u);
-}
 
 inline __device__ int64_t offset_of(const View& v, int64_t i) {
   if (v.ndim == 1) return i * v.stride[0];
@@ -54,8 +29,11 @@ __device__ T load_at(const View& v, int64_t at) {
   switch (v.dtype) {
     case DType::f32: return T(static_cast<const float*>(v.data)[at]);
     case DType::f64: return T(static_cast<const double*>(v.data)[at]);
-    case DType::bf16: return T(bfloat16_to_float(static_cast<const uint16_t*>(v.data)[at]));
-    case DType::f16: return T(half_to_float(static_cast<const uint16_t*>(v.data)[at]));
+    case DType::bf16: return T(to_float(static_cast<const BFloat16*>(v.data)[at]));
+    case DType::f16: return T(to_float(static_cast<const Half*>(v.data)[at]));
+    case DType::i16: return T(static_cast<const int16_t*>(v.data)[at]);
+    case DType::i32: return T(static_cast<const int32_t*>(v.data)[at]);
+    case DType::i64: return T(static_cast<const int64_t*>(v.data)[at]);
     default: return scaled_byte(T(static_cast<const uint8_t*>(v.data)[at]), byte_scale(v.unit, T()));
   }
 }
@@ -64,8 +42,8 @@ __device__ void store_at(const View& v, int64_t at, T value) {
   switch (v.dtype) {
     case DType::f32: static_cast<float*>(v.data)[at] = float(value); break;
     case DType::f64: static_cast<double*>(v.data)[at] = double(value); break;
-    case DType::bf16: static_cast<uint16_t*>(v.data)[at] = float_to_bfloat16(float(value)); break;
-    case DType::f16: static_cast<uint16_t*>(v.data)[at] = float_to_half(float(value)); break;
+    case DType::bf16: static_cast<BFloat16*>(v.data)[at] = to_bfloat16(float(value)); break;
+    case DType::f16: static_cast<Half*>(v.data)[at] = to_half(float(value)); break;
     default: break;
   }
 }
@@ -75,11 +53,6 @@ inline __device__ double read(const DeviceScalar& s) {
   View v;
   v.data = const_cast<void*>(s.data), v.dtype = s.dtype;
   return load_at<double>(v, 0);
-}
-
-template <class T>
-__device__ T at(const RowScalars& s, int64_t k, int64_t b) {
-  return s.data ? static_cast<const T*>(s.data)[k * s.stride_k + b * s.stride_b] : T(s.constant);
 }
 
 inline __device__ int64_t row_of(const View& v, int64_t k, int64_t b) { return k * v.stride_k + b * v.stride_b; }
@@ -115,10 +88,10 @@ __device__ void load4(const View& v, int64_t row, int64_t i, int n, T* to) {
         const ushort4 w = *reinterpret_cast<const ushort4*>(p);
         const uint16_t bits[4] = {w.x, w.y, w.z, w.w};
         for (int j = 0; j < 4; ++j)
-          to[j] = T(v.dtype == DType::bf16 ? bfloat16_to_float(bits[j]) : half_to_float(bits[j]));
+          to[j] = T(v.dtype == DType::bf16 ? to_float(BFloat16{bits[j]}) : to_float(Half{bits[j]}));
         return;
       }
-    } else {
+    } else if (v.dtype == DType::u8 || v.dtype == DType::b8) {
       const uint8_t* p = static_cast<const uint8_t*>(v.data) + at;
       if (aligned<uchar4>(p)) {
         const uchar4 w = *reinterpret_cast<const uchar4*>(p);
@@ -157,7 +130,7 @@ __device__ void store4(const View& v, int64_t row, int64_t i, int n, const T* fr
       if (aligned<ushort4>(p)) {
         uint16_t bits[4];
         for (int j = 0; j < 4; ++j) {
-          bits[j] = v.dtype == DType::bf16 ? float_to_bfloat16(float(from[j])) : float_to_half(float(from[j]));
+          bits[j] = v.dtype == DType::bf16 ? to_bfloat16(float(from[j])).bits : to_half(float(from[j])).bits;
         }
         *reinterpret_cast<ushort4*>(p) = make_ushort4(bits[0], bits[1], bits[2], bits[3]);
         return;

@@ -2,7 +2,8 @@
 //
 // Forward, float32: 4 bytes written per element of z; mu and logvar come from the cache after the first sample.
 // Backward: 4 bytes read per element of grad_z; the noise is drawn again, never stored or read.
-#include "kernels/latent.cuh"
+#include "cuda/kernels/latent.cuh"
+#include "math/latent.h"
 #include "math/philox.h"
 
 namespace fastelbo::cuda {
@@ -17,18 +18,17 @@ inline __device__ void normals(uint64_t seed, uint64_t counter, float* to) {
 
 // A group takes row (k, b): z and the log ratio; the rows of k = 0 also have the KL.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) samples_kernel(SamplesParams q, int g) {
-  const SampleParams& p = q.p;
+__global__ void __launch_bounds__(kThreads, 2) samples_kernel(SampleParams p, T* log_ratio, T* kl_out, int g) {
   const int per_block = kThreads / g, lane = int(threadIdx.x) % g, group = int(threadIdx.x) / g;
-  const uint64_t seed = q.seed ? uint64_t(*q.seed) : 0;
-  const int64_t rows = p.K * p.B;
+  const uint64_t seed = p.seed ? uint64_t(*p.seed) : 0;
+  const int64_t rows = p.K * p.q.B;
   for (int64_t base = int64_t(blockIdx.x) * per_block; base < rows; base += int64_t(gridDim.x) * per_block) {
-    const int64_t row = base + group, k = row / p.B, b = row % p.B;
+    const int64_t row = base + group, k = row / p.q.B, b = row % p.q.B;
     T ratio = 0, kl = 0;
     if (row < rows) {
       // the counters whose numbers the row's elements take; the first and the last may belong to two rows
-      const int64_t start = ((p.first_sample + k) * p.B + b) * p.D;
-      const int64_t counters = p.D ? (start + p.D + 3) / 4 - start / 4 : 0;
+      const int64_t start = ((p.first_sample + k) * p.q.B + b) * p.q.D;
+      const int64_t counters = p.q.D ? (start + p.q.D + 3) / 4 - start / 4 : 0;
       for (int64_t c = lane; c < counters; c += g) {
         float noise[4];
         if (!p.eps) normals(seed, uint64_t(start / 4 + c), noise);
@@ -37,38 +37,38 @@ __global__ void __launch_bounds__(kThreads, 2) samples_kernel(SamplesParams q, i
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const int64_t i = first + j;
-          if (i < 0 || i >= p.D) continue;
+          if (i < 0 || i >= p.q.D) continue;
           const T e = p.eps ? load_at<T>(p.eps, row_of(p.eps, k, b) + offset_of(p.eps, i)) : T(noise[j]);
-          const Latent<T> l(p, b, i);
-          const T step = exp_full(T(0.5) * l.logvar) * e, from_prior = l.delta + step;
-          z[j] = l.mu + step;
-          ratio += T(0.5) * (l.t + (e * e - from_prior * from_prior * l.inv_p));
+          const Latent<T> l(p.q, b, i);
+          const Sample<T> s = sample(l.mu, l.delta, l.t, exp_full(T(0.5) * l.logvar), l.inv_p, e);
+          z[j] = s.z;
+          ratio += s.log_ratio;
         }
         const int64_t to = row_of(p.z, k, b);
-        if (first >= 0 && first + 4 <= p.D) {
+        if (first >= 0 && first + 4 <= p.q.D) {
           store4(p.z, to, first, 4, z);
         } else {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            if (first + j >= 0 && first + j < p.D) store_at<T>(p.z, to + offset_of(p.z, first + j), z[j]);
+            if (first + j >= 0 && first + j < p.q.D) store_at<T>(p.z, to + offset_of(p.z, first + j), z[j]);
           }
         }
       }
     }
-    if (row < rows && k == 0 && q.kl) {
-      for (int64_t i = lane; i < p.D; i += g) kl += Latent<T>(p, b, i).kl().value;
+    if (row < rows && k == 0) {
+      for (int64_t i = lane; i < p.q.D; i += g) kl += Latent<T>(p.q, b, i).kl().value;
     }
     ratio = group_sum(ratio, g);
     kl = group_sum(kl, g);
     if (row < rows && lane == 0) {
-      static_cast<T*>(q.log_ratio)[row] = ratio;
-      if (k == 0 && q.kl) static_cast<T*>(q.kl)[b] = kl;
+      log_ratio[row] = ratio;
+      if (k == 0) kl_out[b] = kl;
     }
   }
 }
 
 // A block has 32 pieces of four columns and kSlices slices of the samples; a thread adds up its samples, then the
-// slices are added in order. The formulas are those of sample_backward_kernel in latent.h.
+// slices are added in order.
 constexpr int kSlices = kThreads / 32;
 template <class T>
 struct Sums {
@@ -76,13 +76,12 @@ struct Sums {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SamplesBackwardParams q) {
+__global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBackwardParams p) {
   __shared__ Sums<T> slices[kSlices][32];
-  const SampleBackwardParams& p = q.p;
   const int piece = int(threadIdx.x) % 32, slice = int(threadIdx.x) / 32;
-  const uint64_t seed = q.seed ? uint64_t(*q.seed) : 0;
-  const bool prior = p.grad_prior_mu || p.grad_prior_logvar, ratio = p.grad_log_ratio.data, gated = p.gate_path.data;
-  const int64_t elements = p.B * p.D, pieces = (elements + 3) / 4;
+  const uint64_t seed = p.seed ? uint64_t(*p.seed) : 0;
+  const bool prior = p.grad.prior(), ratio = p.grad_log_ratio.data, gated = p.gate_path.data;
+  const int64_t elements = p.q.B * p.q.D, pieces = (elements + 3) / 4;
   for (int64_t base = int64_t(blockIdx.x) * 32; base < pieces; base += int64_t(gridDim.x) * 32) {
     const int64_t first = 4 * (base + piece);
     const int n = elements - first < 4 ? int(elements - first > 0 ? elements - first : 0) : 4;
@@ -104,31 +103,25 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SamplesBa
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (j >= n) continue;
-        const int64_t b = (first + j) / p.D, i = (first + j) % p.D;
-        const Latent<T> l(p, b, i);
+        const int64_t b = (first + j) / p.q.D, i = (first + j) % p.q.D;
+        const Latent<T> l(p.q, b, i);
         const T e = p.eps ? load_at<T>(p.eps, row_of(p.eps, k, b) + offset_of(p.eps, i)) : T(noise[j]);
         const T gz = p.grad_z ? load_at<T>(p.grad_z, row_of(p.grad_z, k, b) + offset_of(p.grad_z, i)) : T(0);
-        const T up = ratio ? at<T>(p.grad_log_ratio, k, b) : T(0);
-        const T std = exp_full(T(0.5) * l.logvar), step = std * e, from_prior = l.delta + step;
-        const T slope = ratio ? up * from_prior * l.inv_p : T(0);  // 0 x infinity is never formed
-        T grad_eps;
+        const T up = ratio ? row_number<T>(p.grad_log_ratio, k, b) : T(0), std = exp_full(T(0.5) * l.logvar);
+        SampleGrad<T> g;
         if (gated) {
-          const T path = 1 + at<T>(p.gate_path, k, b), score = 1 + at<T>(p.gate_score, k, b);
-          const T g = path * (gz - slope), of_q = up * (path - score);
-          sums[j].mu += g + of_q * e / std;
-          sums[j].logvar += T(0.5) * (g * step + (of_q * e * e + up * score));
-          grad_eps = g * std + up * path * e;
+          const T path = 1 + row_number<T>(p.gate_path, k, b), score = 1 + row_number<T>(p.gate_score, k, b);
+          g = gated_sample_grad(gz, up, path, score, l.delta, std, l.inv_p, e);
         } else {
-          const T g = gz - slope;
-          sums[j].mu += g;
-          sums[j].logvar += T(0.5) * (ratio ? g * step + up : g * step);
-          grad_eps = ratio ? g * std + up * e : g * std;
+          g = ratio ? sample_grad(gz, up, l.delta, std, l.inv_p, e) : sample_grad(gz, std, e);
         }
+        sums[j].mu += g.mu;
+        sums[j].logvar += g.logvar;
         if (ratio && prior) {
-          sums[j].prior_mu += slope;
-          sums[j].prior_logvar += T(0.5) * (slope * from_prior - up);
+          sums[j].prior_mu += g.prior_mu;
+          sums[j].prior_logvar += g.prior_logvar;
         }
-        if (p.grad_eps) store_at<T>(p.grad_eps, row_of(p.grad_eps, k, b) + offset_of(p.grad_eps, i), grad_eps);
+        if (p.grad_eps) store_at<T>(p.grad_eps, row_of(p.grad_eps, k, b) + offset_of(p.grad_eps, i), g.eps);
       }
     }
 #pragma unroll
@@ -141,52 +134,65 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SamplesBa
           const Sums<T>& part = slices[s][piece];
           mu += part.mu, logvar += part.logvar, prior_mu += part.prior_mu, prior_logvar += part.prior_logvar;
         }
-        const int64_t b = (first + j) / p.D, i = (first + j) % p.D;
+        const int64_t b = (first + j) / p.q.D, i = (first + j) % p.q.D;
         if (p.grad_kl.data) {
-          const T up = at<T>(p.grad_kl, 0, b);
-          const KlTerm<T> kl = Latent<T>(p, b, i).kl();
+          const T up = row_number<T>(p.grad_kl, 0, b);
+          const KlTerm<T> kl = Latent<T>(p.q, b, i).kl();
           mu += up * kl.d_mu, logvar += up * kl.d_logvar;
           prior_mu += up * kl.d_prior_mu, prior_logvar += up * kl.d_prior_logvar;
         }
-        store_one(p.grad_mu, b, i, T(mu));
-        store_one(p.grad_logvar, b, i, T(logvar));
-        store_one(p.grad_prior_mu, b, i, T(prior_mu));
-        store_one(p.grad_prior_logvar, b, i, T(prior_logvar));
+        store_one(p.grad.mu, b, i, T(mu));
+        store_one(p.grad.logvar, b, i, T(logvar));
+        store_one(p.grad.prior_mu, b, i, T(prior_mu));
+        store_one(p.grad.prior_logvar, b, i, T(prior_logvar));
       }
       __syncthreads();
     }
   }
 }
 
+template <class T>
+__global__ void __launch_bounds__(kThreads) kl_kernel(KlParams p, void* kl_out, void* floored_kl, int g) {
+  kl_rows<T>(p, T(1), kl_out, floored_kl, g);
+}
+
 // A block takes one latent dimension: the mean of its KL over the batch.
 template <class T>
 __global__ void __launch_bounds__(kThreads) kl_dims_kernel(KlDimsParams p) {
-  for (int64_t i = blockIdx.x; i < p.D; i += gridDim.x) {
+  for (int64_t i = blockIdx.x; i < p.q.D; i += gridDim.x) {
     double sum = 0;
-    for (int64_t b = threadIdx.x; b < p.B; b += kThreads) sum += double(Latent<T>(p, b, i).kl().value);
+    for (int64_t b = threadIdx.x; b < p.q.B; b += kThreads) sum += double(Latent<T>(p.q, b, i).kl().value);
     sum = group_sum(sum, kThreads);
-    if (threadIdx.x == 0) p.out[i] = sum / double(p.B);
+    if (threadIdx.x == 0) p.out[i] = sum / double(p.q.B);
   }
 }
 
 }  // namespace
 
-void launch_samples(const SamplesParams& p, bool wide, cudaStream_t stream) {
-  const int64_t rows = p.p.K * p.p.B;
-  const int g = group_size(p.p.D, kMaxBlocks * kThreads);  // by D alone: samples in chunks are those of the whole
-  const int64_t blocks = blocks_for(rows, kThreads / g);
-  wide ? launch(samples_kernel<double>, blocks, stream, p, g) : launch(samples_kernel<float>, blocks, stream, p, g);
+void launch_kl(const KlParams& p, void* kl_out, void* floored_kl, bool is_double, cudaStream_t stream) {
+  const int g = group_size(p.q.D, p.q.B);
+  const int64_t blocks = blocks_for(p.q.B, kThreads / g);
+  is_double ? launch(kl_kernel<double>, blocks, stream, p, kl_out, floored_kl, g)
+            : launch(kl_kernel<float>, blocks, stream, p, kl_out, floored_kl, g);
 }
 
-void launch_samples_backward(const SamplesBackwardParams& p, bool wide, cudaStream_t stream) {
-  const int64_t blocks = blocks_for((p.p.B * p.p.D + 3) / 4, 32);
-  wide ? launch(samples_backward_kernel<double>, blocks, stream, p)
-       : launch(samples_backward_kernel<float>, blocks, stream, p);
+void launch_samples(const SampleParams& p, void* log_ratio, void* kl, bool is_double, cudaStream_t stream) {
+  const int g = group_size(p.q.D, kMaxBlocks * kThreads);  // by D alone: samples in chunks are those of the whole
+  const int64_t blocks = blocks_for(p.K * p.q.B, kThreads / g);
+  is_double
+      ? launch(samples_kernel<double>, blocks, stream, p, static_cast<double*>(log_ratio), static_cast<double*>(kl), g)
+      : launch(samples_kernel<float>, blocks, stream, p, static_cast<float*>(log_ratio), static_cast<float*>(kl), g);
 }
 
-void launch_kl_dims(const KlDimsParams& p, bool wide, cudaStream_t stream) {
-  const int64_t blocks = blocks_for(p.D, 1);
-  wide ? launch(kl_dims_kernel<double>, blocks, stream, p) : launch(kl_dims_kernel<float>, blocks, stream, p);
+void launch_samples_backward(const SampleBackwardParams& p, bool is_double, cudaStream_t stream) {
+  const int64_t blocks = blocks_for((p.q.B * p.q.D + 3) / 4, 32);
+  is_double ? launch(samples_backward_kernel<double>, blocks, stream, p)
+            : launch(samples_backward_kernel<float>, blocks, stream, p);
+}
+
+void launch_kl_dims(const KlDimsParams& p, bool is_double, cudaStream_t stream) {
+  const int64_t blocks = blocks_for(p.q.D, 1);
+  is_double ? launch(kl_dims_kernel<double>, blocks, stream, p) : launch(kl_dims_kernel<float>, blocks, stream, p);
 }
 
 }  // namespace fastelbo::cuda

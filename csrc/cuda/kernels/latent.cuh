@@ -1,7 +1,7 @@
 // KL of rows on the device: what latent.cu and likelihood.cu share.
 #pragma once
 
-#include "kernels/device.cuh"
+#include "cuda/kernels/device.cuh"
 #include "math/kl.h"
 
 namespace fastelbo::cuda {
@@ -11,8 +11,7 @@ template <class T>
 struct Latent {
   T mu, logvar, delta, t, inv_p;  // delta = mu - mu_p, t = lv - lv_p, inv_p = exp(-lv_p)
 
-  template <class Params>
-  __device__ Latent(const Params& p, int64_t b, int64_t i) {
+  __device__ Latent(const Latents& p, int64_t b, int64_t i) {
     mu = load_at<T>(p.mu, row_of(p.mu, 0, b) + offset_of(p.mu, i));
     logvar = load_at<T>(p.logvar, row_of(p.logvar, 0, b) + offset_of(p.logvar, i));
     delta = mu, t = logvar, inv_p = 1;
@@ -33,33 +32,33 @@ __device__ void store_one(const View& v, int64_t b, int64_t i, T value) {
 // KL of all rows of the grid with its gradient times `factor`. -> the sum over this thread's rows, in one thread per
 // row, of the KL (with free bits where there are any).
 template <class T>
-__device__ double kl_rows(const KlParams& p, T factor, void* out, void* charged, int g) {
+__device__ double kl_rows(const KlParams& p, T factor, void* out, void* floored_out, int g) {
   const int per_block = kThreads / g, lane = int(threadIdx.x) % g, group = int(threadIdx.x) / g;
-  const bool grads = p.grad_mu || p.grad_logvar || p.grad_prior_mu || p.grad_prior_logvar;
+  const bool grads = p.grad.any();
   double total = 0;
-  for (int64_t base = int64_t(blockIdx.x) * per_block; base < p.B; base += int64_t(gridDim.x) * per_block) {
+  for (int64_t base = int64_t(blockIdx.x) * per_block; base < p.q.B; base += int64_t(gridDim.x) * per_block) {
     const int64_t b = base + group;
-    T sum = 0, sum_charged = 0;
-    if (b < p.B) {
-      const T up = factor * at<T>(p.grad, 0, b);
-      for (int64_t i = lane; i < p.D; i += g) {
-        const KlTerm<T> k = Latent<T>(p, b, i).kl();
+    T sum = 0, floored = 0;
+    if (b < p.q.B) {
+      const T up = factor * row_number<T>(p.factor, 0, b);
+      for (int64_t i = lane; i < p.q.D; i += g) {
+        const KlTerm<T> k = Latent<T>(p.q, b, i).kl();
         const bool free = p.dim_means && p.dim_means[i] < p.free_bits;  // NaN is not below the floor
         sum += k.value;
-        sum_charged += free ? T(p.free_bits) : k.value;
+        floored += free ? T(p.free_bits) : k.value;
         if (!grads) continue;
-        store_one(p.grad_mu, b, i, free ? T(0) : up * k.d_mu);
-        store_one(p.grad_logvar, b, i, free ? T(0) : up * k.d_logvar);
-        store_one(p.grad_prior_mu, b, i, free ? T(0) : up * k.d_prior_mu);
-        store_one(p.grad_prior_logvar, b, i, free ? T(0) : up * k.d_prior_logvar);
+        store_one(p.grad.mu, b, i, free ? T(0) : up * k.d_mu);
+        store_one(p.grad.logvar, b, i, free ? T(0) : up * k.d_logvar);
+        store_one(p.grad.prior_mu, b, i, free ? T(0) : up * k.d_prior_mu);
+        store_one(p.grad.prior_logvar, b, i, free ? T(0) : up * k.d_prior_logvar);
       }
     }
     sum = group_sum(sum, g);
-    sum_charged = group_sum(sum_charged, g);
-    if (b < p.B && lane == 0) {
+    floored = group_sum(floored, g);
+    if (b < p.q.B && lane == 0) {
       if (out) static_cast<T*>(out)[b] = sum;
-      if (charged) static_cast<T*>(charged)[b] = sum_charged;
-      total += double(sum_charged);
+      if (floored_out) static_cast<T*>(floored_out)[b] = floored;
+      total += double(floored);
     }
   }
   return total;

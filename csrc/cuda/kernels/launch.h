@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/cuda.h"
+#include "cuda/kernels/kernels.h"
 
 namespace fastelbo::cuda {
 

@@ -2,7 +2,7 @@
 //
 // x is read once for every kColumns columns of W, W once for every kRows rows of x; x - b is never written. The
 // residual's products are plain matrix products, which cuBLAS does (cuda/ppca.cpp).
-#include "kernels/device.cuh"
+#include "cuda/kernels/device.cuh"
 
 namespace fastelbo::cuda {
 namespace {

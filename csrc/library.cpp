@@ -29,7 +29,7 @@ TORCH_LIBRARY(fastelbo, m) {
 
   // objective
   m.def("log_mean_exp(Tensor log_w, int dim=0) -> Tensor");
-  m.def("_log_mean_exp_backward(Tensor grad, Tensor log_w, int dim) -> Tensor");
+  m.def("_log_mean_exp_backward(Tensor grad, Tensor log_w, int dim) -> (Tensor log_w)");
   m.def(
       "elbo_loss(Tensor recon, Tensor x, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "
       "Tensor? second, Tensor? third, Tensor? mask, float beta, Tensor? beta_tensor, float free_bits, str likelihood, "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -39,103 +40,53 @@ def check(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
         op(*map(stand_in, args))
 
 
-# Autograd key of the backward ops: reached only when a graph of the gradient is being built. The gradient is then that
-# of the plain-PyTorch twin, made of differentiable operations, so that second and higher derivatives are right.
+# Autograd key of the private ops: reached only when a graph of the gradient is being built. The result is then that of
+# the plain-PyTorch twin, made of differentiable operations, so that second and higher derivatives are right.
 _library = torch.library.Library("fastelbo", "IMPL")
 
 
-def _given(grads: list[Tensor | None]) -> list[Tensor]:
-    return [g for g in grads if g is not None]
-
-
-def _log_prob_backward(
-    grad: Tensor,
-    recon: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    mask: Tensor | None,
-    likelihood: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    def twin(recon: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
-        return reference.log_prob(recon, x, scale, mask, likelihood)
-
-    return _given(reference.vjp(twin, [recon, x, scale], [grad], needs))
-
-
-def _gaussian_kl_backward(
-    grad: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    prior_mu: Tensor | None,
-    prior_logvar: Tensor | None,
-    free_bits: float,
-    needs: list[bool],
-) -> list[Tensor]:
-    def twin(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None) -> Tensor:
-        return reference.gaussian_kl(mu, logvar, prior_mu, prior_logvar, free_bits)
-
-    return _given(reference.vjp(twin, [mu, logvar, prior_mu, prior_logvar], [grad], needs))
-
-
-def _rsample_backward(
-    grad_z: Tensor | None,
-    grad_kl: Tensor | None,
-    grad_log_ratio: Tensor | None,
-    grad_gates: Tensor | None,
-    mu: Tensor,
-    logvar: Tensor,
-    num_samples: int | None,
-    prior_mu: Tensor | None,
-    prior_logvar: Tensor | None,
-    seed: Tensor | None,
-    eps: Tensor | None,
-    first_sample: int,
-    needs: list[bool],
-) -> list[Tensor]:
-    def twin(mu, logvar, prior_mu, prior_logvar, eps):  # type: ignore[no-untyped-def]
-        return reference.rsample(mu, logvar, num_samples, prior_mu, prior_logvar, seed, eps, first_sample)
-
-    inputs = [mu, logvar, prior_mu, prior_logvar, eps]
-    return _given(reference.vjp(twin, inputs, [grad_z, grad_kl, grad_log_ratio, grad_gates], needs))
-
-
-def _log_mean_exp_backward(grad: Tensor, log_w: Tensor, dim: int) -> Tensor:
-    (result,) = _given(reference.vjp(lambda w: reference.log_mean_exp(w, dim), [log_w], [grad], [True]))
-    return result
-
-
-def _ppca_log_prob_backward(
-    grad: Tensor,
-    x: Tensor,
-    W: Tensor,
-    b: Tensor,
-    log_sigma2: Tensor,
-    mean: Tensor,
-    distance: Tensor,
-    inverse: Tensor,
-    needs: list[bool],
-) -> list[Tensor]:
-    return _given(reference.vjp(reference.ppca_log_prob, [x, W, b, log_sigma2], [grad], needs))
-
-
-def _register(twin: Callable[..., Any]) -> None:
-    op = getattr(torch.ops.fastelbo, twin.__name__).default
+def _register(name: str, differentiable: Callable[..., Any]) -> None:
+    op = getattr(torch.ops.fastelbo, name).default
 
     def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(a.requires_grad for a in args if isinstance(a, Tensor)):
-            return twin(*args)
+            return differentiable(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    _library.impl(twin.__name__, autograd, "Autograd")
+    _library.impl(name, autograd, "Autograd")
 
 
-for _twin in (
-    _log_prob_backward,
-    _gaussian_kl_backward,
-    _rsample_backward,
-    _log_mean_exp_backward,
-    _ppca_log_prob_backward,
-):
-    _register(_twin)
+def _register_backward(name: str, twin: Callable[..., Any]) -> None:
+    """The op's gradient as the vector-Jacobian product of its forward's twin.
+
+    The schema binds one to the other: arguments grad_... are the upstream gradients, the names of what the op returns
+    are the inputs whose gradients they are, and every argument of the twin is one of the op.
+    """
+    schema = getattr(torch.ops.fastelbo, name).default._schema
+    arguments, wanted = [a.name for a in schema.arguments], [r.name for r in schema.returns]
+    read = signature(twin).parameters
+
+    def gradient(*args: Any) -> Any:
+        given = dict(zip(arguments, args, strict=True))
+        grads = [g for n, g in given.items() if n.startswith("grad")]
+        needs = given.get("needs", [True])
+
+        def function(*inputs: Tensor | None) -> Any:
+            return twin(**{n: a for n, a in given.items() if n in read} | dict(zip(wanted, inputs, strict=True)))
+
+        found = reference.vjp(function, [given[n] for n in wanted], grads, needs)
+        return found[0] if len(found) == 1 else tuple(found)
+
+    _register(name, gradient)
+
+
+_register("_multi_sample_weights", reference.multi_sample_weights)
+for _name, _twin in {
+    "_log_prob_backward": reference.log_prob,
+    "_gaussian_kl_backward": reference.gaussian_kl,
+    "_rsample_backward": reference.rsample,
+    "_log_mean_exp_backward": reference.log_mean_exp,
+    "_ppca_log_prob_backward": reference.ppca_log_prob,
+}.items():
+    _register_backward(_name, _twin)

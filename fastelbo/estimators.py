@@ -2,7 +2,7 @@
 
 With log w_k = log p(x | z_k) + log p(z_k) - log q(z_k | x), every bound is
 
-    elbo_share mean_k log w_k + (1 - elbo_share) mean_g 1/(1 - alpha) log mean_{k in g} w_k^(1 - alpha)
+    elbo_weight mean_k log w_k + (1 - elbo_weight) mean_g 1/(1 - alpha) log mean_{k in g} w_k^(1 - alpha)
 
 over `groups` groups g of K / groups consecutive samples. With a_k its derivative by log w_k, the gradient is made of
 
@@ -21,7 +21,7 @@ from typing import NamedTuple
 class Estimator(NamedTuple):
     """The six numbers above; they are passed to the op `multi_sample_loss` in this order."""
 
-    elbo_share: float = 0.0
+    elbo_weight: float = 0.0
     alpha: float = 0.0
     groups: int = 1
     path: float = 1.0
@@ -36,7 +36,7 @@ class Estimator(NamedTuple):
 
 def _vr(alpha: float) -> Estimator:
     # alpha = 1 is the ELBO by continuity: Renyi's divergence tends to KL (Li & Turner 2016, sec. 2)
-    return Estimator(elbo_share=1.0) if alpha == 1 else Estimator(alpha=alpha)
+    return Estimator(elbo_weight=1.0) if alpha == 1 else Estimator(alpha=alpha)
 
 
 class Row(NamedTuple):
@@ -48,9 +48,9 @@ class Row(NamedTuple):
 # a, b, c beside each row; wt = softmax_k(log w), wa = softmax_k((1 - alpha) log w)
 ESTIMATORS = {
     # 1/K, 1/K, 1/K: the ELBO with the KL by Monte Carlo too (Kingma & Welling 2014, eq. 6)
-    "elbo": Row(lambda: Estimator(elbo_share=1.0)),
+    "elbo": Row(lambda: Estimator(elbo_weight=1.0)),
     # 1/K, 1/K, 0: "sticking the landing", zero variance where q is the posterior (Roeder et al. 2017, eq. 8)
-    "stl": Row(lambda: Estimator(elbo_share=1.0, score=0.0)),
+    "stl": Row(lambda: Estimator(elbo_weight=1.0, score=0.0)),
     # wt, wt, wt: the importance-weighted bound (Burda et al. 2016, eq. 8 and 13)
     "iwae": Row(Estimator),
     # wt, wt^2, 0: doubly reparameterized, unbiased for iwae's gradient (Tucker et al. 2019, eq. 8). K = 1: it is stl
@@ -61,7 +61,7 @@ ESTIMATORS = {
     # wa, wa, wa: the variational Renyi bound (Li & Turner 2016, eq. 14)
     "vr": Row(_vr, ("alpha",)),
     # beta elbo + (1 - beta) iwae (Rainforth et al. 2018, eq. 10)
-    "ciwae": Row(lambda beta: Estimator(elbo_share=beta), ("beta",)),
+    "ciwae": Row(lambda beta: Estimator(elbo_weight=beta), ("beta",)),
     # iwae in each group of K / groups samples, averaged over the groups (Rainforth et al. 2018, eq. 9)
     "miwae": Row(lambda groups: Estimator(groups=groups), ("groups",)),
 }

@@ -93,13 +93,28 @@ def _expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
         raise ValueError(f"{name} must broadcast to the shape {tuple(shape)} of {like}; got {tuple(t.shape)}") from None
 
 
-def split_recon(recon: Recon) -> tuple[Tensor, Tensor | None]:
-    """recon is one tensor or a pair (mean, logvar): -> (first parameter, second parameter or None)."""
+def split_recon(recon: Recon) -> tuple[Tensor, ...]:
+    """recon is one tensor or a tuple of tensors such as (mean, logvar): -> the parameters of the likelihood."""
     if isinstance(recon, Tensor):
-        return recon, None
-    if isinstance(recon, Sequence) and len(recon) == 2 and all(isinstance(t, Tensor) for t in recon):
-        return recon[0], _expand("the second tensor of recon", recon[1], recon[0].shape, "the first")
+        return (recon,)
+    if isinstance(recon, Sequence) and 1 <= len(recon) <= 3 and all(isinstance(t, Tensor) for t in recon):
+        return tuple(recon)
     raise TypeError(f"recon must be a tensor or a pair of tensors, such as (mean, logvar); got {type(recon).__name__}")
+
+
+_ORDINALS = ("the first", "the second tensor of recon", "the third tensor of recon")
+
+
+def _parameters(recon: Recon, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The parameters, each in a shape that the ops take: that of the first, that of one datum, or 0-d."""
+    first, *others = split_recon(recon)
+    event = x.shape[1:]
+    shaped: list[Tensor | None] = [
+        t if t.dim() == 0 or t.shape == event else _expand(name, t, first.shape, "the first")
+        for name, t in zip(_ORDINALS[1:], others, strict=False)
+    ]
+    shaped += [None] * (2 - len(shaped))
+    return first, shaped[0], shaped[1]
 
 
 def _mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -211,8 +226,10 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
     Raises:
         ValueError, TypeError: an unknown likelihood, shapes or dtypes that do not fit.
     """
-    first, scale = split_recon(recon)
-    return _call(_op.log_prob.default, reference.log_prob, first, x, scale, _mask(mask, x), likelihood)
+    parameters = _parameters(recon, x)
+    return _call(
+        _op.log_prob.default, reference.log_prob, parameters[0], x, *parameters[1:], _mask(mask, x), likelihood
+    )
 
 
 def bernoulli_log_prob(logits: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -251,14 +268,14 @@ def gaussian_log_prob(mean: Tensor, x: Tensor, logvar: float | Tensor = 0.0, *, 
 
     Reference: Kingma & Welling 2014, app. C.2.
     """
-    if isinstance(logvar, Tensor):
-        scale = _expand("logvar", logvar, mean.shape, "mean")
-    elif logvar == 0.0:
-        return log_prob(mean, x, likelihood="gaussian", mask=mask)
-    else:
+    if not isinstance(logvar, Tensor):
+        if logvar == 0.0:
+            return log_prob(mean, x, likelihood="gaussian", mask=mask)
         dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-        scale = torch.full((), logvar, dtype=dtype, device=mean.device).expand(mean.shape)
-    return log_prob((mean, scale), x, likelihood="gaussian", mask=mask)
+        logvar = torch.full((), logvar, dtype=dtype, device=mean.device)
+    elif logvar.dim() != 0 and logvar.shape != x.shape[1:]:
+        logvar = _expand("logvar", logvar, mean.shape, "mean")
+    return log_prob((mean, logvar), x, likelihood="gaussian", mask=mask)
 
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
@@ -286,6 +303,8 @@ def elbo_loss(
     mu: Tensor,
     logvar: Tensor,
     *,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
     likelihood: str = "bernoulli",
     beta: float | Tensor = 1.0,
     free_bits: float = 0.0,
@@ -295,11 +314,12 @@ def elbo_loss(
 ) -> Any:
     """The loss of a VAE: minus the evidence lower bound, value and gradient in one pass.
 
-    loss_b = -mean_k log p(x_b | z_kb) + beta KL(q(z | x_b) || N(0, I)), reduced over B, never averaged over D.
+    loss_b = -mean_k log p(x_b | z_kb) + beta KL(q(z | x_b) || p(z)), reduced over B, never averaged over D.
 
     Args:
         recon, x, likelihood, mask: as in `log_prob`. recon may carry K samples in front.
         mu, logvar: [B, *latent]. The encoder's output.
+        prior_mu, prior_logvar: broadcast to mu, learned or not; N(0, I) without them.
         beta: weight of the KL; a float or a 0-d tensor on the device (Higgins et al. 2017).
         free_bits: floor in nats for each dimension's mean KL; see `gaussian_kl`.
         reduction: "mean" (over B), "sum" or "none".
@@ -314,7 +334,7 @@ def elbo_loss(
 
     Reference: Kingma & Welling 2014, eq. 10.
     """
-    first, scale = split_recon(recon)
+    first, second, third = _parameters(recon, x)
     weight, weight_tensor = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
     parts = _call(
         _op.elbo_loss.default,
@@ -323,7 +343,10 @@ def elbo_loss(
         x,
         mu,
         logvar,
-        scale,
+        None if prior_mu is None else _expand("prior_mu", prior_mu, mu.shape, "mu"),
+        None if prior_logvar is None else _expand("prior_logvar", prior_logvar, mu.shape, "mu"),
+        second,
+        third,
         _mask(mask, x),
         weight,
         weight_tensor,
@@ -362,7 +385,7 @@ def iwae_loss(
 
     Reference: Burda et al. 2016, eq. 8 and 13.
     """
-    first, scale = split_recon(recon)
+    first, second, third = _parameters(recon, x)
     loss, log_likelihood = _call(
         _op.multi_sample_loss.default,
         reference.multi_sample_loss,
@@ -370,9 +393,11 @@ def iwae_loss(
         x,
         log_ratio,
         None,
-        scale,
+        second,
+        third,
         _mask(mask, x),
         likelihood,
+        list(estimators.ESTIMATORS["iwae"].make()),
         reduction,
     )
     if not return_parts:
@@ -431,7 +456,7 @@ def multi_sample_loss(
         same loss that reads these two would be changed with them: let it read samples of its own (`rsample` with the
         same seed gives the same ones). posterior.kl, mu and logvar are not touched.
     """
-    first, scale = split_recon(recon)
+    first, second, third = _parameters(recon, x)
     log_ratio = posterior.log_ratio
     if log_ratio.dim() != 2:
         raise ValueError(
@@ -455,11 +480,12 @@ def multi_sample_loss(
         x,
         log_ratio,
         gates,
-        scale,
+        second,
+        third,
         _mask(mask, x),
         likelihood,
+        [float(number) for number in row],
         reduction,
-        *row,
     )
     return LossParts(loss, log_likelihood, posterior.kl) if return_parts else loss
 

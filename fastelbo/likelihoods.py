@@ -85,5 +85,5 @@ def sample(recon: Recon, likelihood: str = "bernoulli", *, generator: Generator 
     """
     row = get(likelihood)
     with torch.no_grad():
-        first, scale = split_recon(recon)
-        return row.draw(row.mean(first), scale, generator)
+        first, *others = split_recon(recon)
+        return row.draw(row.mean(first), others[0] if others else None, generator)

@@ -106,9 +106,10 @@ class LogMeanExp:
 
 def _expand_batch(recon: Recon, x: Tensor) -> Recon:
     """recon [k, 1, *event] as [k, B, *event], without a copy."""
-    first, second = split_recon(recon)
+    first, *others = split_recon(recon)
     shape = (len(first), *x.shape)
-    return first.expand(shape) if second is None else (first.expand(shape), second.expand(shape))
+    whole = first.expand(shape)
+    return (whole, *(t.expand(shape) if t.dim() == first.dim() else t for t in others)) if others else whole  # type: ignore[return-value]
 
 
 def log_weights(

@@ -7,7 +7,7 @@ dimensions, D data dimensions (all event dimensions together). Everything is in 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,29 +22,29 @@ LOG_2PI = math.log(2.0 * math.pi)
 # Likelihoods: log p(x | recon) of one element. The names are those that the compiled library reports.
 
 
-def _bernoulli(logits: Tensor, x: Tensor, _: Tensor | None) -> Tensor:
+def _bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     """x l - softplus(l), l the logit."""
     return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
 
 
-def _bernoulli_probs(probs: Tensor, x: Tensor, _: Tensor | None) -> Tensor:
+def _bernoulli_probs(x: Tensor, probs: Tensor) -> Tensor:
     """x log p + (1 - x) log(1 - p), each logarithm clamped at -100."""
     return -F.binary_cross_entropy(probs, x, reduction="none")
 
 
-def _gaussian(mean: Tensor, x: Tensor, logvar: Tensor | None) -> Tensor:
+def _gaussian(x: Tensor, mean: Tensor, logvar: Tensor | None = None) -> Tensor:
     """-1/2 [(x - m)^2 exp(-lv) + lv + log 2 pi]; lv = 0 where it is not given."""
     square = (x - mean).square()
     return -0.5 * (square + LOG_2PI if logvar is None else square * torch.exp(-logvar) + logvar + LOG_2PI)
 
 
-def _laplace(mean: Tensor, x: Tensor, log_scale: Tensor | None) -> Tensor:
+def _laplace(x: Tensor, mean: Tensor, log_scale: Tensor | None = None) -> Tensor:
     """-[|x - m| exp(-s) + s + log 2]; s = 0 where it is not given."""
     distance = (x - mean).abs()
     return -(distance + LOG_2 if log_scale is None else distance * torch.exp(-log_scale) + log_scale + LOG_2)
 
 
-LIKELIHOODS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+LIKELIHOODS: dict[str, Callable[..., Tensor]] = {  # of x and the parameters
     "bernoulli": _bernoulli,
     "bernoulli_probs": _bernoulli_probs,
     "gaussian": _gaussian,
@@ -67,12 +67,20 @@ def _sum_from(t: Tensor, dim: int) -> Tensor:
 
 
 def log_prob(
-    recon: Tensor, x: Tensor, scale: Tensor | None = None, mask: Tensor | None = None, likelihood: str = "bernoulli"
+    recon: Tensor,
+    x: Tensor,
+    second: Tensor | None = None,
+    third: Tensor | None = None,
+    mask: Tensor | None = None,
+    likelihood: str = "bernoulli",
 ) -> Tensor:
-    """log p(x | recon), summed over the event dimensions: recon [K?, B, *event], x [B, *event] -> [K?, B]."""
+    """log p(x | recon, second, third), summed over the event dimensions -> [K?, B].
+
+    recon [K?, B, *event], x [B, *event]; second and third, where there are any: the shape of recon, [*event] or 0-d.
+    """
     dtype = _compute_dtype(recon)
     recon, x = recon.to(dtype), read_data(x, dtype)
-    scale = None if scale is None else scale.to(dtype)
+    others = [t.to(dtype) for t in (second, third) if t is not None]
     weight = None
     if mask is not None:
         weight = mask.to(dtype).expand(x.shape)
@@ -80,8 +88,8 @@ def log_prob(
         keep = weight != 0
         x = torch.where(keep, x, 0.5)
         recon = torch.where(keep, recon, 0.5)
-        scale = None if scale is None else torch.where(keep, scale, 0.0)
-    terms = LIKELIHOODS[likelihood](recon, x.expand(recon.shape), scale)
+        others = [torch.where(keep, t, 0.0) for t in others]
+    terms = LIKELIHOODS[likelihood](x.expand(recon.shape), recon, *others)
     if weight is not None:
         terms = terms * weight
     return _sum_from(terms, recon.dim() - x.dim() + 1)
@@ -166,7 +174,7 @@ def normal(seed: Tensor, shape: tuple[int, ...], offset: int = 0) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """The identity on z and log_ratio, with the output `gates`: zeros [2, K, B] (see csrc/estimator.h)."""
+    """The identity on z and log_ratio, with the output `gates`: zeros [2, K, B] (see csrc/math/estimator.h)."""
 
     generate_vmap_rule = True
 
@@ -258,7 +266,10 @@ def elbo_loss(
     x: Tensor,
     mu: Tensor,
     logvar: Tensor,
-    scale: Tensor | None = None,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    second: Tensor | None = None,
+    third: Tensor | None = None,
     mask: Tensor | None = None,
     beta: float = 1.0,
     beta_tensor: Tensor | None = None,
@@ -267,12 +278,12 @@ def elbo_loss(
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-(mean_k log p(x | z_k) - beta KL) reduced over B; also log p [K?, B] and KL [B], this one without free bits."""
-    log_likelihood = log_prob(recon, x, scale, mask, likelihood)
-    kl = gaussian_kl(mu, logvar)
-    charged = gaussian_kl(mu, logvar, free_bits=free_bits) if free_bits > 0 else kl
+    log_likelihood = log_prob(recon, x, second, third, mask, likelihood)
+    kl = gaussian_kl(mu, logvar, prior_mu, prior_logvar)
+    penalty = gaussian_kl(mu, logvar, prior_mu, prior_logvar, free_bits) if free_bits > 0 else kl
     fit = log_likelihood.mean(0) if recon.dim() > x.dim() else log_likelihood
-    weight = beta if beta_tensor is None else beta_tensor.to(charged.dtype)
-    return _reduce(weight * charged - fit, reduction), log_likelihood, kl
+    weight = beta if beta_tensor is None else beta_tensor.to(penalty.dtype)
+    return _reduce(weight * penalty - fit, reduction), log_likelihood, kl
 
 
 class _Steered(torch.autograd.Function):
@@ -293,43 +304,47 @@ class _Steered(torch.autograd.Function):
         return grad, ctx.saved_tensors[0], None
 
 
+def multi_sample_weights(log_w: Tensor, estimator: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """The bound [B] of log w [K, B], its gradient a by log w [K, B], and the gates [2, K, B]: b / a - 1 and c / a - 1.
+
+    The six numbers of the estimator are those of `fastelbo.estimators.Estimator`.
+    """
+    elbo_weight, alpha, groups, path, path_weight, score = estimator
+    log_w = log_w.to(_compute_dtype(log_w))
+    bound = torch.zeros_like(log_w[0])
+    weights = torch.full_like(log_w, elbo_weight / len(log_w))
+    if elbo_weight != 0:
+        bound = elbo_weight * log_w.mean(0)
+    if elbo_weight != 1:
+        tempered = ((1 - alpha) * log_w).unflatten(0, (int(groups), -1))  # [groups, K / groups, B]
+        bound = bound + (1 - elbo_weight) / (1 - alpha) * log_mean_exp(tempered, 1).mean(0)
+        empty = tempered.detach().amax(1, keepdim=True) == -torch.inf
+        softmax = torch.where(empty, 0.0, torch.softmax(torch.where(empty, 0.0, tempered), 1)).flatten(0, 1)
+        weights = weights + (1 - elbo_weight) / groups * softmax
+    for_path = torch.full_like(log_w, path - 1)
+    if path_weight != 0:  # else the weights count for nothing: they may be NaN
+        for_path = for_path + path_weight * weights
+    return bound, weights, torch.stack([for_path, torch.full_like(log_w, score - 1)])
+
+
 def multi_sample_loss(
     recon: Tensor,
     x: Tensor,
     log_ratio: Tensor,
-    gates: Tensor | None = None,
-    scale: Tensor | None = None,
-    mask: Tensor | None = None,
-    likelihood: str = "bernoulli",
-    reduction: str = "mean",
-    elbo_share: float = 0.0,
-    alpha: float = 0.0,
-    groups: int = 1,
-    path: float = 1.0,
-    path_weight: float = 0.0,
-    score: float = 1.0,
+    gates: Tensor | None,
+    second: Tensor | None,
+    third: Tensor | None,
+    mask: Tensor | None,
+    likelihood: str,
+    estimator: Sequence[float],
+    reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """Minus the bound of an estimator (see `fastelbo.estimators`) reduced over B; also log p [K, B]."""
-    log_likelihood = log_prob(recon, x, scale, mask, likelihood)
-    log_w = log_likelihood + log_ratio.to(log_likelihood.dtype)
-    bound: Tensor | float = 0.0
-    weights: Tensor | float = 0.0  # a [K, B]
-    if elbo_share != 0:
-        bound = elbo_share * log_w.mean(0)
-        weights = elbo_share / len(log_w)
-    if elbo_share != 1:
-        tempered = ((1 - alpha) * log_w).unflatten(0, (groups, -1))  # [groups, K / groups, B]
-        bound = bound + (1 - elbo_share) / (1 - alpha) * log_mean_exp(tempered, 1).mean(0)
-        if path_weight != 0:
-            empty = tempered.detach().amax(1, keepdim=True) == -torch.inf
-            softmax = torch.where(empty, 0.0, torch.softmax(torch.where(empty, 0.0, tempered), 1)).flatten(0, 1)
-            weights = weights + (1 - elbo_share) / groups * softmax
-    assert isinstance(bound, Tensor)
+    log_likelihood = log_prob(recon, x, second, third, mask, likelihood)
+    bound, _, factors = multi_sample_weights(log_likelihood + log_ratio.to(log_likelihood.dtype), estimator)
     loss = _reduce(-bound, reduction)
     if gates is not None:
-        for_path = torch.full_like(log_w, path - 1) + path_weight * weights
-        factors = torch.stack([for_path, torch.full_like(log_w, score - 1)]).to(gates.dtype)
-        loss = _Steered.apply(loss, gates, factors)  # type: ignore[no-untyped-call]
+        loss = _Steered.apply(loss, gates, factors.to(gates.dtype))  # type: ignore[no-untyped-call]
     return loss, log_likelihood
 
 

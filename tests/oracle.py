@@ -38,7 +38,7 @@ Call = Callable[..., Any]
 _SUMS = (torch.sum, torch.mean, Tensor.sum, Tensor.mean)
 
 
-def _accurate_bernoulli(logits: Tensor, x: Tensor, _: Tensor | None) -> Tensor:
+def _accurate_bernoulli(x: Tensor, logits: Tensor) -> Tensor:
     """torch's binary_cross_entropy_with_logits subtracts a log sigmoid from the logit; this loses no digits."""
     return x * logsigmoid(logits) + (1 - x) * logsigmoid(-logits)
 

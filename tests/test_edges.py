@@ -112,11 +112,11 @@ def test_gradients_of_half_precision_gates_and_ratios_fit_them(gates, ratio):
     logits, x = torch.randn(K, B, 12, requires_grad=True), torch.rand(B, 12)
     log_ratio = torch.randn(K, B).to(ratio).requires_grad_()
     opened = torch.zeros(2, K, B, dtype=gates, requires_grad=True)
-    estimator = (0.0, 0.0, 1, 0.0, 1.0, 0.0)  # dreg
+    dreg = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
     def loss(logits, log_ratio, opened):
         return torch.ops.fastelbo.multi_sample_loss(
-            logits, x, log_ratio, opened, None, None, "bernoulli", "mean", *estimator
+            logits, x, log_ratio, opened, None, None, None, "bernoulli", dreg, "mean"
         )[0]
 
     found = torch.autograd.grad(loss(logits, log_ratio, opened), (logits, log_ratio, opened))

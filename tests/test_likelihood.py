@@ -341,7 +341,7 @@ def test_gradient_of_a_gaussian_scale_overflows_no_sooner_than_its_value():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"scale": torch.zeros(4, 8)}, "recon must be one tensor"),
+        ({"second": torch.zeros(4, 8)}, "recon must be one tensor"),
         ({"grad": torch.zeros(5)}, "grad must have the shape"),
         ({"grad": torch.zeros(4, dtype=torch.float64)}, "grad must be float32"),
         ({"mask": torch.zeros(4, 7)}, "mask must have the shape"),
@@ -355,10 +355,11 @@ def test_log_prob_backward_refuses(change, message):
         "grad": torch.zeros(4),
         "recon": torch.zeros(4, 8),
         "x": torch.zeros(4, 8),
-        "scale": None,
+        "second": None,
+        "third": None,
         "mask": None,
         "likelihood": "bernoulli",
-        "needs": [True, False, True],
+        "needs": [True, False, True, False],
     }
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.fastelbo._log_prob_backward(**(arguments | change))

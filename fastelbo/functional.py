@@ -5,7 +5,7 @@ Half and bfloat16 inputs: arithmetic, sums and returned losses are float32, grad
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastelbo import _ops, estimators, ppca_missing, reference
+from fastelbo.arguments import checked
 from fastelbo.ordered import ordered_sum
 
 Recon = Tensor | tuple[Tensor, Tensor]
@@ -97,9 +98,7 @@ def split_recon(recon: Recon) -> tuple[Tensor, Tensor | None]:
     """recon is one tensor or a pair (mean, logvar): -> (first parameter, second parameter or None)."""
     if isinstance(recon, Tensor):
         return recon, None
-    if isinstance(recon, Sequence) and len(recon) == 2 and all(isinstance(t, Tensor) for t in recon):
-        return recon[0], _expand("the second tensor of recon", recon[1], recon[0].shape, "the first")
-    raise TypeError(f"recon must be a tensor or a pair of tensors, such as (mean, logvar); got {type(recon).__name__}")
+    return recon[0], _expand("the second tensor of recon", recon[1], recon[0].shape, "the first")
 
 
 def _mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -115,6 +114,7 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, de
     return seed if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
+@checked
 def rsample(
     mu: Tensor,
     logvar: Tensor,
@@ -158,12 +158,15 @@ def rsample(
         raise ValueError("eps and seed (or generator) exclude each other: give one of them")
     else:
         key = None
+    if first_sample and first_sample > (limit := 2**63 // max(1, mu.numel()) - (num_samples or 1)):
+        raise ValueError(f"first_sample must be at most {limit}: noise has 2^63 elements; got {first_sample}")
     z, kl, log_ratio, gates = _call(
         _op.rsample.default, reference.rsample, mu, logvar, num_samples, p_mu, p_logvar, key, eps, first_sample
     )
     return Posterior(z, kl, log_ratio, mu, logvar, prior_mu, prior_logvar, None if num_samples is None else gates)
 
 
+@checked
 def gaussian_kl(
     mu: Tensor,
     logvar: Tensor,
@@ -195,6 +198,7 @@ def gaussian_kl(
     return _call(_op.gaussian_kl.default, reference.gaussian_kl, mu, logvar, p_mu, p_logvar, free_bits)
 
 
+@checked
 def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Tensor | None = None) -> Tensor:
     """log p(x | recon) under any likelihood, summed over the event dimensions.
 
@@ -215,6 +219,7 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
     return _call(_op.log_prob.default, reference.log_prob, first, x, scale, _mask(mask, x), likelihood)
 
 
+@checked
 def bernoulli_log_prob(logits: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Bernoulli log-likelihood from logits: sum_d [x l - softplus(l)], exact for any size of l.
 
@@ -234,6 +239,7 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor, *, mask: Tensor | None = None)
     return log_prob(logits, x, likelihood="bernoulli", mask=mask)
 
 
+@checked
 def gaussian_log_prob(mean: Tensor, x: Tensor, logvar: float | Tensor = 0.0, *, mask: Tensor | None = None) -> Tensor:
     """Gaussian log-likelihood: -1/2 sum_d [(x - m)^2 exp(-lv) + lv + log 2 pi]; log 2 pi is always kept.
 
@@ -261,6 +267,7 @@ def gaussian_log_prob(mean: Tensor, x: Tensor, logvar: float | Tensor = 0.0, *, 
     return log_prob((mean, scale), x, likelihood="gaussian", mask=mask)
 
 
+@checked
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     """log (1/K) sum_k exp(log w_k) along one dimension, stably.
 
@@ -280,6 +287,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     return _call(_op.log_mean_exp.default, reference.log_mean_exp, log_w, dim)
 
 
+@checked
 def elbo_loss(
     recon: Recon,
     x: Tensor,
@@ -334,6 +342,7 @@ def elbo_loss(
     return LossParts(*parts) if return_parts else parts[0]
 
 
+@checked
 def iwae_loss(
     recon: Recon,
     x: Tensor,
@@ -380,6 +389,7 @@ def iwae_loss(
     return LossParts(loss, log_likelihood, -ordered_sum(log_ratio.to(log_likelihood.dtype)) / log_ratio.shape[0])
 
 
+@checked
 def multi_sample_loss(
     recon: Recon,
     x: Tensor,
@@ -470,6 +480,7 @@ class ELBOLoss(torch.nn.Module):
     A tensor beta is a buffer that moves with the module and is not in its state_dict; an nn.Parameter is learned.
     """
 
+    @checked
     def __init__(
         self,
         likelihood: str = "bernoulli",
@@ -511,6 +522,7 @@ class ELBOLoss(torch.nn.Module):
 class IWAELoss(torch.nn.Module):
     """`iwae_loss` as a module: the options are set once, the tensors are given at each call."""
 
+    @checked
     def __init__(self, likelihood: str = "bernoulli", *, reduction: str = "mean", return_parts: bool = False) -> None:
         super().__init__()
         self.likelihood, self.reduction, self.return_parts = likelihood, reduction, return_parts
@@ -531,6 +543,7 @@ class IWAELoss(torch.nn.Module):
         return f"{self.likelihood!r}, reduction={self.reduction!r}"
 
 
+@checked
 def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor, *, observed: Tensor | None = None) -> Tensor:
     """Log density of probabilistic PCA, x = W z + b + e, in O(N D M) and one pass over x.
 

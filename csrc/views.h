@@ -84,6 +84,9 @@ inline RowScalars rows_of(const at::Tensor& t) {
 
 inline bool is_double(const at::Tensor& t) { return t.scalar_type() == at::kDouble; }
 
+// Where this share of |x - b|^2 is left by a difference of squares in double, it is as exact as the type of b asks for.
+inline double ppca_safe_share(const at::Tensor& b) { return is_double(b) ? 0.25 : 1e-6; }
+
 template <class Params>
 void set_latent(Params& p, const at::Tensor& mu, const at::Tensor& logvar, const OptionalTensor& prior_mu,
                 const OptionalTensor& prior_logvar) {

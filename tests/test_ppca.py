@@ -4,10 +4,11 @@ import math
 import subprocess
 import sys
 
+import mpmath as mp
 import numpy as np
 import pytest
 import torch
-from oracle import check
+from oracle import SAMPLES, _RandomRounding, assert_accurate, check, evaluate
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -126,6 +127,57 @@ def test_gradients_where_sigma_is_small(x_grad):
     W, b, log_sigma2 = (t.requires_grad_() for t in parameters(300, 8, 1e-2, torch.float32))
     x = (torch.randn(100, 8) @ W.detach().T + 1e-2 * torch.randn(100, 300) + b.detach()).requires_grad_(x_grad)
     check(fastelbo.ppca_log_prob, x, W, b, log_sigma2)
+
+
+def exactly(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor, upstream: Tensor) -> list[Tensor]:
+    """log N(x; b, C) and the gradients of its sum weighted by `upstream`, from the D by D matrix, to 60 digits."""
+    X, W_, g = (mp.matrix(t.double().tolist()) for t in (x, W, upstream))
+    D, s2 = len(W), mp.exp(log_sigma2.item())
+    C = W_ * W_.T + s2 * mp.eye(D)
+    inverse, constant = C**-1, D * mp.log(2 * mp.pi) + mp.log(mp.det(C))
+    R = X - mp.ones(len(x), 1) * mp.matrix(b.double().tolist()).T
+    U = R * inverse  # rows r' C^-1
+    G = mp.diag(list(g))
+    norms = [mp.fdot(U[n, :], U[n, :]) - sum(inverse[d, d] for d in range(D)) for n in range(len(x))]
+    found = (
+        mp.matrix([-(constant + mp.fdot(R[n, :], U[n, :])) / 2 for n in range(len(x))]),
+        -G * U,
+        U.T * G * (U * W_) - sum(g) * inverse * W_,
+        U.T * g,
+        mp.matrix([s2 * mp.fdot(g, norms) / 2]),
+    )
+    shapes = (x.shape[:1], x.shape, W.shape, b.shape, ())
+    return [torch.tensor([float(v) for v in m], dtype=F64).reshape(s) for m, s in zip(found, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("alike", [None, 1e-5], ids=["", "columns alike"])
+@pytest.mark.parametrize("digits", range(1, 9))
+def test_accuracy_where_sigma_is_small(digits, alike, dtype):
+    """Data of the model for sigma = 1e-1 .. 1e-8, also with columns of W that differ by 1e-5, against exact figures."""
+    mp.mp.dps, sigma = 60, 10.0**-digits
+    W, b, log_sigma2 = parameters(12, 3, sigma)
+    if alike:
+        W[:, 1] = W[:, 0] + alike * torch.randn(12, dtype=F64)
+    x = torch.randn(5, 3, dtype=F64) @ W.T + b + sigma * torch.randn(5, 12, dtype=F64)
+    inputs = [t.to(dtype).requires_grad_() for t in (x, W, b, log_sigma2)]
+    upstream = torch.randn(5, dtype=F64).to(dtype)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    exact = exactly(*wide, upstream)
+    rounded = []
+    for _ in range(SAMPLES):
+        with _RandomRounding(torch.finfo(dtype).eps):
+            found = evaluate(reference.ppca_log_prob, wide, [upstream.double()])
+        rounded.append([(a - e).detach().abs() for a, e in zip(found, exact, strict=True)])
+    ours, twins = (
+        evaluate(f, inputs, [upstream]) for f in (fastelbo.ppca_log_prob, reference.ppca_log_prob)
+    )
+    for i, name in enumerate(("log p", "x", "W", "b", "log_sigma2")):
+        magnitude = exact[i].abs().max().expand(exact[i].shape)
+        assert_accurate(ours[i], twins[i], exact[i], magnitude, name, [r[i] for r in rounded])
+    # and the twin itself loses a digit per factor of 10 in sigma, not two: that is what rounding x - b costs
+    for a, e in zip(twins if dtype == F64 else [], exact, strict=False):
+        assert (a - e).abs().max() < 1e3 * torch.finfo(F64).eps / sigma * e.abs().max()
 
 
 def test_nan_and_infinity():
@@ -346,7 +398,7 @@ def test_fit_keeps_the_parameters_of_an_optimizer():
         (lambda m, x: m.elbo(x * math.nan, x[:, :2], x[:, :2]), ValueError, "x must not be NaN here; 45 of 45 cells"),
         (lambda m, x: m.elbo(x, x[:3, :2], x[:, :2]), ValueError, r"mu must be \[N, M\] with N=9 from x; got \(3, 2\)"),
         (lambda m, x: m.fit(x, "svd"), ValueError, "method must be one of eig, em; got 'svd'"),
-        (lambda m, x: m.fit(x, "em", max_iter=0), ValueError, "max_iter must be at least 1"),
+        (lambda m, x: m.fit(x, "em", max_iter=0), ValueError, "max_iter must be an int of at least 1; got 0"),
         (lambda m, x: m.fit(3), TypeError, "X must be a tensor, an array, or an iterable of batches; got int"),
         (lambda m, x: m.fit(iter([x]), "em"), TypeError, "which can be read only once"),
         (lambda m, x: m.fit([x, x[:, :3]]), ValueError, r"every batch of X must be \[n, 5\].*got \(9, 3\)"),

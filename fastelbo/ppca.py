@@ -37,16 +37,16 @@ def _from_numpy(X: Any) -> Tensor:
     return torch.as_tensor(a if usable else a.astype(a.dtype.newbyteorder("="), order="C"))
 
 
-def _tensor(X: Any, name: str) -> Tensor:
-    """A tensor or an array as a tensor [N, D] of a dtype that the model reads."""
+def _tensor(X: Any, name: str, shape: str = "[N, D]") -> Tensor:
+    """A tensor or an array as a matrix of a dtype that the model reads."""
     try:
         x = X if isinstance(X, Tensor) else _from_numpy(X) if _is_array(X) else torch.as_tensor(X)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor or an array of numbers [N, D]; got {_kind(X)}") from error
+        raise TypeError(f"{name} must be a tensor or an array of numbers {shape}; got {_kind(X)}") from error
     if not x.is_floating_point() and x.dtype not in (torch.uint8, torch.bool):
         raise TypeError(f"{name} must be floating, uint8 (read as x / 255) or bool; got {x.dtype}")
     if x.dim() != 2:
-        raise ValueError(f"{name} must be [N, D]; got {tuple(x.shape)}")
+        raise ValueError(f"{name} must be {shape}; got {tuple(x.shape)}")
     return x
 
 
@@ -186,8 +186,8 @@ class PPCA(nn.Module):
 
     def _array(self, x: Any, name: str, columns: tuple[str, int]) -> Tensor:
         W = self._parameters_()[0]
-        t = _tensor(x, name)
         letter, size = columns
+        t = _tensor(x, name, f"[N, {letter}]")
         if t.shape[1] != size:
             raise ValueError(f"{name} must be [N, {letter}] with {letter}={size}; got {tuple(t.shape)}")
         if t.device != W.device:
@@ -251,7 +251,8 @@ class PPCA(nn.Module):
 
     def bic(self, x: Any) -> float:
         """-2 sum log p(x) + n_parameters log N: over the M, the lowest is the choice (Schwarz 1978). x: [N, D]."""
-        return -2 * len(x) * self.score(x) + self.n_parameters * math.log(len(x))
+        score = self.score(x)
+        return -2 * len(x) * score + self.n_parameters * math.log(len(x))
 
     def posterior(self, x: Any) -> Any:
         """p(z | x) = N(mean, covariance): mean G^-1 W'(x - b), covariance s2 G^-1.
@@ -274,7 +275,8 @@ class PPCA(nn.Module):
         """float64 [N, M]; Q and R as `ppca_factor` gives them."""
         W, b, _ = self._parameters_()
         projected = (read_data(x, W.dtype) - b) @ Q.to(W.dtype)
-        return torch.linalg.solve_triangular(R, projected.double().mT, upper=True).mT
+        mean: Tensor = torch.linalg.solve_triangular(R, projected.double().mT, upper=True)
+        return mean.mT
 
     def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         W, b, log_sigma2 = self._parameters_()

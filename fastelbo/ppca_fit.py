@@ -56,8 +56,8 @@ class Group:
     def __init__(self, group: Any) -> None:
         if group is not None and not isinstance(group, getattr(dist, "ProcessGroup", ())):
             raise TypeError(f"group must be a torch.distributed group or None; got {type(group).__name__}")
-        self.group = group
-        self.size = 1 if group is None else dist.get_world_size(group)
+        self.group: Any = group
+        self.size = 1 if group is None else dist.get_world_size(self.group)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -366,7 +366,7 @@ class _MissingSums:
         W, shift = solution[:, :-1], solution[:, -1]
         moments = self.z[self.where] / self.z[-1]
         mu = moments[:-1, -1]
-        K = torch.linalg.cholesky(moments[:-1, :-1] - torch.outer(mu, mu))
+        K = torch.linalg.cholesky_ex(moments[:-1, :-1] - torch.outer(mu, mu))[0]
         log_s2 = torch.log((self.squares - (solution * self.S).sum(1)).sum() / self.cells)
         return W @ K, self.b + shift + W @ mu, log_s2
 
@@ -385,25 +385,26 @@ def _incomplete(
         for piece in _read(batches, group):
             sums.update(piece)
         found = sums.step(group)
-        if not found[2] > floor:  # NaN too
-            _check_count(N, W.shape[1], W.shape[1])
         return float(sums.log_prob) / N, found
 
     def change(new: Parameters, old: Parameters) -> Parameters:
         return new[0] - old[0], new[1] - old[1], new[2] - old[2]
 
-    def length(p: Parameters) -> float:
-        return math.sqrt(float((p[0].square().sum() + p[1].square().sum()) / scale + p[2].square()))
+    def length(p: Parameters, log_s2: Tensor) -> float:
+        # in the units of the likelihood: what moves x by less than sigma counts little, whatever the size of W
+        moved = (p[0].square().sum() + p[1].square().sum()) * torch.exp(-log_s2)
+        return math.sqrt(float(moved + 0.5 * len(b) * p[2].square()))
 
-    scale = W.square().sum()
     first: Parameters = (W, b, log_sigma2)
     before, second = step(first)
     yield before, first
     while True:
+        if not min(first[2], second[2]) > floor:  # NaN too
+            _check_count(N, W.shape[1], W.shape[1])
         middle, third = step(second)
         r = change(second, first)
         v = change(change(third, second), r)
-        far = max(length(r) / max(length(v), 1e-300), 1.0)
+        far = max(length(r, third[2]) / max(length(v, third[2]), 1e-300), 1.0)
         trial = tuple(p + 2 * far * dp + far**2 * ddp for p, dp, ddp in zip(first, r, v, strict=True))
         value, after = step((trial[0], trial[1], trial[2]))
         first, second = (trial[0], trial[1], trial[2]), after
@@ -459,10 +460,10 @@ def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, int, 
 def _settled(history: list[float], tol: float) -> bool:
     """Whether less than tol is left to gain, if the gains go on falling no slower than in the last three steps."""
     gains = [b - a for a, b in pairwise(history[-4:])]
-    if gains and gains[-1] <= 1e-14 * abs(history[-1]):  # rounding errors
-        return True
     if len(gains) < 3:
         return False
+    if gains[2] <= 1e-14 * abs(history[-1]):  # rounding errors
+        return True
     ratio = max(gains[1] / gains[0], gains[2] / gains[1])
     return ratio < 1 and gains[2] * ratio / (1 - ratio) < tol
 
@@ -498,7 +499,9 @@ def em(
     history: list[float] = []
     converged = False
     for _, (value, found) in zip(progress(range(max_iter + 1)), steps, strict=False):
-        if history and not value >= history[-1] - 1e-9 * (1 + abs(history[-1])):
+        # the exponent of log p(x) is known as well as squares of the data are in units of s2
+        rounding = torch.finfo(torch.float64).eps * D * (abs(value) + D * float(variance / torch.exp(found[2])))
+        if history and not value >= history[-1] - rounding:
             break
         history.append(value)
         best = found

@@ -336,8 +336,8 @@ def ppca_factor(W: Tensor, log_sigma2: Tensor) -> tuple[Tensor, Tensor]:
 def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
     """log N(x; b, W W' + s2 I) -> [N], by the QR decomposition of [W; sigma I].
 
-    r' C^-1 r = |r - W m|^2 / s2 + |m|^2, with r = x - b and m = R^-1 Q'r, W m = Q Q'r: unlike (|r|^2 - (W'r)' m) / s2 it
-    cancels nothing.
+    r' C^-1 r = |r - W m|^2 / s2 + |m|^2, with r = x - b, m = R^-1 Q'r and W m = Q Q'r: unlike (|r|^2 - (W'r)' m) / s2
+    it cancels nothing.
     """
     dtype = _compute_dtype(W)
     W, log_s2 = W.to(dtype), log_sigma2.to(dtype)
@@ -345,10 +345,11 @@ def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor
     Q, R = ppca_factor(W, log_s2)
     r = read_data(x, dtype) - b.to(dtype)
     p = r @ Q
-    m = torch.linalg.solve_triangular(R, p.mT, upper=True).mT
+    m: Tensor = torch.linalg.solve_triangular(R, p.mT, upper=True).mT
     distance = ((r - p @ Q.mT) * torch.exp(-0.5 * log_s2)).square().sum(1) + m.square().sum(1)
     log_det = (D - M) * log_s2 + 2 * torch.log(torch.diagonal(R).abs()).sum()
-    return -0.5 * (D * LOG_2PI + log_det + distance)
+    log_p: Tensor = -0.5 * (D * LOG_2PI + log_det + distance)
+    return log_p
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -133,13 +133,13 @@ struct PpcaProjectParams {
 struct PpcaRestParams {
   int64_t N = 0, D = 0, M = 0;
   double share = 0;
-  View x;                         // [N, D]
-  const double* b = nullptr;      // [D]
-  const double* Wt = nullptr;     // [M, stride_m]: the basis, 0 beyond D
-  int64_t stride_m = 0;           // D, padded to a multiple of kPpcaPanel
-  const double* coords = nullptr; // [N, M]
-  const double* square = nullptr; // [N]: |x - b|^2
-  double* rest = nullptr;         // [N]
+  View x;                          // [N, D]
+  const double* b = nullptr;       // [D]
+  const double* Wt = nullptr;      // [M, stride_m]: the basis, 0 beyond D
+  int64_t stride_m = 0;            // D, padded to a multiple of kPpcaPanel
+  const double* coords = nullptr;  // [N, M]
+  const double* square = nullptr;  // [N]: |x - b|^2
+  double* rest = nullptr;          // [N]
 };
 
 // Sums over rows, of every chunk of them. Work items: chunks x tiles of D.

@@ -109,8 +109,7 @@ inline void orthonormalize(double* columns, int64_t m, int64_t n, double* R) {
       before = norm;
       int64_t i = 0;
       for (; i + kTogether <= j; i += kTogether) {
-        const double *__restrict q0 = columns + i * n, *__restrict q1 = q0 + n, *__restrict q2 = q1 + n,
-                     *__restrict q3 = q2 + n;
+        const double* __restrict q0 = columns + i * n, * __restrict q1 = q0 + n, * __restrict q2 = q1 + n, * __restrict q3 = q2 + n;
         double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
         for (int64_t d = 0; d < n; ++d) s0 += q0[d] * w[d], s1 += q1[d] * w[d], s2 += q2[d] * w[d], s3 += q3[d] * w[d];

@@ -54,10 +54,11 @@ class Group:
     """Sums and the like over the processes of a torch.distributed group; of one process, if None."""
 
     def __init__(self, group: Any) -> None:
-        if group is not None and not isinstance(group, getattr(dist, "ProcessGroup", ())):
+        kind: Any = getattr(dist, "ProcessGroup", ())
+        if group is not None and not isinstance(group, kind):
             raise TypeError(f"group must be a torch.distributed group or None; got {type(group).__name__}")
-        self.group: Any = group
-        self.size = 1 if group is None else dist.get_world_size(self.group)
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -120,33 +120,47 @@ inline Tensor ppca_log_prob(const Tensor& x, const Tensor& W, const Tensor& b, c
   return op.call(x, W, b, log_sigma2);
 }
 
-using PpcaForward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // log_prob, mean, distance, inverse
+// log_prob, coords, rest, basis, triangle, whiten
+using PpcaForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 inline PpcaForward ppca_log_prob_forward(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& log_sigma2) {
   FASTELBO_OP("_ppca_log_prob_forward", PpcaForward(const Tensor&, const Tensor&, const Tensor&, const Tensor&));
   return op.call(x, W, b, log_sigma2);
 }
 
 inline Tensors ppca_log_prob_backward(const Tensor& grad, const Tensor& x, const Tensor& W, const Tensor& b,
-                                      const Tensor& log_sigma2, const Tensor& mean, const Tensor& distance,
-                                      const Tensor& inverse, std::array<bool, 4> needs) {
+                                      const Tensor& log_sigma2, const Tensor& coords, const Tensor& rest,
+                                      const Tensor& basis, const Tensor& triangle, const Tensor& whiten,
+                                      std::array<bool, 4> needs) {
   FASTELBO_OP("_ppca_log_prob_backward",
               Tensors(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                      const Tensor&, const Tensor&, std::array<bool, 4>));
-  return op.call(grad, x, W, b, log_sigma2, mean, distance, inverse, needs);
+                      const Tensor&, const Tensor&, const Tensor&, const Tensor&, std::array<bool, 4>));
+  return op.call(grad, x, W, b, log_sigma2, coords, rest, basis, triangle, whiten, needs);
 }
 
-using PpcaProjection = std::tuple<Tensor, Tensor>;  // proj, square
-inline PpcaProjection ppca_project(const Tensor& x, const Tensor& W, const Tensor& b) {
+using PpcaFactor = std::tuple<Tensor, Tensor, Tensor>;  // basis, triangle, whiten
+inline PpcaFactor ppca_factor(const Tensor& W, const Tensor& log_sigma2) {
+  FASTELBO_OP("_ppca_factor", PpcaFactor(const Tensor&, const Tensor&));
+  return op.call(W, log_sigma2);
+}
+
+using PpcaProjection = std::tuple<Tensor, Tensor>;  // coords, square
+inline PpcaProjection ppca_project(const Tensor& x, const Tensor& basis, const Tensor& b) {
   FASTELBO_OP("_ppca_project", PpcaProjection(const Tensor&, const Tensor&, const Tensor&));
-  return op.call(x, W, b);
+  return op.call(x, basis, b);
+}
+
+inline Tensor ppca_rest(const Tensor& x, const Tensor& basis, const Tensor& b, const Tensor& coords,
+                        const Tensor& square) {
+  FASTELBO_OP("_ppca_rest", Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&));
+  return op.call(x, basis, b, coords, square);
 }
 
 using PpcaResidual = std::tuple<Tensor, Tensor, Tensor>;  // residual, cross, sum
-inline PpcaResidual ppca_residual(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& mean,
-                                  const Tensor& weight, std::array<bool, 3> needs) {
+inline PpcaResidual ppca_residual(const Tensor& x, const Tensor& basis, const Tensor& b, const Tensor& coords,
+                                  const Tensor& mean, const Tensor& weight, std::array<bool, 3> needs) {
   FASTELBO_OP("_ppca_residual", PpcaResidual(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                             std::array<bool, 3>));
-  return op.call(x, W, b, mean, weight, needs);
+                                             const Tensor&, std::array<bool, 3>));
+  return op.call(x, basis, b, coords, mean, weight, needs);
 }
 
 #undef FASTELBO_OP

@@ -143,6 +143,9 @@ inline Views data_views(const at::Tensor& recon, const at::Tensor& x) {
   return Views(x.dim() - 1, event_order(recon, x.dim() - 1));
 }
 
+// Where this share of |x - b|^2 is left by a difference of squares in double, it is as exact as the type of b asks for.
+inline double ppca_safe_share(const at::Tensor& b) { return is_double(b) ? 0.25 : 1e-6; }
+
 template <class Params>
 void set_latent(Params& p, Views& views, const at::Tensor& mu, const at::Tensor& logvar, const OptionalTensor& prior_mu,
                 const OptionalTensor& prior_logvar) {

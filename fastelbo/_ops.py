@@ -111,9 +111,11 @@ def _ppca_log_prob_backward(
     W: Tensor,
     b: Tensor,
     log_sigma2: Tensor,
-    mean: Tensor,
-    distance: Tensor,
-    inverse: Tensor,
+    coords: Tensor,
+    rest: Tensor,
+    basis: Tensor,
+    triangle: Tensor,
+    whiten: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
     return _given(reference.vjp(reference.ppca_log_prob, [x, W, b, log_sigma2], [grad], needs))

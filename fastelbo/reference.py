@@ -337,22 +337,33 @@ def multi_sample_loss(
 # Probabilistic PCA.
 
 
-def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
-    """log N(x; b, W W' + s2 I) -> [N], by the M by M matrix G = W'W + s2 I; NaN where its Cholesky factor fails.
+def ppca_factor(W: Tensor, log_sigma2: Tensor) -> tuple[Tensor, Tensor]:
+    """Q [D, M] and R [M, M], upper, of [W; sigma I] = [Q; sigma R^-1] R: R'R = W'W + s2 I.
 
-    r' C^-1 r = (|r - W m|^2 + s2 |m|^2) / s2, with r = x - b and m = G^-1 W'r: unlike |r|^2 - (W'r)' m it cancels
-    nothing.
+    A Cholesky factor of W'W + s2 I is the same but for signs, and loses twice the digits where that is ill-conditioned.
+    """
+    sigma = torch.exp(0.5 * log_sigma2)
+    Q, R = torch.linalg.qr(torch.cat([W, sigma * torch.eye(W.shape[1], dtype=W.dtype, device=W.device)]))
+    return Q[: len(W)], R
+
+
+def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
+    """log N(x; b, W W' + s2 I) -> [N], by the QR decomposition of [W; sigma I].
+
+    r' C^-1 r = |r - W m|^2 / s2 + |m|^2, with r = x - b, m = R^-1 Q'r and W m = Q Q'r: unlike (|r|^2 - (W'r)' m) / s2
+    it cancels nothing.
     """
     dtype = _compute_dtype(W)
     W, log_s2 = W.to(dtype), log_sigma2.to(dtype)
     D, M = W.shape
-    s2 = torch.exp(log_s2)
+    Q, R = ppca_factor(W, log_s2)
     r = read_data(x, dtype) - b.to(dtype)
-    factor, info = torch.linalg.cholesky_ex(W.mT @ W + s2 * torch.eye(M, dtype=dtype, device=W.device))
-    m = torch.cholesky_solve((r @ W).mT, factor).mT
-    distance = (r - m @ W.mT).square().sum(1) / s2 + m.square().sum(1)
-    log_det = (D - M) * log_s2 + 2 * torch.log(torch.diagonal(factor)).sum()
-    return torch.where(info == 0, -0.5 * (D * LOG_2PI + log_det + distance), torch.nan)
+    p = r @ Q
+    m: Tensor = torch.linalg.solve_triangular(R, p.mT, upper=True).mT
+    distance = ((r - p @ Q.mT) * torch.exp(-0.5 * log_s2)).square().sum(1) + m.square().sum(1)
+    log_det = (D - M) * log_s2 + 2 * torch.log(torch.diagonal(R).abs()).sum()
+    log_p: Tensor = -0.5 * (D * LOG_2PI + log_det + distance)
+    return log_p
 
 
 # ---------------------------------------------------------------------------------------------------------------------

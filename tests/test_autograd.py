@@ -170,13 +170,18 @@ def _op_calls() -> dict[str, tuple]:
         "ppca_log_prob": (ops.ppca_log_prob.default, (r(4, 6), r(6, 2), r(6), r())),
         "backward of ppca_log_prob": (
             ops._ppca_log_prob_backward.default,
-            (r(4), r(4, 6), r(6, 2), r(6), r(), *wide((4, 2), (4,), (2, 2)), [True, True, False, True]),
+            (r(4), r(4, 6), r(6, 2), r(6), r(), *wide((4, 2), (4,), (6, 2), (2, 2), (2, 2)), need[:4]),
         ),
-        "ppca_project": (ops._ppca_project.default, (x, *plain((6, 2), (6,)))),
-        "ppca_residual": (ops._ppca_residual.default, (x, *plain((6, 2), (6,)), *wide((4, 2), (4,)), need[:3])),
+        "ppca_factor": (ops._ppca_factor.default, plain((6, 2), ())),
+        "ppca_project": (ops._ppca_project.default, (x, *wide((6, 2)), *plain((6,)))),
+        "ppca_rest": (ops._ppca_rest.default, (x, *wide((6, 2)), *plain((6,)), *wide((4, 2), (4,)))),
+        "ppca_residual": (
+            ops._ppca_residual.default,
+            (x, *wide((6, 2)), *plain((6,)), *wide((4, 2), (4, 2), (4,)), need[:3]),
+        ),
         "ppca_residual, sums": (
             ops._ppca_residual.default,
-            (x, *plain((6, 2), (6,)), *wide((4, 2), (4,)), [False, True, True]),
+            (x, *wide((6, 2)), *plain((6,)), *wide((4, 2), (4, 2), (4,)), [False, True, True]),
         ),
     }
 

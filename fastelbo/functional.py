@@ -74,7 +74,7 @@ def _call(op: Callable[..., Any], twin: Callable[..., _R], *args: Any) -> _R:
 
 def _varies(number: float) -> bool:
     """Whether `number` is an input of the graph that is being compiled: an op takes its numbers as constants of it."""
-    return torch.compiler.is_compiling() and not torch.fx.experimental.symbolic_shapes.has_static_value(number)
+    return torch.compiler.is_dynamo_compiling() and not torch.fx.experimental.symbolic_shapes.has_static_value(number)
 
 
 def _as_tensor(number: float, like: Tensor) -> Tensor:
@@ -193,11 +193,10 @@ def gaussian_kl(
     """
     p_mu = None if prior_mu is None else _expand("prior_mu", prior_mu, mu.shape, "mu")
     p_logvar = None if prior_logvar is None else _expand("prior_logvar", prior_logvar, mu.shape, "mu")
-    args = mu, logvar, p_mu, p_logvar
     if _varies(free_bits) and free_bits > 0:
-        _call(_op.gaussian_kl.default, reference.gaussian_kl, *args)  # to check them; the compiler drops the result
-        return reference.gaussian_kl(*args, _as_tensor(free_bits, mu))
-    return _call(_op.gaussian_kl.default, reference.gaussian_kl, *args, free_bits)
+        gaussian_kl(mu, logvar, p_mu, p_logvar, free_bits=0.0)  # checks the arguments; the compiler drops the result
+        return reference.gaussian_kl(mu, logvar, p_mu, p_logvar, _as_tensor(free_bits, mu))
+    return _call(_op.gaussian_kl.default, reference.gaussian_kl, mu, logvar, p_mu, p_logvar, free_bits)
 
 
 def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Tensor | None = None) -> Tensor:
@@ -319,13 +318,14 @@ def elbo_loss(
     Reference: Kingma & Welling 2014, eq. 10.
     """
     first, scale = split_recon(recon)
-    if not isinstance(beta, Tensor) and _varies(beta):
-        beta = _as_tensor(beta, first)
-    if _varies(free_bits) and free_bits > 0:  # the likelihood by the op, the KL with its floor beside it
-        options: dict[str, Any] = {"likelihood": likelihood, "mask": mask, "reduction": reduction}
-        parts = elbo_loss(recon, x, mu, logvar, beta=0.0, free_bits=0.0, return_parts=True, **options)
-        charged = reference.reduce(beta * gaussian_kl(mu, logvar, free_bits=free_bits), reduction)
-        return LossParts(parts.loss + charged, *parts[1:]) if return_parts else parts.loss + charged
+    if torch.compiler.is_dynamo_compiling():
+        if not isinstance(beta, Tensor) and _varies(beta):
+            beta = _as_tensor(beta, first)
+        if _varies(free_bits) and free_bits > 0:  # the likelihood by the op, the KL with its floor beside it
+            options: dict[str, Any] = {"likelihood": likelihood, "mask": mask, "reduction": reduction}
+            fit = elbo_loss(recon, x, mu, logvar, beta=0.0, free_bits=0.0, return_parts=True, **options)
+            charged = reference.reduce(beta * gaussian_kl(mu, logvar, free_bits=free_bits), reduction)
+            return LossParts(fit.loss + charged, *fit[1:]) if return_parts else fit.loss + charged
     weight, weight_tensor = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
     parts = _call(
         _op.elbo_loss.default,
@@ -388,7 +388,7 @@ def iwae_loss(
     )
     if not return_parts:
         return loss
-    return LossParts(loss, log_likelihood, -ordered_sum(log_ratio.to(log_likelihood.dtype)) / log_ratio.shape[0])
+    return LossParts(loss, log_likelihood, ordered_sum(log_ratio.to(log_likelihood.dtype)) / -log_ratio.shape[0])
 
 
 def multi_sample_loss(

@@ -277,7 +277,8 @@ def elbo_loss(
 
 def _temper(log_w: Tensor, alpha: float, groups: int) -> Tensor:
     """(1 - alpha) log w, by groups: [K, B] -> [groups, K / groups, B]."""
-    return (log_w * (1 - alpha)).unflatten(0, (groups, -1))
+    tempered: Tensor = ((1 - alpha) * log_w).unflatten(0, (groups, -1))
+    return tempered
 
 
 def bound(log_w: Tensor, elbo_share: float = 0.0, alpha: float = 0.0, groups: int = 1) -> Tensor:

@@ -85,6 +85,19 @@ def _call(op: Callable[..., Any], twin: Callable[..., _R], *args: Any) -> _R:
     return op(*args)  # type: ignore[no-any-return]
 
 
+def _varies(number: float) -> bool:
+    """Whether `number` is an input of the graph that is being compiled: an op takes its numbers as constants of it."""
+    return torch.compiler.is_dynamo_compiling() and not torch.fx.experimental.symbolic_shapes.has_static_value(number)
+
+
+def _as_tensor(number: float, like: Tensor) -> Tensor:
+    """0-d, in the type that `like` is computed in."""
+    dtype, device = reference.compute_dtype(like), like.device
+    if _varies(number):  # torch's compiler reads such a number as a tensor in a product, as a constant in `full`
+        return torch.ones((), dtype=dtype, device=device) * number
+    return torch.full((), number, dtype=dtype, device=device)
+
+
 def _expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
     if t.shape == shape:
         return t
@@ -195,6 +208,9 @@ def gaussian_kl(
     """
     p_mu = None if prior_mu is None else _expand("prior_mu", prior_mu, mu.shape, "mu")
     p_logvar = None if prior_logvar is None else _expand("prior_logvar", prior_logvar, mu.shape, "mu")
+    if _varies(free_bits) and free_bits > 0:
+        gaussian_kl(mu, logvar, p_mu, p_logvar, free_bits=0.0)  # checks the arguments; the compiler drops the result
+        return reference.gaussian_kl(mu, logvar, p_mu, p_logvar, _as_tensor(free_bits, mu))
     return _call(_op.gaussian_kl.default, reference.gaussian_kl, mu, logvar, p_mu, p_logvar, free_bits)
 
 
@@ -262,8 +278,7 @@ def gaussian_log_prob(mean: Tensor, x: Tensor, logvar: float | Tensor = 0.0, *, 
     elif logvar == 0.0:
         return log_prob(mean, x, likelihood="gaussian", mask=mask)
     else:
-        dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-        scale = torch.full((), logvar, dtype=dtype, device=mean.device).expand(mean.shape)
+        scale = _as_tensor(logvar, mean).expand(mean.shape)
     return log_prob((mean, scale), x, likelihood="gaussian", mask=mask)
 
 
@@ -323,6 +338,14 @@ def elbo_loss(
     Reference: Kingma & Welling 2014, eq. 10.
     """
     first, scale = split_recon(recon)
+    if torch.compiler.is_dynamo_compiling():
+        if not isinstance(beta, Tensor) and _varies(beta):
+            beta = _as_tensor(beta, first)
+        if _varies(free_bits) and free_bits > 0:  # the likelihood by the op, the KL with its floor beside it
+            options: dict[str, Any] = {"likelihood": likelihood, "mask": mask, "reduction": reduction}
+            fit = elbo_loss(recon, x, mu, logvar, beta=0.0, free_bits=0.0, return_parts=True, **options)
+            charged = reference.reduce(beta * gaussian_kl(mu, logvar, free_bits=free_bits), reduction)
+            return LossParts(fit.loss + charged, *fit[1:]) if return_parts else fit.loss + charged
     weight, weight_tensor = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
     parts = _call(
         _op.elbo_loss.default,
@@ -386,7 +409,7 @@ def iwae_loss(
     )
     if not return_parts:
         return loss
-    return LossParts(loss, log_likelihood, -ordered_sum(log_ratio.to(log_likelihood.dtype)) / log_ratio.shape[0])
+    return LossParts(loss, log_likelihood, ordered_sum(log_ratio.to(log_likelihood.dtype)) / -log_ratio.shape[0])
 
 
 @checked
@@ -448,7 +471,7 @@ def multi_sample_loss(
             "posterior must hold K samples, log_ratio [K, B]: draw it with rsample(mu, logvar, num_samples); "
             f"got log_ratio {tuple(log_ratio.shape)}"
         )
-    row = estimators.estimator(estimator, len(log_ratio), alpha=alpha, beta=beta, groups=groups)
+    row = estimators.estimator(estimator, log_ratio.shape[0], alpha=alpha, beta=beta, groups=groups)
     gates = None if row.is_gradient else posterior.gates
     if not row.is_gradient:
         if gates is None:
@@ -458,19 +481,14 @@ def multi_sample_loss(
                 f"estimator {estimator!r} has no forward-mode derivative: it is no gradient of its bound; "
                 "take 'iwae' or 'elbo'"
             )
-    loss, log_likelihood = _call(
-        _op.multi_sample_loss.default,
-        reference.multi_sample_loss,
-        first,
-        x,
-        log_ratio,
-        gates,
-        scale,
-        _mask(mask, x),
-        likelihood,
-        reduction,
-        *row,
-    )
+    args = first, x, log_ratio, gates, scale, _mask(mask, x), likelihood, reduction
+    if _varies(row.elbo_share) or _varies(row.alpha):  # the likelihood by its op, the bound in plain PyTorch
+        _call(_op.multi_sample_loss.default, reference.multi_sample_loss, *args)  # as in gaussian_kl
+        log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)
+        log_w = log_likelihood + log_ratio.to(log_likelihood.dtype)
+        loss = reference.reduce(-reference.bound(log_w, row.elbo_share, row.alpha, row.groups), reduction)
+    else:
+        loss, log_likelihood = _call(_op.multi_sample_loss.default, reference.multi_sample_loss, *args, *row)
     return LossParts(loss, log_likelihood, posterior.kl) if return_parts else loss
 
 

@@ -52,7 +52,7 @@ LIKELIHOODS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 }
 
 
-def _compute_dtype(t: Tensor) -> torch.dtype:
+def compute_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
@@ -70,7 +70,7 @@ def log_prob(
     recon: Tensor, x: Tensor, scale: Tensor | None = None, mask: Tensor | None = None, likelihood: str = "bernoulli"
 ) -> Tensor:
     """log p(x | recon), summed over the event dimensions: recon [K?, B, *event], x [B, *event] -> [K?, B]."""
-    dtype = _compute_dtype(recon)
+    dtype = compute_dtype(recon)
     recon, x = recon.to(dtype), read_data(x, dtype)
     scale = None if scale is None else scale.to(dtype)
     weight = None
@@ -107,7 +107,7 @@ def exp_remainder(t: Tensor) -> Tensor:
 
 def kl_terms(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None) -> Tensor:
     """1/2 [exp(t) - 1 - t + (mu - mu_p)^2 exp(-lv_p)], t = lv - lv_p: the KL of every latent dimension."""
-    dtype = _compute_dtype(mu)
+    dtype = compute_dtype(mu)
     mu, logvar = mu.to(dtype), logvar.to(dtype)
     if prior_mu is not None:
         mu = mu - prior_mu.to(dtype)
@@ -123,7 +123,7 @@ def gaussian_kl(
     logvar: Tensor,
     prior_mu: Tensor | None = None,
     prior_logvar: Tensor | None = None,
-    free_bits: float = 0.0,
+    free_bits: float | Tensor = 0.0,
 ) -> Tensor:
     """KL(N(mu, exp(lv)) || N(mu_p, exp(lv_p))), summed over the latent dimensions -> [B].
 
@@ -131,7 +131,7 @@ def gaussian_kl(
     datum, so that the mean over B is sum_j max(lambda, mean_b KL_bj).
     """
     terms = kl_terms(mu, logvar, prior_mu, prior_logvar)
-    if free_bits > 0:
+    if isinstance(free_bits, Tensor) or free_bits > 0:
         terms = torch.where(terms.detach().mean(0) < free_bits, free_bits, terms)  # NaN is not below the floor
     return _sum_from(terms, 1)
 
@@ -214,7 +214,7 @@ def rsample(
     first_sample: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z = mu + exp(lv/2) eps [K?, B, *latent], its KL [B], log p(z) - log q(z | x) [K?, B], and gates [2, K, B]."""
-    dtype = _compute_dtype(mu)
+    dtype = compute_dtype(mu)
     m, lv = mu.to(dtype), logvar.to(dtype)
     m_p = None if prior_mu is None else prior_mu.to(dtype)
     lv_p = None if prior_logvar is None else prior_logvar.to(dtype)
@@ -241,7 +241,7 @@ def rsample(
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     """log (1/K) sum_k exp(log w_k) along dim; where every weight is -inf the value is -inf and the gradient 0."""
-    log_w = log_w.to(_compute_dtype(log_w))
+    log_w = log_w.to(compute_dtype(log_w))
     top = log_w.detach().amax(dim, keepdim=True)
     empty = top == -torch.inf
     safe = torch.where(empty, 0.0, log_w)
@@ -249,7 +249,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     return torch.where(empty, -torch.inf, total).squeeze(dim)
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def reduce(loss: Tensor, reduction: str) -> Tensor:
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
@@ -272,7 +272,21 @@ def elbo_loss(
     charged = gaussian_kl(mu, logvar, free_bits=free_bits) if free_bits > 0 else kl
     fit = log_likelihood.mean(0) if recon.dim() > x.dim() else log_likelihood
     weight = beta if beta_tensor is None else beta_tensor.to(charged.dtype)
-    return _reduce(weight * charged - fit, reduction), log_likelihood, kl
+    return reduce(weight * charged - fit, reduction), log_likelihood, kl
+
+
+def _temper(log_w: Tensor, alpha: float, groups: int) -> Tensor:
+    """(1 - alpha) log w, by groups: [K, B] -> [groups, K / groups, B]."""
+    tempered: Tensor = ((1 - alpha) * log_w).unflatten(0, (groups, -1))
+    return tempered
+
+
+def bound(log_w: Tensor, elbo_share: float = 0.0, alpha: float = 0.0, groups: int = 1) -> Tensor:
+    """The bound of an estimator (see `fastelbo.estimators`): [K, B] -> [B]."""
+    if elbo_share == 1:
+        return log_w.mean(0)
+    renyi = log_mean_exp(_temper(log_w, alpha, groups), 1).mean(0) / (1 - alpha)
+    return renyi if elbo_share == 0 else elbo_share * log_w.mean(0) + (1 - elbo_share) * renyi
 
 
 class _Steered(torch.autograd.Function):
@@ -312,21 +326,14 @@ def multi_sample_loss(
     """Minus the bound of an estimator (see `fastelbo.estimators`) reduced over B; also log p [K, B]."""
     log_likelihood = log_prob(recon, x, scale, mask, likelihood)
     log_w = log_likelihood + log_ratio.to(log_likelihood.dtype)
-    bound: Tensor | float = 0.0
-    weights: Tensor | float = 0.0  # a [K, B]
-    if elbo_share != 0:
-        bound = elbo_share * log_w.mean(0)
-        weights = elbo_share / len(log_w)
-    if elbo_share != 1:
-        tempered = ((1 - alpha) * log_w).unflatten(0, (groups, -1))  # [groups, K / groups, B]
-        bound = bound + (1 - elbo_share) / (1 - alpha) * log_mean_exp(tempered, 1).mean(0)
-        if path_weight != 0:
+    loss = reduce(-bound(log_w, elbo_share, alpha, groups), reduction)
+    if gates is not None:
+        weights: Tensor | float = elbo_share / len(log_w)  # a [K, B]
+        if elbo_share != 1 and path_weight != 0:
+            tempered = _temper(log_w, alpha, groups)
             empty = tempered.detach().amax(1, keepdim=True) == -torch.inf
             softmax = torch.where(empty, 0.0, torch.softmax(torch.where(empty, 0.0, tempered), 1)).flatten(0, 1)
             weights = weights + (1 - elbo_share) / groups * softmax
-    assert isinstance(bound, Tensor)
-    loss = _reduce(-bound, reduction)
-    if gates is not None:
         for_path = torch.full_like(log_w, path - 1) + path_weight * weights
         factors = torch.stack([for_path, torch.full_like(log_w, score - 1)]).to(gates.dtype)
         loss = _Steered.apply(loss, gates, factors)  # type: ignore[no-untyped-call]
@@ -353,7 +360,7 @@ def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor
     r' C^-1 r = |r - W m|^2 / s2 + |m|^2, with r = x - b, m = R^-1 Q'r and W m = Q Q'r: unlike (|r|^2 - (W'r)' m) / s2
     it cancels nothing.
     """
-    dtype = _compute_dtype(W)
+    dtype = compute_dtype(W)
     W, log_s2 = W.to(dtype), log_sigma2.to(dtype)
     D, M = W.shape
     Q, R = ppca_factor(W, log_s2)

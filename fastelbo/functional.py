@@ -99,7 +99,7 @@ def _as_tensor(number: float, like: Tensor) -> Tensor:
 
 
 def _expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
-    if t.shape == shape:
+    if t.dim() == len(shape) and t.shape == shape:  # sizes are compared only if they pair up: each becomes a guard
         return t
     try:
         return t.expand(shape)

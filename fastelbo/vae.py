@@ -166,11 +166,11 @@ class VAE(nn.Module):
         if not pair and not isinstance(out, Tensor):
             raise TypeError(f"decoder must return a tensor or a pair such as (mean, logvar); got {type(out).__name__}")
         first, second = out if pair else (out, None)
-        size = len(batch)
-        if first.dim() == 0 or len(first) != size:
+        size = batch.shape[0]
+        if first.dim() == 0 or first.shape[0] != size:
             raise ValueError(f"decoder must return [{size}, *event] for {size} latents; got {tuple(first.shape)}")
         if lead == 2:
-            if second is not None and second.dim() == first.dim() and len(second) == size:
+            if second is not None and second.dim() == first.dim() and second.shape[0] == size:
                 second = second.unflatten(0, z.shape[:2])
             first = first.unflatten(0, z.shape[:2])
         return first if second is None else (first, second)

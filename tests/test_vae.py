@@ -185,6 +185,39 @@ def test_likelihood_draws_have_the_mean_and_density_of_the_reference(name):
     assert abs(score.item() + entropy) < 0.02
 
 
+class _Exported(nn.Module):
+    """torch.export takes modules: one method of a VAE."""
+
+    def __init__(self, model: VAE, method: str, *args: int) -> None:
+        super().__init__()
+        self.model, self.method, self.args = model, method, args
+
+    def forward(self, t: Tensor):
+        out = getattr(self.model, self.method)(t, *self.args)
+        return out if self.method != "forward" else (out.recon, *out.posterior[:3])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("method, args", [("decode", ()), ("forward", ()), ("forward", (K,)), ("reconstruct", ())])
+@pytest.mark.parametrize("kind", ["dense", "conv", "pair", "full pair"])
+def test_export_with_a_batch_of_any_size(kind, method, args, strict):
+    if kind == "conv":
+        model, event, latent = convolutional(), (1, 6, 4), (2, 3, 2)
+    else:
+        decoder = None if kind == "dense" else LearnedVariance((2, 3), kind == "full pair")
+        model, event, latent = dense(decoder, "bernoulli" if decoder is None else "gaussian"), (2, 3), (M,)
+    model.encode(torch.rand(1, *event).double())
+    module, shape = _Exported(model, method, *args), latent if method == "decode" else event
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(module, (torch.rand(B, *shape).double(),), dynamic_shapes=(batch,), strict=strict)
+    for size in (1, 2, B, 16):
+        t = torch.rand(size, *shape).double()
+        torch.manual_seed(1)
+        expected = module(t)
+        torch.manual_seed(1)
+        torch.testing.assert_close(program.module()(t), expected)
+
+
 def test_every_built_likelihood_has_a_row():
     assert set(fastelbo.build_info()["likelihoods"]) == set(likelihoods.LIKELIHOODS)
 

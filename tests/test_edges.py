@@ -51,3 +51,13 @@ def test_parts_may_be_changed_in_place_before_the_backward():
         parts.kl.div_(8)
     parts.loss.backward()
     torch.testing.assert_close(logits.grad, (torch.sigmoid(logits.detach()) - 1) / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_many_floors_of_free_bits_add_up(dtype):
+    """The roundings of a sum of equal numbers all go the same way."""
+    zero = torch.zeros(2, 4100, dtype=dtype)
+    exact = torch.full((2,), 0.3 * 4100, dtype=dtype)
+    torch.testing.assert_close(
+        fastelbo.gaussian_kl(zero, zero, free_bits=0.3), exact, rtol=torch.finfo(dtype).eps, atol=0
+    )

@@ -235,7 +235,19 @@ void ppca(Checks& c, const KernelTable& t, int64_t N, int64_t D, int64_t M, bool
   }
 }
 
+// Item i reads what item i + 1 writes, and the last one what lies behind the end.
+void broken_kernel(const KlDimsParams& p, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) p.out[i] = p.out[i + 1] + 1;
+}
+
 }  // namespace
+
+void split_broken(Checks& c) {
+  Memory m;
+  KlDimsParams p;
+  p.out = m.output(64);
+  m.compare(c, Kernel<KlDimsParams>(broken_kernel), p, 64, "a broken kernel");
+}
 
 void split(Checks& c, const KernelTable& t) {
   int turn = 0;

@@ -335,6 +335,10 @@ def elbo_loss(
     Raises:
         ValueError, TypeError: unknown names, shapes or dtypes that do not fit.
 
+    Note:
+        The gradient is computed with the value and multiplied by the upstream one later: where it overflows by itself
+        it stays infinite, also under an upstream gradient of 1e-30. reduction="none" multiplies first.
+
     Reference: Kingma & Welling 2014, eq. 10.
     """
     first, scale = split_recon(recon)

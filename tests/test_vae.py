@@ -306,7 +306,7 @@ def test_data_that_do_not_fit(tmp_path, x, likelihood, error, message):
 
 def test_files_that_do_not_fit(tmp_path):
     (tmp_path / "x.npy").write_bytes(b"not an array")
-    with pytest.raises(ValueError, match="is damaged, or no .npy file"):
+    with pytest.raises(ValueError, match=r"is damaged, or no \.npy file"):
         data.load(str(tmp_path / "x.npy"))
     with pytest.raises(FileNotFoundError):
         data.load(str(tmp_path / "missing.npy"))

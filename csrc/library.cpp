@@ -57,17 +57,23 @@ TORCH_LIBRARY(fastelbo, m) {
 
   // ppca: x [N, D], W [D, M], b [D]
   m.def("ppca_log_prob(Tensor x, Tensor W, Tensor b, Tensor log_sigma2) -> Tensor");
-  // also what the backward needs, in float64: the posterior mean [N, M], (x - b)' C^-1 (x - b) [N], (W'W + s2 I)^-1
+  // also what the backward needs, in float64: see composite/ppca.cpp
   m.def(
       "_ppca_log_prob_forward(Tensor x, Tensor W, Tensor b, Tensor log_sigma2) "
-      "-> (Tensor log_prob, Tensor mean, Tensor distance, Tensor inverse)");
+      "-> (Tensor log_prob, Tensor coords, Tensor rest, Tensor basis, Tensor triangle, Tensor whiten)");
   m.def(
-      "_ppca_log_prob_backward(Tensor grad, Tensor x, Tensor W, Tensor b, Tensor log_sigma2, Tensor mean, "
-      "Tensor distance, Tensor inverse, bool[4] needs) -> (Tensor x, Tensor W, Tensor b, Tensor log_sigma2)");
-  // (x - b) W [N, M] and |x - b|^2 [N], float64
-  m.def("_ppca_project(Tensor x, Tensor W, Tensor b) -> (Tensor proj, Tensor square)");
-  // with e = weight (x - b - W mean) [N, D], those that are needed: e, sum_n e mean' [D, M], sum_n e [D]
+      "_ppca_log_prob_backward(Tensor grad, Tensor x, Tensor W, Tensor b, Tensor log_sigma2, Tensor coords, "
+      "Tensor rest, Tensor basis, Tensor triangle, Tensor whiten, bool[4] needs) "
+      "-> (Tensor x, Tensor W, Tensor b, Tensor log_sigma2)");
+  // W = basis triangle, orthonormal columns and [M, M]; whiten' (triangle triangle' + s2 I) whiten = I; float64
+  m.def("_ppca_factor(Tensor W, Tensor log_sigma2) -> (Tensor basis, Tensor triangle, Tensor whiten)");
+  // (x - b) basis [N, M] and |x - b|^2 [N], float64; the basis may be any matrix
+  m.def("_ppca_project(Tensor x, Tensor basis, Tensor b) -> (Tensor coords, Tensor square)");
+  // |x - b - basis coords|^2 [N], float64, of what _ppca_project gave for orthonormal columns; as exact as the compute
+  // type of b asks for
+  m.def("_ppca_rest(Tensor x, Tensor basis, Tensor b, Tensor coords, Tensor square) -> Tensor");
+  // with e = weight (x - b - basis coords) [N, D], those that are needed: e, sum_n e mean' [D, M], sum_n e [D]
   m.def(
-      "_ppca_residual(Tensor x, Tensor W, Tensor b, Tensor mean, Tensor weight, bool[3] needs) "
+      "_ppca_residual(Tensor x, Tensor basis, Tensor b, Tensor coords, Tensor mean, Tensor weight, bool[3] needs) "
       "-> (Tensor residual, Tensor cross, Tensor sum)");
 }

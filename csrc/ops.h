@@ -140,7 +140,8 @@ inline constexpr Op<"fastelbo::ppca_log_prob",
                     Tensor(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& log_sigma2)>
     ppca_log_prob;
 
-using PpcaForward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // log_prob, mean, distance, inverse
+// log_prob, coords, rest, basis, triangle, whiten
+using PpcaForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 inline constexpr Op<"fastelbo::_ppca_log_prob_forward",
                     PpcaForward(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& log_sigma2)>
     ppca_log_prob_forward;
@@ -148,18 +149,25 @@ inline constexpr Op<"fastelbo::_ppca_log_prob_forward",
 using PpcaGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of x, W, b, log_sigma2
 inline constexpr Op<"fastelbo::_ppca_log_prob_backward",
                     PpcaGrads(const Tensor& grad, const Tensor& x, const Tensor& W, const Tensor& b,
-                              const Tensor& log_sigma2, const Tensor& mean, const Tensor& distance,
-                              const Tensor& inverse, std::array<bool, 4> needs)>
+                              const Tensor& log_sigma2, const Tensor& coords, const Tensor& rest, const Tensor& basis,
+                              const Tensor& triangle, const Tensor& whiten, std::array<bool, 4> needs)>
     ppca_log_prob_backward;
 
-using PpcaProjection = std::tuple<Tensor, Tensor>;  // proj, square
-inline constexpr Op<"fastelbo::_ppca_project", PpcaProjection(const Tensor& x, const Tensor& W, const Tensor& b)>
+using PpcaFactors = std::tuple<Tensor, Tensor, Tensor>;  // basis, triangle, whiten
+inline constexpr Op<"fastelbo::_ppca_factor", PpcaFactors(const Tensor& W, const Tensor& log_sigma2)> ppca_factor;
+
+using PpcaCoordinates = std::tuple<Tensor, Tensor>;  // coords, square
+inline constexpr Op<"fastelbo::_ppca_project", PpcaCoordinates(const Tensor& x, const Tensor& basis, const Tensor& b)>
     ppca_project;
 
-using PpcaResidual = std::tuple<Tensor, Tensor, Tensor>;  // residual, cross, sum
+inline constexpr Op<"fastelbo::_ppca_rest", Tensor(const Tensor& x, const Tensor& basis, const Tensor& b,
+                                                   const Tensor& coords, const Tensor& square)>
+    ppca_rest;
+
+using PpcaSums = std::tuple<Tensor, Tensor, Tensor>;  // residual, cross, sum
 inline constexpr Op<"fastelbo::_ppca_residual",
-                    PpcaResidual(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& mean,
-                                 const Tensor& weight, std::array<bool, 3> needs)>
+                    PpcaSums(const Tensor& x, const Tensor& basis, const Tensor& b, const Tensor& coords,
+                             const Tensor& mean, const Tensor& weight, std::array<bool, 3> needs)>
     ppca_residual;
 
 }  // namespace fastelbo::ops

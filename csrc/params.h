@@ -155,6 +155,17 @@ struct LogMeanExpParams {
 inline constexpr int64_t kPpcaPanel = 16, kPpcaRows = 48;
 inline constexpr int64_t kPpcaTile = 240;  // of D; a multiple of 16 and of 12, as the kernels' register blocks are
 
+// W = basis triangle by Gram-Schmidt, and whiten, the inverse of the R of a QR of [triangle'; sigma I]. One work item.
+struct PpcaFactorParams {
+  int64_t D = 0, M = 0;
+  double sigma = 0;
+  double* columns = nullptr;   // [M, D]: the columns of W, then those of the basis
+  double* triangle = nullptr;  // [M, M], upper
+  double* stacked = nullptr;   // [M, 2 M] scratch
+  double* factor = nullptr;    // [M, M] scratch
+  double* whiten = nullptr;    // [M, M], upper
+};
+
 // Projections of x - b on the columns of W, and its squared norm. Work items: blocks of kPpcaRows rows.
 struct PpcaProjectParams {
   int64_t N = 0, D = 0, lanes = 0;
@@ -165,9 +176,23 @@ struct PpcaProjectParams {
   double* square = nullptr;   // [N]
 };
 
+// Of every row, |x - b - basis coords|^2, the basis orthonormal: |x - b|^2 - |coords|^2 where that leaves more than
+// `share` of |x - b|^2. Work items: blocks of kPpcaRows rows.
+struct PpcaRestParams {
+  int64_t N = 0, D = 0, M = 0;
+  double share = 0;
+  View x;                          // [N, D]
+  const double* b = nullptr;       // [D]
+  const double* Wt = nullptr;      // [M, stride_m]: the basis, 0 beyond D
+  int64_t stride_m = 0;            // D, padded to a multiple of kPpcaPanel
+  const double* coords = nullptr;  // [N, M]
+  const double* square = nullptr;  // [N]: |x - b|^2
+  double* rest = nullptr;          // [N]
+};
+
 // Sums over rows, of every chunk of them. Work items: chunks x tiles of D.
 //   moments:  cross = sum of (x - b) mean', sum = sum of weight (x - b); in double
-//   residual: the same of e = weight (x - b - W mean), in T, the compute type; e is made in double
+//   residual: the same of e = weight (x - b - W coords), in T, the compute type; e is made in double
 struct PpcaSumsParams {
   int64_t N = 0, D = 0, M = 0, lanes = 0;
   int64_t chunk = kPpcaRows;       // rows in a chunk: a multiple of kPpcaRows
@@ -178,6 +203,7 @@ struct PpcaSumsParams {
   void* cross = nullptr;           // [chunks, D, lanes]
   void* sum = nullptr;             // [chunks, D]
   // of the residual alone
+  const double* coords = nullptr;      // [N, M]
   const double* Wt = nullptr;          // [M, stride_m], 0 beyond D
   int64_t stride_m = 0;                // D, padded to a multiple of kPpcaPanel
   const void* rounded_mean = nullptr;  // T [N, lanes]

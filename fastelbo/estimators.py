@@ -77,7 +77,7 @@ def estimator(name: str, num_samples: int, **options: float) -> Estimator:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {name!r}")
     row = ESTIMATORS[name]
     given = {option: options[option] for option in row.options}
-    if not math.isfinite(given.get("alpha", 0.0)):
+    if not -math.inf < given.get("alpha", 0.0) < math.inf:
         raise ValueError(f"alpha must be finite; got {given['alpha']}")
     if not 0 <= given.get("beta", 0.0) <= 1:
         raise ValueError(f"beta, the share of the ELBO in {name!r}, must be in [0, 1]; got {given['beta']}")

@@ -5,7 +5,7 @@ Half and bfloat16 inputs: arithmetic, sums and returned losses are float32, grad
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastelbo import _ops, estimators, ppca_missing, reference
+from fastelbo.arguments import checked
 from fastelbo.ordered import ordered_sum
 
 Recon = Tensor | tuple[Tensor, Tensor]
@@ -84,8 +85,21 @@ def _call(op: Callable[..., Any], twin: Callable[..., _R], *args: Any) -> _R:
     return op(*args)  # type: ignore[no-any-return]
 
 
+def _varies(number: float) -> bool:
+    """Whether `number` is an input of the graph that is being compiled: an op takes its numbers as constants of it."""
+    return torch.compiler.is_dynamo_compiling() and not torch.fx.experimental.symbolic_shapes.has_static_value(number)
+
+
+def _as_tensor(number: float, like: Tensor) -> Tensor:
+    """0-d, in the type that `like` is computed in."""
+    dtype, device = reference.compute_dtype(like), like.device
+    if _varies(number):  # torch's compiler reads such a number as a tensor in a product, as a constant in `full`
+        return torch.ones((), dtype=dtype, device=device) * number
+    return torch.full((), number, dtype=dtype, device=device)
+
+
 def _expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
-    if t.shape == shape:
+    if t.dim() == len(shape) and t.shape == shape:  # sizes are compared only if they pair up: each becomes a guard
         return t
     try:
         return t.expand(shape)
@@ -97,9 +111,7 @@ def split_recon(recon: Recon) -> tuple[Tensor, ...]:
     """recon is one tensor or a tuple of tensors such as (mean, logvar): -> the parameters of the likelihood."""
     if isinstance(recon, Tensor):
         return (recon,)
-    if isinstance(recon, Sequence) and 1 <= len(recon) <= 3 and all(isinstance(t, Tensor) for t in recon):
-        return tuple(recon)
-    raise TypeError(f"recon must be a tensor or a pair of tensors, such as (mean, logvar); got {type(recon).__name__}")
+    return tuple(recon)
 
 
 _ORDINALS = ("the first", "the second tensor of recon", "the third tensor of recon")
@@ -130,6 +142,7 @@ def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, de
     return seed if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
+@checked
 def rsample(
     mu: Tensor,
     logvar: Tensor,
@@ -173,12 +186,15 @@ def rsample(
         raise ValueError("eps and seed (or generator) exclude each other: give one of them")
     else:
         key = None
+    if first_sample and first_sample > (limit := 2**63 // max(1, mu.numel()) - (num_samples or 1)):
+        raise ValueError(f"first_sample must be at most {limit}: noise has 2^63 elements; got {first_sample}")
     z, kl, log_ratio, gates = _call(
         _op.rsample.default, reference.rsample, mu, logvar, num_samples, p_mu, p_logvar, key, eps, first_sample
     )
     return Posterior(z, kl, log_ratio, mu, logvar, prior_mu, prior_logvar, None if num_samples is None else gates)
 
 
+@checked
 def gaussian_kl(
     mu: Tensor,
     logvar: Tensor,
@@ -207,9 +223,13 @@ def gaussian_kl(
     """
     p_mu = None if prior_mu is None else _expand("prior_mu", prior_mu, mu.shape, "mu")
     p_logvar = None if prior_logvar is None else _expand("prior_logvar", prior_logvar, mu.shape, "mu")
+    if _varies(free_bits) and free_bits > 0:
+        gaussian_kl(mu, logvar, p_mu, p_logvar, free_bits=0.0)  # checks the arguments; the compiler drops the result
+        return reference.gaussian_kl(mu, logvar, p_mu, p_logvar, _as_tensor(free_bits, mu))
     return _call(_op.gaussian_kl.default, reference.gaussian_kl, mu, logvar, p_mu, p_logvar, free_bits)
 
 
+@checked
 def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Tensor | None = None) -> Tensor:
     """log p(x | recon) under any likelihood, summed over the event dimensions.
 
@@ -232,6 +252,7 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
     )
 
 
+@checked
 def bernoulli_log_prob(logits: Tensor, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Bernoulli log-likelihood from logits: sum_d [x l - softplus(l)], exact for any size of l.
 
@@ -251,6 +272,7 @@ def bernoulli_log_prob(logits: Tensor, x: Tensor, *, mask: Tensor | None = None)
     return log_prob(logits, x, likelihood="bernoulli", mask=mask)
 
 
+@checked
 def gaussian_log_prob(mean: Tensor, x: Tensor, logvar: float | Tensor = 0.0, *, mask: Tensor | None = None) -> Tensor:
     """Gaussian log-likelihood: -1/2 sum_d [(x - m)^2 exp(-lv) + lv + log 2 pi]; log 2 pi is always kept.
 
@@ -271,13 +293,13 @@ def gaussian_log_prob(mean: Tensor, x: Tensor, logvar: float | Tensor = 0.0, *, 
     if not isinstance(logvar, Tensor):
         if logvar == 0.0:
             return log_prob(mean, x, likelihood="gaussian", mask=mask)
-        dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-        logvar = torch.full((), logvar, dtype=dtype, device=mean.device)
+        logvar = _as_tensor(logvar, mean)
     elif logvar.dim() != 0 and logvar.shape != x.shape[1:]:
         logvar = _expand("logvar", logvar, mean.shape, "mean")
     return log_prob((mean, logvar), x, likelihood="gaussian", mask=mask)
 
 
+@checked
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     """log (1/K) sum_k exp(log w_k) along one dimension, stably.
 
@@ -297,6 +319,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     return _call(_op.log_mean_exp.default, reference.log_mean_exp, log_w, dim)
 
 
+@checked
 def elbo_loss(
     recon: Recon,
     x: Tensor,
@@ -332,9 +355,23 @@ def elbo_loss(
     Raises:
         ValueError, TypeError: unknown names, shapes or dtypes that do not fit.
 
+    Note:
+        The gradient is computed with the value and multiplied by the upstream one later: where it overflows by itself
+        it stays infinite, also under an upstream gradient of 1e-30. reduction="none" multiplies first.
+
     Reference: Kingma & Welling 2014, eq. 10.
     """
     first, second, third = _parameters(recon, x)
+    if torch.compiler.is_dynamo_compiling():
+        if not isinstance(beta, Tensor) and _varies(beta):
+            beta = _as_tensor(beta, first)
+        if _varies(free_bits) and free_bits > 0:  # the likelihood by the op, the KL with its floor beside it
+            options: dict[str, Any] = {"likelihood": likelihood, "mask": mask, "reduction": reduction}
+            options |= {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
+            fit = elbo_loss(recon, x, mu, logvar, beta=0.0, free_bits=0.0, return_parts=True, **options)
+            kl = gaussian_kl(mu, logvar, prior_mu, prior_logvar, free_bits=free_bits)
+            penalty = reference.reduce(beta * kl, reduction)
+            return LossParts(fit.loss + penalty, *fit[1:]) if return_parts else fit.loss + penalty
     weight, weight_tensor = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
     parts = _call(
         _op.elbo_loss.default,
@@ -357,6 +394,7 @@ def elbo_loss(
     return LossParts(*parts) if return_parts else parts[0]
 
 
+@checked
 def iwae_loss(
     recon: Recon,
     x: Tensor,
@@ -402,9 +440,10 @@ def iwae_loss(
     )
     if not return_parts:
         return loss
-    return LossParts(loss, log_likelihood, -ordered_sum(log_ratio.to(log_likelihood.dtype)) / log_ratio.shape[0])
+    return LossParts(loss, log_likelihood, ordered_sum(log_ratio.to(log_likelihood.dtype)) / -log_ratio.shape[0])
 
 
+@checked
 def multi_sample_loss(
     recon: Recon,
     x: Tensor,
@@ -463,7 +502,7 @@ def multi_sample_loss(
             "posterior must hold K samples, log_ratio [K, B]: draw it with rsample(mu, logvar, num_samples); "
             f"got log_ratio {tuple(log_ratio.shape)}"
         )
-    row = estimators.estimator(estimator, len(log_ratio), alpha=alpha, beta=beta, groups=groups)
+    row = estimators.estimator(estimator, log_ratio.shape[0], alpha=alpha, beta=beta, groups=groups)
     gates = None if row.is_gradient else posterior.gates
     if not row.is_gradient:
         if gates is None:
@@ -473,20 +512,18 @@ def multi_sample_loss(
                 f"estimator {estimator!r} has no forward-mode derivative: it is no gradient of its bound; "
                 "take 'iwae' or 'elbo'"
             )
-    loss, log_likelihood = _call(
-        _op.multi_sample_loss.default,
-        reference.multi_sample_loss,
-        first,
-        x,
-        log_ratio,
-        gates,
-        second,
-        third,
-        _mask(mask, x),
-        likelihood,
-        [float(number) for number in row],
-        reduction,
-    )
+    args = first, x, log_ratio, gates, second, third, _mask(mask, x), likelihood
+    if _varies(row.elbo_weight) or _varies(row.alpha):  # the likelihood by its op, the bound in plain PyTorch
+        iwae = list(estimators.ESTIMATORS["iwae"].make())
+        _call(_op.multi_sample_loss.default, reference.multi_sample_loss, *args, iwae, reduction)  # as in gaussian_kl
+        log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)
+        log_w = log_likelihood + log_ratio.to(log_likelihood.dtype)
+        loss = reference.reduce(-reference.bound(log_w, row.elbo_weight, row.alpha, row.groups), reduction)
+    else:
+        numbers = [float(number) for number in row]
+        loss, log_likelihood = _call(
+            _op.multi_sample_loss.default, reference.multi_sample_loss, *args, numbers, reduction
+        )
     return LossParts(loss, log_likelihood, posterior.kl) if return_parts else loss
 
 
@@ -496,6 +533,7 @@ class ELBOLoss(torch.nn.Module):
     A tensor beta is a buffer that moves with the module and is not in its state_dict; an nn.Parameter is learned.
     """
 
+    @checked
     def __init__(
         self,
         likelihood: str = "bernoulli",
@@ -537,6 +575,7 @@ class ELBOLoss(torch.nn.Module):
 class IWAELoss(torch.nn.Module):
     """`iwae_loss` as a module: the options are set once, the tensors are given at each call."""
 
+    @checked
     def __init__(self, likelihood: str = "bernoulli", *, reduction: str = "mean", return_parts: bool = False) -> None:
         super().__init__()
         self.likelihood, self.reduction, self.return_parts = likelihood, reduction, return_parts
@@ -557,6 +596,7 @@ class IWAELoss(torch.nn.Module):
         return f"{self.likelihood!r}, reduction={self.reduction!r}"
 
 
+@checked
 def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor, *, observed: Tensor | None = None) -> Tensor:
     """Log density of probabilistic PCA, x = W z + b + e, in O(N D M) and one pass over x.
 
@@ -583,6 +623,8 @@ def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor, *, observ
         return _call(_op.ppca_log_prob.default, reference.ppca_log_prob, x, W, b, log_sigma2)
     if not torch.compiler.is_compiling():
         _ops.check(_op.ppca_log_prob.default, (x, W, b, log_sigma2))
+    if not isinstance(observed, Tensor):
+        raise TypeError(f"observed must be a bool tensor of the shape of x; got {type(observed).__name__}")
     if observed.dtype != torch.bool or observed.shape != x.shape:
         raise ValueError(
             f"observed must be a bool tensor of the shape {tuple(x.shape)} of x; "

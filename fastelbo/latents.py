@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastelbo import reference
+from fastelbo.arguments import checked
 from fastelbo.functional import Posterior
 from fastelbo.marginal import LogMeanExp
 
@@ -45,6 +46,7 @@ class DiagnosticsMeter:
         self._ess = torch.empty(())
 
     @torch.no_grad()
+    @checked
     def update(self, posterior: Posterior, log_w: Tensor | None = None) -> DiagnosticsMeter:
         """Add a batch.
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from fastelbo.arguments import checked
 from fastelbo.functional import Recon, split_recon
 
 
@@ -57,6 +58,7 @@ def get(name: str) -> Likelihood:
     return LIKELIHOODS[name]
 
 
+@checked
 def mean(recon: Recon, likelihood: str = "bernoulli") -> Tensor:
     """E[x | recon]: sigmoid(logits), the probabilities, or the mean of the pair.
 
@@ -74,6 +76,7 @@ def mean(recon: Recon, likelihood: str = "bernoulli") -> Tensor:
     return row.mean(split_recon(recon)[0])
 
 
+@checked
 def sample(recon: Recon, likelihood: str = "bernoulli", *, generator: Generator | None = None) -> Tensor:
     """A draw x ~ p(x | recon), not differentiable; arguments and errors as in `mean`.
 

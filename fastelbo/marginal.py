@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from fastelbo.arguments import checked, refusal
 from fastelbo.functional import Recon, log_prob, rsample, seed_tensor, split_recon
 from fastelbo.ordered import ordered_sum
 
@@ -65,6 +66,7 @@ class LogMeanExp:
         return self
 
     @torch.no_grad()
+    @checked
     def update(self, log_w: Tensor) -> LogMeanExp:
         """Add a chunk of log weights.
 
@@ -74,8 +76,6 @@ class LogMeanExp:
         Raises:
             ValueError, TypeError: no samples, another shape or a dtype that is not floating.
         """
-        if not log_w.is_floating_point():
-            raise TypeError(f"log_w must be floating; got {log_w.dtype}")
         if log_w.dim() == 0 or len(log_w) == 0:
             raise ValueError(f"log_w must be [k, *batch] with k of at least 1; got {tuple(log_w.shape)}")
         log_w = log_w.double()
@@ -84,7 +84,13 @@ class LogMeanExp:
         return self._add(len(log_w), top, ordered_sum(weights), ordered_sum(weights.square()))
 
     def merge(self, other: LogMeanExp) -> LogMeanExp:
-        """Add all that another accumulator, for the same data, has seen; the other stays as it is."""
+        """Add all that another accumulator, for the same data, has seen; the other stays as it is.
+
+        Raises:
+            ValueError, TypeError: weights of another shape; other is no LogMeanExp.
+        """
+        if not isinstance(other, LogMeanExp):
+            raise refusal("other", "a LogMeanExp", other)
         if other.count == 0:
             return self
         return self._add(other.count, other._top, other._sum, other._squares)
@@ -112,6 +118,7 @@ def _expand_batch(recon: Recon, x: Tensor) -> Recon:
     return (whole, *(t.expand(shape) if t.dim() == first.dim() else t for t in others)) if others else whole  # type: ignore[return-value]
 
 
+@checked
 def log_weights(
     model: VAE,
     x: Tensor,
@@ -123,10 +130,6 @@ def log_weights(
     generator: Generator | None = None,
 ) -> Iterator[Tensor]:
     """The log importance weights of `VAE.log_marginal`, chunk by chunk: [k, B]; the arguments are its."""
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1; got {num_samples}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, or None; got {chunk_size}")
     if proposal not in PROPOSALS:
         raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}; got {proposal!r}")
     key = seed_tensor(seed, generator, x.device)

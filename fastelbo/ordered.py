@@ -9,5 +9,6 @@ CHUNK = 1 << 14
 
 def ordered_sum(t: Tensor) -> Tensor:
     """The sum over the first dimension, by chunks of a fixed size: [K, *batch] -> [*batch]."""
-    parts = [part.sum(0) for part in t.split(CHUNK)]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    if t.shape[0] <= CHUNK:
+        return t.sum(0)
+    return torch.stack([part.sum(0) for part in t.split(CHUNK)]).sum(0)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
 from fastelbo import ppca_fit, ppca_missing
 from fastelbo.functional import gaussian_kl, ppca_log_prob
 from fastelbo.ppca_fit import FitReport
-from fastelbo.reference import LOG_2PI, read_data
+from fastelbo.reference import LOG_2PI, ppca_factor, read_data
 
 METHODS = ("eig", "em")
 
@@ -22,14 +24,45 @@ def _is_array(X: Any) -> bool:
     return isinstance(X, Tensor) or hasattr(X, "__array__")
 
 
-def _tensor(X: Any, name: str) -> Tensor:
-    """A tensor or an array as a tensor [N, D] of a dtype that the model reads."""
-    x = X if isinstance(X, Tensor) else torch.as_tensor(X)
+def _from_numpy(X: Any) -> Tensor:
+    """Anything that numpy takes for an array, where torch refuses: a table, steps backwards, foreign byte orders. The
+    masked cells of a masked array become NaN."""
+    if isinstance(X, np.ma.MaskedArray):
+        if np.ma.is_masked(X) and X.dtype.kind in "bu":
+            X = X / np.float32(255 if X.dtype == np.uint8 else 1)
+        a = X.filled(np.nan) if np.ma.is_masked(X) and X.dtype.kind == "f" else X.filled()
+    else:
+        a = np.asarray(X)
+    usable = a.dtype.isnative and a.flags.writeable and all(stride >= 0 for stride in a.strides)
+    return torch.as_tensor(a if usable else a.astype(a.dtype.newbyteorder("="), order="C"))
+
+
+def _tensor(X: Any, name: str, shape: str = "[N, D]") -> Tensor:
+    """A tensor or an array as a matrix of a dtype that the model reads."""
+    try:
+        x = X if isinstance(X, Tensor) else _from_numpy(X) if _is_array(X) else torch.as_tensor(X)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor or an array of numbers {shape}; got {_kind(X)}") from error
     if not x.is_floating_point() and x.dtype not in (torch.uint8, torch.bool):
         raise TypeError(f"{name} must be floating, uint8 (read as x / 255) or bool; got {x.dtype}")
     if x.dim() != 2:
-        raise ValueError(f"{name} must be [N, D]; got {tuple(x.shape)}")
+        raise ValueError(f"{name} must be {shape}; got {tuple(x.shape)}")
     return x
+
+
+def _kind(X: Any) -> str:
+    return f"{type(X).__name__} of {X.dtype}" if hasattr(X, "dtype") else type(X).__name__
+
+
+def _integer(value: Any, name: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+    return int(value)
+
+
+def _check_generator(generator: Any) -> None:
+    if generator is not None and not isinstance(generator, Generator):
+        raise TypeError(f"generator must be a torch.Generator or None; got {type(generator).__name__}")
 
 
 def _fit_batches(X: Any, method: str) -> ppca_fit.Batches:
@@ -37,7 +70,7 @@ def _fit_batches(X: Any, method: str) -> ppca_fit.Batches:
     if _is_array(X):
         x = _tensor(X, "X").detach()
         return lambda: [x]
-    if not isinstance(X, Iterable):
+    if not isinstance(X, Iterable) or isinstance(X, str | bytes):
         raise TypeError(f"X must be a tensor, an array, or an iterable of batches; got {type(X).__name__}")
     if method == "em" and iter(X) is X:
         raise TypeError(
@@ -75,7 +108,8 @@ class PPCA(nn.Module):
     likelihood, or `log_prob` trains it like any module, alone or as part of one.
 
     Data are [N, D]: floating, uint8 (read as x / 255) or bool; NaN is a missing cell where a method says so. A torch
-    tensor gives torch tensors, which carry gradients; a numpy array gives numpy arrays.
+    tensor gives torch tensors, which carry gradients; a numpy array, or what numpy makes one of, such as a pandas
+    DataFrame, gives numpy arrays. The masked cells of a masked array are missing.
 
     Args:
         n_components: M, latent dimensions; less than D.
@@ -103,16 +137,17 @@ class PPCA(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(n_components, bool) or not isinstance(n_components, int) or n_components < 1:
-            raise ValueError(f"n_components must be an int of at least 1; got {n_components!r}")
-        self.n_components = n_components
+        self.n_components = _integer(n_components, "n_components", 1)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating torch.dtype or None; got {dtype!r}")
         self.fit_report = None
         for name in ("W", "b", "log_sigma2"):
             self.register_parameter(name, None)
         if n_features is not None:
-            ppca_fit.check_components(n_components, n_features)
-            W = torch.randn(n_features, n_components, dtype=dtype, device=device) / math.sqrt(n_components)
-            self._set(W, W.new_zeros(n_features), W.new_zeros(()))
+            D, M = _integer(n_features, "n_features", 1), self.n_components
+            ppca_fit.check_components(M, D)
+            W = torch.randn(D, M, dtype=dtype, device=device) / math.sqrt(M)
+            self._set(W, W.new_zeros(D), W.new_zeros(()))
 
     def extra_repr(self) -> str:
         return f"n_components={self.n_components}, n_features={None if self.W is None else len(self.W)}"
@@ -151,8 +186,8 @@ class PPCA(nn.Module):
 
     def _array(self, x: Any, name: str, columns: tuple[str, int]) -> Tensor:
         W = self._parameters_()[0]
-        t = _tensor(x, name)
         letter, size = columns
+        t = _tensor(x, name, f"[N, {letter}]")
         if t.shape[1] != size:
             raise ValueError(f"{name} must be [N, {letter}] with {letter}={size}; got {tuple(t.shape)}")
         if t.device != W.device:
@@ -216,7 +251,8 @@ class PPCA(nn.Module):
 
     def bic(self, x: Any) -> float:
         """-2 sum log p(x) + n_parameters log N: over the M, the lowest is the choice (Schwarz 1978). x: [N, D]."""
-        return -2 * len(x) * self.score(x) + self.n_parameters * math.log(len(x))
+        score = self.score(x)
+        return -2 * len(x) * score + self.n_parameters * math.log(len(x))
 
     def posterior(self, x: Any) -> Any:
         """p(z | x) = N(mean, covariance): mean G^-1 W'(x - b), covariance s2 G^-1.
@@ -235,26 +271,23 @@ class PPCA(nn.Module):
         x_ = self._data(x, missing=True)
         return self._as(x, partial(self._posterior, x_))
 
-    def _factor(self) -> tuple[Tensor, Tensor]:
-        """G and its Cholesky factor, float64."""
-        W, _, log_sigma2 = (t.double() for t in self._parameters_())
-        G = W.mT @ W + torch.exp(log_sigma2) * torch.eye(self.n_components, dtype=W.dtype, device=W.device)
-        return G, torch.linalg.cholesky(G)
-
-    def _mean(self, x: Tensor, factor: Tensor) -> Tensor:
-        """float64 [N, M]"""
+    def _mean(self, x: Tensor, Q: Tensor, R: Tensor) -> Tensor:
+        """float64 [N, M]; Q and R as `ppca_factor` gives them."""
         W, b, _ = self._parameters_()
-        projected = (read_data(x, W.dtype) - b) @ W
-        return torch.cholesky_solve(projected.double().mT, factor).mT
+        projected = (read_data(x, W.dtype) - b) @ Q.to(W.dtype)
+        mean: Tensor = torch.linalg.solve_triangular(R, projected.double().mT, upper=True)
+        return mean.mT
 
     def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         W, b, log_sigma2 = self._parameters_()
-        s2 = torch.exp(log_sigma2.double())
+        log_s2 = log_sigma2.double()
         if not torch.compiler.is_compiling() and x.is_floating_point() and bool(x.isnan().any()):
             found = ppca_missing.rows(x, W, b, log_sigma2, ~x.isnan())
-            return found.mean.to(W.dtype), (s2 * torch.cholesky_inverse(found.factor)).to(W.dtype)
-        _, factor = self._factor()
-        return self._mean(x, factor).to(W.dtype), (s2 * torch.cholesky_inverse(factor)).to(W.dtype)
+            return found.mean.to(W.dtype), (torch.exp(log_s2) * torch.cholesky_inverse(found.factor)).to(W.dtype)
+        Q, R = ppca_factor(W.double(), log_s2)
+        sigma = torch.exp(0.5 * log_s2) * torch.eye(self.n_components, dtype=R.dtype, device=R.device)
+        root = torch.linalg.solve_triangular(R, sigma, upper=True)  # sigma R^-1
+        return self._mean(x, Q, R).to(W.dtype), (root @ root.mT).to(W.dtype)
 
     def transform(self, x: Any) -> Any:
         """The posterior mean E[z | x]. x: [N, D], NaN for missing cells -> [N, M]. Raises as `log_prob`."""
@@ -281,6 +314,8 @@ class PPCA(nn.Module):
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """n draws x = W z + b + e -> [n, D]; the noise is of `generator`, on the model's device, or torch's own."""
         W, b, log_sigma2 = self._parameters_()
+        n = _integer(n, "n", 0)
+        _check_generator(generator)
         z, e = (torch.randn(n, k, dtype=W.dtype, device=W.device, generator=generator) for k in W.shape[::-1])
         return z @ W.mT + b + torch.exp(0.5 * log_sigma2) * e
 
@@ -312,9 +347,10 @@ class PPCA(nn.Module):
 
     def _elbo(self, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
         W, b, log_sigma2 = self._parameters_()
-        e = read_data(x, W.dtype) - b - mu @ W.mT
-        spread = torch.exp(logvar) @ W.square().sum(0)
-        fit = -0.5 * (len(W) * (LOG_2PI + log_sigma2) + (e.square().sum(1) + spread) * torch.exp(-log_sigma2))
+        precision = torch.exp(-0.5 * log_sigma2)  # before the squares, which data of scale 1e20 would not have
+        e = (read_data(x, W.dtype) - b - mu @ W.mT) * precision
+        spread = torch.exp(logvar) @ (W * precision).square().sum(0)
+        fit = -0.5 * (len(W) * (LOG_2PI + log_sigma2) + e.square().sum(1) + spread)
         return fit - gaussian_kl(mu, logvar)
 
     def inference_gap(self, x: Any, mu: Any, logvar: Any) -> Any:
@@ -339,10 +375,11 @@ class PPCA(nn.Module):
 
     def _gap(self, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
         W, _, log_sigma2 = self._parameters_()
-        G, factor = self._factor()
-        off, lv, log_s2 = mu.double() - self._mean(x, factor), logvar.double(), log_sigma2.double()
-        square = torch.exp(lv) @ torch.diagonal(G) + (off @ factor).square().sum(1)
-        log_det = 2 * torch.log(torch.diagonal(factor)).sum()
+        lv, log_s2 = logvar.double(), log_sigma2.double()
+        Q, R = ppca_factor(W.double(), log_s2)  # R'R = G
+        off = mu.double() - self._mean(x, Q, R)
+        square = torch.exp(lv) @ R.square().sum(0) + (off @ R.mT).square().sum(1)
+        log_det = 2 * torch.log(torch.diagonal(R).abs()).sum()
         gap = square * torch.exp(-log_s2) - lv.sum(1) + self.n_components * (log_s2 - 1) - log_det
         return (0.5 * gap).to(torch.float64 if W.dtype == torch.float64 else torch.float32)
 
@@ -367,7 +404,7 @@ class PPCA(nn.Module):
                 the data need not fit in memory. NaN is a missing cell for "em".
             method: "eig", the closed form, takes one pass: O(N D^2) with more than D rows, O(N^2 D) else. "em" takes
                 O(N D M) per step, with missing cells O(N D M^2) and D M^2 / 2 sums in memory.
-            max_iter, tol: "em" ends after so many steps, or when one gains less than tol nats per row.
+            max_iter, tol: "em" ends after so many steps, or when less than tol nats per row seem left to gain.
             group: a torch.distributed group, such as `torch.distributed.group.WORLD`, whose processes hold a part of
                 the rows each, or none. All get the same parameters.
             generator: of the start of "em", on the CPU; torch's default one if None.
@@ -379,15 +416,20 @@ class PPCA(nn.Module):
             ValueError: a shape, NaN or infinity where it is not allowed, fewer than 2 rows, M not less than D or than
                 the rank of the data (s2 would be 0 and the likelihood unbounded), a column that is never observed.
             TypeError: a dtype or kind of X.
+            With a group, what is wrong with the rows of one process raises in all of them.
 
         Reference: Tipping & Bishop 1999, sec. 3.2, app. B.
         """
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-        if max_iter < 1 or not tol >= 0:
-            raise ValueError(f"max_iter must be at least 1 and tol at least 0; got {max_iter} and {tol}")
+        max_iter = _integer(max_iter, "max_iter", 1)
+        if isinstance(tol, bool) or not isinstance(tol, Real) or not tol >= 0:
+            raise ValueError(f"tol must be a number of at least 0; got {tol!r}")
+        _check_generator(generator)
         seen: list[torch.dtype] = []
-        source = _fit_batches(X, method)
+        over = ppca_fit.Group(group)
+        with over.together():
+            source = _fit_batches(X, method)
 
         def batches() -> Iterator[Tensor]:
             for x in source():
@@ -395,7 +437,6 @@ class PPCA(nn.Module):
                     seen.append(x.dtype)
                 yield x
 
-        over = ppca_fit.Group(group)
         if method == "eig":
             found = ppca_fit.eig(batches, self.n_components, over)
         else:

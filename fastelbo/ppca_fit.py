@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +20,8 @@ from fastelbo import ppca_missing
 from fastelbo.reference import LOG_2PI, read_data
 
 Batches = Callable[[], Iterable[Tensor]]  # a new pass over the data at every call
+Parameters = tuple[Tensor, Tensor, Tensor]  # W, b, log s2; float64
+Step = tuple[float, Parameters]  # mean log p(x) per row, and the parameters that have it
 PIECE_ELEMENTS = 1 << 24  # of the data, converted to float64 at a time
 
 _op = torch.ops.fastelbo
@@ -50,8 +54,22 @@ class Group:
     """Sums and the like over the processes of a torch.distributed group; of one process, if None."""
 
     def __init__(self, group: Any) -> None:
+        kind: Any = getattr(dist, "ProcessGroup", ())
+        if group is not None and not isinstance(group, kind):
+            raise TypeError(f"group must be a torch.distributed group or None; got {type(group).__name__}")
         self.group = group
         self.size = 1 if group is None else dist.get_world_size(group)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What raises here in one process raises in all, so that none waits for it in vain."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as e:
+            error = e
+        if self.largest(error is not None):
+            raise error or ValueError("X is refused by another process of the group, which says why")
 
     def sum(self, *tensors: Tensor) -> None:
         """In place: the sums over all processes, bit by bit the same in each."""
@@ -92,6 +110,13 @@ def _pieces(x: Tensor) -> Iterator[Tensor]:
     """x [n, D] in pieces of rows that are small in float64."""
     if len(x):
         yield from x.split(max(1, PIECE_ELEMENTS // max(1, x.shape[1])))
+
+
+def _read(batches: Batches, group: Group) -> Iterator[Tensor]:
+    """One pass over the data."""
+    with group.together():
+        for x in batches():
+            yield from _pieces(x)
 
 
 class Moments:
@@ -186,17 +211,18 @@ def eig(batches: Batches, n_components: int, group: Group) -> Fit:
     kept: list[Tensor] = []  # rows, as long as they are at most D
     moments: Moments | None = None
     first, count = None, 0
-    for x in batches():
-        _check_finite(x, '"eig"; "em" takes NaN for missing cells')
-        first = x if first is None else first
-        count += len(x)
-        if moments is None and count <= x.shape[1]:
-            kept.append(x)
-            continue
-        moments = moments or Moments(x.shape[1], x.device, scatter=True)
-        for rows in (*kept, x):
-            moments.update(rows)
-        kept.clear()
+    with group.together():
+        for x in batches():
+            _check_finite(x, '"eig"; "em" takes NaN for missing cells')
+            first = x if first is None else first
+            count += len(x)
+            if moments is None and count <= x.shape[1]:
+                kept.append(x)
+                continue
+            moments = moments or Moments(x.shape[1], x.device, scatter=True)
+            for rows in (*kept, x):
+                moments.update(rows)
+            kept.clear()
     D, device = _features(first, group)
     check_components(n_components, D)
     total = torch.tensor(float(count), dtype=torch.float64, device=device)
@@ -254,41 +280,58 @@ def _small_gram(X: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Sums:
-    """What the M step needs of complete rows: S = sum (x - b) m', A = sum E[z z'], sum |x - b|^2, sum log p(x)."""
+    """Of complete rows r = x - b, for a basis Z [D, L] of orthonormal columns: sum e c', sum c c' and sum |e|^2, where
+    c = Z'r and e = r - Z c."""
 
-    def __init__(self, W: Tensor, b: Tensor, log_sigma2: Tensor) -> None:
-        self.W, self.b, self.log_s2 = W, b, log_sigma2
-        D, M = W.shape
-        self.s2 = torch.exp(log_sigma2)
-        factor = torch.linalg.cholesky(W.mT @ W + self.s2 * torch.eye(M, dtype=W.dtype, device=W.device))
-        self.inverse = torch.cholesky_inverse(factor)
-        self.constant = D * LOG_2PI + (D - M) * log_sigma2 + 2 * torch.log(torch.diagonal(factor)).sum()
-        self.S, self.A = torch.zeros_like(W), torch.zeros_like(self.inverse)
-        self.square, self.log_prob, self.cells = (torch.zeros_like(log_sigma2) for _ in range(3))
+    def __init__(self, Z: Tensor, b: Tensor) -> None:
+        self.Z, self.b = Z, b
+        self.cross = torch.zeros_like(Z)
+        self.second = Z.new_zeros(Z.shape[1], Z.shape[1])
+        self.rest = Z.new_zeros(())
 
     def update(self, x: Tensor) -> None:
-        """Two passes of the kernels over x [n, D], in its own dtype."""
-        proj, square = _op._ppca_project(x, self.W, self.b)
-        mean = proj @ self.inverse
+        """The kernels' passes over x [n, D], in its own dtype."""
+        coords, square = _op._ppca_project(x, self.Z, self.b)
+        self.rest += _op._ppca_rest(x, self.Z, self.b, coords, square).sum()
         ones = torch.ones_like(square)
-        _, cross, _ = _op._ppca_residual(x, self.W, self.b, mean, ones, [False, True, False])
-        second = mean.mT @ mean
-        self.S += cross + self.W @ second
-        self.A += second + len(x) * self.s2 * self.inverse
-        self.square += square.sum()
-        self.cells += x.numel()
-        distance = (square.sum() - (proj * mean).sum()) / self.s2
-        self.log_prob += -0.5 * (distance + len(x) * self.constant)
+        self.cross += _op._ppca_residual(x, self.Z, self.b, coords, coords, ones, [False, True, False])[1]
+        self.second += coords.mT @ coords
 
-    def step(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-        """The next W, b and log s2 (Tipping & Bishop 1999, app. B)."""
-        group.sum(self.S, self.A, self.square, self.cells, self.log_prob)
-        W = torch.linalg.solve(self.A, self.S, left=False)
-        return W, self.b, torch.log((self.square - (W * self.S).sum()) / self.cells)
+
+def _complete(batches: Batches, W: Tensor, b: Tensor, N: int, n_components: int, group: Group) -> Iterator[Step]:
+    """Of the subspaces that steps reach, the best parameters.
+
+    The M step of EM turns span W into span S W, S the covariance of the data. Given the span, the scale of W and s2 are
+    maximized exactly (the closed form for the M by M covariance of the coordinates): EM changes them by a factor of
+    1 - O(s2) per step. The next span is the best one within the present one, S times it, and the direction in which it
+    moved last, so that steps are conjugate: log p(x) rises by more than a step of EM would make it.
+
+    Reference: Tipping & Bishop 1999, app. B; parameter expansion: Liu, Rubin & Wu 1998; Knyazev 2001.
+    """
+    D, M = len(b), n_components
+    while True:
+        sums = _Sums(_op._ppca_factor(W, W.new_zeros(()))[0], b)
+        for piece in _read(batches, group):
+            sums.update(piece)
+        group.sum(sums.cross, sums.second, sums.rest)
+        second = sums.second / N
+        vectors = torch.linalg.eigh(second)[1].flip(1)
+        # not eigh's values, whose errors are those of the largest: near the end, the rest of the span holds little
+        values = (vectors * (second @ vectors)).sum(0).clamp_min(0)
+        values, vectors = torch.cat([values, sums.rest.reshape(1) / N]), vectors[:, :M]
+        _check_count(N, _rank(values, N, D), M)
+        # s2 is the mean over the directions that are left; of those in the span too where they are below it
+        s2 = torch.stack([values[k:].sum() / (D - k) for k in range(M + 1)])
+        s2 = s2[(values[:M] > s2[1:]).sum()]
+        top = values[:M].maximum(s2)
+        U = sums.Z @ vectors
+        yield _log_likelihood(top, s2, D), (U * torch.sqrt(top - s2), b, torch.log(s2))
+        W = torch.cat([U, sums.cross @ vectors, sums.Z[:, M:] @ vectors[M:]], 1)
 
 
 class _MissingSums:
-    """The same of rows with missing cells: for every column d, the normal equations of its row of W and of b."""
+    """Of rows with missing cells, for every column d: the normal equations of its row of W and of b; and the first two
+    moments of z."""
 
     def __init__(self, W: Tensor, b: Tensor, log_sigma2: Tensor) -> None:
         self.W, self.b, self.log_s2 = W, b, log_sigma2
@@ -297,6 +340,7 @@ class _MissingSums:
         self.A = W.new_zeros(D, len(self.i))  # sum over n that have d of E[(z, 1) (z, 1)']
         self.S = W.new_zeros(D, M + 1)  # sum of (x - b) (m, 1)
         self.squares = W.new_zeros(D)
+        self.z = W.new_zeros(len(self.i))  # sum over n that have any cell of E[(z, 1) (z, 1)']
         self.log_prob, self.cells = (torch.zeros_like(log_sigma2) for _ in range(2))
 
     def update(self, x: Tensor) -> None:
@@ -307,33 +351,84 @@ class _MissingSums:
             z = torch.cat([found.mean, found.mean.new_ones(len(part), 1)], 1)
             second = z.unsqueeze(2) * z.unsqueeze(1)
             second[:, :M, :M] += torch.exp(self.log_s2) * torch.cholesky_inverse(found.factor)
+            second = second[:, self.i, self.j]
             cells = observed.double()
-            self.A += cells.mT @ second[:, self.i, self.j]
+            self.A += cells.mT @ second
+            self.z += observed.any(1).double() @ second
             self.S += found.centered.mT @ z
             self.squares += found.centered.square().sum(0)
             self.log_prob += found.log_prob.sum()
             self.cells += cells.sum()
 
     def step(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-        group.sum(self.A, self.S, self.squares, self.cells, self.log_prob)
+        """The next W, b and log s2: the M step for z ~ N(mu, K), of which the same model with N(0, I) is returned."""
+        group.sum(self.A, self.S, self.squares, self.z, self.log_prob, self.cells)
         solution = torch.linalg.solve(self.A[:, self.where], self.S)
         W, shift = solution[:, :-1], solution[:, -1]
-        return W, self.b + shift, torch.log((self.squares - (solution * self.S).sum(1)).sum() / self.cells)
+        moments = self.z[self.where] / self.z[-1]
+        mu = moments[:-1, -1]
+        K = torch.linalg.cholesky_ex(moments[:-1, :-1] - torch.outer(mu, mu))[0]
+        log_s2 = torch.log((self.squares - (solution * self.S).sum(1)).sum() / self.cells)
+        return W @ K, self.b + shift + W @ mu, log_s2
+
+
+def _incomplete(
+    batches: Batches, W: Tensor, b: Tensor, log_sigma2: Tensor, N: int, floor: Tensor, group: Group
+) -> Iterator[Step]:
+    """Two steps of parameter-expanded EM, and an extrapolation of them wherever log p(x) does not fall by it.
+
+    Reference: missing cells: Ilin & Raiko 2010, sec. 3; extrapolation: Varadhan & Roland 2008 (S3); Liu, Rubin & Wu
+    1998.
+    """
+
+    def step(parameters: Parameters) -> tuple[float, Parameters]:
+        sums = _MissingSums(*parameters)
+        for piece in _read(batches, group):
+            sums.update(piece)
+        found = sums.step(group)
+        return float(sums.log_prob) / N, found
+
+    def change(new: Parameters, old: Parameters) -> Parameters:
+        return new[0] - old[0], new[1] - old[1], new[2] - old[2]
+
+    def length(p: Parameters, log_s2: Tensor) -> float:
+        # in the units of the likelihood: what moves x by less than sigma counts little, whatever the size of W
+        moved = (p[0].square().sum() + p[1].square().sum()) * torch.exp(-log_s2)
+        return math.sqrt(float(moved + 0.5 * len(b) * p[2].square()))
+
+    first: Parameters = (W, b, log_sigma2)
+    before, second = step(first)
+    yield before, first
+    while True:
+        if not min(first[2], second[2]) > floor:  # NaN too
+            _check_count(N, W.shape[1], W.shape[1])
+        middle, third = step(second)
+        r = change(second, first)
+        v = change(change(third, second), r)
+        far = max(length(r, third[2]) / max(length(v, third[2]), 1e-300), 1.0)
+        trial = tuple(p + 2 * far * dp + far**2 * ddp for p, dp, ddp in zip(first, r, v, strict=True))
+        value, after = step((trial[0], trial[1], trial[2]))
+        first, second = (trial[0], trial[1], trial[2]), after
+        if not value >= middle:
+            first = third
+            value, second = step(third)
+        yield value, first
 
 
 def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, int, bool]:
     """Of observed cells: mean [D], mean variance, rows; and whether cells are missing."""
     first, missing = None, False
     moments: Moments | None = None
-    for x in batches():
-        first = x if first is None else first
-        moments = moments or Moments(x.shape[1], x.device)
-        if x.is_floating_point():
-            missing |= bool(x.isnan().any())
-            if x.isinf().any():
-                raise ValueError('X must be finite or NaN (a missing cell) for method "em"; it holds infinity')
-        if not missing:
-            moments.update(x)
+    with group.together():
+        for x in batches():
+            first = x if first is None else first
+            moments = moments or Moments(x.shape[1], x.device)
+            if x.is_floating_point():
+                missing |= bool(x.isnan().any())
+                if x.isinf().any():
+                    raise ValueError('X must be finite or NaN (a missing cell) for method "em"; it holds infinity')
+            if not missing:
+                moments.update(x)
     D, device = _features(first, group)
     moments = moments or Moments(D, device)
     if not group.largest(missing):
@@ -342,18 +437,17 @@ def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, int, 
     # a second pass, by column; sums about the first row's values, where there are any
     count, mean, square = (torch.zeros(D, dtype=torch.float64, device=device) for _ in range(3))
     rows = torch.zeros((), dtype=torch.float64, device=device)
-    for x in batches():
-        rows += len(x)
-        for piece in _pieces(x):
-            cells = (~piece.isnan()).double()
-            n = cells.sum(0)
-            r = torch.nan_to_num(read_data(piece, torch.float64))
-            local = r.sum(0) / n.clamp_min(1)
-            square += ((r - local).square() * cells).sum(0)
-            delta, total = local - mean, (count + n).clamp_min(1)
-            square += delta.square() * count * n / total
-            mean += delta * n / total
-            count += n
+    for piece in _read(batches, group):
+        rows += len(piece)
+        cells = (~piece.isnan()).double()
+        n = cells.sum(0)
+        r = torch.nan_to_num(read_data(piece, torch.float64))
+        local = r.sum(0) / n.clamp_min(1)
+        square += ((r - local).square() * cells).sum(0)
+        delta, total = local - mean, (count + n).clamp_min(1)
+        square += delta.square() * count * n / total
+        mean += delta * n / total
+        count += n
     sums, ours = count * mean, count.clone()
     group.sum(count, sums, rows)
     if (never := torch.nonzero(count == 0).flatten().tolist()) != []:
@@ -362,6 +456,17 @@ def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, int, 
     square += ours * (mean - center).square()
     group.sum(square)
     return center, square.sum() / count.sum(), int(rows), True
+
+
+def _settled(history: list[float], tol: float) -> bool:
+    """Whether less than tol is left to gain, if the gains go on falling no slower than in the last three steps."""
+    gains = [b - a for a, b in pairwise(history[-4:])]
+    if len(gains) < 3:
+        return False
+    if gains[2] <= 1e-14 * abs(history[-1]):  # rounding errors
+        return True
+    ratio = max(gains[1] / gains[0], gains[2] / gains[1])
+    return ratio < 1 and gains[2] * ratio / (1 - ratio) < tol
 
 
 def em(
@@ -374,37 +479,35 @@ def em(
     generator: torch.Generator | None,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> Fit:
-    """Expectation maximization, O(N D M) per step; with missing cells O(N D M^2).
+    """Expectation maximization, accelerated, O(N D M) per step; with missing cells O(N D M^2).
 
-    log p(x) never falls from one step to the next. It ends when a step gains less than `tol` nats per row.
-
-    Reference: Tipping & Bishop 1999, app. B; missing cells: Ilin & Raiko 2010, sec. 3.
+    It ends when less than `tol` nats per row seem left to gain. log p(x) never falls from one step to the next but by
+    rounding; should it, the step before is the result, and the report says that it did not converge.
     """
     b, variance, N, missing = _column_means(batches, group)
     D = len(b)
     check_components(n_components, D)
     rank = 0 if float(variance) <= 0 else n_components + 1  # no more is known before the fit
     _check_count(N, rank, n_components)
-    W = torch.randn(D, n_components, dtype=torch.float64, device="cpu", generator=generator).to(b.device)
-    W = W * torch.sqrt(variance / (2 * n_components))
-    log_s2 = torch.log(variance / 2)
-    floor = torch.log(variance) + math.log(D * torch.finfo(torch.float64).eps)
-    group.same(W, b, log_s2)
+    W = torch.randn(D, n_components if missing else min(3 * n_components, D), dtype=torch.float64, generator=generator)
+    W = W.to(b.device) * torch.sqrt(variance / (2 * n_components))
+    group.same(W, b, variance)
+    if missing:
+        floor = torch.log(variance) + math.log(D * torch.finfo(torch.float64).eps)
+        steps = _incomplete(batches, W, b, torch.log(variance / 2), N, floor, group)
+    else:
+        steps = _complete(batches, W, b, N, n_components, group)
     history: list[float] = []
     converged = False
-    for step in progress(range(max_iter + 1)):
-        sums = (_MissingSums if missing else _Sums)(W, b, log_s2)
-        for x in batches():
-            for piece in _pieces(x):
-                sums.update(piece)
-        next_W, next_b, next_log_s2 = sums.step(group)
-        history.append(float(sums.log_prob) / N)
-        converged = len(history) > 1 and history[-1] - history[-2] < tol
-        if converged or step == max_iter:
+    for _, (value, found) in zip(progress(range(max_iter + 1)), steps, strict=False):
+        # the exponent of log p(x) is known as well as squares of the data are in units of s2
+        rounding = torch.finfo(torch.float64).eps * D * (abs(value) + D * float(variance / torch.exp(found[2])))
+        if history and not value >= history[-1] - rounding:
             break
-        if not next_log_s2 > floor:  # NaN too
-            _check_count(N, n_components, n_components)
-        W, b, log_s2 = next_W, next_b, next_log_s2
-    fit = Fit(canonical(W), b, log_s2, FitReport("em", N, converged, tuple(history)))
+        history.append(value)
+        best = found
+        if converged := _settled(history, tol):
+            break
+    fit = Fit(canonical(best[0]), *best[1:], FitReport("em", N, converged, tuple(history)))
     group.same(*fit[:3])
     return fit

@@ -60,7 +60,9 @@ def rows(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor, observed: Tensor) 
     factor, info = torch.linalg.cholesky_ex(G)
     p = r @ W
     mean = torch.cholesky_solve(p.unsqueeze(2), factor).squeeze(2)
-    distance = (r.square().sum(1) - (p * mean).sum(1)) / s2
+    # |r - W m|^2 / s2 + |m|^2, which is least at m: an error of m is of second order here
+    e = torch.where(observed, r - mean @ W.mT, 0.0)
+    distance = e.square().sum(1) / s2 + mean.square().sum(1)
     count = cells.sum(1)
     log_det = (count - M) * log_s2 + 2 * torch.log(torch.diagonal(factor, dim1=1, dim2=2)).sum(1)
     log_prob = torch.where(info == 0, -0.5 * (count * LOG_2PI + log_det + distance), math.nan)

@@ -52,7 +52,7 @@ LIKELIHOODS: dict[str, Callable[..., Tensor]] = {  # of x and the parameters
 }
 
 
-def _compute_dtype(t: Tensor) -> torch.dtype:
+def compute_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
@@ -78,7 +78,7 @@ def log_prob(
 
     recon [K?, B, *event], x [B, *event]; second and third, where there are any: the shape of recon, [*event] or 0-d.
     """
-    dtype = _compute_dtype(recon)
+    dtype = compute_dtype(recon)
     recon, x = recon.to(dtype), read_data(x, dtype)
     others = [t.to(dtype) for t in (second, third) if t is not None]
     weight = None
@@ -115,7 +115,7 @@ def exp_remainder(t: Tensor) -> Tensor:
 
 def kl_terms(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_logvar: Tensor | None = None) -> Tensor:
     """1/2 [exp(t) - 1 - t + (mu - mu_p)^2 exp(-lv_p)], t = lv - lv_p: the KL of every latent dimension."""
-    dtype = _compute_dtype(mu)
+    dtype = compute_dtype(mu)
     mu, logvar = mu.to(dtype), logvar.to(dtype)
     if prior_mu is not None:
         mu = mu - prior_mu.to(dtype)
@@ -131,7 +131,7 @@ def gaussian_kl(
     logvar: Tensor,
     prior_mu: Tensor | None = None,
     prior_logvar: Tensor | None = None,
-    free_bits: float = 0.0,
+    free_bits: float | Tensor = 0.0,
 ) -> Tensor:
     """KL(N(mu, exp(lv)) || N(mu_p, exp(lv_p))), summed over the latent dimensions -> [B].
 
@@ -139,7 +139,7 @@ def gaussian_kl(
     datum, so that the mean over B is sum_j max(lambda, mean_b KL_bj).
     """
     terms = kl_terms(mu, logvar, prior_mu, prior_logvar)
-    if free_bits > 0:
+    if isinstance(free_bits, Tensor) or free_bits > 0:
         terms = torch.where(terms.detach().mean(0) < free_bits, free_bits, terms)  # NaN is not below the floor
     return _sum_from(terms, 1)
 
@@ -222,7 +222,7 @@ def rsample(
     first_sample: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z = mu + exp(lv/2) eps [K?, B, *latent], its KL [B], log p(z) - log q(z | x) [K?, B], and gates [2, K, B]."""
-    dtype = _compute_dtype(mu)
+    dtype = compute_dtype(mu)
     m, lv = mu.to(dtype), logvar.to(dtype)
     m_p = None if prior_mu is None else prior_mu.to(dtype)
     lv_p = None if prior_logvar is None else prior_logvar.to(dtype)
@@ -249,7 +249,7 @@ def rsample(
 
 def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     """log (1/K) sum_k exp(log w_k) along dim; where every weight is -inf the value is -inf and the gradient 0."""
-    log_w = log_w.to(_compute_dtype(log_w))
+    log_w = log_w.to(compute_dtype(log_w))
     top = log_w.detach().amax(dim, keepdim=True)
     empty = top == -torch.inf
     safe = torch.where(empty, 0.0, log_w)
@@ -257,7 +257,7 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     return torch.where(empty, -torch.inf, total).squeeze(dim)
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def reduce(loss: Tensor, reduction: str) -> Tensor:
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
@@ -283,7 +283,21 @@ def elbo_loss(
     penalty = gaussian_kl(mu, logvar, prior_mu, prior_logvar, free_bits) if free_bits > 0 else kl
     fit = log_likelihood.mean(0) if recon.dim() > x.dim() else log_likelihood
     weight = beta if beta_tensor is None else beta_tensor.to(penalty.dtype)
-    return _reduce(weight * penalty - fit, reduction), log_likelihood, kl
+    return reduce(weight * penalty - fit, reduction), log_likelihood, kl
+
+
+def _temper(log_w: Tensor, alpha: float, groups: int) -> Tensor:
+    """(1 - alpha) log w, by groups: [K, B] -> [groups, K / groups, B]."""
+    tempered: Tensor = ((1 - alpha) * log_w).unflatten(0, (int(groups), -1))
+    return tempered
+
+
+def bound(log_w: Tensor, elbo_weight: float = 0.0, alpha: float = 0.0, groups: int = 1) -> Tensor:
+    """The bound of an estimator (see `fastelbo.estimators`): [K, B] -> [B]."""
+    if elbo_weight == 1:
+        return log_w.mean(0)
+    renyi = log_mean_exp(_temper(log_w, alpha, groups), 1).mean(0) / (1 - alpha)
+    return renyi if elbo_weight == 0 else elbo_weight * log_w.mean(0) + (1 - elbo_weight) * renyi
 
 
 class _Steered(torch.autograd.Function):
@@ -310,21 +324,18 @@ def multi_sample_weights(log_w: Tensor, estimator: Sequence[float]) -> tuple[Ten
     The six numbers of the estimator are those of `fastelbo.estimators.Estimator`.
     """
     elbo_weight, alpha, groups, path, path_weight, score = estimator
-    log_w = log_w.to(_compute_dtype(log_w))
-    bound = torch.zeros_like(log_w[0])
-    weights = torch.full_like(log_w, elbo_weight / len(log_w))
-    if elbo_weight != 0:
-        bound = elbo_weight * log_w.mean(0)
+    log_w = log_w.to(compute_dtype(log_w))
+    weights = torch.full_like(log_w, elbo_weight / log_w.shape[0])
     if elbo_weight != 1:
-        tempered = ((1 - alpha) * log_w).unflatten(0, (int(groups), -1))  # [groups, K / groups, B]
-        bound = bound + (1 - elbo_weight) / (1 - alpha) * log_mean_exp(tempered, 1).mean(0)
+        tempered = _temper(log_w, alpha, int(groups))
         empty = tempered.detach().amax(1, keepdim=True) == -torch.inf
         softmax = torch.where(empty, 0.0, torch.softmax(torch.where(empty, 0.0, tempered), 1)).flatten(0, 1)
         weights = weights + (1 - elbo_weight) / groups * softmax
     for_path = torch.full_like(log_w, path - 1)
     if path_weight != 0:  # else the weights count for nothing: they may be NaN
         for_path = for_path + path_weight * weights
-    return bound, weights, torch.stack([for_path, torch.full_like(log_w, score - 1)])
+    gates = torch.stack([for_path, torch.full_like(log_w, score - 1)])
+    return bound(log_w, elbo_weight, alpha, int(groups)), weights, gates
 
 
 def multi_sample_loss(
@@ -341,8 +352,8 @@ def multi_sample_loss(
 ) -> tuple[Tensor, Tensor]:
     """Minus the bound of an estimator (see `fastelbo.estimators`) reduced over B; also log p [K, B]."""
     log_likelihood = log_prob(recon, x, second, third, mask, likelihood)
-    bound, _, factors = multi_sample_weights(log_likelihood + log_ratio.to(log_likelihood.dtype), estimator)
-    loss = _reduce(-bound, reduction)
+    value, _, factors = multi_sample_weights(log_likelihood + log_ratio.to(log_likelihood.dtype), estimator)
+    loss = reduce(-value, reduction)
     if gates is not None:
         loss = _Steered.apply(loss, gates, factors.to(gates.dtype))  # type: ignore[no-untyped-call]
     return loss, log_likelihood
@@ -352,22 +363,33 @@ def multi_sample_loss(
 # Probabilistic PCA.
 
 
-def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
-    """log N(x; b, W W' + s2 I) -> [N], by the M by M matrix G = W'W + s2 I; NaN where its Cholesky factor fails.
+def ppca_factor(W: Tensor, log_sigma2: Tensor) -> tuple[Tensor, Tensor]:
+    """Q [D, M] and R [M, M], upper, of [W; sigma I] = [Q; sigma R^-1] R: R'R = W'W + s2 I.
 
-    r' C^-1 r = (|r - W m|^2 + s2 |m|^2) / s2, with r = x - b and m = G^-1 W'r: unlike |r|^2 - (W'r)' m it cancels
-    nothing.
+    A Cholesky factor of W'W + s2 I is the same but for signs, and loses twice the digits where that is ill-conditioned.
     """
-    dtype = _compute_dtype(W)
+    sigma = torch.exp(0.5 * log_sigma2)
+    Q, R = torch.linalg.qr(torch.cat([W, sigma * torch.eye(W.shape[1], dtype=W.dtype, device=W.device)]))
+    return Q[: len(W)], R
+
+
+def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
+    """log N(x; b, W W' + s2 I) -> [N], by the QR decomposition of [W; sigma I].
+
+    r' C^-1 r = |r - W m|^2 / s2 + |m|^2, with r = x - b, m = R^-1 Q'r and W m = Q Q'r: unlike (|r|^2 - (W'r)' m) / s2
+    it cancels nothing.
+    """
+    dtype = compute_dtype(W)
     W, log_s2 = W.to(dtype), log_sigma2.to(dtype)
     D, M = W.shape
-    s2 = torch.exp(log_s2)
+    Q, R = ppca_factor(W, log_s2)
     r = read_data(x, dtype) - b.to(dtype)
-    factor, info = torch.linalg.cholesky_ex(W.mT @ W + s2 * torch.eye(M, dtype=dtype, device=W.device))
-    m = torch.cholesky_solve((r @ W).mT, factor).mT
-    distance = (r - m @ W.mT).square().sum(1) / s2 + m.square().sum(1)
-    log_det = (D - M) * log_s2 + 2 * torch.log(torch.diagonal(factor)).sum()
-    return torch.where(info == 0, -0.5 * (D * LOG_2PI + log_det + distance), torch.nan)
+    p = r @ Q
+    m: Tensor = torch.linalg.solve_triangular(R, p.mT, upper=True).mT
+    distance = ((r - p @ Q.mT) * torch.exp(-0.5 * log_s2)).square().sum(1) + m.square().sum(1)
+    log_det = (D - M) * log_s2 + 2 * torch.log(torch.diagonal(R).abs()).sum()
+    log_p: Tensor = -0.5 * (D * LOG_2PI + log_det + distance)
+    return log_p
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastelbo import likelihoods, reference
+from fastelbo.arguments import checked
 from fastelbo.estimators import ESTIMATORS
 from fastelbo.functional import Posterior, Recon, elbo_loss, multi_sample_loss, rsample
 from fastelbo.marginal import LogMeanExp, MarginalEstimate, log_weights, progress
@@ -80,6 +81,7 @@ class VAE(nn.Module):
     Reference: Kingma & Welling 2014.
     """
 
+    @checked
     def __init__(
         self,
         encoder: nn.Module,
@@ -89,9 +91,8 @@ class VAE(nn.Module):
         latent_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
-        likelihoods.get(likelihood)
         self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
-        self.latent_shape = None if latent_shape is None else tuple(latent_shape)
+        self.latent_shape = latent_shape
 
     def _like(self) -> Tensor:
         """A tensor of the model's dtype, on its device."""
@@ -102,6 +103,7 @@ class VAE(nn.Module):
             raise ValueError("latent_shape is not known yet: encode a batch first, or give VAE(..., latent_shape=(M,))")
         return self.latent_shape
 
+    @checked
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters of q(z | x) = N(mu, diag exp(logvar)).
 
@@ -118,8 +120,6 @@ class VAE(nn.Module):
         Reference: Kingma & Welling 2014, sec. 2.4.
         """
         if not x.is_floating_point():
-            if x.dtype not in (torch.uint8, torch.bool):
-                raise TypeError(f"x must be floating, uint8 or bool; got {x.dtype}")
             x = reference.read_data(x, self._like().dtype)
         out = self.encoder(x)
         if isinstance(out, Tensor):
@@ -142,6 +142,7 @@ class VAE(nn.Module):
             self.latent_shape = tuple(mu.shape[1:])
         return mu, logvar
 
+    @checked
     def decode(self, z: Tensor) -> Recon:
         """Parameters of p(x | z). The decoder sees K and B folded into one batch dimension.
 
@@ -165,11 +166,11 @@ class VAE(nn.Module):
         if not pair and not isinstance(out, Tensor):
             raise TypeError(f"decoder must return a tensor or a pair such as (mean, logvar); got {type(out).__name__}")
         first, second = out if pair else (out, None)
-        size = len(batch)
-        if first.dim() == 0 or len(first) != size:
+        size = batch.shape[0]
+        if first.dim() == 0 or first.shape[0] != size:
             raise ValueError(f"decoder must return [{size}, *event] for {size} latents; got {tuple(first.shape)}")
         if lead == 2:
-            if second is not None and second.dim() == first.dim() and len(second) == size:
+            if second is not None and second.dim() == first.dim() and second.shape[0] == size:
                 second = second.unflatten(0, z.shape[:2])
             first = first.unflatten(0, z.shape[:2])
         return first if second is None else (first, second)
@@ -198,8 +199,6 @@ class VAE(nn.Module):
 
         Reference: Kingma & Welling 2014, sec. 2.4.
         """
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, or None; got {num_samples}")
         mu, logvar = self.encode(x)
         posterior = rsample(mu, logvar, num_samples, seed=seed, generator=generator, eps=eps)
         return VAEOutput(self.decode(posterior.z), posterior)
@@ -219,6 +218,7 @@ class VAE(nn.Module):
         return likelihoods.mean(self.decode(self.encode(x)[0]), self.likelihood)
 
     @torch.no_grad()
+    @checked
     def sample(self, n: int, *, mean: bool = False, generator: Generator | None = None) -> Tensor:
         """Ancestral samples: z ~ N(0, I), then x ~ p(x | z).
 
@@ -240,6 +240,7 @@ class VAE(nn.Module):
             return likelihoods.mean(recon, self.likelihood)
         return likelihoods.sample(recon, self.likelihood, generator=generator)
 
+    @checked
     def loss(
         self,
         x: Tensor,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from functions import FUNCTIONS, K
 from oracle import gradients, tensors_of, upstream_for
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.library import opcheck
@@ -170,13 +171,18 @@ def _op_calls() -> dict[str, tuple]:
         "ppca_log_prob": (ops.ppca_log_prob.default, (r(4, 6), r(6, 2), r(6), r())),
         "backward of ppca_log_prob": (
             ops._ppca_log_prob_backward.default,
-            (r(4), r(4, 6), r(6, 2), r(6), r(), *wide((4, 2), (4,), (2, 2)), [True, True, False, True]),
+            (r(4), r(4, 6), r(6, 2), r(6), r(), *wide((4, 2), (4,), (6, 2), (2, 2), (2, 2)), need[:4]),
         ),
-        "ppca_project": (ops._ppca_project.default, (x, *plain((6, 2), (6,)))),
-        "ppca_residual": (ops._ppca_residual.default, (x, *plain((6, 2), (6,)), *wide((4, 2), (4,)), need[:3])),
+        "ppca_factor": (ops._ppca_factor.default, plain((6, 2), ())),
+        "ppca_project": (ops._ppca_project.default, (x, *wide((6, 2)), *plain((6,)))),
+        "ppca_rest": (ops._ppca_rest.default, (x, *wide((6, 2)), *plain((6,)), *wide((4, 2), (4,)))),
+        "ppca_residual": (
+            ops._ppca_residual.default,
+            (x, *wide((6, 2)), *plain((6,)), *wide((4, 2), (4, 2), (4,)), need[:3]),
+        ),
         "ppca_residual, sums": (
             ops._ppca_residual.default,
-            (x, *plain((6, 2), (6,)), *wide((4, 2), (4,)), [False, True, True]),
+            (x, *wide((6, 2)), *plain((6,)), *wide((4, 2), (4, 2), (4,)), [False, True, True]),
         ),
     }
 
@@ -267,3 +273,63 @@ def test_compiled_graph(dynamic):
             torch.testing.assert_close(a, e)
         for a, e in zip(gradients(actual, inputs, upstream), expected_grads, strict=True):
             torch.testing.assert_close(a, e)
+
+
+class _Calls(nn.Module):
+    """Every option that is a number and may change from step to step: `number` is its value."""
+
+    def __init__(self, d: int, latent: int) -> None:
+        super().__init__()
+        self.criterion = fastelbo.ELBOLoss(reduction="sum", free_bits=0.1)
+        self.vae = fastelbo.VAE(nn.Linear(d, 2 * latent), nn.Linear(latent, d))
+
+    def beta(self, recon, x, mu, logvar, number):
+        return fastelbo.elbo_loss(recon, x, mu, logvar, beta=number, return_parts=True)
+
+    def beta_of_a_module(self, recon, x, mu, logvar, number):
+        return self.criterion(recon, x, mu, logvar)
+
+    def free_bits(self, recon, x, mu, logvar, number):
+        return fastelbo.elbo_loss(recon, x, mu, logvar, free_bits=number, reduction="none", return_parts=True)
+
+    def free_bits_of_the_kl(self, recon, x, mu, logvar, number):
+        return fastelbo.gaussian_kl(mu, logvar, mu[0] * logvar[0], free_bits=number)
+
+    def options_of_a_vae(self, recon, x, mu, logvar, number):
+        return self.vae.loss(x, beta=1 - number, free_bits=number, seed=torch.tensor([3]), return_parts=True)
+
+    def ciwae(self, recon, x, mu, logvar, number, estimator="ciwae", option="beta"):
+        posterior = fastelbo.rsample(mu, logvar, K, seed=torch.tensor([3]))
+        recon = recon + posterior.z.sum(2, keepdim=True)
+        options = {"estimator": estimator, option: number, "return_parts": True}
+        return fastelbo.multi_sample_loss(recon, x, posterior, **options)
+
+    def vr(self, recon, x, mu, logvar, number):
+        return self.ciwae(recon, x, mu, logvar, 2 * number, "vr", "alpha")
+
+    def logvar_of_a_gaussian(self, recon, x, mu, logvar, number):
+        return fastelbo.gaussian_log_prob(recon, x, number)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("option", [name for name in vars(_Calls) if name[0] != "_"])
+def test_numbers_that_change_from_call_to_call_need_no_new_graph(option, dtype):
+    """torch compiles a float as a constant and, once it has changed, as a variable: two graphs for any values."""
+    calls = _Calls(5, 7).to(dtype)
+    shapes = (K, 4, 5), (4, 5), (4, 7), (4, 7)
+    inputs = [(0.7 * torch.randn(s)).to(dtype).requires_grad_(i != 1) for i, s in enumerate(shapes)]
+    leaves = [*inputs, *calls.parameters()]
+    call, counter = getattr(calls, option), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    losses = set()
+    for number in torch.linspace(0.2, 0.87, 15).tolist():
+        calls.criterion.beta = number
+        expected, actual = tensors_of(call(*inputs, number)), tensors_of(compiled(*inputs, number))
+        upstream = upstream_for(expected)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+        for a, e in zip(gradients(actual, leaves, upstream), gradients(expected, leaves, upstream), strict=True):
+            torch.testing.assert_close(a, e)
+        losses.add(actual[0].sum().item())
+    assert counter.frame_count <= 2 and len(losses) == 15

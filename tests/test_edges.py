@@ -138,3 +138,13 @@ def test_gradient_of_a_large_batch_by_beta_does_not_depend_on_threads():
         grads.append(torch.autograd.grad(loss, beta)[0].item())
     torch.set_num_threads(before)
     assert grads[0] == grads[1] == grads[2] == pytest.approx(fastelbo.gaussian_kl(mu, logvar).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_many_floors_of_free_bits_add_up(dtype):
+    """The roundings of a sum of equal numbers all go the same way."""
+    zero = torch.zeros(2, 4100, dtype=dtype)
+    exact = torch.full((2,), 0.3 * 4100, dtype=dtype)
+    torch.testing.assert_close(
+        fastelbo.gaussian_kl(zero, zero, free_bits=0.3), exact, rtol=torch.finfo(dtype).eps, atol=0
+    )

@@ -4,10 +4,11 @@ import math
 import subprocess
 import sys
 
+import mpmath as mp
 import numpy as np
 import pytest
 import torch
-from oracle import check
+from oracle import SAMPLES, _RandomRounding, assert_accurate, check, evaluate
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -126,6 +127,58 @@ def test_gradients_where_sigma_is_small(x_grad):
     W, b, log_sigma2 = (t.requires_grad_() for t in parameters(300, 8, 1e-2, torch.float32))
     x = (torch.randn(100, 8) @ W.detach().T + 1e-2 * torch.randn(100, 300) + b.detach()).requires_grad_(x_grad)
     check(fastelbo.ppca_log_prob, x, W, b, log_sigma2)
+
+
+def exactly(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor, upstream: Tensor) -> list[Tensor]:
+    """log N(x; b, C) and the gradients of its sum weighted by `upstream`, from the D by D matrix, to 60 digits."""
+    X, W_, g = (mp.matrix(t.double().tolist()) for t in (x, W, upstream))
+    D, s2 = len(W), mp.exp(log_sigma2.item())
+    C = W_ * W_.T + s2 * mp.eye(D)
+    inverse, constant = C**-1, D * mp.log(2 * mp.pi) + mp.log(mp.det(C))
+    R = X - mp.ones(len(x), 1) * mp.matrix(b.double().tolist()).T
+    U = R * inverse  # rows r' C^-1
+    G = mp.diag(list(g))
+    norms = [mp.fdot(U[n, :], U[n, :]) - sum(inverse[d, d] for d in range(D)) for n in range(len(x))]
+    found = (
+        mp.matrix([-(constant + mp.fdot(R[n, :], U[n, :])) / 2 for n in range(len(x))]),
+        -G * U,
+        U.T * G * (U * W_) - sum(g) * inverse * W_,
+        U.T * g,
+        mp.matrix([s2 * mp.fdot(g, norms) / 2]),
+    )
+    shapes = (x.shape[:1], x.shape, W.shape, b.shape, ())
+    return [torch.tensor([float(v) for v in m], dtype=F64).reshape(s) for m, s in zip(found, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("alike", [None, 1e-5], ids=["", "columns alike"])
+@pytest.mark.parametrize("digits", range(1, 9))
+def test_accuracy_where_sigma_is_small(digits, alike, dtype):
+    """Data of the model for sigma = 1e-1 .. 1e-8, also with columns of W that differ by 1e-5, against exact figures.
+
+    Eager PyTorch's error by random rounding is the largest of a tensor: an error of W = Q R is one of all its elements.
+    """
+    mp.mp.dps, sigma = 60, 10.0**-digits
+    W, b, log_sigma2 = parameters(12, 3, sigma)
+    if alike:
+        W[:, 1] = W[:, 0] + alike * torch.randn(12, dtype=F64)
+    x = torch.randn(5, 3, dtype=F64) @ W.T + b + sigma * torch.randn(5, 12, dtype=F64)
+    inputs = [t.to(dtype).requires_grad_() for t in (x, W, b, log_sigma2)]
+    upstream = torch.randn(5, dtype=F64).to(dtype)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    exact = exactly(*wide, upstream)
+    rounded = []
+    for _ in range(SAMPLES):
+        with _RandomRounding(torch.finfo(dtype).eps):
+            found = evaluate(reference.ppca_log_prob, wide, [upstream.double()])
+        rounded.append([(a - e).detach().abs().max().expand(e.shape) for a, e in zip(found, exact, strict=True)])
+    ours, twins = (evaluate(f, inputs, [upstream]) for f in (fastelbo.ppca_log_prob, reference.ppca_log_prob))
+    for i, name in enumerate(("log p", "x", "W", "b", "log_sigma2")):
+        magnitude = exact[i].abs().max().expand(exact[i].shape)
+        assert_accurate(ours[i], twins[i], exact[i], magnitude, name, [r[i] for r in rounded])
+    # and the twin itself loses a digit per factor of 10 in sigma, not two: that is what rounding x - b costs
+    for a, e in zip(twins if dtype == F64 else [], exact, strict=False):
+        assert (a - e).abs().max() < 1e3 * torch.finfo(F64).eps / sigma * e.abs().max()
 
 
 def test_nan_and_infinity():
@@ -315,6 +368,82 @@ def test_numpy_in_numpy_out():
     assert PPCA(2).fit(x.astype(np.float32)).transform(x.astype(np.float32)).dtype == np.float32
 
 
+class Table:
+    """What a pandas DataFrame is to us: numpy makes an array of it, read-only, and torch does not take it."""
+
+    def __init__(self, a: np.ndarray) -> None:
+        self.a, self.dtypes = a, [a.dtype] * a.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        view = self.a.view()
+        view.flags.writeable = False
+        return view
+
+
+def test_arrays_of_every_kind():
+    x = np.random.default_rng(0).normal(size=(50, 6))
+    m = PPCA(np.int64(2)).fit(x)
+    backwards = np.ascontiguousarray(x[::-1, ::-1])[::-1, ::-1]
+    for same in (Table(x), backwards, x.astype(">f8"), np.asfortranarray(x), np.ma.masked_array(x)):
+        for method in ("eig", "em"):
+            found = PPCA(2).fit(same, method, generator=torch.Generator().manual_seed(0))
+            expected = PPCA(2).fit(x, method, generator=torch.Generator().manual_seed(0))
+            torch.testing.assert_close(found.W, expected.W, rtol=1e-6, atol=1e-6)  # sums of another order
+            torch.testing.assert_close(found.log_sigma2, expected.log_sigma2, rtol=1e-9, atol=0)
+        assert isinstance(m.transform(same), np.ndarray)
+        np.testing.assert_allclose(m.log_prob(same), m.log_prob(x), rtol=1e-12)
+        assert m.bic(same) == pytest.approx(m.bic(x), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.uint8, np.bool_])
+def test_the_masked_cells_of_an_array_are_missing(kind):
+    rng = np.random.default_rng(0)
+    x = rng.random((40, 6))
+    x = x < 0.5 if kind == np.bool_ else (200 * x).astype(kind)
+    mask = rng.random(x.shape) < 0.2
+    gaps = np.where(mask, np.nan, x / np.float32(255) if kind == np.uint8 else x.astype(np.float64))
+    wide = torch.float64 if kind == np.float64 else torch.float32
+    m = model(6, 2).to(wide)
+    masked, gaps = np.ma.masked_array(x, mask), torch.as_tensor(gaps).to(wide).numpy()
+    for name in ("log_prob", "transform", "impute"):
+        np.testing.assert_array_equal(getattr(m, name)(masked), getattr(m, name)(gaps))
+    found, expected = (PPCA(2).fit(t, "em", max_iter=3, generator=torch.Generator()) for t in (masked, gaps))
+    assert torch.equal(found.W, expected.W)
+    with pytest.raises(ValueError, match='X must be finite for method "eig"'):
+        PPCA(2).fit(masked)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-20])
+def test_float32_data_of_any_scale(scale):
+    """Their squares are no numbers in float32."""
+    x = torch.randn(60, 7) @ torch.randn(7, 7)
+    small, large = (PPCA(2).fit(t) for t in (x, x * scale))
+    z = torch.randn(60, 2)
+    torch.testing.assert_close(large.transform(x * scale), small.transform(x), rtol=1e-3, atol=1e-4)
+    for of in ("elbo", "inference_gap"):
+        found, expected = getattr(large, of)(x * scale, z, z), getattr(small, of)(x, z, z)
+        shift = 7 * math.log(scale) if of == "elbo" else 0.0
+        torch.testing.assert_close(found + shift, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(large.log_prob(x * scale) + 7 * math.log(scale), small.log_prob(x), rtol=1e-4, atol=1e-3)
+    assert large.sample(5).isfinite().all() and large.posterior(x * scale)[1].isfinite().all()
+
+
+@pytest.mark.parametrize("x_grad", [False, True])
+def test_any_number_of_threads_gives_the_same_bits(x_grad):
+    W, b, log_sigma2 = (t.requires_grad_() for t in parameters(300, 70))
+    x, upstream = torch.randn(40_000, 300, dtype=F64, requires_grad=x_grad), torch.randn(40_000, dtype=F64)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(evaluate(fastelbo.ppca_log_prob, [x, W, b, log_sigma2], [upstream]))
+    torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(a, e) for a, e in zip(other, found[0], strict=True))
+
+
 def test_checkpoint():
     m, x = model(9, 2), torch.randn(5, 9, dtype=F64)
     fresh = PPCA(2)
@@ -345,8 +474,36 @@ def test_fit_keeps_the_parameters_of_an_optimizer():
         (lambda m, x: m.inverse_transform(x), ValueError, r"z must be \[N, M\] with M=2; got \(9, 5\)"),
         (lambda m, x: m.elbo(x * math.nan, x[:, :2], x[:, :2]), ValueError, "x must not be NaN here; 45 of 45 cells"),
         (lambda m, x: m.elbo(x, x[:3, :2], x[:, :2]), ValueError, r"mu must be \[N, M\] with N=9 from x; got \(3, 2\)"),
+        (lambda m, x: PPCA("3"), ValueError, "n_components must be an int of at least 1; got '3'"),
+        (lambda m, x: PPCA(True), ValueError, "n_components must be an int of at least 1; got True"),
+        (lambda m, x: PPCA(2, 5.0), ValueError, "n_features must be an int of at least 1; got 5.0"),
+        (lambda m, x: PPCA(2, 5, dtype=torch.int32), TypeError, "dtype must be a floating torch.dtype"),
+        (lambda m, x: PPCA(2, 5, dtype="float32"), TypeError, "dtype must be a floating torch.dtype"),
+        (lambda m, x: m.log_prob("a"), TypeError, "x must be a tensor or an array of numbers .*; got str"),
+        (lambda m, x: m.score(None), TypeError, "x must be a tensor or an array of numbers .*; got NoneType"),
+        (lambda m, x: m.bic(None), TypeError, "x must be a tensor or an array of numbers .*; got NoneType"),
+        (lambda m, x: m.posterior(np.array(["a"])), TypeError, "x must be a tensor or an array .* of <U1"),
+        (lambda m, x: m.transform(np.array([[None]])), TypeError, "x must be a tensor or an array .* of object"),
+        (lambda m, x: m.impute(x + 0j), TypeError, "x must be floating, .*; got torch.complex128"),
+        (lambda m, x: m.transform(x.numpy() + 0j), TypeError, "x must be floating, .*; got torch.complex128"),
+        (lambda m, x: m.inverse_transform({}), TypeError, "z must be a tensor or an array .*; got dict"),
+        (lambda m, x: m.elbo(x, None, None), TypeError, "mu must be a tensor or an array .*; got NoneType"),
+        (lambda m, x: m.inference_gap(x, x[:, :2], 3.0), ValueError, r"logvar must be \[N, M\]; got \(\)"),
+        (lambda m, x: m.sample(1.5), ValueError, "n must be an int of at least 0; got 1.5"),
+        (lambda m, x: m.sample(-1), ValueError, "n must be an int of at least 0; got -1"),
+        (lambda m, x: m.sample(2, generator=3), TypeError, "generator must be a torch.Generator or None; got int"),
+        (lambda m, x: m.fit(x, "em", generator=3), TypeError, "generator must be a torch.Generator or None; got int"),
+        (lambda m, x: m.fit(x, "em", tol="x"), ValueError, "tol must be a number of at least 0; got 'x'"),
+        (lambda m, x: m.fit(x, "em", tol=math.nan), ValueError, "tol must be a number of at least 0; got nan"),
+        (lambda m, x: m.fit(x, "em", max_iter=1.5), ValueError, "max_iter must be an int of at least 1; got 1.5"),
+        (lambda m, x: m.fit(x, group="all"), TypeError, "group must be a torch.distributed group or None; got str"),
+        (lambda m, x: m.fit(None), TypeError, "X must be a tensor, an array, or an iterable of batches; got NoneType"),
+        (lambda m, x: m.fit("abc"), TypeError, "X must be a tensor, an array, or an iterable of batches; got str"),
+        (lambda m, x: m.fit(["abc"]), TypeError, "a batch of X must be a tensor or an array .*; got str"),
+        (lambda m, x: m.fit(x + 0j), TypeError, "X must be floating, .*; got torch.complex128"),
+        (lambda m, x: m.fit(x, 3), ValueError, "method must be one of eig, em; got 3"),
         (lambda m, x: m.fit(x, "svd"), ValueError, "method must be one of eig, em; got 'svd'"),
-        (lambda m, x: m.fit(x, "em", max_iter=0), ValueError, "max_iter must be at least 1"),
+        (lambda m, x: m.fit(x, "em", max_iter=0), ValueError, "max_iter must be an int of at least 1; got 0"),
         (lambda m, x: m.fit(3), TypeError, "X must be a tensor, an array, or an iterable of batches; got int"),
         (lambda m, x: m.fit(iter([x]), "em"), TypeError, "which can be read only once"),
         (lambda m, x: m.fit([x, x[:, :3]]), ValueError, r"every batch of X must be \[n, 5\].*got \(9, 3\)"),
@@ -361,6 +518,11 @@ def test_fit_keeps_the_parameters_of_an_optimizer():
             lambda m, x: fastelbo.ppca_log_prob(x, m.W, m.b, m.log_sigma2, observed=x),
             ValueError,
             r"observed must be a bool tensor of the shape \(9, 5\) of x",
+        ),
+        (
+            lambda m, x: fastelbo.ppca_log_prob(x, m.W, m.b, m.log_sigma2, observed=True),
+            TypeError,
+            "observed must be a bool tensor of the shape of x; got bool",
         ),
     ],
 )

@@ -233,7 +233,7 @@ def multi_sample_loss(d: Draw) -> Case:
 def rsample(d: Draw) -> Case:
     K = d.any_of(None, d.K)
     shape = (d.B, *d.sizes(3, 2000))
-    parts, seed, first = d.parts(3), d.random.randrange(-(2**63), 2**63), d.random.randrange(2**d.any_of(1, 20, 40))
+    parts, seed, first = d.parts(3), d.random.randrange(-(2**63), 2**63), d.random.randrange(2 ** d.any_of(1, 20, 40))
     zero = torch.zeros(shape, dtype=compute_dtype(d.dtype))
     noise = fastelbo.rsample(zero, zero, K, seed=seed, first_sample=first).z
 

@@ -8,8 +8,8 @@ struct PpcaLogProb : public Function<PpcaLogProb> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& W, const Tensor& b,
                         const Tensor& log_sigma2) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [log_prob, mean, distance, inverse] = ops::ppca_log_prob_forward(x, W, b, log_sigma2);
-    ctx->save_for_backward({x, W, b, log_sigma2, mean, distance, inverse});
+    const auto [log_prob, coords, rest, basis, triangle, whiten] = ops::ppca_log_prob_forward(x, W, b, log_sigma2);
+    ctx->save_for_backward({x, W, b, log_sigma2, coords, rest, basis, triangle, whiten});
     return {log_prob};
   }
 
@@ -17,8 +17,9 @@ struct PpcaLogProb : public Function<PpcaLogProb> {
     const auto saved = ctx->get_saved_variables();
     const auto needed = needs<4>(ctx, {saved[0], saved[1], saved[2], saved[3]});
     BelowAutogradUnlessGraph guard;
-    const auto [x, W, b, log_sigma2] = ops::ppca_log_prob_backward(grads[0], saved[0], saved[1], saved[2], saved[3],
-                                                                  saved[4], saved[5], saved[6], needed);
+    const auto [x, W, b, log_sigma2] =
+        ops::ppca_log_prob_backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
+                                    saved[7], saved[8], needed);
     return {x, W, b, log_sigma2};
   }
 };

@@ -2,92 +2,128 @@
 #include <torch/library.h>
 
 #include "cpu/run.h"
-#include "ops.h"
-#include "prepare/shapes.h"
+#include "prepare/ppca.h"
 
 namespace fastelbo {
 namespace cpu {
 namespace {
 
-using namespace ops;
-using namespace views;
+using at::Tensor;
+using views::padded;
 
 constexpr int64_t kWorkItems = 32;  // of the residual: enough for many threads, whatever N and D are
 
-PpcaProjection ppca_project_cpu(const Tensor& x, const Tensor& W, const Tensor& b) {
-  checks::ppca(x, W, b);
-  const auto options = W.options().dtype(at::kDouble);
-  const Tensor wide = padded(W, kPpcaPanel, at::kDouble), center = b.to(at::kDouble).contiguous();
-  const Tensor proj = at::empty({x.size(0), wide.size(1)}, options), square = at::empty({x.size(0)}, options);
+void ppca_factor(prepare::PpcaFactor& op) {
+  const int64_t M = op.W.size(1);
+  op.columns.copy_(op.W.t());
+  const Tensor scratch = at::empty({3 * M, M}, op.whiten.options());
+  PpcaFactorParams p;
+  p.D = op.W.size(0), p.M = M, p.sigma = std::exp(0.5 * op.log_sigma2.to(at::kDouble).item<double>());
+  p.columns = op.columns.mutable_data_ptr<double>(), p.triangle = op.triangle.mutable_data_ptr<double>();
+  p.stacked = scratch.mutable_data_ptr<double>(), p.factor = p.stacked + 2 * M * M;
+  p.whiten = op.whiten.mutable_data_ptr<double>();
+  kernels().ppca_factor(p, 0, 1);
+}
+
+void ppca_project(prepare::PpcaProject& op) {
+  const Tensor lanes = padded(op.basis, kPpcaPanel, at::kDouble), center = op.b.to(at::kDouble).contiguous();
+  const bool whole = lanes.size(1) == op.coords.size(1);
+  const Tensor coords = whole ? op.coords : at::empty({op.x.size(0), lanes.size(1)}, lanes.options());
   PpcaProjectParams p;
-  p.N = x.size(0), p.D = x.size(1), p.lanes = wide.size(1);
-  p.x = view_of(x, 1, {}, /*unit=*/true);
-  p.b = center.const_data_ptr<double>(), p.W = wide.const_data_ptr<double>();
-  p.proj = proj.mutable_data_ptr<double>(), p.square = square.mutable_data_ptr<double>();
+  p.N = op.x.size(0), p.D = op.x.size(1), p.lanes = lanes.size(1);
+  p.x = views::view_of(op.x, 1, {}, /*unit=*/true);
+  p.b = center.const_data_ptr<double>(), p.W = lanes.const_data_ptr<double>();
+  p.proj = coords.mutable_data_ptr<double>(), p.square = op.square.mutable_data_ptr<double>();
   run(kernels().ppca_project, p, (p.N + kPpcaRows - 1) / kPpcaRows, kPpcaRows * p.D * p.lanes / 4);
-  return {proj.narrow(1, 0, W.size(1)).contiguous(), square};
+  if (!whole) op.coords.copy_(coords.narrow(1, 0, op.coords.size(1)));
+}
+
+void ppca_rest(prepare::PpcaRest& op) {
+  const Tensor Wt = padded(op.basis.t(), kPpcaPanel, at::kDouble), center = op.b.to(at::kDouble).contiguous();
+  const Tensor coords = op.coords.contiguous(), square = op.square.contiguous();
+  PpcaRestParams p;
+  p.N = op.x.size(0), p.D = op.x.size(1), p.M = op.basis.size(1), p.share = op.safe_share;
+  p.x = views::view_of(op.x, 1, {}, /*unit=*/true);
+  p.b = center.const_data_ptr<double>(), p.Wt = Wt.const_data_ptr<double>(), p.stride_m = Wt.size(1);
+  p.coords = coords.const_data_ptr<double>(), p.square = square.const_data_ptr<double>();
+  p.rest = op.rest.mutable_data_ptr<double>();
+  run(kernels().ppca_rest, p, (p.N + kPpcaRows - 1) / kPpcaRows, kPpcaRows * p.D * p.M / 4);
 }
 
 // The parameters of both kernels of sums, and how many chunks of rows there are: a number that depends on the shapes
 // alone, so that threads change no digit.
-int64_t set_sums(PpcaSumsParams& p, const Tensor& x, const Tensor& W, const Tensor& center, const Tensor& means,
-                 const Tensor& weights) {
-  p.N = x.size(0), p.D = x.size(1), p.M = W.size(1), p.lanes = means.size(1);
+int64_t set_sums(PpcaSumsParams& p, const Tensor& x, const Tensor& center, const Tensor& means, const Tensor& weights) {
+  p.N = x.size(0), p.D = x.size(1), p.lanes = means.size(1);
   const int64_t blocks = (p.N + kPpcaRows - 1) / kPpcaRows, tiles = (p.D + kPpcaTile - 1) / kPpcaTile;
   const int64_t wanted = std::clamp<int64_t>(kWorkItems / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(blocks, 1));
   p.chunk = std::max<int64_t>((blocks + wanted - 1) / wanted, 1) * kPpcaRows;
-  p.x = view_of(x, 1, {}, /*unit=*/true);
+  p.x = views::view_of(x, 1, {}, /*unit=*/true);
   p.b = center.const_data_ptr<double>();
   p.mean = means.const_data_ptr<double>(), p.weight = weights.const_data_ptr<double>();
   return (p.N + p.chunk - 1) / p.chunk;
 }
 
-void run_sums(Kernel<PpcaSumsParams> kernel, PpcaSumsParams& p, const Tensor& crosses, const Tensor& sums) {
-  p.cross = crosses.mutable_data_ptr(), p.sum = sums.mutable_data_ptr();
-  const int64_t tiles = (p.D + kPpcaTile - 1) / kPpcaTile;
-  run(kernel, p, sums.size(0) * tiles, p.chunk * kPpcaTile * p.lanes / 4);
+// The sums of all chunks [chunks, ...], in order and in float64.
+Tensor add_up(const Tensor& chunks) {
+  const Tensor total = at::zeros(chunks.sizes().slice(1), chunks.options().dtype(at::kDouble));
+  for (const Tensor& chunk : chunks.unbind()) total.add_(chunk);
+  return total;
 }
 
-PpcaResidual ppca_residual_cpu(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& mean,
-                               const Tensor& weight, std::array<bool, 3> needs) {
-  checks::ppca_residual(x, W, b, mean, weight);
-  PpcaResidual result = shapes::ppca_residual(x, W, needs);
-  auto& [residual, cross, sum] = result;
-  const auto type = checks::compute_type(W);
-  const Tensor center = b.to(at::kDouble).contiguous(), weights = weight.contiguous();
+// [D, lanes] and [D]
+std::pair<Tensor, Tensor> run_sums(Kernel<PpcaSumsParams> kernel, PpcaSumsParams& p, int64_t chunks,
+                                   const at::TensorOptions& options) {
+  const Tensor crosses = at::empty({chunks, p.D, p.lanes}, options), sums = at::empty({chunks, p.D}, options);
+  p.cross = crosses.mutable_data_ptr(), p.sum = sums.mutable_data_ptr();
+  const int64_t tiles = (p.D + kPpcaTile - 1) / kPpcaTile;
+  run(kernel, p, chunks * tiles, p.chunk * kPpcaTile * p.lanes / 4);
+  return {add_up(crosses), add_up(sums)};
+}
+
+// sum (x - b) means' [D, lanes] and sum weight (x - b) [D], float64
+std::pair<Tensor, Tensor> moments(const Tensor& x, const Tensor& center, const Tensor& means, const Tensor& weights) {
   PpcaSumsParams p;
-  if (!needs[0]) {  // without e itself: its sums are those of x - b, less W times small ones
-    const Tensor weighted = mean * weights.unsqueeze(1), means = padded(weighted, kPpcaPanel, at::kDouble);
-    const int64_t chunks = set_sums(p, x, W, center, means, weights);
-    const Tensor crosses = at::empty({chunks, p.D, p.lanes}, means.options());
-    const Tensor sums = at::empty({chunks, p.D}, means.options()), wide = W.to(at::kDouble);
-    run_sums(kernels().ppca_moments, p, crosses, sums);
-    if (needs[1]) {
-      cross = crosses.sum(0).narrow(1, 0, p.M).contiguous().addmm_(wide, at::mm(weighted.t(), mean), 1, -1).to(type);
-    }
-    if (needs[2]) sum = sums.sum(0).addmv_(wide, weighted.sum(0), 1, -1).to(type);
-    return result;
+  const int64_t chunks = set_sums(p, x, center, means, weights);
+  return run_sums(kernels().ppca_moments, p, chunks, means.options());
+}
+
+void ppca_residual(prepare::PpcaResidual& op) {
+  const int64_t M = op.basis.size(1);
+  const Tensor center = op.b.to(at::kDouble).contiguous(), weights = op.weight.contiguous();
+  const Tensor coords = op.coords.contiguous();
+  if (!op.residual.defined()) {  // without e itself: its sums are those of x - b, less the basis times small ones
+    const Tensor means = padded(op.mean * weights.unsqueeze(1), kPpcaPanel, at::kDouble);
+    const auto [crosses, sums] = moments(op.x, center, means, weights);
+    const Tensor none = at::zeros({M}, means.options());
+    const auto [small, smaller] = moments(coords, none, means, weights);
+    const Tensor both = at::cat({small.narrow(1, 0, M), smaller.unsqueeze(1)}, 1);
+    prepare::PpcaProject less = prepare::ppca_project(op.basis, both, none);
+    ppca_project(less);
+    if (op.cross.defined()) op.cross.copy_(crosses.narrow(1, 0, M) - less.coords.narrow(1, 0, M));
+    if (op.sum.defined()) op.sum.copy_(sums - less.coords.select(1, M));
+    return;
   }
-  const Tensor means = padded(mean, kPpcaPanel, at::kDouble), rounded = means.to(type);
-  const Tensor Wt = padded(W.t(), kPpcaPanel, at::kDouble);
-  const int64_t chunks = set_sums(p, x, W, center, means, weights);
-  const Tensor crosses = at::empty({chunks, p.D, p.lanes}, rounded.options());
-  const Tensor sums = at::empty({chunks, p.D}, rounded.options());
+  const Tensor means = padded(op.mean, kPpcaPanel, at::kDouble), rounded = means.to(op.residual.scalar_type());
+  const Tensor Wt = padded(op.basis.t(), kPpcaPanel, at::kDouble);
+  PpcaSumsParams p;
+  const int64_t chunks = set_sums(p, op.x, center, means, weights);
+  p.M = M, p.coords = coords.const_data_ptr<double>();
   p.Wt = Wt.const_data_ptr<double>(), p.stride_m = Wt.size(1);
   p.rounded_mean = rounded.const_data_ptr();
-  p.residual = residual.mutable_data_ptr();
-  run_sums(kernels().ppca_residual[is_double(W)], p, crosses, sums);
-  if (needs[1]) cross = crosses.sum(0).narrow(1, 0, p.M).contiguous();
-  if (needs[2]) sum = sums.sum(0);
-  return result;
+  p.residual = op.residual.mutable_data_ptr();
+  const auto [crosses, sums] = run_sums(kernels().ppca_residual[views::is_double(op.b)], p, chunks, rounded.options());
+  if (op.cross.defined()) op.cross.copy_(crosses.narrow(1, 0, M));
+  if (op.sum.defined()) op.sum.copy_(sums);
 }
 
 }  // namespace
 }  // namespace cpu
 
 TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
-  m.impl("_ppca_project", cpu::ppca_project_cpu);
-  m.impl("_ppca_residual", cpu::ppca_residual_cpu);
+  m.impl("_ppca_factor", implement<prepare::ppca_factor, cpu::ppca_factor>);
+  m.impl("_ppca_project", implement<prepare::ppca_project, cpu::ppca_project>);
+  m.impl("_ppca_rest", implement<prepare::ppca_rest, cpu::ppca_rest>);
+  m.impl("_ppca_residual", implement<prepare::ppca_residual, cpu::ppca_residual>);
 }
 
 }  // namespace fastelbo

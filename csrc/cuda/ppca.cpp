@@ -2,49 +2,73 @@
 #include <torch/library.h>
 
 #include "cuda/device.h"
-#include "ops.h"
-#include "prepare/shapes.h"
+#include "prepare/implement.h"
+#include "prepare/ppca.h"
 
 namespace fastelbo {
+namespace cuda {
 namespace {
 
-using namespace ops;
-using namespace cuda;
-using namespace views;
+using at::Tensor;
 
-PpcaProjection ppca_project_cuda(const Tensor& x, const Tensor& W, const Tensor& b) {
-  checks::ppca(x, W, b);
-  const OnDeviceOf device(x);
-  const Tensor wide = W.to(at::kDouble).contiguous(), center = b.to(at::kDouble).contiguous();
-  const Tensor proj = doubles(W, {x.size(0), W.size(1)}), square = doubles(W, {x.size(0)});
-  PpcaProjectParams p;
-  p.N = x.size(0), p.D = x.size(1), p.lanes = W.size(1);
-  p.x = view_of(x, 1, {}, /*unit=*/true);
-  p.b = center.const_data_ptr<double>(), p.W = wide.const_data_ptr<double>();
-  p.proj = proj.mutable_data_ptr<double>(), p.square = square.mutable_data_ptr<double>();
-  launch_ppca_project(p, device.stream());
-  return {proj, square};
+// By Householder's reflections, which nothing waits for. Rows of 0 make W as high as it is wide at least.
+void ppca_factor(prepare::PpcaFactor& op) {
+  const OnDeviceOf device(op.W);
+  const int64_t D = op.W.size(0), M = op.W.size(1);
+  const Tensor high = at::constant_pad_nd(op.W.to(at::kDouble), {0, 0, 0, std::max<int64_t>(M - D, 0)});
+  const Tensor eye = at::eye(M, high.options()), sigma = (op.log_sigma2.to(at::kDouble) * 0.5).exp();
+  const auto [basis, triangle] = at::linalg_qr(high);
+  const Tensor factor = std::get<1>(at::linalg_qr(at::cat({triangle.t(), eye * sigma}), "r"));
+  op.columns.copy_(basis.narrow(0, 0, D).t());
+  op.triangle.copy_(triangle);
+  op.whiten.copy_(at::linalg_solve_triangular(factor, eye, /*upper=*/true));
 }
 
-// Two products of cuBLAS, which no kernel of ours would beat; e = r - W mean cancels, so it is made in double.
-PpcaResidual ppca_residual_cuda(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& mean,
-                                const Tensor& weight, std::array<bool, 3> needs) {
-  checks::ppca_residual(x, W, b, mean, weight);
-  const OnDeviceOf device(x);
-  const auto type = checks::compute_type(W);
-  Tensor wide = x.to(at::kDouble);
-  if (x.scalar_type() == at::kByte) wide.div_(255);
-  wide = wide - b.to(at::kDouble);
-  const Tensor e = wide.addmm_(mean, W.to(at::kDouble).t(), 1, -1).mul_(weight.unsqueeze(1)).to(type);
-  const Tensor none = at::empty({0}, e.options());
-  return {needs[0] ? e : none, needs[1] ? at::mm(e.t(), mean.to(type)) : none, needs[2] ? e.sum(0) : none};
+void ppca_project(prepare::PpcaProject& op) {
+  const OnDeviceOf device(op.x);
+  const Tensor basis = op.basis.contiguous(), center = op.b.to(at::kDouble).contiguous();
+  PpcaProjectParams p;
+  p.N = op.x.size(0), p.D = op.x.size(1), p.lanes = basis.size(1);
+  p.x = views::view_of(op.x, 1, {}, /*unit=*/true);
+  p.b = center.const_data_ptr<double>(), p.W = basis.const_data_ptr<double>();
+  p.proj = op.coords.mutable_data_ptr<double>(), p.square = op.square.mutable_data_ptr<double>();
+  launch_ppca_project(p, device.stream());
+}
+
+void ppca_rest(prepare::PpcaRest& op) {
+  const OnDeviceOf device(op.x);
+  const Tensor Wt = op.basis.t().contiguous(), center = op.b.to(at::kDouble).contiguous();
+  const Tensor coords = op.coords.contiguous(), square = op.square.contiguous();
+  PpcaRestParams p;
+  p.N = op.x.size(0), p.D = op.x.size(1), p.M = op.basis.size(1), p.share = op.safe_share;
+  p.x = views::view_of(op.x, 1, {}, /*unit=*/true);
+  p.b = center.const_data_ptr<double>(), p.Wt = Wt.const_data_ptr<double>(), p.stride_m = p.D;
+  p.coords = coords.const_data_ptr<double>(), p.square = square.const_data_ptr<double>();
+  p.rest = op.rest.mutable_data_ptr<double>();
+  launch_ppca_rest(p, device.stream());
+}
+
+// Two products of cuBLAS, which no kernel of ours would beat; e = r - basis coords cancels, so it is made in double.
+void ppca_residual(prepare::PpcaResidual& op) {
+  const OnDeviceOf device(op.x);
+  const auto type = checks::compute_type(op.b);
+  Tensor r = op.x.to(at::kDouble);
+  if (op.x.scalar_type() == at::kByte) r.div_(255);
+  r = r - op.b.to(at::kDouble);
+  const Tensor e = r.addmm_(op.coords, op.basis.t(), 1, -1).mul_(op.weight.unsqueeze(1)).to(type);
+  if (op.residual.defined()) op.residual.copy_(e);
+  if (op.cross.defined()) op.cross.copy_(at::mm(e.t(), op.mean.to(type)));
+  if (op.sum.defined()) op.sum.copy_(e.sum(0));
 }
 
 }  // namespace
+}  // namespace cuda
 
 TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
-  m.impl("_ppca_project", ppca_project_cuda);
-  m.impl("_ppca_residual", ppca_residual_cuda);
+  m.impl("_ppca_factor", implement<prepare::ppca_factor, cuda::ppca_factor>);
+  m.impl("_ppca_project", implement<prepare::ppca_project, cuda::ppca_project>);
+  m.impl("_ppca_rest", implement<prepare::ppca_rest, cuda::ppca_rest>);
+  m.impl("_ppca_residual", implement<prepare::ppca_residual, cuda::ppca_residual>);
 }
 
 }  // namespace fastelbo

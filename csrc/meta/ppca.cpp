@@ -1,31 +1,17 @@
-// Shapes of probabilistic PCA, for meta tensors and tracing.
+// Probabilistic PCA for meta tensors and tracing: the outputs alone.
+#include "prepare/ppca.h"
+
 #include <torch/library.h>
 
-#include "ops.h"
-#include "prepare/shapes.h"
+#include "prepare/implement.h"
 
 namespace fastelbo {
-namespace {
-
-using namespace ops;
-
-PpcaProjection ppca_project_meta(const Tensor& x, const Tensor& W, const Tensor& b) {
-  checks::ppca(x, W, b);
-  const auto options = W.options().dtype(at::kDouble);
-  return {at::empty_symint({x.sym_size(0), W.sym_size(1)}, options), at::empty_symint({x.sym_size(0)}, options)};
-}
-
-PpcaResidual ppca_residual_meta(const Tensor& x, const Tensor& W, const Tensor& b, const Tensor& mean,
-                                const Tensor& weight, std::array<bool, 3> needs) {
-  checks::ppca_residual(x, W, b, mean, weight);
-  return shapes::ppca_residual(x, W, needs);
-}
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(fastelbo, Meta, m) {
-  m.impl("_ppca_project", ppca_project_meta);
-  m.impl("_ppca_residual", ppca_residual_meta);
+  m.impl("_ppca_factor", implement_meta<prepare::ppca_factor>);
+  m.impl("_ppca_project", implement_meta<prepare::ppca_project>);
+  m.impl("_ppca_rest", implement_meta<prepare::ppca_rest>);
+  m.impl("_ppca_residual", implement_meta<prepare::ppca_residual>);
 }
 
 }  // namespace fastelbo

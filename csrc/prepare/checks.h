@@ -300,35 +300,55 @@ inline int64_t log_mean_exp_backward(const at::Tensor& grad, const at::Tensor& l
 }
 
 // mixed: float64 parameters may go with data of any type.
-inline void ppca(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b, bool mixed = true) {
-  floating("W", W);
+inline void ppca_shapes(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b) {
   TORCH_CHECK_VALUE(W.dim() == 2 && W.sym_size(1) >= 1, "W must be [D, M] with M of at least 1; got ", shape_text(W));
   const c10::SymInt D = W.sym_size(0);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.sym_size(1) == D, "x must be [N, D] with D=", D, " from W; got ", shape_text(x));
   TORCH_CHECK_VALUE(b.dim() == 1 && b.sym_size(0) == D, "b must be [D] with D=", D, " from W; got ", shape_text(b));
-  data(x, "W", W, Domain::reals, mixed);
-  same_precision("b", b, "W", W);
   same_device("b", b, "W", W);
 }
 
-inline void ppca(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b, const at::Tensor& log_sigma2) {
-  ppca(x, W, b, /*mixed=*/false);
+inline void ppca_factor(const at::Tensor& W, const at::Tensor& log_sigma2) {
+  floating("W", W);
+  TORCH_CHECK_VALUE(W.dim() == 2 && W.sym_size(1) >= 1, "W must be [D, M] with M of at least 1; got ", shape_text(W));
   TORCH_CHECK_VALUE(log_sigma2.dim() == 0, "log_sigma2 must be a 0-d tensor; got the shape ", shape_text(log_sigma2));
   same_precision("log_sigma2", log_sigma2, "W", W);
   same_device("log_sigma2", log_sigma2, "W", W);
 }
 
-inline void ppca_residual(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b, const at::Tensor& mean,
-                          const at::Tensor& weight) {
-  ppca(x, W, b);
-  const c10::SymInt N = x.sym_size(0), M = W.sym_size(1);
-  TORCH_CHECK_VALUE(same_shape(mean.sym_sizes(), {N, M}), "mean must be [N, M] with N=", N, " and M=", M, "; got ",
-                    shape_text(mean));
-  TORCH_CHECK_VALUE(same_shape(weight.sym_sizes(), {N}), "weight must be [N] with N=", N, "; got ", shape_text(weight));
-  for (const auto& [name, t] : {std::pair("mean", mean), std::pair("weight", weight)}) {
-    TORCH_CHECK_TYPE(t.scalar_type() == at::kDouble, name, " must be float64; got ", dtype_name(t.scalar_type()));
-    same_device(name, t, "W", W);
-  }
+inline void ppca(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b, const at::Tensor& log_sigma2) {
+  floating("W", W);
+  ppca_shapes(x, W, b);
+  data(x, "W", W);
+  same_precision("b", b, "W", W);
+  ppca_factor(W, log_sigma2);
+}
+
+inline void float64(const char* name, const at::Tensor& t, c10::SymIntArrayRef shape, const at::Tensor& like) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kDouble, name, " must be float64; got ", dtype_name(t.scalar_type()));
+  TORCH_CHECK_VALUE(same_shape(t.sym_sizes(), shape), name, " must be ", shape, "; got ", shape_text(t));
+  same_device(name, t, "b", like);
+}
+
+// The private ops: data of any precision, the basis and what is of its coordinates in float64.
+inline void ppca_project(const at::Tensor& x, const at::Tensor& basis, const at::Tensor& b) {
+  floating("b", b);
+  ppca_shapes(x, basis, b);
+  data(x, "b", b, Domain::reals, /*mixed=*/true);
+  float64("basis", basis, basis.sym_sizes(), b);
+}
+
+inline void ppca_rest(const at::Tensor& x, const at::Tensor& basis, const at::Tensor& b, const at::Tensor& coords,
+                      const at::Tensor& square) {
+  ppca_project(x, basis, b);
+  float64("coords", coords, {x.sym_size(0), basis.sym_size(1)}, b);
+  float64("square", square, {x.sym_size(0)}, b);
+}
+
+inline void ppca_residual(const at::Tensor& x, const at::Tensor& basis, const at::Tensor& b, const at::Tensor& coords,
+                          const at::Tensor& mean, const at::Tensor& weight) {
+  ppca_rest(x, basis, b, coords, weight);
+  float64("mean", mean, coords.sym_sizes(), b);
 }
 
 }  // namespace fastelbo::checks

@@ -58,15 +58,4 @@ inline at::Tensor reduced_like(const at::Tensor& log_w, int64_t dim) {
   return at::empty_symint(shape, compute_options(log_w));
 }
 
-// e [N, D], sum e mean' [D, M] and sum e [D] of ppca_residual in the compute type of W; empty where not needed.
-inline std::tuple<at::Tensor, at::Tensor, at::Tensor> ppca_residual(const at::Tensor& x, const at::Tensor& W,
-                                                                    std::array<bool, 3> needs) {
-  const auto options = compute_options(W);
-  const c10::SymInt N = x.sym_size(0), D = W.sym_size(0), M = W.sym_size(1);
-  const auto make = [&](bool needed, c10::SymIntArrayRef sizes) {
-    return needed ? at::empty_symint(sizes, options) : at::empty({0}, options);
-  };
-  return {make(needs[0], {N, D}), make(needs[1], {D, M}), make(needs[2], {D})};
-}
-
 }  // namespace fastelbo::shapes

@@ -5,3 +5,6 @@
 #include "kernels/params.h"
 
 void split(Checks&, const fastelbo::KernelTable&);
+
+// A kernel that is wrong on purpose: a sanitizer has to notice.
+void split_broken(Checks&);

@@ -19,7 +19,9 @@ struct KernelTable {
   Kernel<SampleBackwardParams> sample_backward[2];
   Kernel<LogMeanExpParams> log_mean_exp[2], log_mean_exp_backward[2];
   Kernel<MultiSampleParams> weigh[2];
+  Kernel<PpcaFactorParams> ppca_factor;
   Kernel<PpcaProjectParams> ppca_project;
+  Kernel<PpcaRestParams> ppca_rest;
   Kernel<PpcaSumsParams> ppca_moments;
   Kernel<PpcaSumsParams> ppca_residual[2];
   // [likelihood][parameters given - 1][float or double]

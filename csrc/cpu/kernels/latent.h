@@ -152,19 +152,23 @@ void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
         }
       }
       // the first column starts a row's sum: the outputs need no zeroing
-      const auto add_rows = [&](double* out) {
+      const auto add_rows = [&](double* out, double floors) {
         for (int64_t r = 0; out && r < tile.rows; ++r) {
-          out[b + r] = (column ? out[b + r] : 0) + double(sum_of(value + r * columns, columns));
+          out[b + r] = (column ? out[b + r] : 0) + floors + double(sum_of(value + r * columns, columns));
         }
       };
-      add_rows(p.kl);
+      add_rows(p.kl, 0);
       if (p.dim_means) {
-        for (int64_t i = 0; i < tile.n; ++i) {
-          if (!(p.dim_means[column + i % columns] < p.free_bits)) continue;  // NaN is not below the floor
-          value[i] = T(p.free_bits);
-          g.mu[i] = g.logvar[i] = g.prior_mu[i] = g.prior_logvar[i] = 0;
+        const double* means = p.dim_means + column;
+        int64_t below = 0;  // floors are counted: the roundings of a sum of equal numbers all go the same way
+        for (int64_t i = 0; i < columns; ++i) {
+          if (!(means[i] < p.free_bits)) continue;  // NaN is not below the floor
+          ++below;
+          for (int64_t at = i; at < tile.n; at += columns) {
+            value[at] = g.mu[at] = g.logvar[at] = g.prior_mu[at] = g.prior_logvar[at] = 0;
+          }
         }
-        add_rows(p.floored_kl);
+        add_rows(p.floored_kl, p.free_bits * double(below));
       }
       if (grads) g.store_to(p.grad, b, column, tile);
     });

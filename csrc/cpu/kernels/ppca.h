@@ -1,9 +1,10 @@
 // Probabilistic PCA: matrix products that never write x - b to memory.
 //
 // In double, since all of them cancel where sigma is small against W, and float32 would lose a digit for every factor
-// of 10 in |r| / |e|, r = x - b, e = r - W m: |r|^2 - (W'r)' m in the projection, sum r m' - W sum m m' in the moments,
-// e itself in the residual. x is read once by each; D M multiply-adds per row in double, and in the residual, which is
-// needed for the gradient of x alone, D M more in the compute type for the sums of e, which do not cancel.
+// of 10 in |r| / |e|, r = x - b, e = r - W m: sum r m' - W sum m m' in the moments, e itself in the residual. Squared
+// norms would lose two digits, in double too: |e|^2 is a difference of them only where they leave enough of |r|^2.
+// x is read once by each; D M multiply-adds per row in double, and in the residual, which is needed for the gradient of
+// x alone, D M more in the compute type for the sums of e, which do not cancel.
 #pragma once
 
 #include "cpu/kernels/tile.h"
@@ -86,6 +87,79 @@ inline void center(const View& x, const double* __restrict b, int64_t row, int64
   }
 }
 
+inline double dot(const double* __restrict a, const double* __restrict b, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// Columns [m, n], in rows of memory, become orthonormal: columns = basis R, R [m, m] upper.
+//
+// Gram-Schmidt, again where the norm fell by more than half: what is left then holds rounding errors that are not
+// orthogonal. A column that depends on those before it becomes 0, which adds nothing to basis R.
+inline void orthonormalize(double* columns, int64_t m, int64_t n, double* R) {
+  constexpr int kTogether = 4;
+  for (int64_t j = 0; j < m; ++j) {
+    double* __restrict w = columns + j * n;
+    const double whole = std::sqrt(dot(w, w, n));
+    double before = whole, norm = whole;
+    for (int64_t i = 0; i < m; ++i) R[i * m + j] = 0;
+    do {
+      before = norm;
+      int64_t i = 0;
+      for (; i + kTogether <= j; i += kTogether) {
+        const double* __restrict q0 = columns + i * n, * __restrict q1 = q0 + n, * __restrict q2 = q1 + n, * __restrict q3 = q2 + n;
+        double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+        for (int64_t d = 0; d < n; ++d) s0 += q0[d] * w[d], s1 += q1[d] * w[d], s2 += q2[d] * w[d], s3 += q3[d] * w[d];
+#pragma omp simd
+        for (int64_t d = 0; d < n; ++d) w[d] -= (s0 * q0[d] + s1 * q1[d]) + (s2 * q2[d] + s3 * q3[d]);
+        R[i * m + j] += s0, R[(i + 1) * m + j] += s1, R[(i + 2) * m + j] += s2, R[(i + 3) * m + j] += s3;
+      }
+      for (; i < j; ++i) {
+        const double* __restrict q = columns + i * n;
+        const double s = dot(q, w, n);
+#pragma omp simd
+        for (int64_t d = 0; d < n; ++d) w[d] -= s * q[d];
+        R[i * m + j] += s;
+      }
+      norm = std::sqrt(dot(w, w, n));
+    } while (norm < 0.5 * before && norm > 4 * 0x1p-53 * whole);
+    if (norm <= 4 * 0x1p-53 * whole) norm = 0;
+    const double scale = norm == 0 ? 0 : 1 / norm;
+    for (int64_t d = 0; d < n; ++d) w[d] *= scale;
+    R[j * m + j] = norm;
+  }
+}
+
+// R [m, m] upper -> its inverse.
+inline void invert_upper(const double* R, int64_t m, double* inverse) {
+  for (int64_t i = m - 1; i >= 0; --i) {
+    double* __restrict row = inverse + i * m;
+    for (int64_t j = 0; j < m; ++j) row[j] = i == j;
+    for (int64_t k = i + 1; k < m; ++k) {
+      const double* __restrict from = inverse + k * m;
+      const double factor = R[i * m + k];
+#pragma omp simd
+      for (int64_t j = k; j < m; ++j) row[j] -= factor * from[j];
+    }
+    for (int64_t j = i; j < m; ++j) row[j] /= R[i * m + i];
+  }
+}
+
+inline void ppca_factor_kernel(const PpcaFactorParams& p, int64_t begin, int64_t end) {
+  if (begin == end) return;
+  orthonormalize(p.columns, p.M, p.D, p.triangle);
+  for (int64_t j = 0; j < p.M; ++j) {
+    double* column = p.stacked + j * 2 * p.M;
+    std::memcpy(column, p.triangle + j * p.M, size_t(p.M) * sizeof(double));
+    for (int64_t i = 0; i < p.M; ++i) column[p.M + i] = i == j ? p.sigma : 0;
+  }
+  orthonormalize(p.stacked, p.M, 2 * p.M, p.factor);
+  invert_upper(p.factor, p.M, p.whiten);
+}
+
 inline void ppca_project_kernel(const PpcaProjectParams& p, int64_t begin, int64_t end) {
   alignas(64) double r[kPpcaRows * kPpcaTile];
   for (int64_t item = begin; item < end; ++item) {
@@ -102,6 +176,30 @@ inline void ppca_project_kernel(const PpcaProjectParams& p, int64_t begin, int64
         p.square[row + i] += sum;
       });
       multiply<false>(r, kPpcaTile, 1, p.W + d * p.lanes, p.lanes, n, proj, p.lanes, rows, p.lanes);
+    }
+  }
+}
+
+inline void ppca_rest_kernel(const PpcaRestParams& p, int64_t begin, int64_t end) {
+  alignas(64) double r[kPpcaRows * kPpcaTile];
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = item * kPpcaRows, rows = p.N - row < kPpcaRows ? p.N - row : kPpcaRows;
+    bool cancels[kPpcaRows], any = false;
+    for (int64_t i = 0; i < rows; ++i) {
+      const double* coords = p.coords + (row + i) * p.M;
+      const double square = p.square[row + i], rest = square - dot(coords, coords, p.M);
+      cancels[i] = !(rest > p.share * square);
+      any |= cancels[i];
+      p.rest[row + i] = cancels[i] ? 0 : rest;
+    }
+    if (!any) continue;
+    for (int64_t d = 0; d < p.D; d += kPpcaTile) {
+      const int64_t n = p.D - d < kPpcaTile ? p.D - d : kPpcaTile;
+      center(p.x, p.b, row, rows, d, n, r, [](int64_t, const double*) {});
+      multiply<true>(p.coords + row * p.M, p.M, 1, p.Wt + d, p.stride_m, p.M, r, kPpcaTile, rows, n);
+      for (int64_t i = 0; i < rows; ++i) {
+        if (cancels[i]) p.rest[row + i] += dot(r + i * kPpcaTile, r + i * kPpcaTile, n);
+      }
     }
   }
 }
@@ -153,7 +251,7 @@ void ppca_residual_kernel(const PpcaSumsParams& p, int64_t begin, int64_t end) {
     for (int64_t row = block.first; row < block.last; row += kPpcaRows) {
       const int64_t rows = block.last - row < kPpcaRows ? block.last - row : kPpcaRows;
       center(p.x, p.b, row, rows, d, n, r, [](int64_t, const double*) {});
-      multiply<true>(p.mean + row * p.lanes, p.lanes, 1, p.Wt + d, p.stride_m, p.M, r, kPpcaTile, rows, n);
+      multiply<true>(p.coords + row * p.M, p.M, 1, p.Wt + d, p.stride_m, p.M, r, kPpcaTile, rows, n);
       for (int64_t i = 0; i < rows; ++i) {
         const double* __restrict from = r + i * kPpcaTile;
         T* __restrict to = e + i * kPpcaTile;

@@ -71,6 +71,8 @@ void launch_log_mean_exp(const LogMeanExpParams& p, int64_t columns, bool is_dou
 // Every row's projections on the columns of W, unpadded, and squared norm.
 void launch_ppca_project(const PpcaProjectParams& p, cudaStream_t stream);
 
+void launch_ppca_rest(const PpcaRestParams& p, cudaStream_t stream);
+
 // p[i] *= factor, which is on the device: reads nothing but the factor where that is 1.
 void launch_scale(const View& p, int64_t n, DeviceScalar factor, cudaStream_t stream);
 

@@ -1,0 +1,212 @@
+"""What every argument of the public functions must be: one table, and the decorator that checks by it.
+
+Checked here are types, the dtype of each tensor by itself, and what needs no other argument. Shapes, devices and what
+goes with what are checked by the ops (csrc/checks.h).
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastelbo import _ops
+
+Check = Callable[[str, Any], Any]  # (name, value) -> the value, as the type that was asked for; raises what is wrong
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+INT64 = (-(2**63), 2**63 - 1)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LIKELIHOODS: tuple[str, ...] = tuple(_ops._C.build_info()["likelihoods"])
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def refusal(name: str, expected: str, value: Any) -> TypeError:
+    """The error of an argument of a wrong type: "mu must be a torch.Tensor; got numpy.ndarray"."""
+    kind = type(value)
+    came = "None" if value is None else f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    return TypeError(f"{name} must be {expected}; got {came}")
+
+
+def _tensor(*dtypes: torch.dtype) -> Check:
+    allowed, strided = frozenset(dtypes), torch.strided
+    *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    expected = f"{', '.join(first)} or {last}" if first else last
+
+    def check(name: str, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise refusal(name, "a torch.Tensor", value)
+        if value.dtype not in allowed:
+            raise TypeError(f"{name} must be {expected}; got {str(value.dtype).removeprefix('torch.')}")
+        if value.layout is not strided:
+            raise TypeError(f"{name} must be a dense tensor, of layout torch.strided; got {value.layout}")
+        return value
+
+    return check
+
+
+def _integer(low: int = INT64[0], expected: str = "an int") -> Check:
+    def check(name: str, value: Any) -> Any:
+        if type(value) is not int:
+            if isinstance(value, torch.SymInt):
+                return value
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise refusal(name, expected, value)
+            value = int(value)
+        if not low <= value <= INT64[1]:
+            bound = f"at least {low}" if INT64[0] < low > value else "in the range of int64"
+            raise ValueError(f"{name} must be {bound}; got {value}")
+        return value
+
+    return check
+
+
+def _number(low: float | None = None, expected: str = "a float") -> Check:
+    def check(name: str, value: Any) -> Any:
+        if type(value) is not float:
+            if isinstance(value, torch.SymFloat | torch.SymInt):
+                return value
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise refusal(name, expected, value)
+            try:
+                value = float(value)
+            except OverflowError:
+                raise ValueError(f"{name} must be in the range of float64; got {value}") from None
+        if low is not None and not value >= low:
+            raise ValueError(f"{name} must be at least {low}; got {value}")
+        return value
+
+    return check
+
+
+def _either(tensor: Check, other: Check) -> Check:
+    return lambda name, value: (tensor if isinstance(value, Tensor) else other)(name, value)
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if _floats(name, value).dim() != 0:
+        raise ValueError(f"{name} must be a float or a 0-d tensor; got the shape {tuple(value.shape)}")
+    return value  # type: ignore[no-any-return]
+
+
+def _instance(of: type, expected: str) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, of):
+            raise refusal(name, expected, value)
+        return value
+
+    return check
+
+
+def _one_of(names: tuple[str, ...]) -> Check:
+    expected = "one of " + ", ".join(f'"{n}"' for n in names)
+
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise refusal(name, f"a str, {expected}", value)
+        if value not in names:
+            raise ValueError(f'{name} must be {expected}; got "{value}"')
+        return value
+
+    return check
+
+
+def _recon(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _floats(name, value)
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(t, Tensor) for t in value):
+        raise refusal(name, "a tensor or a pair of tensors, such as (mean, logvar)", value)
+    _floats(name, value[0])
+    _floats(f"the second tensor of {name}", value[1])
+    return value
+
+
+def _posterior(name: str, value: Any) -> Any:
+    fields = ("z", "kl", "log_ratio", "mu", "logvar")
+    for field in fields:
+        if not isinstance(getattr(value, field, None), Tensor):
+            raise refusal(name, f"a Posterior from rsample, with the tensors {', '.join(fields)}", value)
+    return value
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, tuple | list):
+        raise refusal(name, "a tuple of ints", value)
+    return tuple(_size(f"every number of {name}", n) for n in value)
+
+
+_floats = _tensor(*FLOATS)
+_data = _tensor(*FLOATS, torch.uint8, torch.bool)
+_text = _instance(str, "a str")
+_flag = _instance(bool, "a bool")
+_module = _instance(nn.Module, "an nn.Module")
+_size = _integer(0)
+_count = _integer(1)
+
+# An argument by its name, or by the function's and its own where two functions mean different things by one name.
+# None is taken where it is the default.
+TABLE: dict[str, Check] = {
+    **dict.fromkeys(("mu", "logvar", "prior_mu", "prior_logvar", "eps", "z", "log_ratio", "log_w"), _floats),
+    **dict.fromkeys(("logits", "mean", "W", "b", "log_sigma2"), _floats),
+    "gaussian_log_prob.logvar": _either(_floats, _number(expected="a float or a torch.Tensor")),
+    "x": _data,
+    "mask": _data,
+    "observed": _instance(Tensor, "a bool torch.Tensor"),
+    "recon": _recon,
+    "posterior": _posterior,
+    "likelihood": _one_of(LIKELIHOODS),
+    "reduction": _one_of(REDUCTIONS),
+    **dict.fromkeys(("estimator", "objective", "proposal"), _text),  # their tables know the names
+    "beta": _either(_scalar, _number(expected="a float or a 0-d tensor")),
+    "multi_sample_loss.beta": _number(),
+    "alpha": _number(),
+    "free_bits": _number(0),
+    **dict.fromkeys(("num_samples", "chunk_size"), _count),
+    **dict.fromkeys(("first_sample", "n"), _size),
+    **dict.fromkeys(("dim", "groups"), _integer()),
+    "seed": _either(_tensor(torch.int64), _integer(expected="an int or an int64 tensor")),
+    "generator": _instance(torch.Generator, "a torch.Generator"),
+    "return_parts": _flag,
+    "VAE.sample.mean": _flag,
+    **dict.fromkeys(("encoder", "decoder", "model"), _module),
+    "latent_shape": _shape,
+}
+
+
+def _check_of(function: Callable[..., Any], name: str) -> Check:
+    if name == "self":
+        return lambda name, value: value
+    return TABLE.get(f"{function.__qualname__}.{name}") or TABLE[name]
+
+
+def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, whose arguments are checked by the table before it is called. A default is taken unseen."""
+    parameters = inspect.signature(function).parameters.values()
+    rows = {p.name: (p.name, p.default, _check_of(function, p.name)) for p in parameters}
+    positional = tuple(rows[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # every loss pays for this: values are put in place only where a check has converted one
+        for i, value in enumerate(args):
+            if i == len(positional):
+                break  # the function says what is wrong
+            name, default, check = positional[i]
+            if value is not default:
+                taken = check(name, value)
+                if taken is not value:
+                    args = (*args[:i], taken, *args[i + 1 :])
+        for name, value in kwargs.items():
+            if name in rows:
+                name, default, check = rows[name]
+                if value is not default:
+                    taken = check(name, value)
+                    if taken is not value:
+                        kwargs[name] = taken
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]

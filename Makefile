@@ -2,6 +2,7 @@
 # make test    C++ tests, then Python tests
 # make bench   against eager PyTorch, torch.compile and other packages; writes benchmarks/README.md
 # make bench-quick   a part of it, in under 3 minutes
+# make docs    API reference and concepts, as web pages in build/docs
 # make cuda-build   builds everything for CUDA, without a GPU, in .venv-cuda; then registers and spills of every kernel
 # make lint, make format
 # make clean   removes what was built; .venv, with the downloaded packages, stays
@@ -14,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV = . .venv/bin/activate &&
 CPP_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test bench bench-quick cuda-build lint format clean
+.PHONY: demo test bench bench-quick docs cuda-build lint format clean
 
 demo: .venv/built
 	$(VENV) python examples/demo.py
@@ -30,6 +31,9 @@ bench: .venv/built .venv/bench
 
 bench-quick: .venv/built .venv/bench
 	$(VENV) python -m benchmarks --quick $(ARGS)
+
+docs: .venv/built .venv/dev
+	$(VENV) python docs/build.py
 
 # A CUDA build of torch (5.5 GB) in an environment of its own, and a copy of the sources: the build in .venv stays.
 cuda-build:

@@ -1,7 +1,7 @@
 """What every argument of the public functions must be: one table, and the decorator that checks by it.
 
 Checked here are types, the dtype of each tensor by itself, and what needs no other argument. Shapes, devices and what
-goes with what are checked by the ops (csrc/checks.h).
+goes with what are checked by the ops (csrc/prepare/checks.h).
 """
 
 import functools

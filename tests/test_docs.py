@@ -47,3 +47,12 @@ def test_a_public_name_without_a_docstring_is_refused() -> None:
     module.Undocumented, module.__all__ = Undocumented, ["Undocumented"]
     with pytest.raises(ValueError, match=r"need a docstring: .*Undocumented\.method"):
         build.page(module)
+
+
+def test_the_code_of_the_concepts_page_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (build.HERE / "concepts.md").read_text(), flags=re.DOTALL)
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(block, space)
+    assert tuple(space["estimate"].log_prob.shape) == (8,) and space["total"].count == 100
+    assert space["prior_mu"].grad.shape == (20,) and space["logvar_x"].grad.shape == ()

@@ -60,15 +60,15 @@ def public(space: pdoc.doc.Namespace) -> Iterator[pdoc.doc.Doc]:
 
 
 def page(module: types.ModuleType) -> pdoc.doc.Module:
-    """A module with its docstrings as Markdown, functions first."""
+    """A module with its docstrings as Markdown, functions first. Every name of `__all__` must have one."""
     doc = pdoc.doc.Module(module)
     doc.members = dict(sorted(doc.members.items(), key=lambda item: isinstance(item[1], pdoc.doc.Class)))
     members = list(public(doc))
     missing = [member.fullname for member in members if not member.docstring]
-    if missing:
+    if missing and hasattr(module, "__all__"):
         raise ValueError(f"these need a docstring: {', '.join(missing)}")
     for each in (doc, *members):
-        each.docstring = markdown(each.docstring)
+        each.docstring = markdown(each.docstring) or "@private"
     return doc
 
 

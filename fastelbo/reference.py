@@ -53,7 +53,6 @@ LIKELIHOODS: dict[str, Callable[..., Tensor]] = {  # of x and the parameters
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for every other dtype: the type of arithmetic, sums and losses."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
@@ -259,7 +258,6 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 
 
 def reduce(loss: Tensor, reduction: str) -> Tensor:
-    """The mean or the sum over [B], or the losses as they are for "none"."""
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 

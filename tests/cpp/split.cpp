@@ -217,6 +217,16 @@ void ppca(Checks& c, const KernelTable& t, int64_t N, int64_t D, int64_t M, bool
     p.proj = m.output(N * lanes), p.square = m.output(N);
     m.compare(c, t.ppca_project, p, (N + kPpcaRows - 1) / kPpcaRows, "ppca projection");
   }
+  {
+    Memory m;
+    PpcaRestParams p;
+    p.N = N, p.D = D, p.M = M, p.share = turn % 2 ? 0.25 : 1e-6;
+    p.x = m.view(false, data, 1, N, D, kLayouts[turn % 4]);
+    p.stride_m = (D + kPpcaPanel - 1) / kPpcaPanel * kPpcaPanel;
+    p.b = m.input(D), p.Wt = m.input(M * p.stride_m);
+    p.coords = m.input(N * M), p.square = m.input(N), p.rest = m.output(N);
+    m.compare(c, t.ppca_rest, p, (N + kPpcaRows - 1) / kPpcaRows, "ppca rest");
+  }
   for (const bool residual : {false, true}) {
     Memory m;
     PpcaSumsParams p;
@@ -229,6 +239,7 @@ void ppca(Checks& c, const KernelTable& t, int64_t N, int64_t D, int64_t M, bool
     if (residual) {
       p.stride_m = (D + kPpcaPanel - 1) / kPpcaPanel * kPpcaPanel;
       p.Wt = m.input(M * p.stride_m), p.rounded_mean = m.input(type, N * lanes);
+      p.coords = m.input(N * M);
       p.residual = m.make(true, type, N * D);
     }
     m.compare(c, residual ? t.ppca_residual[wide] : t.ppca_moments, p, chunks * tiles, "ppca sums");

@@ -40,13 +40,15 @@ __device__ double kl_rows(const KlParams& p, T factor, void* out, void* charged,
   for (int64_t base = int64_t(blockIdx.x) * per_block; base < p.B; base += int64_t(gridDim.x) * per_block) {
     const int64_t b = base + group;
     T sum = 0, sum_charged = 0;
+    int64_t below = 0;  // floors are counted: the roundings of a sum of equal numbers all go the same way
     if (b < p.B) {
       const T up = factor * at<T>(p.grad, 0, b);
       for (int64_t i = lane; i < p.D; i += g) {
         const KlTerm<T> k = Latent<T>(p, b, i).kl();
         const bool free = p.dim_means && p.dim_means[i] < p.free_bits;  // NaN is not below the floor
         sum += k.value;
-        sum_charged += free ? T(p.free_bits) : k.value;
+        sum_charged += free ? T(0) : k.value;
+        below += free;
         if (!grads) continue;
         store_one(p.grad_mu, b, i, free ? T(0) : up * k.d_mu);
         store_one(p.grad_logvar, b, i, free ? T(0) : up * k.d_logvar);
@@ -55,7 +57,7 @@ __device__ double kl_rows(const KlParams& p, T factor, void* out, void* charged,
       }
     }
     sum = group_sum(sum, g);
-    sum_charged = group_sum(sum_charged, g);
+    sum_charged = T(group_sum(double(sum_charged) + p.free_bits * double(below), g));
     if (b < p.B && lane == 0) {
       if (out) static_cast<T*>(out)[b] = sum;
       if (charged) static_cast<T*>(charged)[b] = sum_charged;

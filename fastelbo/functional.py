@@ -623,8 +623,6 @@ def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor, *, observ
         return _call(_op.ppca_log_prob.default, reference.ppca_log_prob, x, W, b, log_sigma2)
     if not torch.compiler.is_compiling():
         _ops.check(_op.ppca_log_prob.default, (x, W, b, log_sigma2))
-    if not isinstance(observed, Tensor):
-        raise TypeError(f"observed must be a bool tensor of the shape of x; got {type(observed).__name__}")
     if observed.dtype != torch.bool or observed.shape != x.shape:
         raise ValueError(
             f"observed must be a bool tensor of the shape {tuple(x.shape)} of x; "

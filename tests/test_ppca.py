@@ -522,7 +522,7 @@ def test_fit_keeps_the_parameters_of_an_optimizer():
         (
             lambda m, x: fastelbo.ppca_log_prob(x, m.W, m.b, m.log_sigma2, observed=True),
             TypeError,
-            "observed must be a bool tensor of the shape of x; got bool",
+            "observed must be a bool torch.Tensor; got bool",
         ),
     ],
 )

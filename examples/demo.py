@@ -72,10 +72,8 @@ def main() -> int:
         print(
             f"{name:9s}  {step:.3f} ms per step (median of {len(run.step_times)}), sampling and loss {share:.0%} of it"
         )
-    print(
-        "  In a model of this size (B = 64, D = 64), encoder, decoder and Adam take most of the step. The reference is"
-    )
-    print("  written for clarity, not for speed, and the time of its noise is not counted.")
+    print("  In a model of this size (B = 64, D = 64), encoder, decoder and Adam take most of the step.")
+    print("  The reference is written for clarity, not for speed, and the time of its noise is not counted.")
 
     out.mkdir(parents=True, exist_ok=True)
     for path in plots.save_all(fused.model, fused.data, fused.history, out):

@@ -21,8 +21,7 @@ TORCH_LIBRARY(fastelbo, m) {
       "float free_bits, bool[4] needs) -> (Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar)");
 
   // likelihood
-  m.def(
-      "log_prob(Tensor recon, Tensor x, Tensor? second, Tensor? third, Tensor? mask, str likelihood) -> Tensor");
+  m.def("log_prob(Tensor recon, Tensor x, Tensor? second, Tensor? third, Tensor? mask, str likelihood) -> Tensor");
   m.def(
       "_log_prob_backward(Tensor grad, Tensor recon, Tensor x, Tensor? second, Tensor? third, Tensor? mask, "
       "str likelihood, bool[4] needs) -> (Tensor recon, Tensor x, Tensor second, Tensor third)");

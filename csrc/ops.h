@@ -47,13 +47,12 @@ inline constexpr Op<"fastelbo::rsample",
     rsample;
 
 using SampleGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of mu, logvar, prior_mu, prior_logvar, eps
-inline constexpr Op<"fastelbo::_rsample_backward",
-                    SampleGrads(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
-                                const OptionalTensor& grad_log_ratio, const OptionalTensor& grad_gates,
-                                const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
-                                const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                                const OptionalTensor& seed, const OptionalTensor& eps, c10::SymInt first_sample,
-                                std::array<bool, 5> needs)>
+inline constexpr Op<
+    "fastelbo::_rsample_backward",
+    SampleGrads(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, const OptionalTensor& grad_log_ratio,
+                const OptionalTensor& grad_gates, const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
+                const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, const OptionalTensor& seed,
+                const OptionalTensor& eps, c10::SymInt first_sample, std::array<bool, 5> needs)>
     rsample_backward;
 
 inline constexpr Op<"fastelbo::gaussian_kl",
@@ -110,11 +109,10 @@ inline constexpr Op<"fastelbo::_elbo_loss_forward",
 
 using MultiSampleLoss = std::tuple<Tensor, Tensor>;  // loss, log_likelihood
 inline constexpr Op<"fastelbo::multi_sample_loss",
-                    MultiSampleLoss(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                    const OptionalTensor& gates, const OptionalTensor& second,
-                                    const OptionalTensor& third, const OptionalTensor& mask,
-                                    std::string_view likelihood, at::ArrayRef<double> estimator,
-                                    std::string_view reduction)>
+                    MultiSampleLoss(
+                        const Tensor& recon, const Tensor& x, const Tensor& log_ratio, const OptionalTensor& gates,
+                        const OptionalTensor& second, const OptionalTensor& third, const OptionalTensor& mask,
+                        std::string_view likelihood, at::ArrayRef<double> estimator, std::string_view reduction)>
     multi_sample_loss;
 
 // the same, and the gradients of recon, log_ratio, gates, second, third

@@ -53,14 +53,14 @@ struct SharedGrad {
 // log p(x | parameters) of every row, its gradient, or both. Work items: chunks of rows x segments(D).
 struct LogProbParams {
   int64_t K = 1, B = 0, D = 0;
-  int count = 1;                         // parameters that are given
-  View parameter[kMaxParameters];        // [K, B, D]; of one that rows share, the strides over rows are 0
-  View x, mask;                          // [B, D]; mask may be empty
-  View grad[kMaxParameters], grad_x;     // written where not empty: row factor x d log p
+  int count = 1;                      // parameters that are given
+  View parameter[kMaxParameters];     // [K, B, D]; of one that rows share, the strides over rows are 0
+  View x, mask;                       // [B, D]; mask may be empty
+  View grad[kMaxParameters], grad_x;  // written where not empty: row factor x d log p
   SharedGrad shared_grad[kMaxParameters];
-  RowScalars factor;                     // [K, B]
-  int64_t chunk = 1;                     // rows of a work item; more than 1 only where rows share a gradient
-  double* log_p = nullptr;               // [K, B, segments] partial sums, or null
+  RowScalars factor;        // [K, B]
+  int64_t chunk = 1;        // rows of a work item; more than 1 only where rows share a gradient
+  double* log_p = nullptr;  // [K, B, segments] partial sums, or null
 
   // whether a gradient of full size is wanted
   constexpr bool any_grad() const { return grad[0] || grad[1] || grad[2] || grad_x; }
@@ -70,15 +70,15 @@ struct LogProbParams {
 
 // A K-sample bound and its gradient, by datum: math/estimator.h.
 struct MultiSampleParams {
-  LogProbParams fit;               // its factor and log_p are not used
+  LogProbParams fit;  // its factor and log_p are not used
   Estimator estimator;
-  RowScalars log_ratio;            // [K, B]
-  double datum_weight = 1;         // of a datum's loss in the returned one
-  double* weights = nullptr;       // [K, B]: log w, then the weights a
-  double* bound = nullptr;         // [B]
-  void* log_p = nullptr;           // T [K, B], or null
-  void* row_factor = nullptr;      // T [K, B], or null: -datum_weight a, the gradient of the loss by log w
-  void* gates = nullptr;           // T [2, K, B], or null: b / a - 1 and c / a - 1
+  RowScalars log_ratio;        // [K, B]
+  double datum_weight = 1;     // of a datum's loss in the returned one
+  double* weights = nullptr;   // [K, B]: log w, then the weights a
+  double* bound = nullptr;     // [B]
+  void* log_p = nullptr;       // T [K, B], or null
+  void* row_factor = nullptr;  // T [K, B], or null: -datum_weight a, the gradient of the loss by log w
+  void* gates = nullptr;       // T [2, K, B], or null: b / a - 1 and c / a - 1
 };
 
 // N(mu, diag exp(logvar)) and its prior, N(0, I) where that is empty.

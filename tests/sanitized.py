@@ -4,6 +4,11 @@ gcc vectorizes no loop that it instruments. A sum then has one lane and more rou
 higher floor: values are what the other builds are tested for.
 """
 
+from pathlib import Path
+
 import oracle
 
+import fastelbo
+
+assert Path(fastelbo.__file__).parent.parent.name == "address", f"{fastelbo.__file__} is not the sanitized library"
 oracle.FLOOR *= 16

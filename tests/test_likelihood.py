@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributions as td
 from cases import LIKELIHOOD_IDS, LIKELIHOODS, ROWS, draw
-from oracle import DTYPES, HALF_TYPES, check, gradients
+from oracle import DTYPES, HALF_TYPES, allocated, check, gradients
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -367,3 +367,102 @@ def test_log_prob_backward_refuses(change, message):
         with pytest.raises((ValueError, TypeError), match=message):
             meta = {n: t.to("meta") if isinstance(t, Tensor) else t for n, t in (arguments | change).items()}
             torch.ops.fastelbo._log_prob_backward(**meta)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parameters that rows share
+
+
+SHARED = [likelihood for likelihood in LIKELIHOODS if likelihood[1]]
+shared_shapes = pytest.mark.parametrize("shape", ["event", "one number"])
+
+
+def _shared(recon: Tensor, lead: int, shape: str, requires_grad: bool = True) -> Tensor:
+    size = recon.shape[lead:] if shape == "event" else ()
+    return (0.3 * torch.randn(size, dtype=torch.float64)).to(recon.dtype).requires_grad_(requires_grad)
+
+
+@pytest.mark.parametrize("likelihood", SHARED, ids=lambda v: v[0])
+@shared_shapes
+@every_dtype
+@pytest.mark.parametrize("samples", [None, 3])
+def test_a_parameter_in_a_shape_of_its_own(likelihood, shape, dtype, samples):
+    """Fewer rows than chunks and more, and rows of several segments; values and gradients of every function."""
+    for batch, event in ((2, (3, 5)), (70, (7,)), (3, (9000,))):
+        recon, x, _ = draw(likelihood, (batch, *event), samples, dtype)
+        second = _shared(recon, 1 if samples is None else 2, shape)
+        mask = torch.rand(batch, *event) > 0.3
+        check(log_prob(likelihood[0]), recon, x, second, label=f"{batch}")
+        check(log_prob(likelihood[0]), recon, x, second, mask, label=f"{batch}, mask")
+
+
+@shared_shapes
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("samples", [None, 3])
+def test_objectives_with_a_parameter_in_a_shape_of_its_own(shape, reduction, samples):
+    for event in ((6, 5), (4200,)):
+        recon, x, _ = draw(("gaussian", True), (40, *event), samples)
+        x = x.detach()
+        second = _shared(recon, 1 if samples is None else 2, shape)
+        latent = [torch.randn(40, 3, requires_grad=True) for _ in range(4)]
+
+        def elbo(recon, x, second, mu, logvar, prior_mu, prior_logvar):
+            return fastelbo.elbo_loss(
+                (recon, second),
+                x,
+                mu,
+                logvar,
+                prior_mu=prior_mu,
+                prior_logvar=prior_logvar,
+                likelihood="gaussian",
+                reduction=reduction,
+            )
+
+        def iwae(recon, x, second, log_ratio):
+            return fastelbo.iwae_loss((recon, second), x, log_ratio, likelihood="gaussian", reduction=reduction)
+
+        check(elbo, recon, x, second, *latent)
+        if samples:
+            check(iwae, recon, x, second, torch.randn(samples, 40, requires_grad=True))
+            few = [t.detach()[:, :2].requires_grad_() for t in (recon, torch.randn(samples, 40))]
+            check(iwae, few[0], x[:2], second, few[1], label="few data")
+
+
+@shared_shapes
+def test_a_shared_parameter_beside_data_that_are_walked_in_another_order(shape):
+    recon, x, _ = draw(("gaussian", True), (40, 3, 5, 4))
+    recon = recon.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    second = _shared(recon, 1, shape)
+    if shape == "event":
+        second = second.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_()
+    check(log_prob("gaussian"), recon, x, second)
+    check(log_prob("gaussian"), recon, x, torch.zeros(()).expand(3, 5, 4).requires_grad_())
+
+
+@shared_shapes
+def test_gradients_that_rows_share_have_the_same_bits_for_any_number_of_threads(shape):
+    torch.manual_seed(1)
+    recon, x = torch.randn(3, 300, 500, requires_grad=True), torch.randn(300, 500)
+    second = _shared(recon, 2, shape)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        loss = fastelbo.iwae_loss((recon, second), x, torch.zeros(3, 300), likelihood="gaussian")
+        value = fastelbo.log_prob((recon, second), x, likelihood="gaussian").sum()
+        found.append([*torch.autograd.grad(loss, second), *torch.autograd.grad(value, second)])
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@shared_shapes
+def test_no_gradient_of_full_size_is_made_for_a_parameter_that_rows_share(shape):
+    recon, x, mu = torch.randn(512, 784, requires_grad=True), torch.randn(512, 784), torch.randn(512, 32)
+    second = _shared(recon, 1, shape)
+
+    def step():
+        fastelbo.elbo_loss((recon, second), x, mu, mu, likelihood="gaussian").backward()
+
+    step()
+    recon.grad = second.grad = None
+    assert allocated(step) < 1.2 * recon.numel() * recon.element_size()

@@ -20,9 +20,9 @@ struct LogProb : public Function<LogProb> {
     const Tensor &recon = saved[kRecon], &x = saved[kX], &second = saved[kSecond], &third = saved[kThird];
     variable_list result(kArguments);
     BelowAutogradUnlessGraph guard;
-    std::tie(result[kRecon], result[kX], result[kSecond], result[kThird]) = ops::log_prob_backward(
-        grads[0], recon, x, optional(second), optional(third), optional(saved[kMask]),
-        ctx->saved_data["likelihood"].toStringView(), needs<4>(ctx, {recon, x, second, third}));
+    std::tie(result[kRecon], result[kX], result[kSecond], result[kThird]) =
+        ops::log_prob_backward(grads[0], recon, x, optional(second), optional(third), optional(saved[kMask]),
+                               ctx->saved_data["likelihood"].toStringView(), needs<4>(ctx, {recon, x, second, third}));
     return result;
   }
 };

@@ -4,8 +4,8 @@
 // backward multiplies it by the upstream gradient, which is mostly 1. Everything else (reduction "none", half types,
 // gradients of the returned parts, a graph of the gradient, a gradient for x) is put together in the backward from the
 // backward ops of the likelihood and of the KL: composite/objective.cpp.
-#include "autograd/common.h"
 #include "composite/objective.h"
+#include "autograd/common.h"
 
 namespace fastelbo::autograd {
 namespace {
@@ -34,12 +34,32 @@ bool keeps_weighted_precision(const Tensor& t) { return !wants_grad(t) || t.elem
 
 struct ElboLoss : public Function<ElboLoss> {
   enum {
-    kRecon, kX, kMu, kLogvar, kPriorMu, kPriorLogvar, kSecond, kThird, kMask, kBeta, kBetaTensor, kFreeBits,
-    kLikelihood, kReduction, kArguments
+    kRecon,
+    kX,
+    kMu,
+    kLogvar,
+    kPriorMu,
+    kPriorLogvar,
+    kSecond,
+    kThird,
+    kMask,
+    kBeta,
+    kBetaTensor,
+    kFreeBits,
+    kLikelihood,
+    kReduction,
+    kArguments
   };
   // what is saved: inputs, the KL, then the gradients that the forward computed
   enum {
-    kSavedKl = kArguments, kGradRecon, kGradMu, kGradLogvar, kGradPriorMu, kGradPriorLogvar, kGradSecond, kGradThird,
+    kSavedKl = kArguments,
+    kGradRecon,
+    kGradMu,
+    kGradLogvar,
+    kGradPriorMu,
+    kGradPriorLogvar,
+    kGradSecond,
+    kGradThird,
     kSaved
   };
 
@@ -79,22 +99,27 @@ struct ElboLoss : public Function<ElboLoss> {
     variable_list result(kArguments);
     if (options[0].toBool() && !grads[1].defined() && !grads[2].defined() && !at::GradMode::is_enabled()) {
       if (!grads[0].defined()) return result;
-      const auto give = [&](int argument, int gradient) {
-        result[argument] = scaled(ctx, saved[gradient], grads[0]);
-      };
+      const auto give = [&](int argument, int gradient) { result[argument] = scaled(ctx, saved[gradient], grads[0]); };
       give(kRecon, kGradRecon), give(kMu, kGradMu), give(kLogvar, kGradLogvar), give(kPriorMu, kGradPriorMu);
       give(kPriorLogvar, kGradPriorLogvar), give(kSecond, kGradSecond), give(kThird, kGradThird);
       return result;
     }
-    const auto needed = needs<10>(ctx, {saved[kRecon], saved[kX], saved[kMu], saved[kLogvar], saved[kPriorMu],
-                                        saved[kPriorLogvar], saved[kSecond], saved[kThird], saved[kMask],
-                                        saved[kBetaTensor]});
+    const auto needed =
+        needs<10>(ctx, {saved[kRecon], saved[kX], saved[kMu], saved[kLogvar], saved[kPriorMu], saved[kPriorLogvar],
+                        saved[kSecond], saved[kThird], saved[kMask], saved[kBetaTensor]});
     BelowAutogradUnlessGraph guard;
     const composite::ElboGrads found = composite::elbo_loss_backward(
         grads[0], grads[1], grads[2],
         {{saved[kRecon], saved[kX], saved[kSecond], saved[kThird], saved[kMask], options[3].toStringRef()},
-         saved[kMu], saved[kLogvar], saved[kPriorMu], saved[kPriorLogvar], saved[kBetaTensor], options[1].toDouble(),
-         options[2].toDouble(), options[4].toStringRef(), saved[kSavedKl]},
+         saved[kMu],
+         saved[kLogvar],
+         saved[kPriorMu],
+         saved[kPriorLogvar],
+         saved[kBetaTensor],
+         options[1].toDouble(),
+         options[2].toDouble(),
+         options[4].toStringRef(),
+         saved[kSavedKl]},
         {{needed[kRecon], needed[kX], needed[kSecond], needed[kThird]},
          {needed[kMu], needed[kLogvar], needed[kPriorMu], needed[kPriorLogvar]},
          needed[9]});
@@ -107,9 +132,7 @@ struct ElboLoss : public Function<ElboLoss> {
 };
 
 struct MultiSampleLoss : public Function<MultiSampleLoss> {
-  enum {
-    kRecon, kX, kLogRatio, kGates, kSecond, kThird, kMask, kLikelihood, kEstimator, kReduction, kArguments
-  };
+  enum { kRecon, kX, kLogRatio, kGates, kSecond, kThird, kMask, kLikelihood, kEstimator, kReduction, kArguments };
   // what is saved: inputs, log p, then the gradients that the forward computed
   enum { kLogLikelihood = kArguments, kGradRecon, kGradLogRatio, kGradGates, kGradSecond, kGradThird, kSaved };
 
@@ -144,22 +167,23 @@ struct MultiSampleLoss : public Function<MultiSampleLoss> {
     variable_list result(kArguments);
     if (options[0].toBool() && !grads[1].defined() && !at::GradMode::is_enabled()) {
       if (!grads[0].defined()) return result;
-      const auto give = [&](int argument, int gradient) {
-        result[argument] = scaled(ctx, saved[gradient], grads[0]);
-      };
+      const auto give = [&](int argument, int gradient) { result[argument] = scaled(ctx, saved[gradient], grads[0]); };
       give(kRecon, kGradRecon), give(kLogRatio, kGradLogRatio), give(kSecond, kGradSecond), give(kThird, kGradThird);
       // factors of gradients: the upstream gradient is already in those
       const Tensor& gates = saved[kGradGates];
       if (gates.defined()) result[kGates] = owns_saved(ctx) ? gates : gates.clone();
       return result;
     }
-    const auto needed = needs<6>(ctx, {saved[kRecon], saved[kX], saved[kLogRatio], saved[kGates], saved[kSecond],
-                                       saved[kThird]});
+    const auto needed =
+        needs<6>(ctx, {saved[kRecon], saved[kX], saved[kLogRatio], saved[kGates], saved[kSecond], saved[kThird]});
     BelowAutogradUnlessGraph guard;
     const composite::MultiSampleGrads found = composite::multi_sample_loss_backward(
         grads[0], grads[1],
         {{saved[kRecon], saved[kX], saved[kSecond], saved[kThird], saved[kMask], options[2].toStringRef()},
-         saved[kLogRatio], saved[kGates], options[1].toDoubleVector(), options[3].toStringRef(),
+         saved[kLogRatio],
+         saved[kGates],
+         options[1].toDoubleVector(),
+         options[3].toStringRef(),
          saved[kLogLikelihood]},
         {{needed[kRecon], needed[kX], needed[kSecond], needed[kThird]}, needed[kLogRatio], needed[kGates]});
     result[kRecon] = found.fit.recon, result[kX] = found.fit.x;

@@ -67,9 +67,9 @@ ElboGrads elbo_loss_backward(const Tensor& grad_loss, const Tensor& grad_log_lik
   }
   if (needs.beta && datum.defined()) {
     const bool again = in.free_bits > 0 || !in.kl.defined() || at::GradMode::is_enabled();
-    const Tensor kl = again ? ops::gaussian_kl(in.mu, in.logvar, optional(in.prior_mu), optional(in.prior_logvar),
-                                               in.free_bits)
-                            : in.kl;
+    const Tensor kl =
+        again ? ops::gaussian_kl(in.mu, in.logvar, optional(in.prior_mu), optional(in.prior_logvar), in.free_bits)
+              : in.kl;
     result.beta = ordered_sum(datum * kl).to(in.beta_tensor.scalar_type());
   }
   return result;

@@ -46,9 +46,9 @@ Tensor ppca_log_prob_composite(const Tensor& x, const Tensor& W, const Tensor& b
 }
 
 PpcaGrads ppca_log_prob_backward_composite(const Tensor& grad, const Tensor& x, const Tensor& W, const Tensor& b,
-                                         const Tensor& log_sigma2, const Tensor& coords, const Tensor& rest,
-                                         const Tensor& basis, const Tensor& triangle, const Tensor& whiten,
-                                         std::array<bool, 4> needs) {
+                                           const Tensor& log_sigma2, const Tensor& coords, const Tensor& rest,
+                                           const Tensor& basis, const Tensor& triangle, const Tensor& whiten,
+                                           std::array<bool, 4> needs) {
   const Tensor g = grad.to(at::kDouble), s2 = log_sigma2.to(at::kDouble).exp();
   const Tensor white = times(coords, whiten), a = times(white, whiten.t());  // U a is C^-1 r within the basis
   // |C^-1 r|^2 s2, and 1: their sums with the weights g, in an order of their own

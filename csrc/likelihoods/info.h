@@ -7,9 +7,9 @@ enum class Domain { reals, unit, counts };
 
 struct LikelihoodInfo {
   const char* name;
-  int fewest, most;          // parameters
+  int fewest, most;  // parameters
   const char* parameters[3];
-  Domain domain;             // of x
+  Domain domain;  // of x
 };
 
 int likelihood_count();

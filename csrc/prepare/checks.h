@@ -92,10 +92,10 @@ inline void data(const at::Tensor& x, const char* like_name, const at::Tensor& l
   const auto xt = x.scalar_type();
   const bool counts = domain == Domain::counts;
   if (xt == at::kByte || (counts ? xt == at::kShort || xt == at::kInt || xt == at::kLong : xt == at::kBool)) return;
-  TORCH_CHECK_TYPE(is_float(xt), "x must be ",
-                   counts ? "counts: a float type, uint8, int16, int32 or int64" :
-                          "a float type, uint8 (read as x / 255) or bool",
-                   "; got ", dtype_name(xt));
+  TORCH_CHECK_TYPE(
+      is_float(xt), "x must be ",
+      counts ? "counts: a float type, uint8, int16, int32 or int64" : "a float type, uint8 (read as x / 255) or bool",
+      "; got ", dtype_name(xt));
   if (!mixed) same_precision("x", x, like_name, like);
 }
 
@@ -139,13 +139,16 @@ inline int log_prob(const at::Tensor& recon, const at::Tensor& x, const Optional
     for (int i = 0; i < info.most; ++i) names += std::string(i ? ", " : "") + info.parameters[i];
     TORCH_CHECK_VALUE(false, "recon must be ", info.most == 1 ? "one tensor" : "(" + names + ")",
                       info.fewest < info.most ? ", where the last may be left out," : "", " for likelihood \"",
-                      likelihood, "\"; got ", count == 1 ? "one tensor" : count == 2 ? "a pair" : "three tensors");
+                      likelihood, "\"; got ",
+                      count == 1   ? "one tensor"
+                      : count == 2 ? "a pair"
+                                   : "three tensors");
   }
   const auto parameter = [&](const OptionalTensor& t, const char* name) {
     if (!t.has_value()) return;
     const auto ts = t->sym_sizes();
-    TORCH_CHECK_VALUE(ts.empty() || same_shape(ts, rs) || same_shape(ts, xs.slice(1)), name,
-                      " must have the shape ", shape_text(rs), " of recon's first tensor, ", shape_text(xs.slice(1)),
+    TORCH_CHECK_VALUE(ts.empty() || same_shape(ts, rs) || same_shape(ts, xs.slice(1)), name, " must have the shape ",
+                      shape_text(rs), " of recon's first tensor, ", shape_text(xs.slice(1)),
                       " of one datum, or be 0-d; got ", shape_text(*t));
     same_precision(name, *t, "the first", recon);
     same_device(name, *t, "the first", recon);
@@ -235,8 +238,7 @@ inline void rsample_backward(const OptionalTensor& grad_z, const OptionalTensor&
   }
 }
 
-inline void elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& mu,
-                      const OptionalTensor& beta) {
+inline void elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& mu, const OptionalTensor& beta) {
   TORCH_CHECK_VALUE(mu.sym_size(0) == x.sym_size(0), "mu must be [B, *latent] with B=", x.sym_size(0), " from x; got ",
                     shape_text(mu));
   same_precision("mu", mu, "recon", recon);

@@ -76,7 +76,8 @@ inline GaussianKlBackward gaussian_kl_backward(const Tensor& grad, const Tensor&
   checks::latent(mu, logvar, prior_mu, prior_logvar);
   checks::free_bits(free_bits);
   checks::upstream("grad", grad, {mu.sym_size(0)}, mu);
-  GaussianKlBackward op{mu, {mu, logvar, prior_mu, prior_logvar, needs.data()}, views::is_double(mu), Views(mu.dim() - 1)};
+  GaussianKlBackward op{
+      mu, {mu, logvar, prior_mu, prior_logvar, needs.data()}, views::is_double(mu), Views(mu.dim() - 1)};
   if (mu.is_meta()) return op;
   op.params.q = latents(op.views, mu, logvar, prior_mu, prior_logvar);
   op.params.grad = op.grads.views(op.views);
@@ -141,8 +142,8 @@ inline RSampleBackward rsample_backward(const OptionalTensor& grad_z, const Opti
                                         const OptionalTensor& grad_log_ratio, const OptionalTensor& grad_gates,
                                         const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
                                         const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                                        const OptionalTensor& seed, const OptionalTensor& eps,
-                                        c10::SymInt first_sample, std::array<bool, 5> needs) {
+                                        const OptionalTensor& seed, const OptionalTensor& eps, c10::SymInt first_sample,
+                                        std::array<bool, 5> needs) {
   checks::rsample_backward(grad_z, grad_kl, grad_log_ratio, grad_gates, mu, logvar, num_samples, prior_mu, prior_logvar,
                            seed, eps, first_sample);
   RSampleBackward op{mu,

@@ -60,7 +60,8 @@ struct Likelihood {
     g.scalar = grad.dim() == 0;
     g.size = g.scalar ? segments(p.D) : p.D;
     const auto options = shapes::compute_options(grad);
-    shared.push_back({at::empty({p.chunks(), g.size}, options), views.walked(grad, at::typeMetaToScalarType(options.dtype()))});
+    shared.push_back(
+        {at::empty({p.chunks(), g.size}, options), views.walked(grad, at::typeMetaToScalarType(options.dtype()))});
     g.sums = shared.back().sums.mutable_data_ptr();
     return grad;
   }

@@ -26,8 +26,7 @@ struct ElboLossForward {
   ElboForward result() {
     rows.views.finish(), views.finish();
     const LatentOutputs& g = latent_grads;
-    return {loss,     log_likelihood, kl, grad_recon, g.mu, g.logvar, g.prior_mu, g.prior_logvar, grad_second,
-            grad_third};
+    return {loss, log_likelihood, kl, grad_recon, g.mu, g.logvar, g.prior_mu, g.prior_logvar, grad_second, grad_third};
   }
 };
 
@@ -41,7 +40,10 @@ inline ElboLossForward elbo_loss_forward(const Tensor& recon, const Tensor& x, c
   checks::latent(mu, logvar, prior_mu, prior_logvar);
   checks::elbo_loss(recon, x, mu, beta_tensor);
   checks::free_bits(free_bits);
-  ElboLossForward op{std::move(rows), checks::reduction(reduction), beta, beta_tensor,
+  ElboLossForward op{std::move(rows),
+                     checks::reduction(reduction),
+                     beta,
+                     beta_tensor,
                      {mu, logvar, prior_mu, prior_logvar, needs.data() + 1}};
   op.loss = shapes::loss_like(recon, x, op.reduction);
   op.log_likelihood = shapes::rows_like(recon, x);
@@ -63,7 +65,7 @@ struct MultiSampleLossForward {
   Reduction reduction;
   Tensor loss, log_likelihood, grad_recon, grad_log_ratio, grad_gates, grad_second, grad_third;
   Tensor ratio, weights, bound, row_factor;  // [K, B] compute type; [K, B] and [B] float64; [K, B] compute type
-  MultiSampleParams params;  // its fit: the gradients of full size
+  MultiSampleParams params;                  // its fit: the gradients of full size
 
   MultiSampleForward result() {
     rows.views.finish();

@@ -48,7 +48,12 @@ struct PpcaRest {
 inline PpcaRest ppca_rest(const Tensor& x, const Tensor& basis, const Tensor& b, const Tensor& coords,
                           const Tensor& square) {
   checks::ppca_rest(x, basis, b, coords, square);
-  return {x, basis, b, coords, square, views::is_double(b) ? 0.25 : 1e-6,
+  return {x,
+          basis,
+          b,
+          coords,
+          square,
+          views::is_double(b) ? 0.25 : 1e-6,
           at::empty_symint({x.sym_size(0)}, basis.options())};
 }
 

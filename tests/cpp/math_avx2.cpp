@@ -1,5 +1,5 @@
 #include "check.h"
-#include "kernels/std.h"
+#include "cpu/kernels/std.h"
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx2,fma,f16c")
 #define FASTELBO_ISA avx2

@@ -1,5 +1,5 @@
 #include "check.h"
-#include "kernels/std.h"
+#include "cpu/kernels/std.h"
 #define FASTELBO_ISA baseline
 #define FASTELBO_NAME "baseline"
 #define FASTELBO_RUN math_baseline

@@ -14,6 +14,7 @@ using namespace fastelbo;
 namespace {
 
 constexpr int kThreads = 4;
+const int64_t kSeed = 7;
 
 uint32_t state = 1;
 uint32_t bits() { return (state = state * 1664525u + 1013904223u) >> 8; }
@@ -42,6 +43,7 @@ void fill(std::vector<char>& buffer, DType t) {
       case DType::f16: put(to, uint16_t(0x3400 | (bits() & 0x3ff))); break;
       case DType::u8: put(to, uint8_t(bits())); break;
       case DType::b8: put(to, uint8_t(bits() & 1)); break;
+      default: break;
     }
   }
 }
@@ -57,7 +59,9 @@ struct Memory {
   const void* input(DType t, int64_t count) { return make(false, t, count); }
   const double* input(int64_t count) { return reinterpret_cast<double*>(make(false, DType::f64, count)); }
   double* output(int64_t count) { return reinterpret_cast<double*>(make(true, DType::f64, count)); }
-  RowScalars rows(bool wide, int64_t K, int64_t B) { return {input(wide ? DType::f64 : DType::f32, K * B), 0, B, 1}; }
+  RowScalars rows(bool is_double, int64_t K, int64_t B) {
+    return {input(is_double ? DType::f64 : DType::f32, K * B), 0, B, 1};
+  }
 
   // [K, B, D] with nothing behind the last element
   View view(bool output, DType t, int64_t K, int64_t B, int64_t D, Layout layout) {
@@ -99,98 +103,129 @@ struct Shape {
   int64_t K, B, D;
 };
 
-void log_prob(Checks& c, const KernelTable& t, const Shape& s, bool wide, int turn) {
+// Rows of a likelihood with `count` parameters, of which the last is in turn full, [*event] or 0-d.
+LogProbParams rows(Memory& m, const Shape& s, int count, bool is_double, int turn) {
+  const auto [K, B, D] = s;
+  const DType type = kFloats[is_double][turn % 3];
+  const Layout layout = kLayouts[turn % 4];
+  LogProbParams p;
+  p.K = K, p.B = B, p.D = D, p.count = count;
+  for (int i = 0; i < count; ++i) p.parameter[i] = m.view(false, type, K, B, D, kLayouts[(turn / (i + 1)) % 4]);
+  p.x = m.view(false, turn % 2 ? type : kData[turn / 2 % 3], 1, B, D, kLayouts[turn / 3 % 4]);
+  if (turn % 3 == 0) p.mask = m.view(false, kData[turn / 3 % 3], 1, B, D, kLayouts[turn / 5 % 4]);
+  p.x.stride_k = p.mask.stride_k = 0;
+  if (turn / 2 % 3 == 0) return p;
+  for (int i = 0; i < count; ++i) {
+    View& v = p.parameter[i];
+    if (i == 0 || turn % 5 < 2) {
+      p.grad[i] = m.view(true, type, K, B, D, layout);
+      continue;
+    }
+    SharedGrad& g = p.shared_grad[i];
+    v.stride_k = v.stride_b = 0;
+    g.scalar = turn % 5 == 2;
+    if (g.scalar) v.ndim = 1, v.size[0] = D, v.stride[0] = 0;
+    g.size = g.scalar ? segments(D) : D;
+    p.chunk = 1 + turn % 7;
+    g.sums = m.make(true, is_double ? DType::f64 : DType::f32, p.chunks() * g.size);
+  }
+  return p;
+}
+
+void log_prob(Checks& c, const KernelTable& t, const Shape& s, bool is_double, int turn) {
   const auto [K, B, D] = s;
   for (int i = 0; i < likelihood_count(); ++i) {
-    for (const bool scale : {false, true}) {
-      if (scale && !likelihood_info(i).takes_scale) continue;
-      const DType type = kFloats[wide][++turn % 3];
-      const Layout layout = kLayouts[turn % 4];
+    const LikelihoodInfo& info = likelihood_info(i);
+    for (int count = info.fewest; count <= info.most; ++count) {
+      ++turn;
+      {
+        Memory m;
+        LogProbParams p = rows(m, s, count, is_double, turn);
+        p.factor = m.rows(is_double, K, B);
+        p.log_p = m.output(K * B * segments(D));
+        if (turn % 7 == 0) p.grad_x = m.view(true, is_double ? DType::f64 : DType::f32, K, B, D, kLayouts[turn % 4]);
+        m.compare(c, t.log_prob[i][count - 1][is_double], p, p.chunks() * segments(D), info.name);
+      }
       Memory m;
-      LogProbParams p;
-      p.K = K, p.B = B, p.D = D;
-      p.recon = m.view(false, type, K, B, D, layout);
-      if (scale) p.scale = m.view(false, type, K, B, D, kLayouts[turn / 4 % 4]);
-      p.x = m.view(false, turn % 2 ? type : kData[turn / 2 % 3], 1, B, D, kLayouts[turn / 3 % 4]);
-      if (turn % 3 == 0) p.mask = m.view(false, kData[turn / 3 % 3], 1, B, D, kLayouts[turn / 5 % 4]);
-      p.x.stride_k = p.mask.stride_k = 0;
-      p.grad = m.rows(wide, K, B);
-      p.out = m.output(K * B * segments(D));
-      const int grads = turn / 2 % 3;
-      if (grads) p.grad_recon = m.view(true, type, K, B, D, layout);
-      if (grads && scale) p.grad_scale = m.view(true, type, K, B, D, layout);
-      if (grads == 2) p.grad_x = m.view(true, wide ? DType::f64 : DType::f32, K, B, D, layout);
-      m.compare(c, t.log_prob[i][scale][wide], p, K * B * segments(D), likelihood_info(i).name);
+      MultiSampleParams p;
+      p.fit = rows(m, s, count, is_double, turn);
+      p.fit.chunk = 1;
+      for (SharedGrad& g : p.fit.shared_grad) g = {};
+      p.estimator = {0.3, 0.5, 1, 0, 1, -1};
+      p.log_ratio = m.rows(is_double, K, B);
+      const DType type = is_double ? DType::f64 : DType::f32;
+      p.weights = m.output(K * B), p.bound = m.output(B), p.log_p = m.make(true, type, K * B);
+      p.row_factor = m.make(true, type, K * B), p.gates = m.make(true, type, 2 * K * B);
+      m.compare(c, t.multi_sample[i][count - 1][is_double], p, B, "bounds");
     }
   }
 }
 
-template <class Params>
-void set_latent(Memory& m, Params& p, const Shape& s, bool wide, int turn) {
+Latents latents(Memory& m, const Shape& s, bool is_double, int turn) {
   const auto view = [&](int n) {
-    return m.view(false, kFloats[wide][(turn + n) % 3], 1, s.B, s.D, kLayouts[(turn + n) % 4]);
+    return m.view(false, kFloats[is_double][(turn + n) % 3], 1, s.B, s.D, kLayouts[(turn + n) % 4]);
   };
-  p.B = s.B, p.D = s.D;
-  p.mu = view(0), p.logvar = view(1);
-  if (turn % 2) p.prior_mu = view(2), p.prior_logvar = view(3);
+  Latents q{s.B, s.D, view(0), view(1), {}, {}};
+  if (turn % 2) q.prior_mu = view(2), q.prior_logvar = view(3);
+  return q;
 }
-template <class Params>
-void set_latent_grads(Memory& m, Params& p, const Shape& s, bool wide, int turn) {
+LatentGrads latent_grads(Memory& m, const Shape& s, bool is_double, int turn) {
   const auto view = [&](int n) {
-    return m.view(true, kFloats[wide][(turn + n) % 3], 1, s.B, s.D, kLayouts[(turn + n) % 4]);
+    return m.view(true, kFloats[is_double][(turn + n) % 3], 1, s.B, s.D, kLayouts[(turn + n) % 4]);
   };
-  p.grad_mu = view(0), p.grad_logvar = view(1);
-  if (turn % 2) p.grad_prior_mu = view(2), p.grad_prior_logvar = view(3);
+  LatentGrads grad{view(0), view(1), {}, {}};
+  if (turn % 2) grad.prior_mu = view(2), grad.prior_logvar = view(3);
+  return grad;
 }
 
-void latent(Checks& c, const KernelTable& t, const Shape& s, bool wide, int turn) {
+void latent(Checks& c, const KernelTable& t, const Shape& s, bool is_double, int turn) {
   const auto [K, B, D] = s;
-  const DType type = kFloats[wide][turn % 3];
+  const DType type = kFloats[is_double][turn % 3];
   const Layout layout = kLayouts[turn / 2 % 4];
   {
     Memory m;
     KlParams p;
-    set_latent(m, p, s, wide, turn);
-    set_latent_grads(m, p, s, wide, turn);
-    p.grad = m.rows(wide, 1, B);
-    p.out = m.output(B);
-    if (turn % 3 == 0) p.dim_means = m.input(D), p.free_bits = 0.5, p.charged = m.output(B);
-    m.compare(c, t.kl[wide], p, row_blocks(B, D), "kl");
+    p.q = latents(m, s, is_double, turn);
+    p.grad = latent_grads(m, s, is_double, turn);
+    p.factor = m.rows(is_double, 1, B);
+    p.kl = m.output(B);
+    if (turn % 3 == 0) p.dim_means = m.input(D), p.free_bits = 0.5, p.floored_kl = m.output(B);
+    m.compare(c, t.kl[is_double], p, row_blocks(B, D), "kl");
   }
   {
     Memory m;
     KlDimsParams p;
-    set_latent(m, p, s, wide, turn);
+    p.q = latents(m, s, is_double, turn);
     p.out = m.output(D);
-    m.compare(c, t.kl_dims[wide], p, (D + kLatentTile - 1) / kLatentTile, "kl of dimensions");
+    m.compare(c, t.kl_dims[is_double], p, (D + kLatentTile - 1) / kLatentTile, "kl of dimensions");
   }
   {
     Memory m;
     SampleParams p;
-    set_latent(m, p, s, wide, turn);
-    p.K = K, p.seed = 7, p.first_sample = turn;
+    p.q = latents(m, s, is_double, turn);
+    p.K = K, p.seed = &kSeed, p.first_sample = turn;
     if (turn % 4 == 0) p.eps = m.view(false, type, K, B, D, layout);
     p.z = m.view(true, type, K, B, D, layout);
     p.log_ratio = m.output(K * B);
-    m.compare(c, t.sample[wide], p, row_blocks(B, D) * sample_blocks(K), "samples");
+    m.compare(c, t.sample[is_double], p, row_blocks(B, D) * sample_blocks(K), "samples");
   }
   {
     Memory m;
     SampleBackwardParams p;
-    set_latent(m, p, s, wide, turn);
-    set_latent_grads(m, p, s, wide, turn);
-    p.K = K, p.seed = 7, p.first_sample = turn;
+    p.q = latents(m, s, is_double, turn);
+    p.grad = latent_grads(m, s, is_double, turn);
+    p.K = K, p.seed = &kSeed, p.first_sample = turn;
     if (turn % 4 == 0) p.eps = m.view(false, type, K, B, D, layout), p.grad_eps = m.view(true, type, K, B, D, layout);
     if (turn % 5) p.grad_z = m.view(false, type, K, B, D, layout);
-    if (turn % 3) p.grad_log_ratio = m.rows(wide, K, B);
-    if (turn % 3 == 1) p.gate_path = m.rows(wide, K, B), p.gate_score = m.rows(wide, K, B);
-    if (turn % 2) p.grad_kl = m.rows(wide, 1, B);
-    m.compare(c, t.sample_backward[wide], p, row_blocks(B, D), "gradients of samples");
+    if (turn % 3) p.grad_log_ratio = m.rows(is_double, K, B);
+    if (turn % 3 == 1) p.gate_path = m.rows(is_double, K, B), p.gate_score = m.rows(is_double, K, B);
+    if (turn % 2) p.grad_kl = m.rows(is_double, 1, B);
+    m.compare(c, t.sample_backward[is_double], p, row_blocks(B, D), "gradients of samples");
   }
 }
 
-void log_mean_exp(Checks& c, const KernelTable& t, const Shape& s, bool wide) {
-  const DType type = wide ? DType::f64 : DType::f32;
+void log_mean_exp(Checks& c, const KernelTable& t, const Shape& s, bool is_double) {
+  const DType type = is_double ? DType::f64 : DType::f32;
   const int64_t outer = s.B, inner = s.K, columns = outer * inner;
   Memory m;
   LogMeanExpParams p;
@@ -198,15 +233,15 @@ void log_mean_exp(Checks& c, const KernelTable& t, const Shape& s, bool wide) {
   p.stride_outer = s.D * inner, p.stride_k = inner, p.stride_inner = 1;
   p.log_w = m.input(type, columns * s.D);
   p.out = m.make(true, type, columns);
-  m.compare(c, t.log_mean_exp[wide], p, columns, "log mean exp");
+  m.compare(c, t.log_mean_exp[is_double], p, columns, "log mean exp");
   p.grad = m.input(type, columns);
   p.grad_log_w = m.make(true, type, columns * s.D);
-  m.compare(c, t.log_mean_exp_backward[wide], p, columns, "its gradient");
+  m.compare(c, t.log_mean_exp_backward[is_double], p, columns, "its gradient");
 }
 
-void ppca(Checks& c, const KernelTable& t, int64_t N, int64_t D, int64_t M, bool wide, int turn) {
+void ppca(Checks& c, const KernelTable& t, int64_t N, int64_t D, int64_t M, bool is_double, int turn) {
   const int64_t lanes = (M + kPpcaPanel - 1) / kPpcaPanel * kPpcaPanel, tiles = (D + kPpcaTile - 1) / kPpcaTile;
-  const DType type = wide ? DType::f64 : DType::f32;
+  const DType type = is_double ? DType::f64 : DType::f32;
   const DType data = turn % 2 ? type : kData[turn % 3];
   {
     Memory m;
@@ -242,7 +277,7 @@ void ppca(Checks& c, const KernelTable& t, int64_t N, int64_t D, int64_t M, bool
       p.coords = m.input(N * M);
       p.residual = m.make(true, type, N * D);
     }
-    m.compare(c, residual ? t.ppca_residual[wide] : t.ppca_moments, p, chunks * tiles, "ppca sums");
+    m.compare(c, residual ? t.ppca_residual[is_double] : t.ppca_moments, p, chunks * tiles, "ppca sums");
   }
 }
 
@@ -262,18 +297,18 @@ void split_broken(Checks& c) {
 
 void split(Checks& c, const KernelTable& t) {
   int turn = 0;
-  for (const bool wide : {false, true}) {
+  for (const bool is_double : {false, true}) {
     for (const int64_t D : {1, 2, 3, 8, 15, 16, 17, 34, 70, 511, 512, 514, 1030, 4096, 4098, 8200}) {
       for (const Shape& s : {Shape{1, 1, D}, Shape{1, 5, D}, Shape{3, 2, D}, Shape{70, 9, D}}) {
         if (s.K * s.B * s.D > 50000) continue;
-        for (int i = 0; i < 3; ++i) log_prob(c, t, s, wide, turn += 5);
-        for (int i = 0; i < 3; ++i) latent(c, t, s, wide, turn += 5);
-        log_mean_exp(c, t, s, wide);
+        for (int i = 0; i < 3; ++i) log_prob(c, t, s, is_double, turn += 5);
+        for (int i = 0; i < 3; ++i) latent(c, t, s, is_double, turn += 5);
+        log_mean_exp(c, t, s, is_double);
       }
     }
     for (const int64_t D : {1, 7, 16, 239, 240, 241, 500}) {
       for (const int64_t N : {1, 5, 48, 100}) {
-        for (const int64_t M : {1, 16, 20}) ppca(c, t, N, D, M, wide, ++turn);
+        for (const int64_t M : {1, 16, 20}) ppca(c, t, N, D, M, is_double, ++turn);
       }
     }
   }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "check.h"
-#include "kernels/params.h"
+#include "cpu/kernels/kernels.h"
 
 void split(Checks&, const fastelbo::KernelTable&);
 

@@ -1,12 +1,13 @@
 // The kernels without torch: what a 30-line C++ program can call. Every instruction set that this CPU has, against long
 // double: values and gradients, tails, strides, dtypes, masks.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
 #include "check.h"
-#include "kernels/params.h"
+#include "cpu/kernels/kernels.h"
 #include "split.h"
 
 using namespace fastelbo;
@@ -54,14 +55,13 @@ void bernoulli(Checks& c, const KernelTable& t, int64_t D, int64_t stride, bool 
     std::vector<double> out(K * B * segments(D));
     LogProbParams p;
     p.K = K, p.B = B, p.D = D;
-    p.recon = is_half ? view(half.data(), DType::bf16, B * D, D, D)
-                      : view(l.data(), DType::f32, B * D * stride, D * stride, D, stride);
+    p.parameter[0] = is_half ? view(half.data(), DType::bf16, B * D, D, D)
+                             : view(l.data(), DType::f32, B * D * stride, D * stride, D, stride);
     p.x = view(x.data(), DType::f32, 0, D, D);
     if (masked) p.mask = view(mask.data(), DType::f32, 0, D, D);
-    p.grad_recon =
-        is_half ? view(half_grad.data(), DType::bf16, B * D, D, D) : view(grad.data(), DType::f32, B * D, D, D);
-    p.grad.constant = -0.25;
-    p.out = out.data();
+    p.grad[0] = is_half ? view(half_grad.data(), DType::bf16, B * D, D, D) : view(grad.data(), DType::f32, B * D, D, D);
+    p.factor.constant = -0.25;
+    p.log_p = out.data();
     t.log_prob[0][0][0](p, 0, K * B * segments(D));
     double worst = 0, worst_grad = 0;
     for (int64_t row = 0; row < K * B; ++row) {
@@ -95,10 +95,10 @@ void split_anywhere(Checks& c, const KernelTable& t) {
   std::vector<double> whole(B * n), parts(B * n);
   LogProbParams p;
   p.B = B, p.D = D;
-  p.recon = view(l.data(), DType::f32, 0, D, D), p.x = view(x.data(), DType::f32, 0, D, D);
-  p.out = whole.data();
+  p.parameter[0] = view(l.data(), DType::f32, 0, D, D), p.x = view(x.data(), DType::f32, 0, D, D);
+  p.log_p = whole.data();
   t.log_prob[0][0][0](p, 0, B * n);
-  p.out = parts.data();
+  p.log_p = parts.data();
   for (int64_t i = B * n; i-- > 0;) t.log_prob[0][0][0](p, i, i + 1);
   c.expect(whole == parts, "the same bits for any split of the work", 0, 0);
 }
@@ -111,8 +111,9 @@ void samples(Checks& c, const KernelTable& t) {
     for (auto& v : logvar) v = float(uniform() - 1);
     std::vector<double> ratio(K * B), part_ratio(3 * B);
     SampleParams p;
-    p.K = K, p.B = B, p.D = D, p.seed = 99;
-    p.mu = view(mu.data(), DType::f32, 0, D, D), p.logvar = view(logvar.data(), DType::f32, 0, D, D);
+    const int64_t seed = 99;
+    p.K = K, p.q.B = B, p.q.D = D, p.seed = &seed;
+    p.q.mu = view(mu.data(), DType::f32, 0, D, D), p.q.logvar = view(logvar.data(), DType::f32, 0, D, D);
     p.z = view(z.data(), DType::f32, B * D, D, D), p.log_ratio = ratio.data();
     t.sample[0](p, 0, blocks);
     double worst = 0;
@@ -131,6 +132,92 @@ void samples(Checks& c, const KernelTable& t) {
     t.sample[0](p, 0, row_blocks(B, D) * sample_blocks(3));
     c.expect(std::memcmp(part.data(), z.data() + 65 * B * D, part.size() * 4) == 0, "samples by chunk", double(D), 0);
   }
+}
+
+// The sums over the rows of the gradient of a Gaussian's logvar that all rows share: [D], and one number.
+void shared_gradients(Checks& c, const KernelTable& t, int64_t D) {
+  const int64_t K = 2, B = 5, chunk = 3, chunks = (K * B + chunk - 1) / chunk;
+  int gaussian = 0;
+  while (std::strcmp(likelihood_info(gaussian).name, "gaussian") != 0) ++gaussian;
+  std::vector<float> mean(K * B * D), x(B * D), logvar(D), sums(chunks * std::max(D, segments(D)));
+  for (auto& v : mean) v = float(uniform() - 0.5);
+  for (auto& v : x) v = float(uniform());
+  for (const bool scalar : {false, true}) {
+    for (auto& v : logvar) v = scalar ? 0.3f : float(uniform() - 0.5);
+    LogProbParams p;
+    p.K = K, p.B = B, p.D = D, p.count = 2, p.chunk = chunk;
+    p.parameter[0] = view(mean.data(), DType::f32, B * D, D, D);
+    p.parameter[1] = view(logvar.data(), DType::f32, 0, 0, D, scalar ? 0 : 1);
+    p.x = view(x.data(), DType::f32, 0, D, D);
+    p.factor.constant = -0.5;
+    p.shared_grad[1] = {sums.data(), scalar, scalar ? segments(D) : D};
+    t.log_prob[gaussian][1][0](p, 0, chunks * segments(D));
+    double worst = 0, total = 0, size = 1;
+    long double all = 0;
+    for (int64_t d = 0; d < D; ++d) {
+      long double exact = 0, terms = 1e-3L;
+      for (int64_t row = 0; row < K * B; ++row) {
+        const long double delta = x[row % B * D + d] - mean[row * D + d];
+        const long double term = -0.25L * (delta * delta * expl(-logvar[d]) - 1);
+        exact += term, terms += fabsl(term);
+      }
+      all += exact, size += double(terms);
+      if (scalar) continue;
+      double got = 0;
+      for (int64_t i = 0; i < chunks; ++i) got += sums[i * D + d];
+      worst = std::fmax(worst, double(fabsl(got - exact) / terms));
+    }
+    for (int64_t i = 0; scalar && i < chunks * segments(D); ++i) total += sums[i];
+    if (scalar) worst = double(fabsl(total - all) / size);
+    c.at_most(worst, 1e-6, scalar ? "gradient of one number" : "gradient that rows share");
+  }
+}
+
+// The importance-weighted bound with doubly reparameterized gates, as its paper writes it.
+void multi_sample(Checks& c, const KernelTable& t, int64_t D) {
+  const int64_t K = 5, B = 3;
+  std::vector<float> l(K * B * D), x(B * D), ratio(K * B), grad(K * B * D), log_p(K * B), factor(K * B),
+      gates(2 * K * B);
+  std::vector<double> weights(K * B), bound(B);
+  for (auto& v : l) v = float(uniform() * 6 - 3);
+  for (auto& v : x) v = float(uniform());
+  for (auto& v : ratio) v = float(uniform() * 4 - 2);
+  MultiSampleParams p;
+  p.fit.K = K, p.fit.B = B, p.fit.D = D;
+  p.fit.parameter[0] = view(l.data(), DType::f32, B * D, D, D), p.fit.x = view(x.data(), DType::f32, 0, D, D);
+  p.fit.grad[0] = view(grad.data(), DType::f32, B * D, D, D);
+  p.estimator = {0, 0, 1, 0, 1, 0};
+  p.log_ratio = {ratio.data(), 0, B, 1};
+  p.datum_weight = 1.0 / B;
+  p.weights = weights.data(), p.bound = bound.data();
+  p.log_p = log_p.data(), p.row_factor = factor.data(), p.gates = gates.data();
+  t.multi_sample[0][0][0](p, 0, B);
+  double worst = 0, worst_grad = 0, worst_gate = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    std::vector<long double> log_w(K);
+    long double sum = 0, top = -INFINITY;
+    for (int64_t k = 0; k < K; ++k) {
+      log_w[k] = ratio[k * B + b];
+      for (int64_t d = 0; d < D; ++d) log_w[k] += value_of(l[(k * B + b) * D + d], x[b * D + d]);
+      top = std::max(top, log_w[k]);
+    }
+    for (int64_t k = 0; k < K; ++k) sum += expl(log_w[k] - top);
+    worst = std::fmax(worst, double(fabsl(bound[b] - (top + logl(sum / K))) / (1 + fabsl(top))));
+    for (int64_t k = 0; k < K; ++k) {
+      const long double a = expl(log_w[k] - top) / sum;
+      worst_gate = std::fmax(worst_gate, double(fabsl(gates[k * B + b] - (a - 1))));
+      worst_gate = std::fmax(worst_gate, double(fabsl(gates[(K + k) * B + b] + 1)));
+      for (int64_t d = 0; d < D; ++d) {
+        const int64_t i = (k * B + b) * D + d;
+        const long double exact = -a / B * slope_of(l[i], x[b * D + d]);
+        worst_grad = std::fmax(worst_grad, double(fabsl(grad[i] - exact)));
+      }
+    }
+  }
+  // an error of log w moves every weight by that much, relatively
+  c.at_most(worst, 3e-7, "importance-weighted bound");
+  c.at_most(worst_grad, 1e-6 + 3e-7 * double(D), "its gradient by the logits");
+  c.at_most(worst_gate, 1e-6 + 3e-7 * double(D), "gates of the doubly reparameterized gradient");
 }
 
 }  // namespace

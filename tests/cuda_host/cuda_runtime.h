@@ -1,4 +1,4 @@
-// The CUDA execution model on a host, as far as csrc/kernels/*.cu use it: the same sources are compiled by g++ and run,
+// The CUDA execution model on a host, as far as csrc/cuda/kernels/*.cu use it: the same sources are compiled by g++ and run,
 // under sanitizers too. Test only; found in place of CUDA's own header by the include path.
 //
 // The threads of a block are fibers, run one after another, warp by warp; blocks run in order. A fiber runs up to its

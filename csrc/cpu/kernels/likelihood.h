@@ -83,8 +83,8 @@ FASTELBO_HD T tree(const T* p, int64_t step, F f) {
   }
 }
 
-// The sum of the first n values of a tile, less log(1 + shared) where kSoftplus: by products of kGroup factors, of which
-// q holds what is beyond 1. So no digit is lost where all factors are near 1.
+// The sum of the first n values of a tile, less log(1 + shared) where kSoftplus: by products of kGroup factors, of
+// which q holds what is beyond 1. So no digit is lost where all factors are near 1.
 template <bool kSoftplus, class T>
 inline double sum_tile(TileSums<T>& tile, int64_t n) {
   const int64_t padded = (n + kPadded - 1) / kPadded * kPadded, part = padded / kGroup;
@@ -112,8 +112,8 @@ inline double sum_tile(TileSums<T>& tile, int64_t n) {
 // The sums over a chunk's rows of the gradients of parameters that rows share, for one segment of the columns.
 template <class T>
 class SharedSums {
-  T* event_[kMaxParameters] = {};       // [D], of a parameter [*event]
-  T* scalar_[kMaxParameters] = {};      // where that of a 0-d one goes
+  T* event_[kMaxParameters] = {};   // [D], of a parameter [*event]
+  T* scalar_[kMaxParameters] = {};  // where that of a 0-d one goes
   double total_[kMaxParameters] = {};
 
  public:
@@ -234,7 +234,8 @@ void log_prob_kernel(const LogProbParams& p, int64_t begin, int64_t end) {
     SharedSums<T> shared(p, chunk, segment, first, last);
     for (int64_t row = chunk * p.chunk; row < (chunk + 1) * p.chunk && row < rows; ++row) {
       const int64_t k = row / p.B, b = row % p.B;
-      const double sum = log_prob_segment<L, kCount>(grads, p, k, b, first, last, row_number<T>(p.factor, k, b), shared);
+      const double sum =
+          log_prob_segment<L, kCount>(grads, p, k, b, first, last, row_number<T>(p.factor, k, b), shared);
       if (p.log_p) p.log_p[row * per_row + segment] = sum;
     }
   }

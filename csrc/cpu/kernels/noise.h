@@ -5,8 +5,8 @@
 // form. tests/cpp compares both.
 #pragma once
 
-#include "params.h"
 #include "math/philox.h"
+#include "params.h"
 
 namespace fastelbo::FASTELBO_ISA {
 

@@ -39,13 +39,15 @@ __device__ double kl_rows(const KlParams& p, T factor, void* out, void* floored_
   for (int64_t base = int64_t(blockIdx.x) * per_block; base < p.q.B; base += int64_t(gridDim.x) * per_block) {
     const int64_t b = base + group;
     T sum = 0, floored = 0;
+    int64_t below = 0;  // floors are counted: the roundings of a sum of equal numbers all go the same way
     if (b < p.q.B) {
       const T up = factor * row_number<T>(p.factor, 0, b);
       for (int64_t i = lane; i < p.q.D; i += g) {
         const KlTerm<T> k = Latent<T>(p.q, b, i).kl();
         const bool free = p.dim_means && p.dim_means[i] < p.free_bits;  // NaN is not below the floor
         sum += k.value;
-        floored += free ? T(p.free_bits) : k.value;
+        floored += free ? T(0) : k.value;
+        below += free;
         if (!grads) continue;
         store_one(p.grad.mu, b, i, free ? T(0) : up * k.d_mu);
         store_one(p.grad.logvar, b, i, free ? T(0) : up * k.d_logvar);
@@ -54,7 +56,7 @@ __device__ double kl_rows(const KlParams& p, T factor, void* out, void* floored_
       }
     }
     sum = group_sum(sum, g);
-    floored = group_sum(floored, g);
+    floored = T(group_sum(double(floored) + p.free_bits * double(below), g));
     if (b < p.q.B && lane == 0) {
       if (out) static_cast<T*>(out)[b] = sum;
       if (floored_out) static_cast<T*>(floored_out)[b] = floored;

@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2) rows_kernel(RowsPara
     T sum = 0;
     if (item < fits) {
       const int64_t begin = item % segs * kSegment, end = begin + kSegment < p.fit.D ? begin + kSegment : p.fit.D;
-      sum = log_prob_part<L, kCount, kGrads, kPlain>(p.fit, k, b, begin, end, row_number<T>(p.fit.factor, k, b), lane, g);
+      sum =
+          log_prob_part<L, kCount, kGrads, kPlain>(p.fit, k, b, begin, end, row_number<T>(p.fit.factor, k, b), lane, g);
     }
     sum = group_sum(sum, g);
     if (item < fits && lane == 0) {

@@ -33,7 +33,8 @@ struct Block {
 };
 
 template <class L, int kCount, bool kGrads, bool kPlain, class T>
-__global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2) multi_sample_kernel(MultiSampleParams p, Total total, int g) {
+__global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2)
+    multi_sample_kernel(MultiSampleParams p, Total total, int g) {
   const int64_t K = p.fit.K, B = p.fit.B, D = p.fit.D;
   const int per_block = kThreads / g, lane = int(threadIdx.x) % g, group = int(threadIdx.x) / g;
   double losses = 0;
@@ -136,7 +137,7 @@ void launch_weigh(const MultiSampleParams& p, const Total& total, bool is_double
 void launch_log_mean_exp(const LogMeanExpParams& p, int64_t columns, bool is_double, cudaStream_t stream) {
   const int64_t blocks = blocks_for(columns, 1);
   is_double ? launch(log_mean_exp_kernel<double>, blocks, stream, p, columns)
-       : launch(log_mean_exp_kernel<float>, blocks, stream, p, columns);
+            : launch(log_mean_exp_kernel<float>, blocks, stream, p, columns);
 }
 
 void launch_scale(const View& p, int64_t n, DeviceScalar factor, cudaStream_t stream) {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.steps import Step, convolutional, dense
-from fastelbo.data import load
+from fastelbo.commands.data import load
 from fastelbo.estimators import ESTIMATORS
 
 LATENT = 32  # M of every ELBO case

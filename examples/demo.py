@@ -10,8 +10,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from fastelbo import plots
-from fastelbo.training import Config, Trainer
+from fastelbo.commands import pictures
+from fastelbo.commands.train import Config, Trainer
 
 EPOCHS = 60
 FIRST_STEPS = 10
@@ -76,7 +76,7 @@ def main() -> int:
     print("  The reference is written for clarity, not for speed, and the time of its noise is not counted.")
 
     out.mkdir(parents=True, exist_ok=True)
-    for path in plots.save_all(fused.model, fused.data, fused.history, out):
+    for path in pictures.save_all(fused.model, fused.data, fused.history, out):
         print(f"picture: {path}")
     return 0 if same_start and same_end else 1
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fastelbo import PPCA
-from fastelbo.data import load
+from fastelbo.commands.data import load
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
 """Fused losses for latent-variable models: faster and right, as a drop-in for plain PyTorch."""
 
-from typing import Any
+from typing import TypedDict, cast
 
 from fastelbo import _ops, reference
+from fastelbo._ops import reference_mode
+from fastelbo.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
 from fastelbo.functional import (
     ELBOLoss,
     IWAELoss,
@@ -16,14 +18,10 @@ from fastelbo.functional import (
     log_mean_exp,
     log_prob,
     multi_sample_loss,
-    ppca_log_prob,
-    reference_mode,
     rsample,
 )
-from fastelbo.latents import Diagnostics, DiagnosticsMeter, diagnostics
 from fastelbo.marginal import LogMeanExp, MarginalEstimate
-from fastelbo.ppca import PPCA
-from fastelbo.ppca_fit import FitReport
+from fastelbo.ppca import PPCA, FitReport, ppca_log_prob
 from fastelbo.vae import VAE
 
 __version__ = "0.1.0"
@@ -57,9 +55,22 @@ __all__ = [
 ]
 
 
-def build_info() -> dict[str, Any]:
-    """What was built: torch built against, compiler, instruction sets, CUDA architectures, likelihoods, devices.
+class BuildInfo(TypedDict):
+    """What was built, and what of it this machine can use."""
 
-    `devices` lists where the kernels run; on any other device the functions run `fastelbo.reference`.
-    """
-    return {"fastelbo": __version__, **_ops._C.build_info(), "devices": sorted(_ops.KERNEL_DEVICES)}
+    fastelbo: str  # version
+    torch: str  # version that was built against
+    compiler: str
+    isas: list[str]  # instruction sets that there are kernels for
+    isas_of_this_cpu: list[str]
+    isa: str  # the instruction set in use
+    cuda: bool
+    cuda_archs: str
+    likelihoods: list[str]
+    devices: list[str]  # device types with kernels; on any other the functions run `fastelbo.reference`
+
+
+def build_info() -> BuildInfo:
+    """What was built, for bug reports; `fastelbo info` prints it."""
+    info = {"fastelbo": __version__, **_ops._C.build_info(), "devices": sorted(_ops.KERNEL_DEVICES)}
+    return cast(BuildInfo, info)

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastelbo.cli import main
+from fastelbo.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,15 +1,18 @@
-"""Loads the compiled library, and gives its backward ops their derivatives."""
+"""The compiled library: loads it, calls its ops or their twins, and gives its backward ops their derivatives."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
-from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastelbo import reference
 
+_R = TypeVar("_R")
 _REBUILD = "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
 
 if find_spec("fastelbo._C") is None:
@@ -28,6 +31,36 @@ if torch.__version__.split(".")[:2] != _BUILT_AGAINST.split(".")[:2]:
 KERNEL_DEVICES = frozenset(["cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls: of an op, or of its twin.
+
+
+class _Mode(threading.local):
+    """How many blocks of `reference_mode` are open. Not a ContextVar: torch.compile cannot trace or guard one."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+
+
+_mode = _Mode()
+
+
+@contextmanager
+def reference_mode() -> Iterator[None]:
+    """Within it, every function takes the plain-PyTorch path of `fastelbo.reference`: to compare, or to debug.
+
+    It holds for the thread that entered it, and for every task of that thread, until the last open block ends.
+    `torch.compile` guards on it: a compiled function is traced once within and once without. A backward follows the
+    path on which its graph was recorded. Where checkpointing computes anew on a thread of autograd's own (on CUDA
+    devices), enter the mode inside the checkpointed function.
+    """
+    _mode.blocks += 1
+    try:
+        yield
+    finally:
+        _mode.blocks -= 1
+
+
 def check(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """The op's own checks of its arguments, on stand-ins without data: for calls that its twin is going to serve."""
 
@@ -40,53 +73,45 @@ def check(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
         op(*map(stand_in, args))
 
 
-# Autograd key of the private ops: reached only when a graph of the gradient is being built. The result is then that of
-# the plain-PyTorch twin, made of differentiable operations, so that second and higher derivatives are right.
+def call(op: Callable[..., Any], twin: Callable[..., _R], *args: Any) -> _R:
+    """The op, or its plain-PyTorch twin: in reference mode, under torch.func, in forward-mode AD, without kernels."""
+    if (
+        _mode.blocks > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or args[0].device.type not in KERNEL_DEVICES
+    ):
+        if not torch.compiler.is_compiling():
+            check(op, args)
+        return twin(*args)
+    return op(*args)  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derivatives of the backward ops. Their Autograd key is reached only where a graph of the gradient is being built. The
+# result is then that of the twin, made of differentiable operations, so that second and higher derivatives are right.
+
 _library = torch.library.Library("fastelbo", "IMPL")
 
 
-def _register(name: str, differentiable: Callable[..., Any]) -> None:
-    op = getattr(torch.ops.fastelbo, name).default
+def _register(name: str) -> None:
+    op, twin = getattr(torch.ops.fastelbo, name).default, getattr(reference, name.lstrip("_"))
 
     def autograd(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(a.requires_grad for a in args if isinstance(a, Tensor)):
-            return differentiable(*args)
+            return twin(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
     _library.impl(name, autograd, "Autograd")
 
 
-def _register_backward(name: str, twin: Callable[..., Any]) -> None:
-    """The op's gradient as the vector-Jacobian product of its forward's twin.
-
-    The schema binds one to the other: arguments grad_... are the upstream gradients, the names of what the op returns
-    are the inputs whose gradients they are, and every argument of the twin is one of the op.
-    """
-    schema = getattr(torch.ops.fastelbo, name).default._schema
-    arguments, wanted = [a.name for a in schema.arguments], [r.name for r in schema.returns]
-    read = signature(twin).parameters
-
-    def gradient(*args: Any) -> Any:
-        given = dict(zip(arguments, args, strict=True))
-        grads = [g for n, g in given.items() if n.startswith("grad")]
-        needs = given.get("needs", [True])
-
-        def function(*inputs: Tensor | None) -> Any:
-            return twin(**{n: a for n, a in given.items() if n in read} | dict(zip(wanted, inputs, strict=True)))
-
-        found = reference.vjp(function, [given[n] for n in wanted], grads, needs)
-        return found[0] if len(found) == 1 else tuple(found)
-
-    _register(name, gradient)
-
-
-_register("_multi_sample_weights", reference.multi_sample_weights)
-for _name, _twin in {
-    "_log_prob_backward": reference.log_prob,
-    "_gaussian_kl_backward": reference.gaussian_kl,
-    "_rsample_backward": reference.rsample,
-    "_log_mean_exp_backward": reference.log_mean_exp,
-    "_ppca_log_prob_backward": reference.ppca_log_prob,
-}.items():
-    _register_backward(_name, _twin)
+for _name in (
+    "_log_prob_backward",
+    "_gaussian_kl_backward",
+    "_rsample_backward",
+    "_log_mean_exp_backward",
+    "_multi_sample_weights",
+    "_ppca_log_prob_backward",
+):
+    _register(_name)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastelbo import _ops
 
-Check = Callable[[str, Any], Any]  # (name, value) -> the value, as the type that was asked for; raises what is wrong
+Check = Callable[[str, Any], Any]  # (name, value) -> the value, in the type that is expected; raises what is wrong
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -49,7 +49,7 @@ def _tensor(*dtypes: torch.dtype) -> Check:
     return check
 
 
-def _integer(low: int = INT64[0], expected: str = "an int") -> Check:
+def integer(low: int = INT64[0], expected: str = "an int") -> Check:
     def check(name: str, value: Any) -> Any:
         if type(value) is not int:
             if isinstance(value, torch.SymInt):
@@ -65,7 +65,9 @@ def _integer(low: int = INT64[0], expected: str = "an int") -> Check:
     return check
 
 
-def _number(low: float | None = None, expected: str = "a float") -> Check:
+def number(valid: Callable[[float], bool] | None = None, words: str = "", expected: str = "a float") -> Check:
+    """A float for which `valid` holds; `words` say what that is."""
+
     def check(name: str, value: Any) -> Any:
         if type(value) is not float:
             if isinstance(value, torch.SymFloat | torch.SymInt):
@@ -76,8 +78,8 @@ def _number(low: float | None = None, expected: str = "a float") -> Check:
                 value = float(value)
             except OverflowError:
                 raise ValueError(f"{name} must be in the range of float64; got {value}") from None
-        if low is not None and not value >= low:
-            raise ValueError(f"{name} must be at least {low}; got {value}")
+        if valid is not None and not valid(value):
+            raise ValueError(f"{name} must be {words}; got {value}")
         return value
 
     return check
@@ -93,7 +95,7 @@ def _scalar(name: str, value: Any) -> Tensor:
     return value  # type: ignore[no-any-return]
 
 
-def _instance(of: type, expected: str) -> Check:
+def instance(of: type, expected: str) -> Check:
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, of):
             raise refusal(name, expected, value)
@@ -102,7 +104,7 @@ def _instance(of: type, expected: str) -> Check:
     return check
 
 
-def _one_of(names: tuple[str, ...]) -> Check:
+def one_of(names: tuple[str, ...]) -> Check:
     expected = "one of " + ", ".join(f'"{n}"' for n in names)
 
     def check(name: str, value: Any) -> str:
@@ -136,40 +138,42 @@ def _posterior(name: str, value: Any) -> Any:
 def _shape(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple | list):
         raise refusal(name, "a tuple of ints", value)
-    return tuple(_size(f"every number of {name}", n) for n in value)
+    return tuple(size(f"every number of {name}", n) for n in value)
 
 
 _floats = _tensor(*FLOATS)
 _data = _tensor(*FLOATS, torch.uint8, torch.bool)
-_text = _instance(str, "a str")
-_flag = _instance(bool, "a bool")
-_module = _instance(nn.Module, "an nn.Module")
-_size = _integer(0)
-_count = _integer(1)
+_text = instance(str, "a str")
+_flag = instance(bool, "a bool")
+_module = instance(nn.Module, "an nn.Module")
+size = integer(0)
+count = integer(1)
+generator = instance(torch.Generator, "a torch.Generator")
+not_negative = number(lambda value: value >= 0, "at least 0")
 
 # An argument by its name, or by the function's and its own where two functions mean different things by one name.
 # None is taken where it is the default.
 TABLE: dict[str, Check] = {
     **dict.fromkeys(("mu", "logvar", "prior_mu", "prior_logvar", "eps", "z", "log_ratio", "log_w"), _floats),
     **dict.fromkeys(("logits", "mean", "W", "b", "log_sigma2"), _floats),
-    "gaussian_log_prob.logvar": _either(_floats, _number(expected="a float or a torch.Tensor")),
+    "gaussian_log_prob.logvar": _either(_floats, number(expected="a float or a torch.Tensor")),
     "x": _data,
     "mask": _data,
-    "observed": _instance(Tensor, "a bool torch.Tensor"),
+    "observed": instance(Tensor, "a bool torch.Tensor"),
     "recon": _recon,
     "posterior": _posterior,
-    "likelihood": _one_of(LIKELIHOODS),
-    "reduction": _one_of(REDUCTIONS),
+    "likelihood": one_of(LIKELIHOODS),
+    "reduction": one_of(REDUCTIONS),
     **dict.fromkeys(("estimator", "objective", "proposal"), _text),  # their tables know the names
-    "beta": _either(_scalar, _number(expected="a float or a 0-d tensor")),
-    "multi_sample_loss.beta": _number(),
-    "alpha": _number(),
-    "free_bits": _number(0),
-    **dict.fromkeys(("num_samples", "chunk_size"), _count),
-    **dict.fromkeys(("first_sample", "n"), _size),
-    **dict.fromkeys(("dim", "groups"), _integer()),
-    "seed": _either(_tensor(torch.int64), _integer(expected="an int or an int64 tensor")),
-    "generator": _instance(torch.Generator, "a torch.Generator"),
+    "beta": _either(_scalar, number(expected="a float or a 0-d tensor")),
+    "multi_sample_loss.beta": number(),
+    "alpha": number(),
+    "free_bits": not_negative,
+    **dict.fromkeys(("num_samples", "chunk_size"), count),
+    **dict.fromkeys(("first_sample", "n"), size),
+    **dict.fromkeys(("dim", "groups"), integer()),
+    "seed": _either(_tensor(torch.int64), integer(expected="an int or an int64 tensor")),
+    "generator": generator,
     "return_parts": _flag,
     "VAE.sample.mean": _flag,
     **dict.fromkeys(("encoder", "decoder", "model"), _module),

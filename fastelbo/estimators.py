@@ -76,12 +76,12 @@ def estimator(name: str, num_samples: int, **options: float) -> Estimator:
     if name not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {name!r}")
     row = ESTIMATORS[name]
-    given = {option: options[option] for option in row.options}
-    if not -math.inf < given.get("alpha", 0.0) < math.inf:
-        raise ValueError(f"alpha must be finite; got {given['alpha']}")
-    if not 0 <= given.get("beta", 0.0) <= 1:
-        raise ValueError(f"beta, the share of the ELBO in {name!r}, must be in [0, 1]; got {given['beta']}")
-    groups = given.get("groups", 1)
+    read = {option: options[option] for option in row.options}
+    if not -math.inf < read.get("alpha", 0.0) < math.inf:
+        raise ValueError(f"alpha must be finite; got {read['alpha']}")
+    if not 0 <= read.get("beta", 0.0) <= 1:
+        raise ValueError(f"beta, the weight of the ELBO in {name!r}, must be in [0, 1]; got {read['beta']}")
+    groups = read.get("groups", 1)
     if groups < 1 or num_samples % groups:
         raise ValueError(f"groups must divide the number of samples K={num_samples}; got {groups}")
     if num_samples < row.fewest:
@@ -89,4 +89,4 @@ def estimator(name: str, num_samples: int, **options: float) -> Estimator:
             f"estimator {name!r} needs at least {row.fewest} samples: with K={num_samples} all weights are equal and "
             "the encoder's gradient is noise of mean 0"
         )
-    return row.make(**given)
+    return row.make(**read)

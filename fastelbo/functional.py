@@ -4,33 +4,21 @@ Sizes: B batch, K samples, M latent dimensions, D data dimensions (all event dim
 Half and bfloat16 inputs: arithmetic, sums and returned losses are float32, gradients have the input's type.
 """
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastelbo import _ops, estimators, ppca_missing, reference
+from fastelbo import estimators, likelihoods, reference
+from fastelbo._ops import call
 from fastelbo.arguments import checked
 from fastelbo.ordered import ordered_sum
 
 Recon = Tensor | tuple[Tensor, Tensor]
-_R = TypeVar("_R")
+_Result = TypeVar("_Result")  # of a loss module: Tensor or LossParts, by return_parts
 
 _op = torch.ops.fastelbo
-
-
-class _Mode(threading.local):
-    """How many blocks of `reference_mode` are open. Not a ContextVar: torch.compile cannot trace or guard one."""
-
-    def __init__(self) -> None:
-        self.blocks = 0
-
-
-_mode = _Mode()
 
 
 class Posterior(NamedTuple):
@@ -43,7 +31,8 @@ class Posterior(NamedTuple):
     logvar: Tensor  # [B, *latent]: as given
     prior_mu: Tensor | None  # as given
     prior_logvar: Tensor | None  # as given
-    # [2, K, B] zeros; the way by which an estimator's gradient reaches mu and logvar (csrc/math/estimator.h)
+    # [2, K, B] zeros, for `multi_sample_loss`. The "gradient" that an estimator sends back for them are the factors by
+    # which its path and score gradients differ from those in the total gradient (csrc/math/estimator.h).
     gates: Tensor | None = None
 
 
@@ -55,34 +44,30 @@ class LossParts(NamedTuple):
     kl: Tensor  # [B]
 
 
-@contextmanager
-def reference_mode() -> Iterator[None]:
-    """Within it, every function takes the plain-PyTorch path of `fastelbo.reference`: to compare, or to debug.
+class LossOptions(TypedDict, total=False):
+    """Options of every loss."""
 
-    It holds for the thread that entered it, and for every task of that thread, until the last open block ends.
-    `torch.compile` guards on it: a compiled function is traced once within and once without. A backward follows the
-    path on which its graph was recorded. Where checkpointing computes anew on a thread of autograd's own (on CUDA
-    devices), enter the mode inside the checkpointed function.
-    """
-    _mode.blocks += 1
-    try:
-        yield
-    finally:
-        _mode.blocks -= 1
+    likelihood: str
+    mask: Tensor | None
+    reduction: str
 
 
-def _call(op: Callable[..., Any], twin: Callable[..., _R], *args: Any) -> _R:
-    """The op, or its plain-PyTorch twin: under torch.func, in forward-mode AD, on devices without kernels."""
-    if (
-        _mode.blocks > 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or args[0].device.type not in _ops.KERNEL_DEVICES
-    ):
-        if not torch.compiler.is_compiling():
-            _ops.check(op, args)
-        return twin(*args)
-    return op(*args)  # type: ignore[no-any-return]
+class ElboOptions(LossOptions, total=False):
+    """Options of `elbo_loss`."""
+
+    prior_mu: Tensor | None
+    prior_logvar: Tensor | None
+    beta: float | Tensor
+    free_bits: float
+
+
+class MultiSampleOptions(LossOptions, total=False):
+    """Options of `multi_sample_loss`."""
+
+    estimator: str
+    alpha: float
+    beta: float
+    groups: int
 
 
 def _varies(number: float) -> bool:
@@ -171,7 +156,8 @@ def rsample(
 
     Returns:
         Posterior(z [K?, B, *latent] in mu's dtype, kl [B], log_ratio [K?, B], mu, logvar, prior_mu, prior_logvar,
-        gates): the first three are differentiable; gates is for `multi_sample_loss`.
+        gates): the first three are differentiable. gates [2, K, B] is 0 and is for `multi_sample_loss` alone: through
+        it come the factors by which an estimator's path and score gradients differ from the total gradient.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, named with what was expected and what came.
@@ -188,7 +174,7 @@ def rsample(
         key = None
     if first_sample and first_sample > (limit := 2**63 // max(1, mu.numel()) - (num_samples or 1)):
         raise ValueError(f"first_sample must be at most {limit}: noise has 2^63 elements; got {first_sample}")
-    z, kl, log_ratio, gates = _call(
+    z, kl, log_ratio, gates = call(
         _op.rsample.default, reference.rsample, mu, logvar, num_samples, p_mu, p_logvar, key, eps, first_sample
     )
     return Posterior(z, kl, log_ratio, mu, logvar, prior_mu, prior_logvar, None if num_samples is None else gates)
@@ -226,7 +212,7 @@ def gaussian_kl(
     if _varies(free_bits) and free_bits > 0:
         gaussian_kl(mu, logvar, p_mu, p_logvar, free_bits=0.0)  # checks the arguments; the compiler drops the result
         return reference.gaussian_kl(mu, logvar, p_mu, p_logvar, _as_tensor(free_bits, mu))
-    return _call(_op.gaussian_kl.default, reference.gaussian_kl, mu, logvar, p_mu, p_logvar, free_bits)
+    return call(_op.gaussian_kl.default, reference.gaussian_kl, mu, logvar, p_mu, p_logvar, free_bits)
 
 
 @checked
@@ -247,9 +233,54 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
         ValueError, TypeError: an unknown likelihood, shapes or dtypes that do not fit.
     """
     parameters = _parameters(recon, x)
-    return _call(
-        _op.log_prob.default, reference.log_prob, parameters[0], x, *parameters[1:], _mask(mask, x), likelihood
-    )
+    return call(_op.log_prob.default, reference.log_prob, parameters[0], x, *parameters[1:], _mask(mask, x), likelihood)
+
+
+def _of_row(recon: Recon, likelihood: str) -> tuple[likelihoods.Likelihood, tuple[Tensor, ...]]:
+    """The row of a likelihood, and its parameters."""
+    row, parameters = likelihoods.get(likelihood), split_recon(recon)
+    if not row.fewest <= len(parameters) <= len(row.parameters):
+        raise ValueError(
+            f"recon must hold {row.fewest} to {len(row.parameters)} tensors, ({', '.join(row.parameters)}), for "
+            f"likelihood {likelihood!r}; got {len(parameters)}"
+        )
+    return row, parameters
+
+
+@checked
+def likelihood_mean(recon: Recon, likelihood: str = "bernoulli") -> Tensor:
+    """E[x | recon], the mean of the likelihood: for example sigmoid(logits), or the mean of a Gaussian.
+
+    Args:
+        recon: [..., *event], or a pair of such tensors, as in `log_prob`.
+        likelihood: as in `log_prob`.
+
+    Returns:
+        [..., *event], in recon's dtype.
+
+    Raises:
+        ValueError, TypeError: an unknown likelihood, another number of parameters, or a recon that is neither a tensor
+            nor a pair.
+    """
+    row, parameters = _of_row(recon, likelihood)
+    return row.mean(*parameters)
+
+
+@checked
+def likelihood_sample(
+    recon: Recon, likelihood: str = "bernoulli", *, generator: torch.Generator | None = None
+) -> Tensor:
+    """A draw x ~ p(x | recon), not differentiable; arguments and errors as in `likelihood_mean`.
+
+    Args:
+        generator: the source of the noise; torch's default one if None.
+
+    Returns:
+        [..., *event], in recon's dtype.
+    """
+    row, parameters = _of_row(recon, likelihood)
+    with torch.no_grad():
+        return row.draw(generator, *parameters)
 
 
 @checked
@@ -316,7 +347,31 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
 
     Reference: Burda et al. 2016, eq. 8.
     """
-    return _call(_op.log_mean_exp.default, reference.log_mean_exp, log_w, dim)
+    return call(_op.log_mean_exp.default, reference.log_mean_exp, log_w, dim)
+
+
+@overload
+def elbo_loss(
+    recon: Recon,
+    x: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[ElboOptions],
+) -> Tensor: ...
+
+
+@overload
+def elbo_loss(
+    recon: Recon, x: Tensor, mu: Tensor, logvar: Tensor, *, return_parts: Literal[True], **options: Unpack[ElboOptions]
+) -> LossParts: ...
+
+
+@overload
+def elbo_loss(
+    recon: Recon, x: Tensor, mu: Tensor, logvar: Tensor, *, return_parts: bool, **options: Unpack[ElboOptions]
+) -> Tensor | LossParts: ...
 
 
 @checked
@@ -334,7 +389,7 @@ def elbo_loss(
     mask: Tensor | None = None,
     reduction: str = "mean",
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | LossParts:
     """The loss of a VAE: minus the evidence lower bound, value and gradient in one pass.
 
     loss_b = -mean_k log p(x_b | z_kb) + beta KL(q(z | x_b) || p(z)), reduced over B, never averaged over D.
@@ -366,14 +421,14 @@ def elbo_loss(
         if not isinstance(beta, Tensor) and _varies(beta):
             beta = _as_tensor(beta, first)
         if _varies(free_bits) and free_bits > 0:  # the likelihood by the op, the KL with its floor beside it
-            options: dict[str, Any] = {"likelihood": likelihood, "mask": mask, "reduction": reduction}
-            options |= {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
-            fit = elbo_loss(recon, x, mu, logvar, beta=0.0, free_bits=0.0, return_parts=True, **options)
+            options: ElboOptions = {"likelihood": likelihood, "mask": mask, "reduction": reduction}
+            options |= {"prior_mu": prior_mu, "prior_logvar": prior_logvar, "beta": 0.0, "free_bits": 0.0}
+            fit = elbo_loss(recon, x, mu, logvar, return_parts=True, **options)
             kl = gaussian_kl(mu, logvar, prior_mu, prior_logvar, free_bits=free_bits)
             penalty = reference.reduce(beta * kl, reduction)
             return LossParts(fit.loss + penalty, *fit[1:]) if return_parts else fit.loss + penalty
     weight, weight_tensor = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
-    parts = _call(
+    parts = call(
         _op.elbo_loss.default,
         reference.elbo_loss,
         first,
@@ -394,6 +449,24 @@ def elbo_loss(
     return LossParts(*parts) if return_parts else parts[0]
 
 
+@overload
+def iwae_loss(
+    recon: Recon, x: Tensor, log_ratio: Tensor, *, return_parts: Literal[False] = False, **options: Unpack[LossOptions]
+) -> Tensor: ...
+
+
+@overload
+def iwae_loss(
+    recon: Recon, x: Tensor, log_ratio: Tensor, *, return_parts: Literal[True], **options: Unpack[LossOptions]
+) -> LossParts: ...
+
+
+@overload
+def iwae_loss(
+    recon: Recon, x: Tensor, log_ratio: Tensor, *, return_parts: bool, **options: Unpack[LossOptions]
+) -> Tensor | LossParts: ...
+
+
 @checked
 def iwae_loss(
     recon: Recon,
@@ -404,7 +477,7 @@ def iwae_loss(
     mask: Tensor | None = None,
     reduction: str = "mean",
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | LossParts:
     """Minus the importance-weighted bound, value and gradient in one pass.
 
     loss_b = -log mean_k exp(log p(x_b | z_kb) + log_ratio_kb), reduced over B; the mean over k is per datum.
@@ -424,7 +497,7 @@ def iwae_loss(
     Reference: Burda et al. 2016, eq. 8 and 13.
     """
     first, second, third = _parameters(recon, x)
-    loss, log_likelihood = _call(
+    loss, log_likelihood = call(
         _op.multi_sample_loss.default,
         reference.multi_sample_loss,
         first,
@@ -443,6 +516,29 @@ def iwae_loss(
     return LossParts(loss, log_likelihood, ordered_sum(log_ratio.to(log_likelihood.dtype)) / -log_ratio.shape[0])
 
 
+@overload
+def multi_sample_loss(
+    recon: Recon,
+    x: Tensor,
+    posterior: Posterior,
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[MultiSampleOptions],
+) -> Tensor: ...
+
+
+@overload
+def multi_sample_loss(
+    recon: Recon, x: Tensor, posterior: Posterior, *, return_parts: Literal[True], **options: Unpack[MultiSampleOptions]
+) -> LossParts: ...
+
+
+@overload
+def multi_sample_loss(
+    recon: Recon, x: Tensor, posterior: Posterior, *, return_parts: bool, **options: Unpack[MultiSampleOptions]
+) -> Tensor | LossParts: ...
+
+
 @checked
 def multi_sample_loss(
     recon: Recon,
@@ -457,7 +553,7 @@ def multi_sample_loss(
     mask: Tensor | None = None,
     reduction: str = "mean",
     return_parts: bool = False,
-) -> Any:
+) -> Tensor | LossParts:
     """Minus a K-sample bound with the gradient estimator of your choice, value and gradient in one pass.
 
     With log w_k = log p(x | z_k) + log p(z_k) - log q(z_k | x), all K samples in one backward pass:
@@ -478,7 +574,7 @@ def multi_sample_loss(
         recon: [K, B, *event] (or a pair of them), decoded from posterior.z. x, likelihood, mask: as in `log_prob`.
         posterior: from `rsample` with num_samples.
         estimator: a name above; for "stl", "dreg" and "rws" see the note.
-        alpha: of "vr". beta: the share of the ELBO in "ciwae". groups: of "miwae"; others ignore them.
+        alpha: of "vr". beta: the weight of the ELBO in "ciwae". groups: of "miwae". Other estimators ignore them.
         reduction: "mean" (over B), "sum" or "none".
         return_parts: also return log p(x | z) and the analytic KL.
 
@@ -515,23 +611,56 @@ def multi_sample_loss(
     args = first, x, log_ratio, gates, second, third, _mask(mask, x), likelihood
     if _varies(row.elbo_weight) or _varies(row.alpha):  # the likelihood by its op, the bound in plain PyTorch
         iwae = list(estimators.ESTIMATORS["iwae"].make())
-        _call(_op.multi_sample_loss.default, reference.multi_sample_loss, *args, iwae, reduction)  # as in gaussian_kl
+        call(_op.multi_sample_loss.default, reference.multi_sample_loss, *args, iwae, reduction)  # as in gaussian_kl
         log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)
         log_w = log_likelihood + log_ratio.to(log_likelihood.dtype)
         loss = reference.reduce(-reference.bound(log_w, row.elbo_weight, row.alpha, row.groups), reduction)
     else:
         numbers = [float(number) for number in row]
-        loss, log_likelihood = _call(
+        loss, log_likelihood = call(
             _op.multi_sample_loss.default, reference.multi_sample_loss, *args, numbers, reduction
         )
     return LossParts(loss, log_likelihood, posterior.kl) if return_parts else loss
 
 
-class ELBOLoss(torch.nn.Module):
+class ELBOLoss(torch.nn.Module, Generic[_Result]):
     """`elbo_loss` as a module: the options are set once, the tensors are given at each call.
 
     A tensor beta is a buffer that moves with the module and is not in its state_dict; an nn.Parameter is learned.
     """
+
+    @overload
+    def __init__(
+        self: "ELBOLoss[Tensor]",
+        likelihood: str = "bernoulli",
+        *,
+        beta: float | Tensor = 1.0,
+        free_bits: float = 0.0,
+        reduction: str = "mean",
+        return_parts: Literal[False] = False,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "ELBOLoss[LossParts]",
+        likelihood: str = "bernoulli",
+        *,
+        beta: float | Tensor = 1.0,
+        free_bits: float = 0.0,
+        reduction: str = "mean",
+        return_parts: Literal[True],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "ELBOLoss[Tensor | LossParts]",
+        likelihood: str = "bernoulli",
+        *,
+        beta: float | Tensor = 1.0,
+        free_bits: float = 0.0,
+        reduction: str = "mean",
+        return_parts: bool,
+    ) -> None: ...
 
     @checked
     def __init__(
@@ -553,9 +682,15 @@ class ELBOLoss(torch.nn.Module):
             self.beta = beta
         self.reduction, self.return_parts = reduction, return_parts
 
-    def forward(self, recon: Recon, x: Tensor, mu: Tensor, logvar: Tensor, mask: Tensor | None = None) -> Any:
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, recon: Recon, x: Tensor, mu: Tensor, logvar: Tensor, mask: Tensor | None = None
+        ) -> _Result: ...
+
+    def forward(self, recon: Recon, x: Tensor, mu: Tensor, logvar: Tensor, mask: Tensor | None = None) -> _Result:
         """See `elbo_loss`."""
-        return elbo_loss(
+        result = elbo_loss(
             recon,
             x,
             mu,
@@ -567,22 +702,54 @@ class ELBOLoss(torch.nn.Module):
             reduction=self.reduction,
             return_parts=self.return_parts,
         )
+        return cast(_Result, result)
 
     def extra_repr(self) -> str:
         return f"{self.likelihood!r}, beta={self.beta}, free_bits={self.free_bits}, reduction={self.reduction!r}"
 
 
-class IWAELoss(torch.nn.Module):
+class IWAELoss(torch.nn.Module, Generic[_Result]):
     """`iwae_loss` as a module: the options are set once, the tensors are given at each call."""
+
+    @overload
+    def __init__(
+        self: "IWAELoss[Tensor]",
+        likelihood: str = "bernoulli",
+        *,
+        reduction: str = "mean",
+        return_parts: Literal[False] = False,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "IWAELoss[LossParts]",
+        likelihood: str = "bernoulli",
+        *,
+        reduction: str = "mean",
+        return_parts: Literal[True],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "IWAELoss[Tensor | LossParts]",
+        likelihood: str = "bernoulli",
+        *,
+        reduction: str = "mean",
+        return_parts: bool,
+    ) -> None: ...
 
     @checked
     def __init__(self, likelihood: str = "bernoulli", *, reduction: str = "mean", return_parts: bool = False) -> None:
         super().__init__()
         self.likelihood, self.reduction, self.return_parts = likelihood, reduction, return_parts
 
-    def forward(self, recon: Recon, x: Tensor, log_ratio: Tensor, mask: Tensor | None = None) -> Any:
+    if TYPE_CHECKING:
+
+        def __call__(self, recon: Recon, x: Tensor, log_ratio: Tensor, mask: Tensor | None = None) -> _Result: ...
+
+    def forward(self, recon: Recon, x: Tensor, log_ratio: Tensor, mask: Tensor | None = None) -> _Result:
         """See `iwae_loss`."""
-        return iwae_loss(
+        result = iwae_loss(
             recon,
             x,
             log_ratio,
@@ -591,41 +758,7 @@ class IWAELoss(torch.nn.Module):
             reduction=self.reduction,
             return_parts=self.return_parts,
         )
+        return cast(_Result, result)
 
     def extra_repr(self) -> str:
         return f"{self.likelihood!r}, reduction={self.reduction!r}"
-
-
-@checked
-def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor, *, observed: Tensor | None = None) -> Tensor:
-    """Log density of probabilistic PCA, x = W z + b + e, in O(N D M) and one pass over x.
-
-    log N(x; b, C), C = W W' + s2 I, by G = W'W + s2 I: no D by D matrix is built. Projections and norms are summed in
-    float64, so that neither a large b nor a small s2 costs digits.
-
-    Args:
-        x: [N, D]. W's dtype (or float32 beside half types), uint8 (read as x / 255) or bool.
-        W: [D, M], a floating dtype.
-        b: [D].
-        log_sigma2: 0-d; log s2.
-        observed: bool [N, D]. The exact density of the cells that are True, N(x_o; b_o, W_o W_o' + s2 I); what lies in
-            the others is never looked at. Costs O(N D M^2) and memory O(N M^2), in plain PyTorch.
-
-    Returns:
-        [N], in nats; float32, or float64 for float64 inputs. NaN where x is NaN, or G is not positive definite.
-
-    Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
-
-    Reference: Tipping & Bishop 1999, eq. 4 and 11.
-    """
-    if observed is None:
-        return _call(_op.ppca_log_prob.default, reference.ppca_log_prob, x, W, b, log_sigma2)
-    if not torch.compiler.is_compiling():
-        _ops.check(_op.ppca_log_prob.default, (x, W, b, log_sigma2))
-    if observed.dtype != torch.bool or observed.shape != x.shape:
-        raise ValueError(
-            f"observed must be a bool tensor of the shape {tuple(x.shape)} of x; "
-            f"got {observed.dtype} {tuple(observed.shape)}"
-        )
-    return ppca_missing.log_prob(x, W, b, log_sigma2, observed)

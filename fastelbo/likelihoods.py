@@ -1,92 +1,103 @@
-"""What models need of a likelihood besides its log-probability: the mean of p(x | recon), and how to draw x."""
+"""The likelihoods: for each, its parameters, the domain of x, log p in plain PyTorch, its mean, and how to draw x.
 
+A row has a counterpart in C++, csrc/likelihoods/NAME.h, with the same name, parameters and domain.
+"""
+
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from fastelbo.arguments import checked
-from fastelbo.functional import Recon, split_recon
+LOG_2 = math.log(2.0)
+LOG_2PI = math.log(2.0 * math.pi)
 
-
-def _identity(t: Tensor) -> Tensor:
-    return t
-
-
-def _noise(like: Tensor, generator: Generator | None) -> Tensor:
-    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-
-
-def _exponential(like: Tensor, generator: Generator | None) -> Tensor:
-    return torch.empty_like(like).exponential_(generator=generator)
-
-
-def _draw_bernoulli(mean: Tensor, _: Tensor | None, generator: Generator | None) -> Tensor:
-    return torch.bernoulli(mean, generator=generator)
-
-
-def _draw_gaussian(mean: Tensor, logvar: Tensor | None, generator: Generator | None) -> Tensor:
-    noise = _noise(mean, generator)
-    return mean + (noise if logvar is None else torch.exp(0.5 * logvar) * noise)
-
-
-def _draw_laplace(mean: Tensor, log_scale: Tensor | None, generator: Generator | None) -> Tensor:
-    noise = _exponential(mean, generator) - _exponential(mean, generator)
-    return mean + (noise if log_scale is None else torch.exp(log_scale) * noise)
+Domain = Literal["reals", "[0, 1]", "counts"]
 
 
 class Likelihood(NamedTuple):
-    mean: Callable[[Tensor], Tensor]  # of recon, or of the first tensor of the pair
-    draw: Callable[[Tensor, Tensor | None, Generator | None], Tensor]  # of mean and second parameter
-    unit_interval: bool  # x lies in [0, 1]
-    has_scale: bool  # recon may be a pair
+    """p(x | parameters) of one element. The functions take tensors that broadcast to the first parameter.
+
+    A parameter behind the first `fewest` may be left out; its default is that of `log_prob`.
+    """
+
+    parameters: tuple[str, ...]
+    fewest: int  # the number of parameters that must be there
+    domain: Domain  # of x; uint8 data are counts there, and mean x / 255 elsewhere
+    log_prob: Callable[..., Tensor]  # (x, *parameters) -> log p of each element
+    mean: Callable[..., Tensor]  # (*parameters) -> E[x]
+    draw: Callable[..., Tensor]  # (generator or None, *parameters) -> x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bernoulli.
+
+
+def _bernoulli(x: Tensor, logits: Tensor) -> Tensor:
+    """x l - softplus(l), l the logit."""
+    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+
+
+def _bernoulli_probs(x: Tensor, probs: Tensor) -> Tensor:
+    """x log p + (1 - x) log(1 - p), each logarithm clamped at -100."""
+    return -F.binary_cross_entropy(probs, x, reduction="none")
+
+
+def _draw_bernoulli(generator: Generator | None, logits: Tensor) -> Tensor:
+    return torch.bernoulli(torch.sigmoid(logits), generator=generator)
+
+
+def _draw_bernoulli_probs(generator: Generator | None, probs: Tensor) -> Tensor:
+    return torch.bernoulli(probs, generator=generator)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gaussian and Laplace: unit scale without the second parameter.
+
+
+def _gaussian(x: Tensor, mean: Tensor, logvar: Tensor | None = None) -> Tensor:
+    """-1/2 [(x - m)^2 exp(-lv) + lv + log 2 pi]; lv = 0 by default."""
+    square = (x - mean).square()
+    return -0.5 * (square + LOG_2PI if logvar is None else square * torch.exp(-logvar) + logvar + LOG_2PI)
+
+
+def _draw_gaussian(generator: Generator | None, mean: Tensor, logvar: Tensor | None = None) -> Tensor:
+    noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+    return mean + (noise if logvar is None else torch.exp(0.5 * logvar) * noise)
+
+
+def _laplace(x: Tensor, mean: Tensor, log_scale: Tensor | None = None) -> Tensor:
+    """-[|x - m| exp(-s) + s + log 2]; s = 0 by default."""
+    distance = (x - mean).abs()
+    return -(distance + LOG_2 if log_scale is None else distance * torch.exp(-log_scale) + log_scale + LOG_2)
+
+
+def _draw_laplace(generator: Generator | None, mean: Tensor, log_scale: Tensor | None = None) -> Tensor:
+    first, second = (torch.empty_like(mean).exponential_(generator=generator) for _ in range(2))
+    noise = first - second
+    return mean + (noise if log_scale is None else torch.exp(log_scale) * noise)
+
+
+def _first(mean: Tensor, scale: Tensor | None = None) -> Tensor:
+    return mean
 
 
 LIKELIHOODS = {
-    "bernoulli": Likelihood(torch.sigmoid, _draw_bernoulli, unit_interval=True, has_scale=False),
-    "bernoulli_probs": Likelihood(_identity, _draw_bernoulli, unit_interval=True, has_scale=False),
-    "gaussian": Likelihood(_identity, _draw_gaussian, unit_interval=False, has_scale=True),
-    "laplace": Likelihood(_identity, _draw_laplace, unit_interval=False, has_scale=True),
+    "bernoulli": Likelihood(("logits",), 1, "[0, 1]", _bernoulli, torch.sigmoid, _draw_bernoulli),
+    "bernoulli_probs": Likelihood(("probs",), 1, "[0, 1]", _bernoulli_probs, _first, _draw_bernoulli_probs),
+    "gaussian": Likelihood(("mean", "logvar"), 1, "reals", _gaussian, _first, _draw_gaussian),
+    "laplace": Likelihood(("mean", "log_scale"), 1, "reals", _laplace, _first, _draw_laplace),
 }
 
 
 def get(name: str) -> Likelihood:
-    """The row of the table; ValueError with the valid names for an unknown one."""
+    """The row of a likelihood.
+
+    Raises:
+        ValueError: an unknown name; the message lists the valid ones.
+    """
     if name not in LIKELIHOODS:
         raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}; got {name!r}")
     return LIKELIHOODS[name]
-
-
-@checked
-def mean(recon: Recon, likelihood: str = "bernoulli") -> Tensor:
-    """E[x | recon]: sigmoid(logits), the probabilities, or the mean of the pair.
-
-    Args:
-        recon: [..., *event], or a pair of such tensors, as in `fastelbo.log_prob`.
-        likelihood: "bernoulli", "bernoulli_probs", "gaussian" or "laplace".
-
-    Returns:
-        [..., *event], in recon's dtype.
-
-    Raises:
-        ValueError, TypeError: an unknown likelihood, or a recon that is neither a tensor nor a pair.
-    """
-    row = get(likelihood)
-    return row.mean(split_recon(recon)[0])
-
-
-@checked
-def sample(recon: Recon, likelihood: str = "bernoulli", *, generator: Generator | None = None) -> Tensor:
-    """A draw x ~ p(x | recon), not differentiable; arguments and errors as in `mean`.
-
-    Args:
-        generator: the source of the noise; torch's default one if None.
-
-    Returns:
-        [..., *event], in recon's dtype.
-    """
-    row = get(likelihood)
-    with torch.no_grad():
-        first, *others = split_recon(recon)
-        return row.draw(row.mean(first), others[0] if others else None, generator)

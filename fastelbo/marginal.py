@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -13,9 +13,6 @@ from torch import Generator, Tensor
 from fastelbo.arguments import checked, refusal
 from fastelbo.functional import Recon, log_prob, rsample, seed_tensor, split_recon
 from fastelbo.ordered import ordered_sum
-
-if TYPE_CHECKING:
-    from fastelbo.vae import VAE
 
 PROPOSALS = ("posterior", "prior")
 # Elements of recon that are decoded at a time. On a CPU few enough that they and the decoder's hidden layers stay in
@@ -30,7 +27,7 @@ class MarginalEstimate(NamedTuple):
     log_prob: Tensor  # log (1/K) sum_k w_k, nats; its expectation is a lower bound on log p(x)
     ess: Tensor  # effective sample size (sum_k w_k)^2 / sum_k w_k^2: of K samples, how many count
     std_error: Tensor  # of log_prob, by the delta method: sqrt((K / ess - 1) / (K - 1)); NaN for K = 1
-    max_weight: Tensor  # the largest weight's share of the sum: near 1, a single sample decides
+    max_weight: Tensor  # the largest normalized weight, max_k w_k / sum_k w_k: near 1, a single sample decides
 
 
 class LogMeanExp:
@@ -110,6 +107,16 @@ class LogMeanExp:
         return MarginalEstimate(log_mean, ess, std_error, torch.where(nothing, 0.0, 1 / self._sum))
 
 
+class Model(Protocol):
+    """What `log_weights` reads of a model; `fastelbo.VAE` is one."""
+
+    likelihood: str
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def decode(self, z: Tensor) -> Recon: ...
+
+
 def _expand_batch(recon: Recon, x: Tensor) -> Recon:
     """recon [k, 1, *event] as [k, B, *event], without a copy."""
     first, *others = split_recon(recon)
@@ -120,7 +127,7 @@ def _expand_batch(recon: Recon, x: Tensor) -> Recon:
 
 @checked
 def log_weights(
-    model: VAE,
+    model: Model,
     x: Tensor,
     num_samples: int,
     *,
@@ -129,7 +136,7 @@ def log_weights(
     seed: int | Tensor | None = None,
     generator: Generator | None = None,
 ) -> Iterator[Tensor]:
-    """The log importance weights of `VAE.log_marginal`, chunk by chunk: [k, B]; the arguments are its."""
+    """The log importance weights of `VAE.log_marginal`, chunk by chunk: [k, B]; the arguments are its own."""
     if proposal not in PROPOSALS:
         raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}; got {proposal!r}")
     key = seed_tensor(seed, generator, x.device)
@@ -154,16 +161,3 @@ def log_weights(
             edges = [start + (end - start) * i // pieces for i in range(pieces + 1)]  # of nearly equal size
             log_w = torch.cat([weigh(first, last - first) for first, last in pairwise(edges)])
         yield log_w
-
-
-def progress(chunks: Iterator[Tensor], num_samples: int, label: str) -> Iterator[Tensor]:
-    """The same chunks, with a progress bar over the samples where it takes long and stderr is a terminal."""
-    try:
-        from tqdm import tqdm
-    except ImportError:  # it comes with fastelbo[train]
-        yield from chunks
-        return
-    with tqdm(total=num_samples, desc=label, unit="sample", delay=2.0, disable=None, leave=False) as bar:
-        for chunk in chunks:
-            yield chunk
-            bar.update(len(chunk))

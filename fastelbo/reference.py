@@ -1,64 +1,118 @@
 """Plain-PyTorch twins of every op, written from the formulas.
 
-They are the oracle of the tests (in float64), the baseline of the benchmarks, the path taken under `torch.func`
-transforms and on devices without kernels, and the derivative of the backward ops when a graph of the gradient is asked
-for. Nothing here is fused; everything here is differentiable any number of times. Sizes: B batch, K samples, M latent
+The twin of the op `name` is `reference.name`; that of a private op `_name`, too, is `reference.name`. The twins are
+
+- the truth that the tests compare the ops with, in float64;
+- a baseline of the benchmarks;
+- what runs under `torch.func` transforms, in forward-mode AD, and on devices without kernels;
+- the derivative of the backward ops, where autograd is asked for a graph of the gradient.
+
+Nothing here is fused, and everything here is differentiable any number of times. Sizes: B batch, K samples, M latent
 dimensions, D data dimensions (all event dimensions together). Everything is in nats.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-LOG_2 = math.log(2.0)
-LOG_2PI = math.log(2.0 * math.pi)
+from fastelbo import likelihoods
+from fastelbo.likelihoods import LOG_2PI, Domain
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Likelihoods: log p(x | recon) of one element. The names are those that the compiled library reports.
+# Derivatives: the twins of the backward ops are vector-Jacobian products of their forward's twins.
 
 
-def _bernoulli(x: Tensor, logits: Tensor) -> Tensor:
-    """x l - softplus(l), l the logit."""
-    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+def vjp(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of sum_i <grads_i, function(*inputs)_i> for the inputs that need one, as a differentiable graph.
+
+    Every input is made a new node of the graph first: two inputs may be the same tensor, or depend on each other.
+    """
+
+    def node(t: Tensor | None, need: bool) -> Tensor | None:
+        if t is None or not (need or t.requires_grad):
+            return t
+        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+    with torch.enable_grad():
+        nodes = [node(t, need) for t, need in zip(inputs, needs, strict=True)]
+        outputs = function(*nodes)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        wanted = [n for n, need in zip(nodes, needs, strict=True) if need and n is not None]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [g.to(o.dtype) for o, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    results = iter(found)
+    return [next(results) if need and n is not None else None for n, need in zip(nodes, needs, strict=True)]
 
 
-def _bernoulli_probs(x: Tensor, probs: Tensor) -> Tensor:
-    """x log p + (1 - x) log(1 - p), each logarithm clamped at -100."""
-    return -F.binary_cross_entropy(probs, x, reduction="none")
+def _backward(twin: Callable[..., Any], inputs: Sequence[str], upstream: int = 1) -> Callable[..., Any]:
+    """The twin of a backward op. Its arguments: the upstream gradients, those of `twin`, what the op's forward saved,
+    and which of the `inputs` need a gradient. Its results: the gradients of the `inputs`, None where not needed.
+    """
+    names = list(signature(twin).parameters)
+
+    def backward(*args: Any) -> Any:
+        grads, values = args[:upstream], dict(zip(names, args[upstream:], strict=False))
+        needs = args[-1] if isinstance(args[-1], list) else [True]
+        found = vjp(
+            lambda *nodes: twin(**(values | dict(zip(inputs, nodes, strict=True)))),
+            [values[name] for name in inputs],
+            grads,
+            needs,
+        )
+        return found[0] if len(inputs) == 1 else tuple(found)
+
+    return backward
 
 
-def _gaussian(x: Tensor, mean: Tensor, logvar: Tensor | None = None) -> Tensor:
-    """-1/2 [(x - m)^2 exp(-lv) + lv + log 2 pi]; lv = 0 where it is not given."""
-    square = (x - mean).square()
-    return -0.5 * (square + LOG_2PI if logvar is None else square * torch.exp(-logvar) + logvar + LOG_2PI)
+def _with_gradients(twin: Callable[..., Any], inputs: Sequence[str]) -> Callable[..., Any]:
+    """The twin of an op that returns a loss, its parts, and the gradients of the loss by those `inputs` that need one.
+    The arguments are those of `twin`, and which of the `inputs` need a gradient."""
+    names = list(signature(twin).parameters)
+
+    def forward(*args: Any) -> Any:
+        *arguments, needs = args
+        values = dict(zip(names, arguments, strict=True))
+        outputs = twin(*arguments)
+        found = vjp(
+            lambda *nodes: twin(**(values | dict(zip(inputs, nodes, strict=True))))[0],
+            [values[name] for name in inputs],
+            [torch.ones_like(outputs[0])],
+            needs,
+        )
+        return (*outputs, *found)
+
+    return forward
 
 
-def _laplace(x: Tensor, mean: Tensor, log_scale: Tensor | None = None) -> Tensor:
-    """-[|x - m| exp(-s) + s + log 2]; s = 0 where it is not given."""
-    distance = (x - mean).abs()
-    return -(distance + LOG_2 if log_scale is None else distance * torch.exp(-log_scale) + log_scale + LOG_2)
-
-
-LIKELIHOODS: dict[str, Callable[..., Tensor]] = {  # of x and the parameters
-    "bernoulli": _bernoulli,
-    "bernoulli_probs": _bernoulli_probs,
-    "gaussian": _gaussian,
-    "laplace": _laplace,
-}
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihoods.
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def read_data(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 is read as x / 255, bool as 0 and 1."""
-    return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
+def read_data(x: Tensor, dtype: torch.dtype, domain: Domain = "reals") -> Tensor:
+    """x in the compute type: bool is read as 0 and 1, uint8 as x / 255 unless x are counts."""
+    return x.to(dtype) / 255 if x.dtype == torch.uint8 and domain != "counts" else x.to(dtype)
 
 
 def _sum_from(t: Tensor, dim: int) -> Tensor:
@@ -78,8 +132,8 @@ def log_prob(
 
     recon [K?, B, *event], x [B, *event]; second and third, where there are any: the shape of recon, [*event] or 0-d.
     """
-    dtype = compute_dtype(recon)
-    recon, x = recon.to(dtype), read_data(x, dtype)
+    dtype, row = compute_dtype(recon), likelihoods.get(likelihood)
+    recon, x = recon.to(dtype), read_data(x, dtype, row.domain)
     others = [t.to(dtype) for t in (second, third) if t is not None]
     weight = None
     if mask is not None:
@@ -89,11 +143,13 @@ def log_prob(
         x = torch.where(keep, x, 0.5)
         recon = torch.where(keep, recon, 0.5)
         others = [torch.where(keep, t, 0.0) for t in others]
-    terms = LIKELIHOODS[likelihood](x.expand(recon.shape), recon, *others)
+    terms = row.log_prob(x.expand(recon.shape), recon, *others)
     if weight is not None:
         terms = terms * weight
     return _sum_from(terms, recon.dim() - x.dim() + 1)
 
+
+log_prob_backward = _backward(log_prob, ("recon", "x", "second", "third"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Latent: KL, noise, reparameterized samples.
@@ -144,6 +200,9 @@ def gaussian_kl(
     return _sum_from(terms, 1)
 
 
+gaussian_kl_backward = _backward(gaussian_kl, ("mu", "logvar", "prior_mu", "prior_logvar"))
+
+
 def philox(seed: Tensor, count: int, offset: int = 0) -> Tensor:
     """Philox 4x32-10 (Salmon et al. 2011) of counters offset .. offset + count - 1 -> int64 [count, 4] in [0, 2^32)."""
     low = 0xFFFFFFFF
@@ -157,24 +216,46 @@ def philox(seed: Tensor, count: int, offset: int = 0) -> Tensor:
     return torch.stack([c0, c1, c2, c3], 1)
 
 
+@cache
+def noise_dtype(device: torch.device) -> torch.dtype:
+    """The type in which `normal` computes: float64, or float32 on a device that has no float64."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return torch.float64
+    try:
+        torch.ones((), dtype=torch.float64, device=device).log()
+    except (RuntimeError, TypeError):
+        return torch.float32
+    return torch.float64
+
+
 def normal(seed: Tensor, shape: tuple[int, ...], offset: int = 0) -> Tensor:
-    """Standard normal noise as a pure function of (seed, linear index + offset), in float64: Box-Muller on Philox.
+    """Standard normal noise, a pure function of (seed, linear index + offset): Box-Muller on Philox, in `noise_dtype`.
 
     Element e takes number e mod 4 of counter e // 4; the words (a, b) of a pair give r cos t and r sin t with
-    r = sqrt(-2 log((a + 1/2) 2^-32)), t = 2 pi b 2^-32.
+    r = sqrt(-2 log u), u = (a + 1/2) 2^-32, and t = 2 pi b 2^-32.
     """
-    count = math.prod(shape)
+    count, dtype = math.prod(shape), noise_dtype(seed.device)
     first, last = offset // 4, (offset + count + 3) // 4
-    words = philox(seed, last - first, first).to(torch.float64)
-    # u near 1 is reached from its complement, which float64 holds exactly
-    r = torch.sqrt(-2 * torch.log1p(-((2.0**32 - 0.5) - words[:, 0::2]) * 2.0**-32))
-    t = words[:, 1::2] * (2 * math.pi * 2.0**-32)
+    words = philox(seed, last - first, first)
+    a, b = words[:, 0::2], words[:, 1::2]
+    # u, or where it is above 1/2 its complement 1 - u, which float32 too holds without a loss of digits
+    upper = a >= 1 << 31
+    v = (torch.where(upper, 0xFFFFFFFF - a, a).to(dtype) + 0.5) * 2.0**-32
+    r = torch.sqrt(-2 * torch.where(upper, torch.log1p(-v), torch.log(v)))
+    # t is a number of half turns, each of which is a change of sign, and a rest of at most a quarter turn
+    half_turns = (b + (1 << 30)) >> 31
+    r = torch.where(half_turns == 1, -r, r)
+    t = (b - (half_turns << 31)).to(dtype) * (2 * math.pi * 2.0**-32)
     noise = torch.stack([r * torch.cos(t), r * torch.sin(t)], 2).flatten()
     return noise[offset - 4 * first :][:count].reshape(shape)
 
 
 class _Gated(torch.autograd.Function):
-    """The identity on z and log_ratio, with the output `gates`: zeros [2, K, B] (see csrc/math/estimator.h)."""
+    """The identity on z and log_ratio, with one more output, `gates`: zeros [2, K, B].
+
+    The gradient that comes back for `gates` are two factors of each sample: by how much the path and the score gradient
+    of an estimator differ from those in the total gradient (csrc/math/estimator.h).
+    """
 
     generate_vmap_rule = True
 
@@ -192,7 +273,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_log_ratio: Tensor | None, gates: Tensor | None) -> Any:  # type: ignore[override]
-        """The gates say by how much the path derivative and the score differ from those of the total derivative."""
+        """The path gradient times 1 + gates[0], the score gradient times 1 + gates[1]."""
         if gates is None:
             return grad_z, grad_log_ratio, None, None, None, None
         z, mu, logvar, prior_mu, prior_logvar = ctx.saved_tensors
@@ -243,6 +324,8 @@ def rsample(
     return z.to(mu.dtype), gaussian_kl(mu, logvar, prior_mu, prior_logvar), log_ratio, gates
 
 
+rsample_backward = _backward(rsample, ("mu", "logvar", "prior_mu", "prior_logvar", "eps"), upstream=4)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Objectives.
 
@@ -255,6 +338,9 @@ def log_mean_exp(log_w: Tensor, dim: int = 0) -> Tensor:
     safe = torch.where(empty, 0.0, log_w)
     total = torch.logsumexp(safe, dim, keepdim=True) - math.log(log_w.shape[dim])
     return torch.where(empty, -torch.inf, total).squeeze(dim)
+
+
+log_mean_exp_backward = _backward(log_mean_exp, ("log_w",))
 
 
 def reduce(loss: Tensor, reduction: str) -> Tensor:
@@ -284,6 +370,14 @@ def elbo_loss(
     fit = log_likelihood.mean(0) if recon.dim() > x.dim() else log_likelihood
     weight = beta if beta_tensor is None else beta_tensor.to(penalty.dtype)
     return reduce(weight * penalty - fit, reduction), log_likelihood, kl
+
+
+elbo_loss_forward = _with_gradients(elbo_loss, ("recon", "mu", "logvar", "prior_mu", "prior_logvar", "second", "third"))
+
+
+def scale_(t: Tensor, factor: Tensor) -> None:
+    """t times a factor, in place."""
+    t.mul_(factor)
 
 
 def _temper(log_w: Tensor, alpha: float, groups: int) -> Tensor:
@@ -359,11 +453,14 @@ def multi_sample_loss(
     return loss, log_likelihood
 
 
+multi_sample_loss_forward = _with_gradients(multi_sample_loss, ("recon", "log_ratio", "gates", "second", "third"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Probabilistic PCA.
 
 
-def ppca_factor(W: Tensor, log_sigma2: Tensor) -> tuple[Tensor, Tensor]:
+def ppca_qr(W: Tensor, log_sigma2: Tensor) -> tuple[Tensor, Tensor]:
     """Q [D, M] and R [M, M], upper, of [W; sigma I] = [Q; sigma R^-1] R: R'R = W'W + s2 I.
 
     A Cholesky factor of W'W + s2 I is the same but for signs, and loses twice the digits where that is ill-conditioned.
@@ -382,7 +479,7 @@ def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor
     dtype = compute_dtype(W)
     W, log_s2 = W.to(dtype), log_sigma2.to(dtype)
     D, M = W.shape
-    Q, R = ppca_factor(W, log_s2)
+    Q, R = ppca_qr(W, log_s2)
     r = read_data(x, dtype) - b.to(dtype)
     p = r @ Q
     m: Tensor = torch.linalg.solve_triangular(R, p.mT, upper=True).mT
@@ -392,37 +489,65 @@ def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor
     return log_p
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Derivatives of the backward ops. When autograd is asked for a graph of the gradient (`create_graph=True`), the ops'
-# backward is this vector-Jacobian product of the twin, built from differentiable operations.
+ppca_log_prob_backward = _backward(ppca_log_prob, ("x", "W", "b", "log_sigma2"))
 
 
-def vjp(
-    function: Callable[..., Any], inputs: list[Tensor | None], grads: list[Tensor | None], needs: list[bool]
-) -> list[Tensor | None]:
-    """Gradients of sum_i <grads_i, function(*inputs)_i> for the inputs that need one, as a differentiable graph.
+def _gram_schmidt(W: Tensor) -> tuple[Tensor, Tensor]:
+    """W [n, m] = Q R. Columns of Q are orthonormal, or 0 where one of W depends on those before it; R is upper, and no
+    number on its diagonal is negative."""
+    Q, R = torch.zeros_like(W), W.new_zeros(W.shape[1], W.shape[1])
+    for j, w in enumerate(W.unbind(1)):
+        for _ in range(3):  # once more than enough in exact arithmetic, so that rounding errors are orthogonal too
+            part = Q.mT @ w
+            w = w - Q @ part
+            R[:, j] += part
+        norm = w.norm()
+        dependent = norm <= 8 * torch.finfo(W.dtype).eps * W[:, j].norm()
+        Q[:, j] = torch.where(dependent, 0.0, w / norm)
+        R[j, j] = torch.where(dependent, 0.0, norm)
+    return Q, R
 
-    Every input is made a new node of the graph first: two inputs may be the same tensor, or depend on each other.
-    """
 
-    def node(t: Tensor | None, need: bool) -> Tensor | None:
-        if t is None or not (need or t.requires_grad):
-            return t
-        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+def ppca_factor(W: Tensor, log_sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """basis [D, M], triangle and whiten [M, M], float64: W = basis triangle with an orthonormal basis, and
+    whiten' (triangle triangle' + s2 I) whiten = I."""
+    basis, triangle = _gram_schmidt(W.double())
+    sigma = torch.exp(0.5 * log_sigma2.double())
+    eye = torch.eye(W.shape[1], dtype=triangle.dtype, device=W.device)
+    _, R = _gram_schmidt(torch.cat([triangle.mT, sigma * eye]))
+    return basis, triangle, torch.linalg.solve_triangular(R, eye, upper=True)
 
-    with torch.enable_grad():
-        nodes = [node(t, need) for t, need in zip(inputs, needs, strict=True)]
-        outputs = function(*nodes)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-        wanted = [n for n, need in zip(nodes, needs, strict=True) if need and n is not None]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g.to(o.dtype) for o, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    results = iter(found)
-    return [next(results) if need and n is not None else None for n, need in zip(nodes, needs, strict=True)]
+
+def _residual(x: Tensor, b: Tensor, basis: Tensor, coords: Tensor) -> Tensor:
+    return read_data(x, torch.float64) - b.double() - coords @ basis.mT
+
+
+def ppca_project(x: Tensor, basis: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(x - b) basis [N, M] and |x - b|^2 [N], float64; the basis may be any matrix."""
+    r = read_data(x, torch.float64) - b.double()
+    return r @ basis, r.square().sum(1)
+
+
+def ppca_rest(x: Tensor, basis: Tensor, b: Tensor, coords: Tensor, square: Tensor) -> Tensor:
+    """|x - b - basis coords|^2 [N], float64, of the `coords` and `square` that `ppca_project` gave."""
+    return _residual(x, b, basis, coords).square().sum(1)
+
+
+def ppca_residual(
+    x: Tensor, basis: Tensor, b: Tensor, coords: Tensor, mean: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """With e = weight (x - b - basis coords), those that are needed: e [N, D], sum_n e mean' [D, M], sum_n e [D]."""
+    e, dtype = weight[:, None] * _residual(x, b, basis, coords), compute_dtype(b)
+    found = (e, e.mT @ mean, e.sum(0))
+    residual, cross, total = (t.to(dtype) if need else None for t, need in zip(found, needs, strict=True))
+    return residual, cross, total
+
+
+def ppca_log_prob_forward(
+    x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log p(x) [N], and coords, rest, basis, triangle and whiten, which its backward reads."""
+    basis, triangle, whiten = ppca_factor(W, log_sigma2)
+    coords, square = ppca_project(x, basis, b)
+    rest = ppca_rest(x, basis, b, coords, square)
+    return ppca_log_prob(x, W, b, log_sigma2), coords, rest, basis, triangle, whiten

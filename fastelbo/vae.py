@@ -1,6 +1,6 @@
 """The variational autoencoder: any encoder and decoder around `rsample` and the losses."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Generator, Tensor, nn
@@ -8,8 +8,18 @@ from torch import Generator, Tensor, nn
 from fastelbo import likelihoods, reference
 from fastelbo.arguments import checked
 from fastelbo.estimators import ESTIMATORS
-from fastelbo.functional import Posterior, Recon, elbo_loss, multi_sample_loss, rsample
-from fastelbo.marginal import LogMeanExp, MarginalEstimate, log_weights, progress
+from fastelbo.functional import (
+    LossParts,
+    Posterior,
+    Recon,
+    elbo_loss,
+    likelihood_mean,
+    likelihood_sample,
+    multi_sample_loss,
+    rsample,
+)
+from fastelbo.marginal import LogMeanExp, MarginalEstimate, log_weights
+from fastelbo.progress import progress
 
 # Every objective with the options that it reads; the others must keep their defaults.
 # "elbo" is the one with the KL in closed form; the others are the estimators of `multi_sample_loss`.
@@ -25,16 +35,40 @@ class VAEOutput(NamedTuple):
     posterior: Posterior
 
 
-def _check_options(objective: str, **options: Any) -> None:
+class VAEOptions(TypedDict, total=False):
+    """Options of `VAE.loss`."""
+
+    objective: str
+    num_samples: int
+    beta: float | Tensor | None
+    free_bits: float
+    alpha: float
+    groups: int
+    reduction: str
+    seed: int | Tensor | None
+    generator: Generator | None
+    eps: Tensor | None
+
+
+def check_objective(
+    objective: str, *, beta: float | Tensor | None, free_bits: float, alpha: float, groups: int
+) -> None:
+    """Check the name of an objective, and that it reads every option whose value is not the default.
+
+    Raises:
+        ValueError: an unknown name, or an option without effect.
+        TypeError: a tensor beta where the objective takes a float.
+    """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}")
+    options = {"beta": beta, "free_bits": free_bits, "alpha": alpha, "groups": groups}
     for name, value in options.items():
         # a tensor is never compared with the default: on a GPU that would synchronize
-        given = isinstance(value, Tensor) or value != _DEFAULTS[name]
-        if given and name not in OBJECTIVES[objective]:
-            raise ValueError(f"{name} has no effect with objective={objective!r}: leave it out; got {value!r}")
-    if objective != "elbo" and isinstance(options["beta"], Tensor):
-        raise TypeError(f"beta must be a float with objective={objective!r}; got a tensor")
+        changed = isinstance(value, Tensor) or value != _DEFAULTS[name]
+        if changed and name not in OBJECTIVES[objective]:
+            raise ValueError(f"{name} has no effect with objective {objective!r}: leave it out; got {value!r}")
+    if objective != "elbo" and isinstance(beta, Tensor):
+        raise TypeError(f"beta must be a float with objective {objective!r}; got a tensor")
 
 
 def draws(objective: str, num_samples: int) -> int | None:
@@ -52,16 +86,36 @@ def objective_loss(
     free_bits: float = 0.0,
     alpha: float = 0.0,
     groups: int = 1,
-    **options: Any,
-) -> Any:
+    likelihood: str = "bernoulli",
+    reduction: str = "mean",
+) -> LossParts:
     """The loss of an objective by its name, on what `VAE.forward` returned; the arguments are those of `VAE.loss`."""
-    _check_options(objective, beta=beta, free_bits=free_bits, alpha=alpha, groups=groups)
+    check_objective(objective, beta=beta, free_bits=free_bits, alpha=alpha, groups=groups)
     if objective == "elbo":
-        beta = 1.0 if beta is None else beta
-        return elbo_loss(recon, x, posterior.mu, posterior.logvar, beta=beta, free_bits=free_bits, **options)
-    if beta is not None:
-        options["beta"] = beta
-    return multi_sample_loss(recon, x, posterior, estimator=objective, alpha=alpha, groups=groups, **options)
+        return elbo_loss(
+            recon,
+            x,
+            posterior.mu,
+            posterior.logvar,
+            likelihood=likelihood,
+            beta=1.0 if beta is None else beta,
+            free_bits=free_bits,
+            reduction=reduction,
+            return_parts=True,
+        )
+    assert not isinstance(beta, Tensor)
+    return multi_sample_loss(
+        recon,
+        x,
+        posterior,
+        likelihood=likelihood,
+        estimator=objective,
+        alpha=alpha,
+        beta=0.5 if beta is None else beta,
+        groups=groups,
+        reduction=reduction,
+        return_parts=True,
+    )
 
 
 class VAE(nn.Module):
@@ -72,8 +126,8 @@ class VAE(nn.Module):
         decoder: a module z [B, *latent] -> recon [B, *event], or a pair (mean, logvar) whose second tensor broadcasts
             to the first: [B, *event], [*event], or 0-d for one learned variance.
         likelihood: "bernoulli", "bernoulli_probs", "gaussian" or "laplace"; what recon means is in `fastelbo.log_prob`.
-        latent_shape: the shape of one latent, without B. Taken from the latest `encode` where it is not given, so that
-            only `decode` and `sample` before any `encode` need it.
+        latent_shape: the shape of one latent, without B. None: taken from the latest `encode`, so that only
+            `decode` and `sample` before any `encode` need it.
 
     Raises:
         ValueError: an unknown likelihood.
@@ -120,7 +174,7 @@ class VAE(nn.Module):
         Reference: Kingma & Welling 2014, sec. 2.4.
         """
         if not x.is_floating_point():
-            x = reference.read_data(x, self._like().dtype)
+            x = reference.read_data(x, self._like().dtype, likelihoods.get(self.likelihood).domain)
         out = self.encoder(x)
         if isinstance(out, Tensor):
             if out.dim() < 2 or out.shape[1] % 2:
@@ -175,6 +229,18 @@ class VAE(nn.Module):
             first = first.unflatten(0, z.shape[:2])
         return first if second is None else (first, second)
 
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            x: Tensor,
+            num_samples: int | None = None,
+            *,
+            seed: int | Tensor | None = None,
+            generator: Generator | None = None,
+            eps: Tensor | None = None,
+        ) -> VAEOutput: ...
+
     def forward(
         self,
         x: Tensor,
@@ -215,7 +281,7 @@ class VAE(nn.Module):
         Raises:
             ValueError, TypeError: as in `encode` and `decode`.
         """
-        return likelihoods.mean(self.decode(self.encode(x)[0]), self.likelihood)
+        return likelihood_mean(self.decode(self.encode(x)[0]), self.likelihood)
 
     @torch.no_grad()
     @checked
@@ -237,8 +303,17 @@ class VAE(nn.Module):
         z = torch.randn(n, *self._latent_shape(), dtype=like.dtype, device=like.device, generator=generator)
         recon = self.decode(z)
         if mean:
-            return likelihoods.mean(recon, self.likelihood)
-        return likelihoods.sample(recon, self.likelihood, generator=generator)
+            return likelihood_mean(recon, self.likelihood)
+        return likelihood_sample(recon, self.likelihood, generator=generator)
+
+    @overload
+    def loss(self, x: Tensor, *, return_parts: Literal[False] = False, **options: Unpack[VAEOptions]) -> Tensor: ...
+
+    @overload
+    def loss(self, x: Tensor, *, return_parts: Literal[True], **options: Unpack[VAEOptions]) -> LossParts: ...
+
+    @overload
+    def loss(self, x: Tensor, *, return_parts: bool, **options: Unpack[VAEOptions]) -> Tensor | LossParts: ...
 
     @checked
     def loss(
@@ -256,7 +331,7 @@ class VAE(nn.Module):
         seed: int | Tensor | None = None,
         generator: Generator | None = None,
         eps: Tensor | None = None,
-    ) -> Any:
+    ) -> Tensor | LossParts:
         """Minus a lower bound on log p(x), to be minimized; never averaged over D.
 
         "elbo": -mean_k log p(x | z_k) + beta KL(q(z | x) || N(0, I)), the KL in closed form.
@@ -266,7 +341,7 @@ class VAE(nn.Module):
             x: [B, *event]; floating, uint8 (the loss reads x / 255) or bool.
             objective: a name above.
             num_samples: K. "elbo" draws a single sample without the K dimension.
-            beta: of "elbo", the weight of the KL (1 if None); of "ciwae", the share of the ELBO (0.5 if None).
+            beta: of "elbo", the weight of the KL (1 if None); of "ciwae", the weight of the ELBO (0.5 if None).
             free_bits: of "elbo", the floor in nats of every dimension's KL.
             alpha, groups: of "vr" and of "miwae".
             reduction: "mean" (over B), "sum" or "none".
@@ -284,9 +359,9 @@ class VAE(nn.Module):
 
         Reference: Kingma & Welling 2014, eq. 10; those of `fastelbo.multi_sample_loss`.
         """
-        _check_options(objective, beta=beta, free_bits=free_bits, alpha=alpha, groups=groups)
+        check_objective(objective, beta=beta, free_bits=free_bits, alpha=alpha, groups=groups)
         recon, posterior = self(x, draws(objective, num_samples), seed=seed, generator=generator, eps=eps)
-        return objective_loss(
+        parts = objective_loss(
             objective,
             recon,
             x,
@@ -297,8 +372,8 @@ class VAE(nn.Module):
             groups=groups,
             likelihood=self.likelihood,
             reduction=reduction,
-            return_parts=return_parts,
         )
+        return parts if return_parts else parts.loss
 
     def log_marginal(
         self,
@@ -334,7 +409,9 @@ class VAE(nn.Module):
         Reference: Burda et al. 2016, eq. 8.
         """
         total = LogMeanExp()
-        options = {"chunk_size": chunk_size, "proposal": proposal, "seed": seed, "generator": generator}
-        for log_w in progress(log_weights(self, x, num_samples, **options), num_samples, "log p(x)"):  # type: ignore[arg-type]
+        chunks = log_weights(
+            self, x, num_samples, chunk_size=chunk_size, proposal=proposal, seed=seed, generator=generator
+        )
+        for log_w in progress(chunks, "log p(x)", "sample", num_samples, len):
             total.update(log_w)
         return total.result()

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastelbo import PPCA, cli, plots, training
-from fastelbo.data import load
-from fastelbo.ppca_run import METRICS as METRICS_OF_PPCA
-from fastelbo.training import LATENT_METRICS, METRICS, Config, Trainer
+from fastelbo import PPCA
+from fastelbo.commands import cli, evaluate, pictures, train
+from fastelbo.commands.data import load
+from fastelbo.commands.ppca import METRICS as METRICS_OF_PPCA
+from fastelbo.commands.train import LATENT_METRICS, METRICS, Config, Trainer
 
 TIMES = {"ms_per_step", "loss_share"}
 PICTURES = ("curves", "reconstructions", "prior_samples", "latent_plane", "kl_per_dimension")
@@ -44,9 +45,9 @@ def run(config: Config, out: Path, *, resume: bool = False, stop_after: int | No
         if row["epoch"] == stop_after:
             raise KeyboardInterrupt
 
-    trainer = training.prepare(config, out, resume=resume)
+    trainer = train.prepare(config, out, resume=resume)
     try:
-        training.fit(trainer, out, stop)
+        train.fit(trainer, out, stop)
     except KeyboardInterrupt:
         assert stop_after is not None
     return trainer
@@ -84,7 +85,7 @@ def test_held_out_figures_are_datum_weighted(monkeypatch):
         noise = trainer._noise(x, torch.Generator().manual_seed(0))
         kl = trainer.model.loss(x, return_parts=True, **noise).kl.double().mean()
     assert whole["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 179)  # 180 held-out digits: a mean of means would be far off
+    monkeypatch.setattr(evaluate, "BATCH", 179)  # 180 held-out digits: a mean of means would be far off
     assert trainer.evaluate()["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
 
 
@@ -152,7 +153,7 @@ def test_collapse_is_named_with_its_epoch(tmp_path, capsys):
     assert cli.main([*arguments, "--beta", "100", "--beta-warmup", "4", "--lr", "0.01", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     history = rows(tmp_path)
-    since = training.collapses(history)
+    since = train.collapses(history)
     assert set(since) == {0, 1, 2} and history[-1]["active_units"] == 0
     named = [line for line in lines if "posterior collapse" in line]
     assert named and named[-1].startswith("at the end: ") and f"since epoch {max(since.values())}" in named[-1]
@@ -166,8 +167,8 @@ def test_collapses_follow_the_history():
         return {"epoch": epoch, **{f"mu_variance_{j}": v for j, v in enumerate(variances)}}
 
     history = [row(1, 0.001, 1.0, 1.0), row(2, 0.5, 0.009, 1.0), row(3, 0.5, 0.0, 0.01), row(4, 0.5, 0.0, 0.0)]
-    assert training.collapses(history) == {1: 2, 2: 3}
-    assert training.collapses(history[:1]) == {0: 1} and training.collapses([]) == {}
+    assert train.collapses(history) == {1: 2, 2: 3}
+    assert train.collapses(history[:1]) == {0: 1} and train.collapses([]) == {}
 
 
 def test_evaluate(tmp_path, capsys):
@@ -181,7 +182,7 @@ def test_evaluate(tmp_path, capsys):
     assert outputs[0] == outputs[1], "neither the folder nor the chunks make a difference"
     lines = {line[:17].strip(): line[17:].split() for line in outputs[0].splitlines()[1:]}
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    trainer = training.prepare(Config(**state["config"]), tmp_path, resume=True)
+    trainer = train.prepare(Config(**state["config"]), tmp_path, resume=True)
     x = trainer.data.held_out
     expected = trainer.model.log_marginal(x, 2000, seed=1)
     log_p, elbo = float(lines["log p(x)"][0]), float(lines["ELBO"][0])
@@ -254,7 +255,7 @@ def test_bad_arguments_end_in_one_line(tmp_path, capsys, arguments, message):
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_options(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plots, "save_all", lambda *_: [])
+    monkeypatch.setattr(pictures, "save_all", lambda *_: [])
     arguments = ["train", "--hidden", "16", "--epochs", "1", "--out", str(tmp_path)]
     assert cli.main(arguments) == 0
     for extra, message in (([], "already holds a run"), (["--resume", "--lr", "0.1"], "changed: lr 0.002 -> 0.1")):

@@ -20,8 +20,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastelbo import cli, data, files, plots, training
-from fastelbo.training import Config
+from fastelbo.commands import cli, data, files, pictures, train
+from fastelbo.commands.train import Config
 
 SMALL = ["--hidden", "8", "--latent-dim", "2"]
 FUZZ = settings(
@@ -36,7 +36,7 @@ FUZZ = settings(
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """They take most of the time of a small run."""
-    monkeypatch.setattr(plots, "save_all", lambda *_: [])
+    monkeypatch.setattr(pictures, "save_all", lambda *_: [])
 
 
 def array(n: int = 40, d: int = 5, seed: int = 0) -> np.ndarray:
@@ -54,7 +54,7 @@ def refused(capsys, *arguments: object) -> str:
 
 def child(arguments: list[object], before: str = "", **options) -> subprocess.Popen:
     """The command as a process of its own, after some lines of Python."""
-    program = f"import sys\n{before}\nfrom fastelbo.cli import main\nsys.exit(main(sys.argv[1:]))"
+    program = f"import sys\n{before}\nfrom fastelbo.commands.cli import main\nsys.exit(main(sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -144,8 +144,8 @@ def test_an_interrupted_run_without_a_checkpoint_does_not_advise_to_resume(tmp_p
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.Trainer, "run_epoch", stop)
-    monkeypatch.setattr("fastelbo.ppca_run.PPCA.fit", stop)
+    monkeypatch.setattr(train.Trainer, "run_epoch", stop)
+    monkeypatch.setattr("fastelbo.commands.ppca.PPCA.fit", stop)
     assert cli.main(["train", "--model", model, "--out", str(tmp_path / "run")]) == 130
     error = capsys.readouterr().err
     assert (
@@ -211,7 +211,7 @@ def test_a_picture_that_cannot_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(OSError, match=r"a\.png"):
-        plots._save(Figure(), tmp_path / "a.png")
+        pictures._save(Figure(), tmp_path / "a.png")
     assert not names(tmp_path)
 
 
@@ -325,7 +325,7 @@ def test_a_checkpoint_does_not_grow_with_the_history(tmp_path):
         sizes.append((tmp_path / "checkpoint.pt").stat().st_size)
 
     config = Config(hidden=8, latent_dim=2, epochs=20, batch_size=1617)
-    training.fit(training.prepare(config, tmp_path), tmp_path, note)
+    train.fit(train.prepare(config, tmp_path), tmp_path, note)
     assert len(sizes) == 20 and max(sizes) == min(sizes)
 
 
@@ -556,7 +556,7 @@ def test_mutated_npy_in_a_sound_npz(tmp_path, changes):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> bytes:
     out = tmp_path_factory.mktemp("run")
-    training.fit(training.prepare(Config(hidden=8, latent_dim=2, epochs=1), out), out)
+    train.fit(train.prepare(Config(hidden=8, latent_dim=2, epochs=1), out), out)
     return (out / "checkpoint.pt").read_bytes()
 
 

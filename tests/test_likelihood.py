@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import fastelbo
-from fastelbo import reference
+from fastelbo import likelihoods
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=LIKELIHOOD_IDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -29,7 +29,7 @@ def log_prob(name: str):
 
 def test_every_compiled_likelihood_has_a_twin_and_a_row():
     names = set(fastelbo.build_info()["likelihoods"])
-    assert names == set(reference.LIKELIHOODS), "compiled likelihoods and reference.LIKELIHOODS differ"
+    assert names == set(likelihoods.LIKELIHOODS), "compiled likelihoods and likelihoods.LIKELIHOODS differ"
     assert names == set(ROWS), "compiled likelihoods and the rows of tests/cases.py differ"
 
 

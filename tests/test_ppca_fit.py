@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastelbo
-from fastelbo import PPCA, ppca_fit
+from fastelbo import PPCA
+from fastelbo.ppca import fit
 
 F64 = torch.float64
 
@@ -194,7 +195,7 @@ def test_em_says_when_it_did_not_converge():
 def test_a_fall_of_the_likelihood_ends_em_at_the_best_step(monkeypatch):
     x = data(50, 6, 2)
     steps = [(value, (x[i : i + 1].T, x[i], x[i, 0])) for i, value in enumerate((-9.0, -7.0, -8.0, -3.0))]
-    monkeypatch.setattr(ppca_fit, "_complete", lambda *_: iter(steps))
+    monkeypatch.setattr(fit, "_complete", lambda *_: iter(steps))
     m = PPCA(1).fit(x, "em")
     assert m.fit_report.log_likelihood == (-9.0, -7.0) and not m.fit_report.converged
     assert torch.equal(m.b, x[1])

@@ -21,7 +21,7 @@ class Diagnostics(NamedTuple):
     kl: Tensor  # [*latent]: mean KL of every latent dimension, nats
     mu_variance: Tensor  # [*latent]: variance of mu over the data
     active_units: Tensor  # 0-d int64: dimensions whose mu varies by more than ACTIVE_VARIANCE
-    ess: Tensor  # 0-d: mean effective sample size of the K samples; NaN where no weights were given
+    ess: Tensor  # 0-d: mean effective sample size of the K samples; NaN where no log weights came with the data
 
     @property
     def collapsed(self) -> Tensor:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import fastelbo
-from fastelbo import data, files, ppca_run, training
-from fastelbo import options as numbers
-from fastelbo.data import BUILT_IN
-from fastelbo.latents import ACTIVE_VARIANCE
+from fastelbo.commands import data, evaluate, files, options, ppca, train
+from fastelbo.commands.data import BUILT_IN
+from fastelbo.commands.ppca import PPCAConfig
+from fastelbo.commands.train import IMPLS, Config, Metrics
+from fastelbo.diagnostics import ACTIVE_VARIANCE
 from fastelbo.likelihoods import LIKELIHOODS
-from fastelbo.ppca import METHODS, PPCA
-from fastelbo.ppca_run import PPCAConfig
-from fastelbo.training import IMPLS, Config, Metrics
+from fastelbo.ppca import PPCA
+from fastelbo.ppca.model import METHODS
 from fastelbo.vae import OBJECTIVES
 
 MODELS = ("vae", "ppca")
@@ -36,12 +36,12 @@ def _parser() -> _Parser:
     parser = _Parser("fastelbo", description="Fused losses for latent-variable models.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,info}")
     commands.add_parser("info", help="print what was built, for bug reports")
-    train = commands.add_parser(
+    training = commands.add_parser(
         "train",
         help="train a small VAE, or fit a PPCA, with pictures",
         description="Train a small dense VAE, or fit probabilistic PCA. Writes metrics.csv, checkpoint.pt and "
         "pictures. --model ppca takes --data, --latent-dim, --method, --seed and --out alone.",
-        argument_default=argparse.SUPPRESS,  # a resumed run must tell the options that were given
+        argument_default=argparse.SUPPRESS,  # a resumed run must tell which options were set
         allow_abbrev=False,
     )
     defaults = Config()
@@ -49,39 +49,43 @@ def _parser() -> _Parser:
     def option(flag: str, dest: str, text: str, **settings: Any) -> None:
         default = getattr(defaults, dest)
         text = text if default is None else f"{text} (default: {default})"
-        train.add_argument(flag, dest=dest, help=text, **settings)
+        training.add_argument(flag, dest=dest, help=text, **settings)
 
-    train.add_argument("--model", choices=MODELS, default="vae", help="default: vae")
+    training.add_argument("--model", choices=MODELS, default="vae", help="default: vae")
     option("--data", "data", f"{', '.join(BUILT_IN)}, or an .npy or .npz file of arrays [N, ...]", metavar="DATA")
     option("--objective", "objective", "what is maximized", choices=OBJECTIVES)
     option("--samples", "num_samples", "K, samples per datum", type=int, metavar="K")
-    option("--beta", "beta", "elbo: weight of the KL (1); ciwae: share of the ELBO (0.5)", type=float, metavar="BETA")
+    option("--beta", "beta", "elbo: weight of the KL (1); ciwae: weight of the ELBO (0.5)", type=float, metavar="BETA")
     option("--beta-warmup", "beta_warmup", "epochs in which the KL's weight rises from 0", type=int, metavar="N")
     option("--free-bits", "free_bits", "floor in nats of every latent dimension's KL", type=float, metavar="NATS")
     option("--alpha", "alpha", "of objective vr", type=float, metavar="ALPHA")
     option("--groups", "groups", "of objective miwae: groups of K / N samples", type=int, metavar="N")
-    option("--likelihood", "likelihood", "p(x | z); the data decide where it is not given", choices=LIKELIHOODS)
+    option("--likelihood", "likelihood", "p(x | z); by default the data decide", choices=LIKELIHOODS)
     option("--latent-dim", "latent_dim", "M, latent dimensions", type=int, metavar="M")
     option("--hidden", "hidden", "width of the hidden layers", type=int, metavar="N")
     option("--epochs", "epochs", "passes over the training data", type=int, metavar="N")
     option("--batch-size", "batch_size", "B, data per step", type=int, metavar="B")
     option("--lr", "lr", "Adam's step size", type=float, metavar="LR")
-    train.add_argument("--method", choices=METHODS, help="of ppca: the closed form (default), or EM")
+    training.add_argument("--method", choices=METHODS, help="of ppca: the closed form (default), or EM")
     option("--seed", "seed", "of weights, batches and noise", type=int, metavar="SEED")
     option("--impl", "impl", "the kernels, or plain PyTorch", choices=IMPLS)
-    train.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
-    train.add_argument("--resume", action="store_true", default=False, help="continue the run in DIR, with its options")
-    evaluate = commands.add_parser(
+    training.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
+    training.add_argument(
+        "--resume", action="store_true", default=False, help="continue the run in DIR, with its options"
+    )
+    evaluation = commands.add_parser(
         "evaluate",
         help="held-out log p(x) of a trained model",
         description="Estimate log p(x) of held-out data by importance sampling, beside the ELBO; of a PPCA, exactly.",
         allow_abbrev=False,
     )
-    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint.pt, or the folder of a run")
-    evaluate.add_argument("--data", metavar="DATA", help="as in train; the data of the run if not given")
-    evaluate.add_argument("--samples", type=int, default=5000, metavar="K", help="samples per datum (default: 5000)")
-    evaluate.add_argument("--chunk-size", type=int, metavar="K", help="at most so many samples in memory at a time")
-    evaluate.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the noise (default: 0)")
+    evaluation.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint.pt, or the folder of a run"
+    )
+    evaluation.add_argument("--data", metavar="DATA", help="as in train; by default the data of the run")
+    evaluation.add_argument("--samples", type=int, default=5000, metavar="K", help="samples per datum (default: 5000)")
+    evaluation.add_argument("--chunk-size", type=int, metavar="K", help="at most so many samples in memory at a time")
+    evaluation.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the noise (default: 0)")
     return parser
 
 
@@ -105,11 +109,11 @@ def _collapse(since: dict[int, int]) -> str:
 
 
 def _options(args: argparse.Namespace, config: type) -> dict[str, Any]:
-    """The arguments that were given and are fields of the config."""
-    options = {field.name: getattr(args, field.name) for field in fields(config) if field.name in args}
-    if "data" in options and options["data"] not in BUILT_IN:
-        options["data"] = str(Path(options["data"]).resolve())  # a run may be resumed from another folder
-    return options
+    """The arguments that were set and are fields of the config."""
+    found = {field.name: getattr(args, field.name) for field in fields(config) if field.name in args}
+    if "data" in found and found["data"] not in BUILT_IN:
+        found["data"] = str(Path(found["data"]).resolve())  # a run may be resumed from another folder
+    return found
 
 
 @contextmanager
@@ -130,7 +134,7 @@ def _interrupted(what: str) -> int:
 
 
 def _fit_ppca(args: argparse.Namespace) -> int:
-    from fastelbo import plots
+    from fastelbo.commands import pictures
 
     out: Path = args.out
     mine = {field.name for field in fields(PPCAConfig)} | {"out", "model", "command"}
@@ -138,7 +142,7 @@ def _fit_ppca(args: argparse.Namespace) -> int:
         foreign = [name for name, value in vars(args).items() if name not in mine and value is not False]
         if foreign or args.resume:
             raise ValueError(f"{', '.join(foreign) or 'resume'} has no effect with model 'ppca': leave it out")
-        run = ppca_run.Run(PPCAConfig(**_options(args, PPCAConfig)))
+        run = ppca.Run(PPCAConfig(**_options(args, PPCAConfig)))
         if (out / "checkpoint.pt").exists():
             raise FileExistsError(f"{out} already holds a run: write to another directory")
     try:
@@ -159,20 +163,20 @@ def _fit_ppca(args: argparse.Namespace) -> int:
         assert run.model is not None
         if len(run.rows) > 1:
             print(f"kept: {run.model.n_components} components, the lowest BIC")
-        pictures = plots.save_ppca(run.model, run.data, run.rows, out)
+        made = pictures.save_ppca(run.model, run.data, run.rows, out)
     except KeyboardInterrupt:
         if (out / "checkpoint.pt").exists():
             return _interrupted(f"the model is in {out}, its pictures are not all there")
         return _interrupted("no model was written")
-    print(f"in {out}: metrics.csv, checkpoint.pt, {', '.join(path.name for path in pictures)}")
+    print(f"in {out}: metrics.csv, checkpoint.pt, {', '.join(path.name for path in made)}")
     return 0
 
 
 def _fit_vae(args: argparse.Namespace) -> int:
-    from fastelbo import plots
+    from fastelbo.commands import pictures
 
     out: Path = args.out
-    options = _options(args, Config)
+    changes = _options(args, Config)
     with _refusing(args):
         if "method" in args:
             raise ValueError("method has no effect with model 'vae': leave it out")
@@ -183,7 +187,7 @@ def _fit_vae(args: argparse.Namespace) -> int:
                 raise ValueError(f"the run is one of model {saved['model_kind']!r}, which is not resumed")
             with files.reading(out / "checkpoint.pt", files.CHECKPOINT):
                 config = Config(**saved["config"])
-        trainer = training.prepare(replace(config, **options), out, resume=args.resume)
+        trainer = train.prepare(replace(config, **changes), out, resume=args.resume)
     config, dataset = trainer.config, trainer.data
     print(
         f"{config.data}: {len(dataset.train)} training and {len(dataset.held_out)} held-out data of shape "
@@ -191,28 +195,28 @@ def _fit_vae(args: argparse.Namespace) -> int:
     )
     if trainer.history:
         print(f"resumed after epoch {len(trainer.history)}")
-    collapsed = training.collapses(trainer.history)
+    collapsed = train.collapses(trainer.history)
 
     def report(row: Metrics) -> None:
         nonlocal collapsed
         print(_line(row, config), flush=True)
-        before, collapsed = collapsed, training.collapses([row], collapsed)
+        before, collapsed = collapsed, train.collapses([row], collapsed)
         if collapsed.keys() - before.keys():
             print(_collapse(collapsed), flush=True)
 
     try:
-        training.fit(trainer, out, report)
+        train.fit(trainer, out, report)
         if collapsed:
             print(f"at the end: {_collapse(collapsed)}")
-        pictures = plots.save_all(trainer.model, dataset, trainer.history, out)
-    except training.Diverged as error:
+        made = pictures.save_all(trainer.model, dataset, trainer.history, out)
+    except train.Diverged as error:
         print(f"fastelbo train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if (out / "checkpoint.pt").exists():
             return _interrupted(f"--resume --out {shlex.quote(str(out))} goes on after the last whole epoch")
         return _interrupted("no epoch was finished, so that there is nothing to resume")
-    print(f"in {out}: metrics.csv, checkpoint.pt, {', '.join(path.name for path in pictures)}")
+    print(f"in {out}: metrics.csv, checkpoint.pt, {', '.join(path.name for path in made)}")
     return 0
 
 
@@ -234,28 +238,28 @@ def _evaluate(args: argparse.Namespace) -> int:
         print("fastelbo evaluate needs numpy and sklearn: pip install fastelbo[train]", file=sys.stderr)
         return 2
     with _refusing(args):
-        numbers.check(num_samples=args.samples, chunk_size=args.chunk_size, seed=args.seed)
+        options.check(num_samples=args.samples, chunk_size=args.chunk_size, seed=args.seed)
         saved = files.read_checkpoint(args.checkpoint)
-        ppca = saved["model_kind"] == "ppca"
+        is_ppca = saved["model_kind"] == "ppca"
         with files.reading(args.checkpoint, files.CHECKPOINT):
             trained = str(saved["config"]["data"])
-            likelihood = None if ppca else str(saved["config"]["likelihood"])
-            event, epoch = tuple(saved["data"]["shape"][1:]), None if ppca else int(saved["epoch"])
-            model = ppca_run.model_of(saved) if ppca else training.model_of(saved)
+            likelihood = None if is_ppca else str(saved["config"]["likelihood"])
+            event, epoch = tuple(saved["data"]["shape"][1:]), None if is_ppca else int(saved["epoch"])
+            model = ppca.model_of(saved) if is_ppca else train.model_of(saved)
         name = trained if args.data is None else args.data
-        dataset = data.load(name, likelihood or "gaussian", missing=ppca)
+        dataset = data.load(name, likelihood or "gaussian", missing=is_ppca)
         if args.data is None:
             data.check_unchanged(name, dataset, saved["data"])
         if event != tuple(dataset.held_out.shape[1:]):
             raise ValueError(f"data must be of shape {event} as in training; got {tuple(dataset.held_out.shape[1:])}")
         if isinstance(model, PPCA):
-            mean, error = ppca_run.evaluate(model, dataset.held_out)
+            mean, error = ppca.evaluate(model, dataset.held_out)
             print(
                 f"{name}: {len(dataset.held_out)} held-out data, PPCA with {model.n_components} components; nats per "
                 f"datum\nlog p(x)         {mean:10.4f}  exactly; standard error {error:.4f} by the choice of data"
             )
             return 0
-        found = training.evaluate(model, dataset.held_out, args.samples, seed=args.seed, chunk_size=args.chunk_size)
+        found = evaluate.evaluate(model, dataset.held_out, args.samples, seed=args.seed, chunk_size=args.chunk_size)
     print(
         f"{name}: {len(dataset.held_out)} held-out data, "
         f"{args.samples} samples each, after epoch {epoch}; nats per datum\n"

@@ -13,7 +13,8 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-from fastelbo import files, likelihoods
+from fastelbo import likelihoods
+from fastelbo.commands import files
 
 PATCH = 8  # side of an image patch, in pixels
 HEADER = 1 << 16  # bytes; numpy refuses headers of more than 10000
@@ -138,7 +139,7 @@ def _check_range(x: Tensor, likelihood: str, missing: bool) -> None:
     if not x.isfinite().all():
         raise ValueError(f"data must be finite; {int((~x.isfinite()).sum())} of {x.numel()} values are not")
     low, high = float(x.min()), float(x.max())
-    if likelihoods.get(likelihood).unit_interval and (low < 0 or high > 1):
+    if likelihoods.get(likelihood).domain == "[0, 1]" and (low < 0 or high > 1):
         raise ValueError(
             f"data must lie in [0, 1] for likelihood {likelihood!r}; it goes from {low:.4g} to {high:.4g} "
             "(scale it, store it as uint8, or take likelihood 'gaussian')"
@@ -155,7 +156,7 @@ def load(
             the path of an .npy or .npz file: an array [N, *event], floating, uint8 (read as x / 255) or bool; of an
             .npz file the array x, and labels y where there are any.
         likelihood: "bernoulli" if None, but "gaussian" for patches and for floating data outside [0, 1].
-        held_out: the share of the data that is held out; at least one datum on either side.
+        held_out: the fraction of the data that is held out; at least one datum on either side.
         seed: of the split.
         missing: floating data may hold any value, NaN for missing cells too.
 

@@ -11,26 +11,34 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from fastelbo import data, files, likelihoods, options, reference
+from fastelbo import likelihoods, reference, reference_mode
+from fastelbo.arguments import one_of
+from fastelbo.commands import data, evaluate, files, options
+from fastelbo.diagnostics import ACTIVE_VARIANCE, DiagnosticsMeter
 from fastelbo.estimators import estimator
-from fastelbo.functional import LossParts, Posterior, Recon, reference_mode, rsample
-from fastelbo.latents import ACTIVE_VARIANCE, DiagnosticsMeter
-from fastelbo.marginal import LogMeanExp, MarginalEstimate, log_weights, progress
-from fastelbo.vae import OBJECTIVES, VAE, VAEOutput, draws, objective_loss
+from fastelbo.functional import LossParts, Posterior, Recon, rsample
+from fastelbo.progress import progress
+from fastelbo.vae import VAE, VAEOutput, check_objective, draws, objective_loss
 
 IMPLS = ("fused", "reference")
-EVALUATION_BATCH = 500
+_impl = one_of(IMPLS)
 FIGURES = ("bound", "elbo", "log_likelihood", "kl")  # nats per datum; bound is the objective's own, minus the loss
 METRICS = ("epoch", *(f"{split}_{f}" for split in ("train", "held_out") for f in FIGURES), "ms_per_step", "loss_share")
 LATENT_METRICS = ("active_units", "ess")  # held-out; then KL and variance of mu of every latent dimension
 
 Metrics = dict[str, float]  # one epoch: a row of metrics.csv
-Noise = dict[str, Any]  # rsample's seed= or eps=
+
+
+class Noise(TypedDict, total=False):
+    """rsample's option: the noise itself, or the seed that it is drawn from."""
+
+    seed: Tensor
+    eps: Tensor
 
 
 class Diverged(RuntimeError):
@@ -41,7 +49,7 @@ class Diverged(RuntimeError):
 class Config:
     """Everything that determines a run, besides the number of threads."""
 
-    data: str = "digits"  # see `fastelbo.data.load`
+    data: str = "digits"  # see `fastelbo.commands.data.load`
     objective: str = "elbo"
     num_samples: int = 1  # K
     beta: float | None = None  # see `VAE.loss`
@@ -60,12 +68,8 @@ class Config:
 
     def __post_init__(self) -> None:
         options.check(**asdict(self))
-        for name, valid in (("objective", OBJECTIVES), ("impl", IMPLS)):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} must be one of {', '.join(valid)}; got {getattr(self, name)!r}")
-        for option, default in (("beta", None), ("free_bits", 0.0), ("alpha", 0.0), ("groups", 1)):
-            if getattr(self, option) != default and option not in OBJECTIVES[self.objective]:
-                raise ValueError(f"{option} has no effect with objective {self.objective!r}: leave it out")
+        _impl("impl", self.impl)
+        check_objective(self.objective, beta=self.beta, free_bits=self.free_bits, alpha=self.alpha, groups=self.groups)
         if self.beta_warmup and self.objective != "elbo":
             raise ValueError(f"beta_warmup has no effect with objective {self.objective!r}: leave it out")
         if self.objective != "elbo":
@@ -95,7 +99,7 @@ def build_model(event: tuple[int, ...], latent_dim: int, hidden: int, likelihood
     decoder = nn.Sequential(*layers(latent_dim, size), nn.Unflatten(1, event))
     if likelihood == "bernoulli_probs":
         decoder.append(nn.Sigmoid())
-    elif likelihoods.get(likelihood).has_scale:
+    elif len(likelihoods.get(likelihood).parameters) > 1:
         decoder.append(LearnedScale())
     return VAE(encoder, decoder, likelihood, latent_shape=(latent_dim,))
 
@@ -183,7 +187,7 @@ class Trainer:
 
     def _objective(self, x: Tensor, output: VAEOutput, beta: float | None) -> LossParts:
         config = self.config
-        parts: LossParts = objective_loss(
+        return objective_loss(
             config.objective,
             output.recon,
             x,
@@ -193,9 +197,7 @@ class Trainer:
             alpha=config.alpha,
             groups=config.groups,
             likelihood=self.data.likelihood,
-            return_parts=True,
         )
-        return parts
 
     def step(self, x: Tensor, beta: float | None = None) -> LossParts:
         """One step of the optimizer on the batch x [B, *event]; beta: see `VAE.loss`."""
@@ -216,11 +218,9 @@ class Trainer:
     def run_epoch(self) -> Metrics:
         """One pass over the training part, then the held-out part: a row for the history.
 
-        The training figures are means over the epoch, while the parameters move. `loss_share` is the share of a step
-        that sampling and loss take, forward and backward.
+        The training figures are means over the epoch, while the parameters move. `loss_share` is the time of sampling
+        and loss, forward and backward, divided by that of a step.
         """
-        from tqdm import tqdm
-
         self.model.train()
         train = self.data.train
         totals = torch.zeros(4, dtype=torch.float64)
@@ -228,7 +228,7 @@ class Trainer:
         batches = torch.randperm(len(train), generator=self.generator).split(self.config.batch_size)
         label = f"epoch {len(self.history) + 1}"
         start = len(self.history) * len(batches)
-        for step, batch in enumerate(tqdm(batches, label, leave=False, disable=None), start):  # None: on terminals only
+        for step, batch in enumerate(progress(batches, label, "step", len(batches)), start):
             x = train[batch]
             totals += _totals(self.step(x, self.beta(step)), len(x))
         seconds = statistics.median(self.step_times[first_step:])
@@ -247,7 +247,7 @@ class Trainer:
         totals = torch.zeros(4, dtype=torch.float64)
         meter = DiagnosticsMeter()
         with self._impl():
-            for x in self.data.held_out.split(EVALUATION_BATCH):
+            for x in self.data.held_out.split(evaluate.BATCH):
                 output = self.model(x, self._draws, **self._noise(x, generator))
                 parts = self._objective(x, output, self.config.beta)
                 totals += _totals(parts, len(x))
@@ -282,7 +282,7 @@ class Trainer:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """Of the data: see `fastelbo.data.fingerprint`."""
+        """Of the data: see `fastelbo.commands.data.fingerprint`."""
         return data.fingerprint(self.config.data, self.data)
 
     def save(self, path: Path) -> None:
@@ -337,7 +337,7 @@ def read_history(path: Path, columns: Sequence[str], epochs: int) -> list[Metric
 
 
 def model_of(state: dict[str, Any]) -> VAE:
-    """The model of a checkpoint. Where the two do not fit, what torch raises: see `fastelbo.files.reading`."""
+    """The model of a checkpoint. Where the two do not fit, what torch raises: see `fastelbo.commands.files.reading`."""
     config = Config(**state["config"])
     with torch.device("meta"):  # memory is taken by what is in the checkpoint, not by the sizes that it names
         model = build_model(tuple(state["data"]["shape"][1:]), config.latent_dim, config.hidden, str(config.likelihood))
@@ -365,7 +365,7 @@ def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | Non
     """Run the epochs that are left; after each, append a row to out/metrics.csv and write out/checkpoint.pt.
 
     A run that was interrupted and resumed ends with the same parameters and figures, bit for bit, as one that was not.
-    Ctrl-C waits until both files are written. `fastelbo.files.held` keeps other processes out of the folder.
+    Ctrl-C waits until both files are written. `fastelbo.commands.files.held` keeps other processes out of the folder.
 
     Raises:
         Diverged: the loss is NaN or infinite; the checkpoint is that of the last good epoch.
@@ -382,48 +382,3 @@ def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | Non
             trainer.save(out / "checkpoint.pt")
         if on_epoch is not None:
             on_epoch(row)
-
-
-class Evaluation(NamedTuple):
-    """Held-out figures of a trained model, in nats per datum."""
-
-    log_prob: float  # mean over the data of the importance-sampled log p(x)
-    sampling_error: float  # standard error of it from the K samples
-    data_error: float  # standard error of it from the choice of data
-    elbo: float  # on the same samples
-    ess: float  # mean effective sample size
-    max_weight: float  # mean share of the largest weight
-    active_units: int
-    latent_dim: int
-
-
-@torch.no_grad()
-def evaluate(model: VAE, x: Tensor, num_samples: int, *, seed: int = 0, chunk_size: int | None = None) -> Evaluation:
-    """Marginal likelihood of the data x [N, *event] by K importance samples each, beside the ELBO."""
-    model.eval()
-    meter = DiagnosticsMeter()
-    generator = torch.Generator().manual_seed(seed)
-    estimates: list[MarginalEstimate] = []
-    elbos: list[Tensor] = []
-    for batch in x.split(EVALUATION_BATCH):
-        mu, logvar = model.encode(batch)
-        meter.update(rsample(mu, logvar, generator=generator))
-        total, log_w_sum = LogMeanExp(), torch.zeros(len(batch), dtype=torch.float64)
-        chunks = log_weights(model, batch, num_samples, chunk_size=chunk_size, generator=generator)
-        for log_w in progress(chunks, num_samples, f"log p(x), {len(elbos) * EVALUATION_BATCH} of {len(x)} data done"):
-            total.update(log_w)
-            log_w_sum += log_w.double().sum(0)
-        estimates.append(total.result())
-        elbos.append(log_w_sum / num_samples)
-    log_prob, ess, error, share = (torch.cat(parts) for parts in zip(*estimates, strict=True))
-    latent = meter.result()
-    return Evaluation(
-        log_prob.mean().item(),
-        error.square().sum().sqrt().item() / len(x),
-        log_prob.std().item() / math.sqrt(len(x)),
-        torch.cat(elbos).mean().item(),
-        ess.mean().item(),
-        share.mean().item(),
-        int(latent.active_units.item()),
-        latent.kl.numel(),
-    )

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fastelbo import data, files, options
-from fastelbo.ppca import METHODS, PPCA
-from fastelbo.ppca_fit import RankError
+from fastelbo.arguments import one_of
+from fastelbo.commands import data, files, options
+from fastelbo.ppca import PPCA
+from fastelbo.ppca.fit import RankError
+from fastelbo.ppca.model import METHODS
 
 METRICS = ("components", "train_log_prob", "held_out_log_prob", "bic", "sigma", "steps")
 
@@ -22,15 +24,14 @@ Row = dict[str, float]  # of metrics.csv: one number of components; log p(x) in 
 class PPCAConfig:
     """Everything that determines a run."""
 
-    data: str = "digits"  # see `fastelbo.data.load`; NaN: missing cells
+    data: str = "digits"  # see `fastelbo.commands.data.load`; NaN: missing cells
     latent_dim: int | None = None  # M; None: the one with the lowest BIC of 1, 2, 3, 4, 6, 8, 12, ...
     method: str = "eig"  # see `PPCA.fit`
     seed: int = 0  # of the start of "em"
 
     def __post_init__(self) -> None:
         options.check(**asdict(self))
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {self.method!r}")
+        one_of(METHODS)("method", self.method)
 
 
 def ladder(limit: int) -> Iterator[int]:
@@ -107,7 +108,7 @@ class Run:
 
 
 def model_of(state: dict[str, Any]) -> PPCA:
-    """The model of a checkpoint. Where the two do not fit, what torch raises: see `fastelbo.files.reading`."""
+    """The model of a checkpoint. Where the two do not fit, what torch raises: see `fastelbo.commands.files.reading`."""
     model = PPCA(state["model"]["W"].shape[1])
     model.load_state_dict(state["model"])
     return model

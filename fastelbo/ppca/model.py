@@ -1,23 +1,35 @@
-"""Probabilistic PCA: the linear-Gaussian model in which likelihood, posterior and every bound are known exactly."""
+"""The model: parameters, densities, posterior, and `fit`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from fastelbo import ppca_fit, ppca_missing
-from fastelbo.functional import gaussian_kl, ppca_log_prob
-from fastelbo.ppca_fit import FitReport
-from fastelbo.reference import LOG_2PI, ppca_factor, read_data
+from fastelbo import arguments
+from fastelbo.functional import gaussian_kl
+from fastelbo.likelihoods import LOG_2PI
+from fastelbo.ppca import fit, missing
+from fastelbo.ppca.density import ppca_log_prob
+from fastelbo.ppca.fit import FitReport
+from fastelbo.reference import compute_dtype, ppca_qr, read_data
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch.distributed import ProcessGroup
+
+    Array = Tensor | npt.NDArray[Any]
+    Data = Array | Iterable[Array | Sequence[Array]]  # of `fit`: one array, or batches
 
 METHODS = ("eig", "em")
+# the kind of an array: what a method returns is of the kind that it was called with
+_Array = TypeVar("_Array", Tensor, "npt.NDArray[Any]")
+_method = arguments.one_of(METHODS)
 
 
 def _is_array(X: Any) -> bool:
@@ -54,18 +66,7 @@ def _kind(X: Any) -> str:
     return f"{type(X).__name__} of {X.dtype}" if hasattr(X, "dtype") else type(X).__name__
 
 
-def _integer(value: Any, name: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
-    return int(value)
-
-
-def _check_generator(generator: Any) -> None:
-    if generator is not None and not isinstance(generator, Generator):
-        raise TypeError(f"generator must be a torch.Generator or None; got {type(generator).__name__}")
-
-
-def _fit_batches(X: Any, method: str) -> ppca_fit.Batches:
+def _fit_batches(X: Any, method: str) -> fit.Batches:
     """X, an array or an iterable of batches, as what can be read again and again."""
     if _is_array(X):
         x = _tensor(X, "X").detach()
@@ -89,16 +90,6 @@ def _fit_batches(X: Any, method: str) -> ppca_fit.Batches:
             yield x
 
     return batches
-
-
-def _steps(steps: Iterable[int]) -> Iterable[int]:
-    """With a progress bar, where it takes long and stderr is a terminal."""
-    try:
-        from tqdm import tqdm
-    except ImportError:  # it comes with fastelbo[train]
-        return steps
-    bar: Iterable[int] = tqdm(steps, "EM", unit="step", delay=2.0, disable=None, leave=False)
-    return bar
 
 
 class PPCA(nn.Module):
@@ -137,15 +128,15 @@ class PPCA(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.n_components = _integer(n_components, "n_components", 1)
+        self.n_components = arguments.count("n_components", n_components)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating torch.dtype or None; got {dtype!r}")
         self.fit_report = None
         for name in ("W", "b", "log_sigma2"):
             self.register_parameter(name, None)
         if n_features is not None:
-            D, M = _integer(n_features, "n_features", 1), self.n_components
-            ppca_fit.check_components(M, D)
+            D, M = arguments.count("n_features", n_features), self.n_components
+            fit.check_components(M, D)
             W = torch.randn(D, M, dtype=dtype, device=device) / math.sqrt(M)
             self._set(W, W.new_zeros(D), W.new_zeros(()))
 
@@ -182,7 +173,7 @@ class PPCA(nn.Module):
         return D * M - M * (M - 1) // 2 + D + 1
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Arguments and results: of the kind that was given.
+    # Arguments, and results of their kind.
 
     def _array(self, x: Any, name: str, columns: tuple[str, int]) -> Tensor:
         W = self._parameters_()[0]
@@ -203,18 +194,17 @@ class PPCA(nn.Module):
         return t
 
     @staticmethod
-    def _as(like: Any, function: Callable[[], Any]) -> Any:
-        """The function's tensors as tensors, or as arrays without a gradient where `like` is one."""
+    def _as(like: _Array, function: Callable[[], Tensor]) -> _Array:
+        """The function's tensor as a tensor, or as an array without a gradient where `like` is one."""
         if isinstance(like, Tensor):
             return function()
         with torch.no_grad():
-            found = function()
-        return tuple(t.numpy() for t in found) if isinstance(found, tuple) else found.numpy()
+            return function().numpy()
 
     # ------------------------------------------------------------------------------------------------------------------
     # The model.
 
-    def log_prob(self, x: Any) -> Any:
+    def log_prob(self, x: _Array) -> _Array:
         """log p(x), nats; of a row with NaN cells, log p of its other cells, exactly.
 
         Args:
@@ -244,17 +234,17 @@ class PPCA(nn.Module):
 
     score_samples = log_prob
 
-    def score(self, x: Any) -> float:
+    def score(self, x: Array) -> float:
         """The mean of log p(x) over the rows, nats. x: [N, D], NaN for missing cells."""
         with torch.no_grad():
             return float(self._log_prob(self._data(x, missing=True)).double().mean())
 
-    def bic(self, x: Any) -> float:
+    def bic(self, x: Array) -> float:
         """-2 sum log p(x) + n_parameters log N: over the M, the lowest is the choice (Schwarz 1978). x: [N, D]."""
         score = self.score(x)
         return -2 * len(x) * score + self.n_parameters * math.log(len(x))
 
-    def posterior(self, x: Any) -> Any:
+    def posterior(self, x: _Array) -> tuple[_Array, _Array]:
         """p(z | x) = N(mean, covariance): mean G^-1 W'(x - b), covariance s2 G^-1.
 
         Args:
@@ -269,10 +259,14 @@ class PPCA(nn.Module):
         Reference: Tipping & Bishop 1999, eq. 6 (where s2^-1 M is the precision).
         """
         x_ = self._data(x, missing=True)
-        return self._as(x, partial(self._posterior, x_))
+        if isinstance(x, Tensor):
+            return self._posterior(x_)
+        with torch.no_grad():
+            mean, covariance = self._posterior(x_)
+        return mean.numpy(), covariance.numpy()
 
     def _mean(self, x: Tensor, Q: Tensor, R: Tensor) -> Tensor:
-        """float64 [N, M]; Q and R as `ppca_factor` gives them."""
+        """float64 [N, M]; Q and R as `ppca_qr` gives them."""
         W, b, _ = self._parameters_()
         projected = (read_data(x, W.dtype) - b) @ Q.to(W.dtype)
         mean: Tensor = torch.linalg.solve_triangular(R, projected.double().mT, upper=True)
@@ -282,25 +276,25 @@ class PPCA(nn.Module):
         W, b, log_sigma2 = self._parameters_()
         log_s2 = log_sigma2.double()
         if not torch.compiler.is_compiling() and x.is_floating_point() and bool(x.isnan().any()):
-            found = ppca_missing.rows(x, W, b, log_sigma2, ~x.isnan())
+            found = missing.rows(x, W, b, log_sigma2, ~x.isnan())
             return found.mean.to(W.dtype), (torch.exp(log_s2) * torch.cholesky_inverse(found.factor)).to(W.dtype)
-        Q, R = ppca_factor(W.double(), log_s2)
+        Q, R = ppca_qr(W.double(), log_s2)
         sigma = torch.exp(0.5 * log_s2) * torch.eye(self.n_components, dtype=R.dtype, device=R.device)
         root = torch.linalg.solve_triangular(R, sigma, upper=True)  # sigma R^-1
         return self._mean(x, Q, R).to(W.dtype), (root @ root.mT).to(W.dtype)
 
-    def transform(self, x: Any) -> Any:
+    def transform(self, x: _Array) -> _Array:
         """The posterior mean E[z | x]. x: [N, D], NaN for missing cells -> [N, M]. Raises as `log_prob`."""
         x_ = self._data(x, missing=True)
         return self._as(x, lambda: self._posterior(x_)[0])
 
-    def inverse_transform(self, z: Any) -> Any:
+    def inverse_transform(self, z: _Array) -> _Array:
         """E[x | z] = W z + b. z: [N, M] -> [N, D]. Raises as `log_prob`."""
         W, b, _ = self._parameters_()
         z_ = self._array(z, "z", ("M", self.n_components))
         return self._as(z, lambda: z_.to(W.dtype) @ W.mT + b)
 
-    def impute(self, x: Any) -> Any:
+    def impute(self, x: _Array) -> _Array:
         """x [N, D] with every NaN replaced by its expectation given the row's other cells. Raises as `log_prob`."""
         x_ = self._data(x, missing=True)
 
@@ -314,12 +308,13 @@ class PPCA(nn.Module):
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """n draws x = W z + b + e -> [n, D]; the noise is of `generator`, on the model's device, or torch's own."""
         W, b, log_sigma2 = self._parameters_()
-        n = _integer(n, "n", 0)
-        _check_generator(generator)
+        n = arguments.size("n", n)
+        if generator is not None:
+            arguments.generator("generator", generator)
         z, e = (torch.randn(n, k, dtype=W.dtype, device=W.device, generator=generator) for k in W.shape[::-1])
         return z @ W.mT + b + torch.exp(0.5 * log_sigma2) * e
 
-    def elbo(self, x: Any, mu: Any, logvar: Any) -> Any:
+    def elbo(self, x: _Array, mu: _Array, logvar: _Array) -> _Array:
         """E_q[log p(x | z)] - KL(q || p(z)) in closed form, for q = N(mu, diag exp(logvar)).
 
         -1/2 [D log(2 pi s2) + (|x - b - W mu|^2 + sum_j exp(lv_j) |W_j|^2) / s2] - KL(q || N(0, I)).
@@ -353,7 +348,7 @@ class PPCA(nn.Module):
         fit = -0.5 * (len(W) * (LOG_2PI + log_sigma2) + e.square().sum(1) + spread)
         return fit - gaussian_kl(mu, logvar)
 
-    def inference_gap(self, x: Any, mu: Any, logvar: Any) -> Any:
+    def inference_gap(self, x: _Array, mu: _Array, logvar: _Array) -> _Array:
         """KL(q || p(z | x)) for q = N(mu, diag exp(logvar)): what `elbo` lacks to `log_prob`, by its own formula.
 
         1/2 [(sum_j exp(lv_j) G_jj + (mu - m)' G (mu - m)) / s2 - M - sum_j lv_j + M log s2 - log |G|], m = E[z | x].
@@ -376,12 +371,12 @@ class PPCA(nn.Module):
     def _gap(self, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
         W, _, log_sigma2 = self._parameters_()
         lv, log_s2 = logvar.double(), log_sigma2.double()
-        Q, R = ppca_factor(W.double(), log_s2)  # R'R = G
+        Q, R = ppca_qr(W.double(), log_s2)  # R'R = G
         off = mu.double() - self._mean(x, Q, R)
         square = torch.exp(lv) @ R.square().sum(0) + (off @ R.mT).square().sum(1)
         log_det = 2 * torch.log(torch.diagonal(R).abs()).sum()
-        gap = square * torch.exp(-log_s2) - lv.sum(1) + self.n_components * (log_s2 - 1) - log_det
-        return (0.5 * gap).to(torch.float64 if W.dtype == torch.float64 else torch.float32)
+        gap: Tensor = square * torch.exp(-log_s2) - lv.sum(1) + self.n_components * (log_s2 - 1) - log_det
+        return (0.5 * gap).to(compute_dtype(W))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Fitting.
@@ -389,12 +384,12 @@ class PPCA(nn.Module):
     @torch.no_grad()
     def fit(
         self,
-        X: Any,
+        X: Data,
         method: str = "eig",
         *,
         max_iter: int = 1000,
         tol: float = 1e-6,
-        group: Any = None,
+        group: ProcessGroup | None = None,
         generator: Generator | None = None,
     ) -> PPCA:
         """Maximum likelihood; W gets orthogonal columns, longest first, whatever the method.
@@ -420,14 +415,12 @@ class PPCA(nn.Module):
 
         Reference: Tipping & Bishop 1999, sec. 3.2, app. B.
         """
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-        max_iter = _integer(max_iter, "max_iter", 1)
-        if isinstance(tol, bool) or not isinstance(tol, Real) or not tol >= 0:
-            raise ValueError(f"tol must be a number of at least 0; got {tol!r}")
-        _check_generator(generator)
+        _method("method", method)
+        max_iter, tol = arguments.count("max_iter", max_iter), arguments.not_negative("tol", tol)
+        if generator is not None:
+            arguments.generator("generator", generator)
         seen: list[torch.dtype] = []
-        over = ppca_fit.Group(group)
+        over = fit.Group(group)
         with over.together():
             source = _fit_batches(X, method)
 
@@ -438,23 +431,25 @@ class PPCA(nn.Module):
                 yield x
 
         if method == "eig":
-            found = ppca_fit.eig(batches, self.n_components, over)
+            found = fit.eig(batches, self.n_components, over)
         else:
-            found = ppca_fit.em(
-                batches,
-                self.n_components,
-                over,
-                max_iter=max_iter,
-                tol=tol,
-                generator=generator,
-                progress=_steps,
-            )
-        wide = over.largest(int(torch.float64 in seen))
-        dtype = torch.float64 if wide else torch.float32
+            found = fit.em(batches, self.n_components, over, max_iter=max_iter, tol=tol, generator=generator)
+        double = over.largest(torch.float64 in seen)
+        dtype = torch.float64 if double else torch.float32
         self._set(found.W.to(dtype), found.b.to(dtype), found.log_sigma2.to(dtype))
         self.fit_report = found.report
         return self
 
-    def fit_transform(self, X: Any, method: str = "eig", **options: Any) -> Any:
+    def fit_transform(
+        self,
+        X: _Array,
+        method: str = "eig",
+        *,
+        max_iter: int = 1000,
+        tol: float = 1e-6,
+        group: ProcessGroup | None = None,
+        generator: Generator | None = None,
+    ) -> _Array:
         """`fit`, then `transform` of the same X, which must be one array here."""
-        return self.fit(X, method, **options).transform(X)
+        self.fit(X, method, max_iter=max_iter, tol=tol, group=group, generator=generator)
+        return self.transform(X)

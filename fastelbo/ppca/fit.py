@@ -9,15 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
-from typing import Any, NamedTuple
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastelbo import ppca_missing
-from fastelbo.reference import LOG_2PI, read_data
+from fastelbo import reference
+from fastelbo._ops import call
+from fastelbo.likelihoods import LOG_2PI
+from fastelbo.ppca import missing
+from fastelbo.progress import progress
+from fastelbo.reference import read_data
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Batches = Callable[[], Iterable[Tensor]]  # a new pass over the data at every call
 Parameters = tuple[Tensor, Tensor, Tensor]  # W, b, log s2; float64
@@ -53,7 +60,7 @@ class RankError(ValueError):
 class Group:
     """Sums and the like over the processes of a torch.distributed group; of one process, if None."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: ProcessGroup | None) -> None:
         kind: Any = getattr(dist, "ProcessGroup", ())
         if group is not None and not isinstance(group, kind):
             raise TypeError(f"group must be a torch.distributed group or None; got {type(group).__name__}")
@@ -241,9 +248,9 @@ def eig(batches: Batches, n_components: int, group: Group) -> Fit:
         rank = _rank(values, N, D)
         _check_count(N, rank, n_components)
     else:
-        wide = torch.float64 if any(rows.dtype == torch.float64 for rows in kept) else torch.float32
-        wide = torch.float64 if group.largest(wide == torch.float64) else torch.float32
-        local = torch.cat([read_data(r, wide) for r in kept]) if kept else torch.zeros(0, D, dtype=wide, device=device)
+        double = group.largest(any(rows.dtype == torch.float64 for rows in kept))
+        dtype = torch.float64 if double else torch.float32
+        local = torch.cat([read_data(r, dtype) for r in kept] or [torch.zeros(0, D, dtype=dtype, device=device)])
         X = group.gather(local, group.largest(len(local)))
         values, top, mean = _small_gram(X, n_components)
     s2 = values[n_components:].sum() / (D - n_components)
@@ -290,11 +297,15 @@ class _Sums:
         self.rest = Z.new_zeros(())
 
     def update(self, x: Tensor) -> None:
-        """The kernels' passes over x [n, D], in its own dtype."""
-        coords, square = _op._ppca_project(x, self.Z, self.b)
-        self.rest += _op._ppca_rest(x, self.Z, self.b, coords, square).sum()
-        ones = torch.ones_like(square)
-        self.cross += _op._ppca_residual(x, self.Z, self.b, coords, coords, ones, [False, True, False])[1]
+        """Three passes over x [n, D], in its own dtype."""
+        coords, square = call(_op._ppca_project.default, reference.ppca_project, x, self.Z, self.b)
+        rest = call(_op._ppca_rest.default, reference.ppca_rest, x, self.Z, self.b, coords, square)
+        ones, cross_alone = torch.ones_like(square), [False, True, False]
+        residual = _op._ppca_residual.default, reference.ppca_residual
+        _, cross, _ = call(*residual, x, self.Z, self.b, coords, coords, ones, cross_alone)
+        assert cross is not None
+        self.rest += rest.sum()
+        self.cross += cross
         self.second += coords.mT @ coords
 
 
@@ -310,7 +321,8 @@ def _complete(batches: Batches, W: Tensor, b: Tensor, N: int, n_components: int,
     """
     D, M = len(b), n_components
     while True:
-        sums = _Sums(_op._ppca_factor(W, W.new_zeros(()))[0], b)
+        basis, _, _ = call(_op._ppca_factor.default, reference.ppca_factor, W, W.new_zeros(()))
+        sums = _Sums(basis, b)
         for piece in _read(batches, group):
             sums.update(piece)
         group.sum(sums.cross, sums.second, sums.rest)
@@ -336,7 +348,7 @@ class _MissingSums:
     def __init__(self, W: Tensor, b: Tensor, log_sigma2: Tensor) -> None:
         self.W, self.b, self.log_s2 = W, b, log_sigma2
         D, M = W.shape
-        self.i, self.j, self.where = ppca_missing.pairs(M + 1, W.device)
+        self.i, self.j, self.where = missing.pairs(M + 1, W.device)
         self.A = W.new_zeros(D, len(self.i))  # sum over n that have d of E[(z, 1) (z, 1)']
         self.S = W.new_zeros(D, M + 1)  # sum of (x - b) (m, 1)
         self.squares = W.new_zeros(D)
@@ -347,7 +359,7 @@ class _MissingSums:
         M = self.W.shape[1]
         for part in x.split(max(16, (1 << 21) // (M * M))):
             observed = ~part.isnan()
-            found = ppca_missing.rows(part, self.W, self.b, self.log_s2, observed)
+            found = missing.rows(part, self.W, self.b, self.log_s2, observed)
             z = torch.cat([found.mean, found.mean.new_ones(len(part), 1)], 1)
             second = z.unsqueeze(2) * z.unsqueeze(1)
             second[:, :M, :M] += torch.exp(self.log_s2) * torch.cholesky_inverse(found.factor)
@@ -477,7 +489,6 @@ def em(
     max_iter: int,
     tol: float,
     generator: torch.Generator | None,
-    progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> Fit:
     """Expectation maximization, accelerated, O(N D M) per step; with missing cells O(N D M^2).
 
@@ -499,7 +510,7 @@ def em(
         steps = _complete(batches, W, b, N, n_components, group)
     history: list[float] = []
     converged = False
-    for _, (value, found) in zip(progress(range(max_iter + 1)), steps, strict=False):
+    for value, found in progress(islice(steps, max_iter + 1), "EM", "step", max_iter + 1):
         # the exponent of log p(x) is known as well as squares of the data are in units of s2
         rounding = torch.finfo(torch.float64).eps * D * (abs(value) + D * float(variance / torch.exp(found[2])))
         if history and not value >= history[-1] - rounding:

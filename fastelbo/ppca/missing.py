@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastelbo.reference import LOG_2PI, read_data
+from fastelbo.likelihoods import LOG_2PI
+from fastelbo.reference import read_data
 
 PIECE_ELEMENTS = 1 << 20  # of the products W_di W_dj that are in memory at a time
 

@@ -14,11 +14,12 @@ from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 from torch import Generator, Tensor
 
-from fastelbo import files, reference
-from fastelbo.data import Dataset
+from fastelbo import reference
+from fastelbo.commands import files
+from fastelbo.commands.data import Dataset
+from fastelbo.commands.ppca import Row
+from fastelbo.commands.train import Metrics
 from fastelbo.ppca import PPCA
-from fastelbo.ppca_run import Row
-from fastelbo.training import Metrics
 from fastelbo.vae import VAE
 
 TRAIN, HELD_OUT = "#9aa5b1", "#1f5fa8"

@@ -1,0 +1,1 @@
+"""The `fastelbo` command: an application of the library, which imports nothing of it."""

@@ -1,0 +1,106 @@
+"""The Python package by its source: what imports what, and which types a user's program sees."""
+
+import ast
+import graphlib
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastelbo"
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]  # a stub: the compiled module
+MODULES = {_name(path): ast.parse(path.read_text()) for path in SOURCES}
+PACKAGES = {_name(path) for path in PACKAGE.rglob("__init__.py")}
+
+
+def _imports(module: str) -> set[str]:
+    """The modules of the package that a module imports, at any depth of its source, also for types alone.
+
+    Who imports a module of another package, but for the root, imports that package's own module as well.
+    """
+    named = set()
+    for node in ast.walk(MODULES[module]):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            named |= {name if name in MODULES else str(node.module) for name in inner}
+    parents = {name.rpartition(".")[0] for name in named} & PACKAGES - {"fastelbo"}
+    outside = {parent for parent in parents if not f"{module}.".startswith(f"{parent}.")}
+    return (named & set(MODULES) | outside) - {module}
+
+
+def test_imports_have_no_circle():
+    graph = {module: _imports(module) for module in MODULES}
+    assert "fastelbo.reference" in graph["fastelbo.functional"] and "fastelbo.ppca" in graph["fastelbo.commands.cli"]
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_the_library_imports_nothing_of_its_command():
+    command = {module for module in MODULES if module.startswith("fastelbo.commands")} | {"fastelbo.__main__"}
+    for module in MODULES.keys() - command:
+        assert not _imports(module) & command, module
+
+
+def test_likelihoods_and_reference_are_at_the_bottom():
+    assert not _imports("fastelbo.likelihoods")
+    assert _imports("fastelbo.reference") == {"fastelbo.likelihoods"}
+
+
+def test_every_package_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(settings["tool"]["setuptools"]["packages"]) == PACKAGES
+
+
+def _public_functions(body: list[ast.stmt], prefix: str = "") -> list[tuple[str, ast.FunctionDef]]:
+    found = []
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and (node.name in ("__init__", "__call__") or node.name[0] != "_"):
+            found.append((prefix + node.name, node))
+        elif isinstance(node, ast.ClassDef) and node.name[0] != "_":
+            found += _public_functions(node.body, f"{node.name}.")
+        elif isinstance(node, ast.If):  # TYPE_CHECKING
+            found += _public_functions(node.body, prefix)
+    return found
+
+
+API = ["diagnostics", "functional", "marginal", "ppca.density", "ppca.model", "vae"]
+
+
+@pytest.mark.parametrize("module", ["fastelbo", *(f"fastelbo.{name}" for name in API)])
+def test_public_signatures_say_what_they_take(module):
+    functions = _public_functions(MODULES[module].body)
+    assert functions
+    for name, function in functions:
+        arguments = function.args
+        parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        annotations = [a.annotation for a in (*parameters, arguments.vararg, arguments.kwarg) if a and a.annotation]
+        for annotation in (*annotations, function.returns):
+            assert annotation is not None, f"{name}: no type of what it returns"
+            assert "Any" not in {n.id for n in ast.walk(annotation) if isinstance(n, ast.Name)}, f"{name}: Any"
+
+
+def test_a_user_s_program_has_types():
+    """mypy's own configuration is not read: the program is checked as that of a user, --strict."""
+    program = ROOT / "tests/typed_program.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent", program],
+        env=os.environ | {"MYPYPATH": str(ROOT)},
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no issues found" in done.stdout

@@ -1,0 +1,76 @@
+"""A program of a user, for mypy --strict: what the types of results are. It is checked, not run (test_structure.py)."""
+
+from typing import Any, assert_type
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+import fastelbo
+from fastelbo import LossParts, MarginalEstimate, Posterior
+from fastelbo.functional import Recon
+
+x, mu, logvar, recon = (torch.zeros(4, 3) for _ in range(4))
+flag = bool(torch.rand(()) < 0.5)
+
+# sampling and likelihoods
+posterior = fastelbo.rsample(mu, logvar, 5, seed=0)
+assert_type(posterior, Posterior)
+assert_type(posterior.z, Tensor)
+assert_type(fastelbo.gaussian_kl(mu, logvar), Tensor)
+assert_type(fastelbo.log_prob((recon, logvar), x, likelihood="gaussian"), Tensor)
+assert_type(fastelbo.bernoulli_log_prob(recon, x), Tensor)
+assert_type(fastelbo.gaussian_log_prob(recon, x, 0.5), Tensor)
+assert_type(fastelbo.log_mean_exp(recon), Tensor)
+
+# losses: return_parts decides
+assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5), Tensor)
+assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5, return_parts=True), LossParts)
+assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, return_parts=flag), Tensor | LossParts)
+assert_type(fastelbo.iwae_loss(recon, x, posterior.log_ratio, reduction="sum"), Tensor)
+assert_type(fastelbo.iwae_loss(recon, x, posterior.log_ratio, return_parts=True), LossParts)
+assert_type(fastelbo.multi_sample_loss(recon, x, posterior, estimator="vr", alpha=0.5), Tensor)
+assert_type(fastelbo.multi_sample_loss(recon, x, posterior, return_parts=True), LossParts)
+fastelbo.elbo_loss(recon, x, mu, logvar, groups=2)  # type: ignore[call-overload]
+fastelbo.elbo_loss(recon, x, mu, logvar, beta="1")  # type: ignore[call-overload]
+
+# losses as modules
+assert_type(fastelbo.ELBOLoss(beta=2.0)(recon, x, mu, logvar), Tensor)
+assert_type(fastelbo.ELBOLoss("gaussian", return_parts=True)(recon, x, mu, logvar), LossParts)
+assert_type(fastelbo.ELBOLoss(return_parts=flag)(recon, x, mu, logvar), Tensor | LossParts)
+assert_type(fastelbo.IWAELoss()(recon, x, posterior.log_ratio), Tensor)
+assert_type(fastelbo.IWAELoss(return_parts=True).forward(recon, x, posterior.log_ratio), LossParts)
+
+# models
+vae = fastelbo.VAE(nn.Linear(3, 4), nn.Linear(2, 3))
+output = vae(x, 5, seed=torch.zeros(1, dtype=torch.int64), generator=None)
+assert_type(output.recon, Recon)
+assert_type(output.posterior, Posterior)
+assert_type(vae.loss(x), Tensor)
+assert_type(vae.loss(x, objective="iwae", num_samples=5, return_parts=True), LossParts)
+assert_type(vae.loss(x, return_parts=flag), Tensor | LossParts)
+assert_type(vae.log_marginal(x, 100), MarginalEstimate)
+assert_type(vae.sample(3, mean=True, generator=torch.Generator()), Tensor)
+assert_type(fastelbo.diagnostics(posterior).kl, Tensor)
+vae.loss(x, generator=3)  # type: ignore[call-overload]
+
+# arrays in, arrays out
+array: npt.NDArray[np.float32] = np.zeros((4, 3), np.float32)
+ppca = fastelbo.PPCA(2)
+assert_type(ppca.fit(array), fastelbo.PPCA)
+ppca.fit([x, x], "em", max_iter=3)
+ppca.fit([(x, mu)], group=None)
+assert_type(ppca.log_prob(x), Tensor)
+assert_type(ppca.log_prob(array), npt.NDArray[Any])
+assert_type(ppca.posterior(x), tuple[Tensor, Tensor])
+assert_type(ppca.posterior(array)[0], npt.NDArray[Any])
+assert_type(ppca.elbo(x, mu, logvar), Tensor)
+assert_type(ppca.fit_transform(array), npt.NDArray[Any])
+assert_type(ppca.impute(array), npt.NDArray[Any])
+assert_type(ppca.score(array), float)
+assert_type(fastelbo.ppca_log_prob(x, torch.zeros(3, 1), torch.zeros(3), torch.zeros(())), Tensor)
+ppca.log_prob("x")  # type: ignore[type-var]
+
+# the build
+assert_type(fastelbo.build_info()["likelihoods"], list[str])

@@ -1,7 +1,7 @@
 # make demo    train a VAE on handwritten digits with the fused loss and with the plain one, side by side
 # make test    C++ tests, then Python tests
-# make bench   against eager PyTorch, torch.compile and other packages; writes benchmarks/README.md
-# make bench-quick   a part of it, in under 3 minutes
+# make bench   against eager PyTorch, torch.compile and other packages, in under 10 minutes; writes benchmarks/README.md
+# make bench-quick   a part of it, in about 40 seconds
 # make cuda-build   builds everything for CUDA, without a GPU, in .venv-cuda; then registers and spills of every kernel
 # make lint, make format
 # make clean   removes what was built; .venv, with the downloaded packages, stays

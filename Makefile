@@ -1,7 +1,7 @@
 # make demo          trains a VAE on handwritten digits with the fused loss and with plain PyTorch, side by side
 # make test          C++ tests, then Python tests
-# make bench         compares with eager PyTorch, torch.compile and other packages; writes benchmarks/README.md
-# make bench-quick   a part of the benchmarks, in under 3 minutes
+# make bench         compares with eager PyTorch, torch.compile and other packages, in under 10 minutes
+# make bench-quick   a part of the benchmarks, in about 40 seconds
 # make docs          API reference and concepts, as web pages in build/docs
 # make cuda-build    builds everything for CUDA in .venv-cuda, without a GPU; prints registers and spills of every kernel
 # make sanitize      C++ tests and tests of the ops under sanitizers, on every instruction set; 10 minutes on 2 cores

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ def measure(case: Case, rounds: int, timer: Timer, *, quick: bool = False) -> li
         if name not in samples:
             found.append(head)
             continue
-        head.page_faults = median(s.page_faults for s in samples[name])
+        head.page_faults = fmean(s.page_faults for s in samples[name])
         trains = any(o.requires_grad for o in outputs[name]) or runs[name].inputs.optimizer is not None
         for phase in PHASES if trains else PHASES[:1]:
             us = [getattr(s, f"{phase}_us") for s in samples[name]]

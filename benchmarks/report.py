@@ -156,7 +156,8 @@ PyTorch takes the memory of a CPU tensor from glibc's malloc. When a tensor is f
 returns it to the system. Returned memory costs time: the next tensor of that size gets new pages, and the first write
 to each page is a page fault. malloc decides by what the process has allocated before, so the same step can be fast in
 one program and slow in another. The table has forward and backward of the Bernoulli ELBO [1024 x 3072], whose gradient
-takes 12 MB. Each line was measured in a process of its own. Page faults are those of one step."""
+takes 12 MB. Each line was measured in a process of its own. Without variables, another program can get the figures of
+either of the other lines. Page faults are those of one step."""
 
 KEEP_MEMORY = f"""\
 These variables make malloc keep the memory. They serve the whole training step, not only the loss:
@@ -249,7 +250,7 @@ def render(results: Results, plots: Sequence[str]) -> str:
         f"Machine: {machine}. Load before: {about['load']}. Copy bandwidth: {copied}.",
         "",
         "A figure such as 3.00x is the contender's time divided by fastelbo's, of forward and backward together.",
-        f"Tensors are float32 unless the case says otherwise; tables are of {_where(main)} unless their title says so.",
+        f"Tensors are float32 and tables are of {_where(main)}, unless the case or the title says otherwise.",
         "How this is measured: [Method](#method). How the kernels are built and what limits them:",
         "[docs/performance.md](../docs/performance.md).",
         "",

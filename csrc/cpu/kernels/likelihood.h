@@ -18,7 +18,7 @@ struct Elements {
 
 // A tile is done in several short loops instead of a long one: what limits a long one is not the number of its
 // instructions but how few elements fit the processor's window while each waits for the one before (a chain of some 90
-// cycles in the Bernoulli). Times of both are in benchmarks/LIMITS.md.
+// cycles in the Bernoulli). docs/performance.md has times of both.
 //
 // Sums are of kGroup numbers in the compute type, then kTile / kGroup of these in vector lanes, then in double: their
 // order depends on D and the instruction set alone, never on threads.

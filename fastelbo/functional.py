@@ -241,11 +241,9 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
 def _of_row(recon: Recon, likelihood: str) -> tuple[likelihoods.Likelihood, tuple[Tensor, ...]]:
     """The row of a likelihood, and its parameters."""
     row, parameters = likelihoods.get(likelihood), split_recon(recon)
-    if not row.fewest <= len(parameters) <= len(row.parameters):
-        raise ValueError(
-            f"recon must hold {row.fewest} to {len(row.parameters)} tensors, ({', '.join(row.parameters)}), for "
-            f"likelihood {likelihood!r}; got {len(parameters)}"
-        )
+    names, count = ", ".join(row.parameters), len(parameters)
+    if not row.fewest <= count <= len(row.parameters):
+        raise ValueError(f"recon must hold the parameters ({names}) of likelihood {likelihood!r}; got {count} tensors")
     return row, parameters
 
 

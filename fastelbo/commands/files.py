@@ -164,9 +164,7 @@ def _lock(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(
-            descriptor
-        )  # its owner has removed the file in the meantime, so that the lock is worth nothing: try again
+        os.close(descriptor)  # the owner of the file has removed it in the meantime: lock its successor
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
@@ -39,6 +38,8 @@ def _is_array(X: Any) -> bool:
 def _from_numpy(X: Any) -> Tensor:
     """A tensor of anything that numpy makes an array of, also of what torch refuses: a table, negative strides, a byte
     order that is not the machine's. The masked cells of a masked array become NaN."""
+    import numpy as np  # which torch does without
+
     if isinstance(X, np.ma.MaskedArray):
         if np.ma.is_masked(X) and X.dtype.kind in "bu":
             X = X / np.float32(255 if X.dtype == np.uint8 else 1)

@@ -217,15 +217,17 @@ def philox(seed: Tensor, count: int, offset: int = 0) -> Tensor:
 
 
 @cache
-def noise_dtype(device: torch.device) -> torch.dtype:
-    """The type in which `normal` computes: float64, or float32 on a device that has no float64."""
-    if device.type in ("cpu", "cuda", "meta"):
-        return torch.float64
+def _has_float64(device: torch.device) -> bool:
     try:
         torch.ones((), dtype=torch.float64, device=device).log()
     except (RuntimeError, TypeError):
-        return torch.float32
-    return torch.float64
+        return False
+    return True
+
+
+def noise_dtype(device: torch.device) -> torch.dtype:
+    """The type in which `normal` computes: float64, or float32 on a device that has no float64."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") or _has_float64(device) else torch.float32
 
 
 def normal(seed: Tensor, shape: tuple[int, ...], offset: int = 0) -> Tensor:

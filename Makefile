@@ -1,13 +1,15 @@
-# make demo    train a VAE on handwritten digits with the fused loss and with the plain one, side by side
-# make test    C++ tests, then Python tests
-# make bench   against eager PyTorch, torch.compile and other packages; writes benchmarks/README.md
-# make bench-quick   a part of it, in under 3 minutes
-# make cuda-build   builds everything for CUDA, without a GPU, in .venv-cuda; then registers and spills of every kernel
-# make sanitize   C++ tests and tests of the ops under sanitizers, on every instruction set; some 10 minutes on 2 cores
-# make lint, make format
-# make clean   removes what was built; .venv, with the downloaded packages, stays
+# make demo          trains a VAE on handwritten digits with the fused loss and with plain PyTorch, side by side
+# make test          C++ tests, then Python tests
+# make bench         compares with eager PyTorch, torch.compile and other packages, in under 10 minutes
+# make bench-quick   a part of the benchmarks, in about 40 seconds
+# make docs          API reference and concepts, as web pages in build/docs
+# make cuda-build    builds everything for CUDA in .venv-cuda, without a GPU; prints registers and spills of every kernel
+# make sanitize      C++ tests and tests of the ops under sanitizers, on every instruction set; 10 minutes on 2 cores
+# make lint          ruff, clang-format and mypy
+# make format        ruff and clang-format rewrite the files
+# make clean         removes what was built; .venv, which holds the downloaded packages, stays
 #
-# Everything happens in .venv, made on first use. PYTHON is the interpreter (3.11 or later) that makes it.
+# Everything runs in .venv, which is created on first use. PYTHON names the interpreter (3.11 or later) that creates it.
 
 PYTHON ?= python3
 ARGS ?=
@@ -15,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV = . .venv/bin/activate &&
 CPP_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test sanitize bench bench-quick cuda-build lint format clean
+.PHONY: demo test sanitize bench bench-quick docs cuda-build lint format clean
 
 demo: .venv/built
 	$(VENV) python examples/demo.py
@@ -35,7 +37,10 @@ bench: .venv/built .venv/bench
 bench-quick: .venv/built .venv/bench
 	$(VENV) python -m benchmarks --quick $(ARGS)
 
-# A CUDA build of torch (5.5 GB) in an environment of its own, and a copy of the sources: the build in .venv stays.
+docs: .venv/built .venv/dev
+	$(VENV) python docs/build.py
+
+# Installs a CUDA build of torch (5.5 GB) in .venv-cuda and builds a copy of the sources, so that .venv does not change.
 cuda-build:
 	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
 	. .venv-cuda/bin/activate && pip install -r requirements-cuda.txt
@@ -61,7 +66,7 @@ format: .venv/dev
 clean:
 	rm -rf .venv/built build dist *.egg-info fastelbo/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# The files in .venv below are empty: their dates say when the step was done.
+# The files in .venv below are empty. Their dates say when a step was last done.
 
 .venv/base: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,7 @@
-"""What is measured: an operation, its inputs, and how many times faster than each opponent fastelbo has to be."""
+"""What is measured: an operation, its inputs, and the targets for fastelbo's time and memory."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,8 +15,13 @@ from fastelbo.commands.data import load
 from fastelbo.estimators import ESTIMATORS
 
 LATENT = 32  # M of every ELBO case
-AT_MOST_1_3_TIMES = 1 / 1.3  # a bar on what our call costs: at most 1.3 times the opponent's
+AT_MOST_1_3_TIMES = 1 / 1.3  # of a target: fastelbo may take 1.3 times the contender's time
 AT_MOST_1_05_TIMES = 1 / 1.05
+
+# glibc's malloc. The first setting gives every tensor of 128 KiB or more back to the system as soon as it is freed; the
+# second keeps the memory of all that are smaller than 1 GiB. With neither, it depends on what was allocated before.
+MEMORY_RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+MEMORY_KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
 @dataclass
@@ -38,18 +44,26 @@ class Inputs:
     def frozen(self) -> "Inputs":
         return Inputs({name: t.detach() for name, t in self.tensors.items()})
 
-    def to(self, dtype: torch.dtype) -> "Inputs":
-        """The same numbers in another floating dtype; bytes stay bytes."""
+    def to(self, dtype: torch.dtype | None = None, device: str | None = None) -> "Inputs":
+        """The same numbers in another floating dtype, or on another device; bytes stay bytes."""
 
         def cast(t: Tensor) -> Tensor:
-            return t.detach().to(dtype).requires_grad_(t.requires_grad) if t.is_floating_point() else t
+            wanted = dtype if t.is_floating_point() else None
+            return t.detach().to(device, wanted).requires_grad_(t.requires_grad)
 
+        module = None if self.module is None else copy.deepcopy(self.module).to(device, dtype)
         return Inputs(
             {name: cast(t) for name, t in self.tensors.items()},
             None if self.upstream is None else tuple(map(cast, self.upstream)),
             {name: cast(t) for name, t in self.noise.items()},
-            None if self.module is None else copy.deepcopy(self.module).to(dtype),
+            module,
+            None if self.optimizer is None or module is None else idle_adam(module),
         )
+
+
+def idle_adam(module: Step) -> torch.optim.Optimizer:
+    """A learning rate of 0: all contenders see the same parameters, and Adam does its whole work."""
+    return torch.optim.Adam(module.parameters(), lr=0.0, foreach=True)
 
 
 @dataclass(frozen=True)
@@ -57,18 +71,21 @@ class Case:
     name: str
     op: str  # the function that contenders implement
     make: Callable[[], Inputs]
-    bars: dict[str, float] = field(default_factory=dict)  # contender -> its time divided by fastelbo's must reach this
+    targets: dict[str, float] = field(default_factory=dict)  # contender -> its time divided by fastelbo's, at least
     yardstick: str = ""  # another function, for contenders without the first
     other: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what the yardstick is given
     options: dict[str, Any] = field(default_factory=dict)
     tolerance: float | None = None  # where contenders draw their own samples: what their values may differ by
     rounds: float = 1.0  # a slow case: the share of the rounds that it gets
-    group: str = "losses"  # or "objectives", "models", "calls", "steps", "scaling"
+    group: str = "losses"  # or "objectives", "models", "calls", "steps", "scaling", "allocator"
     core: bool = False  # also with one thread
     quick: bool = False  # part of a quick run
     part_of: str = ""  # the case of whose time this one is a share
-    contenders: tuple[str, ...] = ()  # these alone; empty: all who can
-    size: int = 0  # of a "scaling" case: where it stands on the axis
+    contenders: tuple[str, ...] = ()  # these alone; empty: all that have the operation
+    size: int = 0  # of a "scaling" case: its place on the axis
+    environment: dict[str, str] | None = None  # measured in a process of its own, with these variables
+    target_of_copy: float = math.nan  # fastelbo's share of the copy bandwidth, at least
+    target_peak_bytes: float = math.nan  # the most that fastelbo's step may hold beyond what was there before
 
 
 def _leaf(*shape: int, scale: float = 1.0) -> Tensor:
@@ -83,9 +100,15 @@ def bernoulli(batch: int, data: int) -> Inputs:
     return Inputs({"recon": _leaf(batch, data), "x": torch.rand(batch, data), **_latent(batch)})
 
 
-def gaussian(batch: int, data: int) -> Inputs:
-    recon = {"mean": _leaf(batch, data), "scale": _leaf(batch, data, scale=0.5)}
+def gaussian(batch: int, data: int, scale: tuple[int, ...] | None = None) -> Inputs:
+    """scale is the log variance: one for each element of the batch, or learned in the given shape."""
+    recon = {"mean": _leaf(batch, data), "scale": _leaf(*((batch, data) if scale is None else scale), scale=0.5)}
     return Inputs({**recon, "x": torch.randn(batch, data), **_latent(batch)})
+
+
+def learned_prior(batch: int, data: int) -> Inputs:
+    prior = {"prior_mu": _leaf(LATENT), "prior_logvar": _leaf(LATENT, scale=0.5)}
+    return Inputs(bernoulli(batch, data).tensors | prior)
 
 
 def rsample(samples: int, batch: int, latent: int) -> Inputs:
@@ -120,15 +143,13 @@ def iwae_probs(samples: int, batch: int, data: int, latent: int) -> Inputs:
 
 
 def training(make: Callable[[], Step], batch: int, event: tuple[int, ...], latent: int) -> Inputs:
-    """A learning rate of 0: all contenders see the same parameters, and Adam does its whole work."""
     module = make()
     eps = torch.randn(*((batch, latent) if module.samples is None else (module.samples, batch, latent)))
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.0, foreach=True)
-    return Inputs({"x": torch.rand(batch, *event)}, None, {"eps": eps}, module, optimizer)
+    return Inputs({"x": torch.rand(batch, *event)}, None, {"eps": eps}, module, idle_adam(module))
 
 
 def step_loss(batch: int, event: tuple[int, ...], latent: int, samples: int | None = None) -> Inputs:
-    """What the loss of a step sees: recon comes, and the gradient of z later."""
+    """The tensors that the loss of a step reads: recon, and the gradient of z that a decoder would return."""
     lead = (batch,) if samples is None else (samples, batch)
     x, recon = torch.rand(batch, *event), _leaf(*lead, *event, scale=0.3)
     z = torch.randn(*lead, latent)
@@ -136,7 +157,7 @@ def step_loss(batch: int, event: tuple[int, ...], latent: int, samples: int | No
 
 
 def objective(samples: int, batch: int, data: int, latent: int) -> Inputs:
-    """Sampling and loss around a decoder that is not there: it gives recon, and later the gradient of z."""
+    """Sampling and loss without the decoder between them: recon and the gradient of z are given."""
     return Inputs(
         {"recon": _leaf(samples, batch, data, scale=0.3), "x": torch.rand(batch, data), **_latent(batch, latent)},
         (torch.ones(()), torch.randn(samples, batch, latent)),
@@ -149,7 +170,7 @@ def held_out_digits() -> Inputs:
 
 
 def ppca(rows: int, data: int, latent: int, *, train: bool = True) -> Inputs:
-    """Data of the very model. sklearn's PCA knows orthogonal columns alone."""
+    """Data drawn from the model. The columns of W are orthogonal, as sklearn's PCA requires."""
     W = torch.linalg.qr(torch.randn(data, latent))[0] * torch.linspace(4, 2, latent)
     b, log_sigma2 = torch.randn(data), torch.tensor(-0.5)
     x = torch.randn(rows, latent) @ W.mT + b + torch.exp(0.5 * log_sigma2) * torch.randn(rows, data)
@@ -158,16 +179,25 @@ def ppca(rows: int, data: int, latent: int, *, train: bool = True) -> Inputs:
 
 
 def _elbo(kind: str, make: Callable[[int, int], Inputs], batch: int, data: int, eager: float, compiled: float) -> Case:
-    bars = {"eager": eager, "compile": compiled}
+    targets = {"eager": eager, "compile": compiled}
     name = f"ELBO {kind} [{batch} x {data}]"
-    return Case(name, f"elbo_{make.__name__}", partial(make, batch, data), bars, core=True, quick=batch == 512)
+    return Case(name, f"elbo_{make.__name__}", partial(make, batch, data), targets, core=True, quick=batch == 512)
 
 
-def _objective(name: str) -> Case:
-    bars = {"its iwae": AT_MOST_1_05_TIMES} if name == "dreg" else {}
-    make = partial(objective, 50, 100, 784, 50)
-    title = f"{name} step K=50 B=100 D=784 M=50"
-    return Case(title, f"{name} step", make, bars, next(iter(bars), ""), rounds=0.3, group="objectives")
+def _own_shape(kind: str, op: str, make: Callable[[], Inputs]) -> Case:
+    """A parameter smaller than recon, whose gradient is summed without being written at recon's size."""
+    three, gradient = ("eager", "compile", "fastelbo"), 4 * 512 * 784
+    return Case(f"ELBO {kind} [512 x 784]", op, make, target_peak_bytes=1.2 * gradient, contenders=three)
+
+
+def _objective(
+    name: str, batch: int = 100, latent: int = 50, rounds: float = 0.3, contenders: tuple[str, ...] = ()
+) -> Case:
+    targets = {"its iwae": AT_MOST_1_05_TIMES} if name == "dreg" else {}
+    make = partial(objective, 50, batch, 784, latent)
+    title = f"{name} step K=50 B={batch} D=784 M={latent}"
+    other = next(iter(targets), "")
+    return Case(title, f"{name} step", make, targets, other, rounds=rounds, group="objectives", contenders=contenders)
 
 
 def _steps() -> list[Case]:
@@ -217,12 +247,20 @@ def _scaling() -> list[Case]:
     ]
 
 
+def _allocator(title: str, environment: dict[str, str]) -> Case:
+    make, two = partial(bernoulli, 1024, 3072), ("eager", "fastelbo")
+    return Case(title, "elbo_bernoulli", make, group="allocator", contenders=two, environment=environment)
+
+
 CASES = [
     _elbo("Bernoulli", bernoulli, 64, 64, 2.0, 2.0),
     _elbo("Bernoulli", bernoulli, 128, 784, 3.0, 3.0),
     _elbo("Bernoulli", bernoulli, 512, 784, 6.0, 5.0),
     _elbo("Bernoulli", bernoulli, 1024, 3072, 6.0, 2.5),
     _elbo("Gaussian, full logvar", gaussian, 512, 784, 3.0, 1.8),
+    _own_shape("Gaussian, logvar of every pixel", "elbo_gaussian", partial(gaussian, 512, 784, (784,))),
+    _own_shape("Gaussian, one logvar", "elbo_gaussian", partial(gaussian, 512, 784, ())),
+    _own_shape("Bernoulli, learned prior", "elbo_learned_prior", partial(learned_prior, 512, 784)),
     Case(
         "ELBO Bernoulli, x as uint8 [1024 x 3072]",
         "elbo_uint8",
@@ -313,4 +351,33 @@ CASES = [
     ),
     *_steps(),
     *_scaling(),
+    _allocator("freed memory returned to the system", MEMORY_RETURNED),
+    _allocator("glibc's choice", {}),
+    _allocator("freed memory kept", MEMORY_KEPT),
 ]
+
+COLUMNS = 2**16  # 1024 rows of so many logits are 256 MB
+ON_CUDA: dict[str, Any] = {"contenders": ("eager", "compile", "max-autotune", "its iwae", "fastelbo"), "rounds": 0.75}
+CUDA_CASES = [
+    Case(
+        f"ELBO Bernoulli [1024 x {COLUMNS}]",
+        "elbo_bernoulli",
+        partial(bernoulli, 1024, COLUMNS),
+        {"compile": 1.4, "eager": 4.0},
+        target_of_copy=0.85,
+        quick=True,
+        **ON_CUDA,
+    ),
+    Case("ELBO Bernoulli [512 x 784]", "elbo_bernoulli", partial(bernoulli, 512, 784), quick=True, **ON_CUDA),
+    Case("IWAE K=50 B=512 D=784", "iwae", partial(iwae, 50, 512, 784), {"compile": 1.3}, **ON_CUDA),
+    Case(
+        "rsample K=50 B=4096 M=64",
+        "rsample",
+        partial(rsample, 50, 4096, 64),
+        {"compile": 1.5},
+        options={"num_samples": 50},
+        **ON_CUDA,
+    ),
+    *(_objective(name, 512, 64, **ON_CUDA) for name in ("iwae", "dreg")),
+]
+CASES_OF = {"cpu": CASES, "cuda": CUDA_CASES}

@@ -1,4 +1,4 @@
-"""What the figures were measured on, and how fast its memory is."""
+"""The machine on which a run was measured, and how much other processes used it."""
 
 import datetime
 import math
@@ -8,14 +8,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 
 import fastelbo
 
-DISTURBED = 5  # percent of the processors: with more of them used by others, times mean little
-COPIED = 1 << 26  # floats: 256 MB, far beyond any cache
+DISTURBED = 5  # percent of the processors: if other processes use more, the times are not to be relied on
 
 
 def facts() -> dict[str, str]:
@@ -24,9 +22,10 @@ def facts() -> dict[str, str]:
     here = Path(__file__).parent
     git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now().isoformat(" ", "minutes"),
         "cpu": cpu[1] if cpu else "unknown",
         "cores": str(os.cpu_count()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "load": f"{os.getloadavg()[0]:.1f}",
         "isa": str(fastelbo.build_info()["isa"]),
         "torch": torch.__version__,
@@ -36,7 +35,10 @@ def facts() -> dict[str, str]:
 
 
 def _processor_seconds() -> tuple[float, float]:
-    """Of the whole machine, and of this process with its children. user, nice, system, irq, softirq, stolen."""
+    """Seconds of processor time of the whole machine, and of this process with its children.
+
+    /proc/stat counts user, nice, system, idle, iowait, irq, softirq and stolen time: all but idle and iowait.
+    """
     stat = Path("/proc/stat")
     if not stat.exists():
         return math.nan, math.nan
@@ -54,14 +56,3 @@ def others_share() -> Callable[[], float]:
         return max(0.0, (machine_now - machine) - (ours_now - ours)) / (wall * (os.cpu_count() or 1))
 
     return share
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read plus written, of copying one large tensor to another."""
-    source, target = torch.zeros(COPIED), torch.zeros(COPIED)
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - start)
-    return 2 * 4 * COPIED / median(times)

@@ -1,92 +1,31 @@
-"""One case: every contender is judged, then those that are right are timed side by side."""
+"""One case: every contender's values are compared with float64, then those that are right are timed side by side."""
 
 import gc
 import math
+import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cases import Case, Inputs
+from benchmarks.cases import CASES, Case, Inputs
 from benchmarks.contenders import CONTENDERS, JUDGE, SUBJECT
 from benchmarks.machine import others_share
+from benchmarks.records import WRONG, Row
+from benchmarks.timers import CpuTimer, Outputs, Run, Sample, Timer
 
 # Errors are relative to the largest entry of each tensor. The first contender, eager, must be within COARSE of float64;
 # the others may be twice as far from it as eager is, plus FLOOR. Half types: in their own units.
 COARSE, FLOOR = 1e-3, 1e-6
-SAMPLE_NS = 2e6  # a sample repeats the step for at least about this long
 PHASES = ("forward", "backward", "both")
-
-Outputs = tuple[Tensor, ...]
-
-
-@dataclass
-class Row:
-    """One measurement: one line of the CSV file."""
-
-    group: str
-    case: str
-    threads: int
-    contender: str
-    phase: str
-    bar: float = math.nan
-    median_us: float = math.nan
-    p20_us: float = math.nan
-    p80_us: float = math.nan
-    forward_percent: float = math.nan
-    ratio: float = math.nan  # its median divided by fastelbo's
-    ns_per_element: float = math.nan
-    bandwidth_percent: float = math.nan  # of the measured copy bandwidth, by the bytes that no one can avoid
-    elements: int = 0  # of the largest tensor
-    bytes: int = 0
-    saved_bytes: float = math.nan
-    peak_bytes: float = math.nan
-    compile_s: float = math.nan
-    error: float = math.nan
-    failure: str = ""
-    part_of: str = ""
-    size: int = 0
-    others_percent: float = math.nan  # of the machine's processors, used by other processes while the case was timed
-
-    @property
-    def verdict(self) -> str:
-        if self.failure or math.isnan(self.bar) or math.isnan(self.ratio):
-            return self.failure
-        return "met" if self.ratio >= self.bar else "MISSED"
-
-
-@dataclass
-class Run:
-    """A contender's step: forward, backward and, for a model, the optimizer's step, as in training."""
-
-    function: Callable[..., Any]
-    inputs: Inputs
-    options: dict[str, Any]
-
-    def forward(self) -> Outputs:
-        """The gradients of the step before are let go first."""
-        for leaf in self.inputs.leaves:
-            leaf.grad = None
-        outputs = self.function(**self.inputs.arguments, **self.options)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-
-    def backward(self, outputs: Outputs) -> None:
-        if any(o.requires_grad for o in outputs):
-            torch.autograd.backward(outputs, self.inputs.upstream)
-        if self.inputs.optimizer is not None:
-            self.inputs.optimizer.step()
-
-    def __call__(self) -> Outputs:
-        outputs = self.forward()
-        self.backward(outputs)
-        return outputs
 
 
 def results(function: Callable[..., Any], inputs: Inputs, options: dict[str, Any]) -> list[Tensor]:
@@ -122,20 +61,6 @@ def saved_bytes(run: Run) -> int:
     return sum(storages.values())
 
 
-def peak_bytes(run: Run) -> int:
-    """The most that one step holds at a time beyond what was there before it, gradients included."""
-    for leaf in run.inputs.leaves:
-        leaf.grad = None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 def least_bytes(inputs: Inputs, outputs: Outputs) -> int:
     """Every input read and every output and gradient written once, every upstream gradient read once."""
 
@@ -146,41 +71,28 @@ def least_bytes(inputs: Inputs, outputs: Outputs) -> int:
     return total(inputs.tensors.values()) + total(outputs) + total(inputs.leaves) + total(upstream or ())
 
 
-def timings(runs: dict[str, Run], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Microseconds of forward and of backward of each contender in each round.
-
-    They take turns in random order: what slows the machine down hits all.
-    """
+def timings(runs: dict[str, Run], rounds: int, timer: Timer) -> dict[str, list[Sample]]:
+    """A sample of each contender in each round. They take turns in random order: what slows the machine hits all."""
     repeats: dict[str, int] = {}
     for name, run in runs.items():
         for _ in range(5):
-            start = time.perf_counter_ns()
-            run()
-            repeats[name] = math.ceil(SAMPLE_NS / (time.perf_counter_ns() - start))
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    order, shuffle, now = list(runs), random.Random(0).shuffle, time.perf_counter_ns
+            repeats[name] = max(1, math.ceil(timer.sample_us / timer.sample(run, 1).both_us))
+    samples: dict[str, list[Sample]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
     gc.collect()
     gc.disable()
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            run, count = runs[name], repeats[name]
-            run()  # what ran before leaves caches, and threads that still spin
-            forward = backward = 0
-            for _ in range(count):
-                start = now()
-                outputs = run.forward()
-                middle = now()
-                run.backward(outputs)
-                forward, backward = forward + middle - start, backward + now() - middle
-            times[name].append((forward / count / 1e3, backward / count / 1e3))
+            runs[name]()  # what ran before leaves caches, and threads that still spin
+            samples[name].append(timer.sample(runs[name], repeats[name]))
     gc.enable()
-    return times
+    return samples
 
 
-def _judge(case: Case, quick: bool) -> tuple[dict[str, Row], dict[str, Run], dict[str, Outputs]]:
-    """A row and a run for every contender; no run for one that is wrong or fails."""
-    inputs = case.make()
+def _judge(case: Case, timer: Timer, quick: bool) -> tuple[dict[str, Row], dict[str, Run], dict[str, Outputs]]:
+    """A row and a run for every contender; no run for one that returns wrong values or fails."""
+    inputs = case.make() if timer.device == "cpu" else case.make().to(device=timer.device)
     other = case.other(inputs)
     rows: dict[str, Row] = {}
     runs: dict[str, Run] = {}
@@ -196,8 +108,8 @@ def _judge(case: Case, quick: bool) -> tuple[dict[str, Row], dict[str, Run], dic
         if quick and contender.mode.startswith("max"):
             continue
         given = inputs if op == case.op else other
-        row = Row(case.group, case.name, torch.get_num_threads(), contender.name, "both", part_of=case.part_of)
-        row.size = case.size
+        row = Row(case.group, case.name, torch.get_num_threads(), contender.name, "both", timer.device)
+        row.part_of, row.size, row.copy_gb_s = case.part_of, case.size, timer.bandwidth / 1e9
         rows[contender.name] = row
         run = Run(contender.function(op), given, case.options)
         try:
@@ -205,13 +117,14 @@ def _judge(case: Case, quick: bool) -> tuple[dict[str, Row], dict[str, Run], dic
             outputs = run()
             if contender.mode:
                 row.compile_s = time.perf_counter() - start
-            row.saved_bytes, row.peak_bytes = saved_bytes(run), peak_bytes(run)
+            row.saved_bytes, row.peak_bytes = saved_bytes(run), timer.peak_bytes(run)
+            row.kernels = timer.kernels(run)
             row.elements = max(t.numel() for t in (*given.tensors.values(), *outputs))
             row.bytes = least_bytes(given, outputs)
             expected = results(JUDGE[op], given.to(torch.float64), case.options)
             row.error = distance(results(run.function, given, case.options), expected)
             if not row.error <= allowed:
-                row.failure = "WRONG"
+                row.failure = WRONG
                 continue
             if len(rows) == 1 and case.tolerance is None:
                 allowed = min(allowed, 2 * row.error + floor)
@@ -223,31 +136,31 @@ def _judge(case: Case, quick: bool) -> tuple[dict[str, Row], dict[str, Run], dic
     return rows, runs, first
 
 
-def measure(case: Case, rounds: int, copy_bandwidth: float, *, quick: bool = False) -> list[Row]:
+def measure(case: Case, rounds: int, timer: Timer, *, quick: bool = False) -> list[Row]:
+    """The rows of all contenders: of every phase of those that are right, one with the failure of the others."""
     torch.manual_seed(0)
     torch._dynamo.reset()  # else the compiled functions of all cases pile up behind one chain of guards
-    heads, runs, outputs = _judge(case, quick)
+    heads, runs, outputs = _judge(case, timer, quick)
     others = others_share()
-    times = timings(runs, max(5, round(case.rounds * rounds)))
+    samples = timings(runs, max(5, round(case.rounds * rounds)), timer)
     busy = 100 * others()
-    for head in heads.values():
-        head.others_percent = busy
     found: list[Row] = []
     for name, head in heads.items():
-        if name not in times:
+        head.others_percent = busy
+        if name not in samples:
             found.append(head)
             continue
+        head.page_faults = median(s.page_faults for s in samples[name])
         trains = any(o.requires_grad for o in outputs[name]) or runs[name].inputs.optimizer is not None
         for phase in PHASES if trains else PHASES[:1]:
-            us = [{"forward": f, "backward": b, "both": f + b}[phase] for f, b in times[name]]
-            row = Row(**(vars(head) | {"phase": phase}))
+            us = [getattr(s, f"{phase}_us") for s in samples[name]]
+            row = replace(head, phase=phase)
             row.p20_us, _, _, row.p80_us = quantiles(us, n=5)
             row.median_us = median(us)
-            row.forward_percent = 100 * median(f / (f + b) for f, b in times[name]) if trains else 100.0
+            row.forward_percent = 100 * median(s.forward_us / s.both_us for s in samples[name]) if trains else 100.0
             row.ns_per_element = 1e3 * row.median_us / row.elements
             if phase == "both" or not trains:
-                row.bar = case.bars.get(name, math.nan)
-                row.bandwidth_percent = 100 * row.bytes / (1e-6 * row.median_us) / copy_bandwidth
+                row.bandwidth_percent = 100 * row.bytes / (1e-6 * row.median_us) / timer.bandwidth
             found.append(row)
     subject = {row.phase: row.median_us for row in found if row.contender == SUBJECT}
     for row in found:
@@ -256,11 +169,22 @@ def measure(case: Case, rounds: int, copy_bandwidth: float, *, quick: bool = Fal
     return found
 
 
-def whole(rows: list[Row]) -> list[Row]:
-    """The rows of whole steps: one per case and contender."""
-    return [row for row in rows if row.phase == "both" or not _has_both(rows, row)]
+def _measure_named(name: str, rounds: int, bandwidth: float, threads: int, quick: bool) -> list[Row]:
+    torch.set_num_threads(threads)
+    return measure(next(c for c in CASES if c.name == name), rounds, CpuTimer(bandwidth), quick=quick)
 
 
-def _has_both(rows: list[Row], one: Row) -> bool:
-    key = (one.case, one.threads, one.contender)
-    return any(row.phase == "both" and (row.case, row.threads, row.contender) == key for row in rows)
+def measure_in_new_process(case: Case, rounds: int, timer: Timer, *, quick: bool = False) -> list[Row]:
+    """The same in a process that starts with the case's environment variables: glibc reads its own at the start."""
+    assert case.environment is not None
+    saved = dict(os.environ)
+    for name in [n for n in os.environ if n.startswith("MALLOC_")]:
+        del os.environ[name]
+    os.environ.update(case.environment)
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            threads = torch.get_num_threads()
+            return process.submit(_measure_named, case.name, rounds, timer.bandwidth, threads, quick).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)

@@ -1,4 +1,4 @@
-"""The opponents from other packages, each called as its users call it."""
+"""The functions of other packages, each called as its users call it."""
 
 import importlib.util
 import math
@@ -80,7 +80,7 @@ SKLEARN: Functions = {"ppca_score": sklearn_ppca}
 
 
 def _not_installed(*_: Any, **__: Any) -> None:
-    """In place of every function of a missing package, so that the tables and the CSV file say so."""
+    """Stands for every function of a package that is not installed, so that the tables and the CSV file say so."""
     raise ModuleNotFoundError("pip install -r benchmarks/requirements.txt")
 
 
@@ -97,7 +97,7 @@ if "pythae" not in MISSING:
         return loss
 
     def pythae_iwae(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, z: Tensor) -> Tensor:
-        """Its tensors are [B, K, ...]; ours are turned without a copy."""
+        """Its tensors are [B, K, ...]: ours are transposed, without a copy."""
         config = SimpleNamespace(reconstruction_loss="bce")
         model: Any = SimpleNamespace(model_config=config, n_samples=len(z))
         latents = (mu.unsqueeze(1), logvar.unsqueeze(1), z.transpose(0, 1))

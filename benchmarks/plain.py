@@ -1,6 +1,6 @@
-"""The opponents written by hand in plain PyTorch: the shortest code that a user would write for each op.
+"""Each operation written by hand in plain PyTorch: the shortest code that a user would write.
 
-They are faster than `fastelbo.reference`, which is kept to the letter of the formulas.
+It is faster than `fastelbo.reference`, which is written like the formulas.
 """
 
 import math
@@ -43,9 +43,16 @@ def plain_elbo_gaussian(mean: Tensor, scale: Tensor, x: Tensor, mu: Tensor, logv
     return (nll.sum() + _kl(mu, logvar).sum()) / len(x)
 
 
+def plain_elbo_learned_prior(
+    recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor
+) -> Tensor:
+    kl = -0.5 * (1 + logvar - prior_logvar - ((mu - prior_mu).square() + logvar.exp()) * torch.exp(-prior_logvar))
+    return (F.binary_cross_entropy_with_logits(recon, x, reduction="sum") + kl.sum()) / len(x)
+
+
 def plain_rsample(mu: Tensor, logvar: Tensor, num_samples: int, eps: Tensor | None = None) -> tuple[Tensor, ...]:
     if eps is None:
-        eps = torch.randn(num_samples, *mu.shape)
+        eps = torch.randn(num_samples, *mu.shape, device=mu.device)
     z = mu + torch.exp(0.5 * logvar) * eps
     return z, _kl(mu, logvar).sum(-1), 0.5 * (eps.square() - z.square() + logvar).sum(-1)
 
@@ -58,8 +65,8 @@ def plain_iwae(recon: Tensor, x: Tensor, log_ratio: Tensor) -> Tensor:
 def plain_objective(
     estimator: str, recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """-> loss, z. Score terms are cut by detaching, the gradient of z is weighted by a hook, as is usual."""
-    eps = torch.randn(len(recon), *mu.shape) if eps is None else eps
+    """-> loss, z. As is usual, detaching removes score terms, and a hook weights the gradient of z."""
+    eps = torch.randn(len(recon), *mu.shape, device=mu.device) if eps is None else eps
     z = mu + torch.exp(0.5 * logvar) * eps
     log_p = -F.binary_cross_entropy_with_logits(recon, x.expand_as(recon), reduction="none").sum(-1)
     if estimator in ("stl", "dreg"):
@@ -98,19 +105,19 @@ def plain_iwae_probs(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, z: Te
 
 
 def plain_step(x: Tensor, module: Step, eps: Tensor | None = None) -> Tensor:
-    """A whole training step but for the optimizer: encode, sample, decode, loss."""
+    """A whole training step except the optimizer's: encode, sample, decode, loss."""
     mu, logvar = module.encode(x)
     if module.samples is None:
         z = mu + torch.exp(0.5 * logvar) * (torch.randn_like(mu) if eps is None else eps)
         return plain_elbo_bernoulli(module.decode(z), x, mu, logvar)
-    eps = torch.randn(module.samples, *mu.shape) if eps is None else eps
+    eps = torch.randn(module.samples, *mu.shape, device=mu.device) if eps is None else eps
     z = mu + torch.exp(0.5 * logvar) * eps
     recon = module.decode(z.flatten(0, 1)).unflatten(0, z.shape[:2])
     return plain_iwae(recon.flatten(2), x.flatten(1), 0.5 * (eps.square() - z.square() + logvar).sum(-1))
 
 
 def plain_step_loss(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, eps: Tensor | None = None) -> Any:
-    """The sampling and the loss of a step around a decoder that is not there. -> loss, z"""
+    """The sampling and the loss of a step, without the decoder between them. -> loss, z"""
     if recon.dim() > x.dim():
         return plain_objective("iwae", recon.flatten(2), x.flatten(1), mu, logvar, eps)
     eps = torch.randn_like(mu) if eps is None else eps
@@ -140,14 +147,14 @@ def plain_ppca(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
     """By Woodbury's formula and the determinant lemma."""
     D, M = W.shape
     s2, r = torch.exp(log_sigma2), x - b
-    factor = torch.linalg.cholesky(W.mT @ W + s2 * torch.eye(M, dtype=W.dtype))
+    factor = torch.linalg.cholesky(W.mT @ W + s2 * torch.eye(M, dtype=W.dtype, device=W.device))
     u = torch.linalg.solve_triangular(factor, (r @ W).mT, upper=False)
     distance = (r.square().sum(1) - u.square().sum(0)) / s2
     return -0.5 * (D * LOG_2PI + (D - M) * log_sigma2 + 2 * torch.log(factor.diagonal()).sum() + distance)
 
 
 def one_bce(recon: Tensor, x: Tensor, **_: Tensor) -> Tensor:
-    """Not an ELBO: the cheapest loss in PyTorch, to tell what a call costs."""
+    """Not an ELBO: the cheapest loss in PyTorch, a yardstick for what a call costs."""
     return F.binary_cross_entropy_with_logits(recon, x)
 
 
@@ -156,6 +163,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "elbo_uint8": plain_elbo_uint8,
     "elbo_probs": plain_elbo_probs,
     "elbo_gaussian": plain_elbo_gaussian,
+    "elbo_learned_prior": plain_elbo_learned_prior,
     "rsample": plain_rsample,
     "iwae": plain_iwae,
     "iwae_probs": plain_iwae_probs,

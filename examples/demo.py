@@ -1,9 +1,9 @@
 """Trains one VAE on the digits twice, with the fused kernels and with plain PyTorch, and compares curves and times.
 
-The two runs see the same initial weights, batches and noise, and take turns epoch by epoch, so that whatever else the
-machine does falls on both. A third run, with another seed, gives the scale of the noise of training.
+Both runs have the same initial weights, batches and noise. They alternate epoch by epoch, so that other load on the
+machine affects both alike. A third run with another seed shows how much the result depends on the seed.
 
-    python examples/demo.py [DIR]        pictures go to DIR, runs/demo if not given
+    python examples/demo.py [DIR]        writes pictures to DIR (default: runs/demo)
 """
 
 import statistics
@@ -60,8 +60,10 @@ def main() -> int:
         f"(largest relative difference {rounding:.1e}, allowed {ROUNDING:.0e})\n"
         f"held-out ELBO, mean of the last {LAST_EPOCHS} epochs: fused {ends[0]:.3f}, reference {ends[1]:.3f}, "
         f"fused with another seed {ends[2]:.3f}\n"
-        f"largest difference at any epoch: {between_impls:.3f} between the two, {between_seeds:.3f} between seeds;\n"
-        f"  rounding differences grow with training; the end lies within its noise: {verdict(same_end)}\n"
+        f"largest difference at any epoch: {between_impls:.3f} between fused and reference, "
+        f"{between_seeds:.3f} between seeds;\n"
+        "  rounding differences grow during training; at the end fused and reference differ by no more than two seeds "
+        f"do: {verdict(same_end)}\n"
     )
 
     for name, run in (("fused", fused), ("reference", plain)):
@@ -70,8 +72,8 @@ def main() -> int:
         print(
             f"{name:9s}  {step:.3f} ms per step (median of {len(run.step_times)}), sampling and loss {share:.0%} of it"
         )
-    print("  A small model (B = 64, D = 64): encoder, decoder and Adam take most of the step. The reference is written")
-    print("  for clarity, not for speed, and its noise is made outside the timed part.")
+    print("  In a model of this size (B = 64, D = 64), encoder, decoder and Adam take most of the step.")
+    print("  The reference is written for clarity, not for speed, and the time of its noise is not counted.")
 
     out.mkdir(parents=True, exist_ok=True)
     for path in pictures.save_all(fused.model, fused.data, fused.history, out):

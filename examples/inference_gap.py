@@ -1,11 +1,15 @@
-"""What inference costs, on a model in which it can be known: probabilistic PCA, log p(x) = ELBO + KL(q || posterior).
+"""The error of approximate inference, on a model in which log p(x) is known exactly: probabilistic PCA.
 
-1. A linear VAE, trained by `elbo_loss` on data of a known PPCA: at the end its ELBO is the exact maximum of log p(x)
-   (Lucas et al. 2019), and its noise and principal subspace are those of the closed form.
-2. A q without the posterior's correlations: its K-sample bounds climb to log p(x) (Burda et al. 2016, theorem 1).
-3. Plain Monte Carlo from the prior: what it misses of log p(x) grows with M, and needs exponentially many samples.
+The error of the ELBO is log p(x) - ELBO = KL(q || posterior). Three experiments:
 
-    python examples/inference_gap.py [DIR]        the picture goes to DIR, runs/inference_gap if not given
+1. `elbo_loss` trains a linear VAE on data of a known PPCA. At the end its ELBO is the exact maximum of log p(x) (Lucas
+   et al. 2019), and its noise and principal subspace are those of the closed form.
+2. q is the best diagonal Gaussian, without the posterior's correlations. Its K-sample bounds rise with K to log p(x)
+   (Burda et al. 2016, theorem 1).
+3. Plain Monte Carlo draws from the prior. The error of its estimate of log p(x) grows with M, and the number of samples
+   that it needs grows exponentially with M.
+
+    python examples/inference_gap.py [DIR]        writes the picture to DIR (default: runs/inference_gap)
 """
 
 import math
@@ -28,7 +32,7 @@ PRIOR_DIMENSIONS = (1, 2, 4, 6, 8, 12, 16)
 
 
 def known_ppca(latent: int, generator: torch.Generator, sigma: float = 0.5) -> PPCA:
-    """Loadings in no particular direction: the posterior is correlated."""
+    """A PPCA with random loadings, so that the dimensions of its posterior are correlated."""
     model = PPCA(latent, D)
     W = torch.randn(D, latent, generator=generator) * torch.linspace(1.5, 0.5, latent)
     model.load_state_dict({"W": W, "b": torch.zeros(D), "log_sigma2": torch.tensor(2 * math.log(sigma))})
@@ -55,7 +59,7 @@ class LinearVAE(nn.Module):
 
 
 def train(x: Tensor) -> tuple[LinearVAE, list[tuple[int, float, float]]]:
-    """-> the model; its exact ELBO and exact log p(x) after some of the steps."""
+    """Returns the model, and (step, exact ELBO, exact log p(x)) for every 40th step."""
     model = LinearVAE()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS, eta_min=1e-4)
@@ -73,7 +77,7 @@ def train(x: Tensor) -> tuple[LinearVAE, list[tuple[int, float, float]]]:
 
 
 class Mean(nn.Module):
-    """A PPCA as the decoder of a VAE."""
+    """The decoder of a VAE: the mean and the noise of a PPCA."""
 
     def __init__(self, ppca: PPCA) -> None:
         super().__init__()
@@ -85,7 +89,10 @@ class Mean(nn.Module):
 
 
 class BestDiagonal(nn.Module):
-    """The diagonal q that is nearest to the posterior: its mean, and the inverse diagonal of its precision."""
+    """The encoder of a VAE: the diagonal q with the smallest KL(q || posterior).
+
+    Its mean is that of the posterior, its variances are the inverse diagonal of the posterior's precision.
+    """
 
     def __init__(self, ppca: PPCA) -> None:
         super().__init__()

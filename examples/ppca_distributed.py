@@ -1,4 +1,4 @@
-"""Fits probabilistic PCA over several processes, each of which holds a part of the rows.
+"""Fits probabilistic PCA with several processes, each of which holds a part of the rows.
 
 torchrun --nproc-per-node 2 examples/ppca_distributed.py
 """
@@ -14,7 +14,7 @@ def main() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     x = load("patches", missing=True).train.flatten(1)
-    mine = x[rank::size]  # a real program would read nothing else
+    mine = x[rank::size]  # a real program would read only these rows
     for method in ("eig", "em"):
         model = PPCA(16).fit(mine, method, group=dist.group.WORLD, generator=torch.Generator().manual_seed(0))
         report = model.fit_report

@@ -28,10 +28,10 @@ class Posterior(NamedTuple):
     z: Tensor  # [K?, B, *latent]
     kl: Tensor  # [B]: KL(q || prior)
     log_ratio: Tensor  # [K?, B]: log p(z) - log q(z | x)
-    mu: Tensor
-    logvar: Tensor
-    prior_mu: Tensor | None
-    prior_logvar: Tensor | None
+    mu: Tensor  # [B, *latent]: as given
+    logvar: Tensor  # [B, *latent]: as given
+    prior_mu: Tensor | None  # as given
+    prior_logvar: Tensor | None  # as given
     # [2, K, B] zeros, for `multi_sample_loss`. The "gradient" that an estimator sends back for them are the factors by
     # which its path and score gradients differ from those in the total gradient (csrc/math/estimator.h).
     gates: Tensor | None = None
@@ -558,17 +558,17 @@ def multi_sample_loss(
 
     With log w_k = log p(x | z_k) + log p(z_k) - log q(z_k | x), all K samples in one backward pass:
 
-    "elbo"   mean_k log w_k: the KL by Monte Carlo too (Kingma & Welling 2014, eq. 6)
-    "stl"    the same without the score term: zero variance where q is the posterior (Roeder et al. 2017)
-    "iwae"   log mean_k w_k (Burda et al. 2016)
-    "dreg"   the same bound; the encoder's gradient doubly reparameterized, which is unbiased and whose signal-to-noise
-             ratio grows with K where iwae's falls (Tucker et al. 2019). With K = 1 it is "stl".
-    "rws"    the same bound for the decoder; the encoder minimizes KL(p(z | x) || q), the wake phase of reweighted
-             wake-sleep (Bornschein & Bengio 2015). Needs K of 2 or more.
-    "vr"     1/(1 - alpha) log mean_k w_k^(1 - alpha), a Renyi bound (Li & Turner 2016): alpha = 0 is iwae, 1 (by
-             continuity) elbo; a negative alpha goes above the bound of iwae.
-    "ciwae"  beta elbo + (1 - beta) iwae (Rainforth et al. 2018)
-    "miwae"  iwae inside each of `groups` groups of K / groups consecutive samples, averaged (Rainforth et al. 2018)
+    - "elbo": mean_k log w_k: the KL by Monte Carlo too (Kingma & Welling 2014, eq. 6)
+    - "stl": the same without the score term: zero variance where q is the posterior (Roeder et al. 2017)
+    - "iwae": log mean_k w_k (Burda et al. 2016)
+    - "dreg": the same bound; the encoder's gradient doubly reparameterized, which is unbiased and whose signal-to-noise
+      ratio grows with K where iwae's falls (Tucker et al. 2019). With K = 1 it is "stl".
+    - "rws": the same bound for the decoder; the encoder minimizes KL(p(z | x) || q), the wake phase of reweighted
+      wake-sleep (Bornschein & Bengio 2015). Needs K of 2 or more.
+    - "vr": 1/(1 - alpha) log mean_k w_k^(1 - alpha), a Renyi bound (Li & Turner 2016): alpha = 0 is iwae, 1 (by
+      continuity) elbo; a negative alpha goes above the bound of iwae.
+    - "ciwae": beta elbo + (1 - beta) iwae (Rainforth et al. 2018)
+    - "miwae": iwae inside each of `groups` groups of K / groups consecutive samples, averaged (Rainforth et al. 2018)
 
     Args:
         recon: [K, B, *event] (or a pair of them), decoded from posterior.z. x, likelihood, mask: as in `log_prob`.

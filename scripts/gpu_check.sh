@@ -38,7 +38,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
   summary+=("$(printf '%-22s %-8s' sanitizer SKIPPED)  compute-sanitizer is not on PATH")
 fi
-step benchmark 150 python -m benchmarks.cuda --out "$out"
+step benchmark 150 python -m benchmarks --device cuda --out "$out/cuda.csv"
 cat "$out/benchmark.log"
 
 echo

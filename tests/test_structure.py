@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -111,3 +112,47 @@ def test_a_user_s_program_has_types():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no issues found" in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# C++
+
+CSRC = ROOT / "csrc"
+TORCH_FREE = [CSRC / "math", CSRC / "likelihoods", CSRC / "cpu/kernels", CSRC / "cuda/kernels"]
+HALF = {"c10/util/BFloat16.h", "c10/util/Half.h"}  # headers of numbers, which need no library
+
+
+def _included(path: Path) -> set[str]:
+    return set(re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("folder", TORCH_FREE, ids=lambda f: str(f.relative_to(CSRC)))
+def test_kernels_maths_and_likelihoods_include_no_torch(folder):
+    files = [p for p in folder.iterdir() if p.suffix in (".h", ".cuh", ".cu", ".cpp")]
+    assert len(files) > 2
+    for path in files:
+        torch = {name for name in _included(path) if name.startswith(("ATen/", "c10/", "torch/")) or "pybind" in name}
+        assert torch <= HALF, path
+        # nor by way of the folders that prepare and dispatch
+        upward = {name for name in _included(path) if name.startswith(("prepare/", "autograd/", "composite/", "meta/"))}
+        assert not upward and "ops.h" not in _included(path), path
+
+
+def test_maths_and_likelihoods_know_no_device():
+    for path in [*(CSRC / "math").iterdir(), *(CSRC / "likelihoods").iterdir()]:
+        assert not {name for name in _included(path) if name.startswith(("cpu/", "cuda/"))}, path
+
+
+def test_an_instruction_set_is_named_in_one_place():
+    """Code asks for its properties: math/isa.h says which it has."""
+    for path in CSRC.rglob("*.[hc]*"):
+        if path.name != "isa.h" and not path.name.startswith("isa_"):
+            assert "X86_LEVEL" not in path.read_text(), path
+
+
+def test_a_source_is_listed_once_and_no_cuda_file_lies_in_a_cpu_folder():
+    listed = [n for n in (CSRC / "sources.txt").read_text().splitlines() if n and not n.startswith("#")]
+    files = {str(p.relative_to(CSRC)) for p in CSRC.rglob("*") if p.suffix in (".cpp", ".cu")}
+    assert sorted(listed) == sorted(files)
+    for path in CSRC.rglob("*.cu*"):
+        assert path.relative_to(CSRC).parts[0] == "cuda", path

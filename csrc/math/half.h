@@ -17,9 +17,6 @@ struct Half {
   uint16_t bits;
 };
 
-// Whether the instruction set converts halves: then a loop over this scalar form is slower than eight at a time.
-inline constexpr bool kHasF16c = FASTELBO_X86_LEVEL >= 3;
-
 FASTELBO_HD float to_float(BFloat16 v) { return bits_to<float>(uint32_t(v.bits) << 16); }
 
 // Round to nearest even; NaN stays NaN.
@@ -32,7 +29,7 @@ FASTELBO_HD BFloat16 to_bfloat16(float v) {
 #if defined(__CUDA_ARCH__)
 FASTELBO_HD float to_float(Half v) { return __half2float(__ushort_as_half(v.bits)); }
 FASTELBO_HD Half to_half(float v) { return {__half_as_ushort(__float2half_rn(v))}; }
-#elif FASTELBO_X86_LEVEL >= 3
+#elif FASTELBO_HAS_F16C
 FASTELBO_HD float to_float(Half v) { return _cvtsh_ss(v.bits); }
 FASTELBO_HD Half to_half(float v) { return {uint16_t(_cvtss_sh(v, 0))}; }
 #else

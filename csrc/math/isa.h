@@ -18,6 +18,16 @@
 #endif
 #endif
 
+// What that level has. Code asks for these properties: intrinsics exist only where they hold.
+#define FASTELBO_VECTOR_BYTES \
+  (FASTELBO_X86_LEVEL >= 4 ? 64 : FASTELBO_X86_LEVEL >= 3 ? 32 : 16)  // of a vector register; 16 on other machines
+#define FASTELBO_HAS_SSE (FASTELBO_X86_LEVEL >= 2)
+#define FASTELBO_HAS_F16C (FASTELBO_X86_LEVEL >= 3)  // converts eight half-precision numbers at a time
+
+namespace fastelbo::FASTELBO_ISA {
+inline constexpr int kVectorBytes = FASTELBO_VECTOR_BYTES;
+}
+
 #if defined(__CUDACC__)
 #define FASTELBO_HD __host__ __device__ __forceinline__
 #else

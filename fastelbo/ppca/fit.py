@@ -46,8 +46,8 @@ class Fit(NamedTuple):
 class FitReport(NamedTuple):
     """How a fit went."""
 
-    method: str
-    rows: int
+    method: str  # "eig" or "em"
+    rows: int  # N
     converged: bool  # "eig" always
     # mean log p(x) per row in nats, of the parameters before every step and at the end; of "eig", at the end alone
     log_likelihood: tuple[float, ...]

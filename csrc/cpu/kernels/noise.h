@@ -10,17 +10,17 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
-inline constexpr int kCounters = FASTELBO_X86_LEVEL == 4 ? 8 : FASTELBO_X86_LEVEL == 3 ? 4 : 2;
+inline constexpr int kCounters = kVectorBytes / 8;
 using Lanes = uint64_t __attribute__((vector_size(8 * kCounters)));
 using Words32 = uint32_t __attribute__((vector_size(4 * kCounters)));
 
 // Product of the lower 32 bits of every lane.
 FASTELBO_HD Lanes mul_wide(Lanes a, Lanes b) {
-#if FASTELBO_X86_LEVEL == 4
+#if FASTELBO_HAS_SSE && FASTELBO_VECTOR_BYTES == 64
   return Lanes(_mm512_mul_epu32(__m512i(a), __m512i(b)));
-#elif FASTELBO_X86_LEVEL == 3
+#elif FASTELBO_HAS_SSE && FASTELBO_VECTOR_BYTES == 32
   return Lanes(_mm256_mul_epu32(__m256i(a), __m256i(b)));
-#elif FASTELBO_X86_LEVEL == 2
+#elif FASTELBO_HAS_SSE
   return Lanes(_mm_mul_epu32(__m128i(a), __m128i(b)));
 #else
   const Lanes low = Lanes{} + 0xffffffffu;

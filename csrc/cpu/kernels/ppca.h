@@ -11,8 +11,7 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
-inline constexpr int kVectorBytes = FASTELBO_X86_LEVEL >= 4 ? 64 : FASTELBO_X86_LEVEL >= 3 ? 32 : 16;
-inline constexpr int kGroupRows = FASTELBO_X86_LEVEL >= 4 ? 12 : FASTELBO_X86_LEVEL >= 3 ? 6 : 3;
+inline constexpr int kGroupRows = kVectorBytes * 3 / 16;
 template <class T>
 inline constexpr int kPanel = 64 / sizeof(T);  // columns of a register block: a cache line
 

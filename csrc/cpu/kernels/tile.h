@@ -37,7 +37,7 @@ FASTELBO_HD To convert_out(T v) {
   }
 }
 
-#if FASTELBO_X86_LEVEL >= 3  // kHasF16c: the intrinsics exist
+#if FASTELBO_HAS_F16C
 // Eight halves at a time: the compiler does not vectorize the scalar conversion.
 inline void halves_in(float* __restrict to, const Half* __restrict from, int64_t n) {
   int64_t i = 0;
@@ -83,7 +83,7 @@ inline void gather(T* __restrict to, const View& v, const From* from, int64_t be
     const From* __restrict p = from + offset;
     T* __restrict q = to + index;
     if (step == 1) {
-#if FASTELBO_X86_LEVEL >= 3
+#if FASTELBO_HAS_F16C
       if constexpr (__is_same(From, Half) && __is_same(T, float)) return halves_in(q, p, count);
 #endif
 #pragma omp simd
@@ -104,7 +104,7 @@ inline void scatter(const T* __restrict from, const View& v, To* to, int64_t beg
     To* __restrict p = to + offset;
     const T* __restrict q = from + index;
     if (step == 1) {
-#if FASTELBO_X86_LEVEL >= 3
+#if FASTELBO_HAS_F16C
       if constexpr (__is_same(To, Half) && __is_same(T, float)) return halves_out(p, q, count);
 #endif
 #pragma omp simd

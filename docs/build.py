@@ -1,0 +1,104 @@
+"""Builds the API reference: pdoc on the names of `fastelbo.__all__`, and docs/concepts.md as a page beside it.
+
+    python docs/build.py [DIR]        the pages go to DIR, build/docs if not given
+
+Fails on a warning, on a public name without a docstring, and on a `fastelbo.name` that does not exist.
+"""
+
+import inspect
+import re
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pdoc.doc
+import pdoc.render
+
+import fastelbo
+from fastelbo import reference
+
+HERE = Path(__file__).parent
+HOOKS = {"extra_repr"}  # called by torch, not by the user
+
+
+def markdown(docstring: str) -> str:
+    """Plain text as Markdown that renders as the same characters: `[K, B, *event]` must not become emphasis."""
+    docstring = re.sub(r"^Reference: (.+(?:\n.+)*)", r"Reference:\n    \1", docstring, flags=re.MULTILINE)
+    parts = re.split(r"(`[^`]*`)", docstring)
+    parts[::2] = [part.replace("\\", r"\\").replace("*", r"\*").replace("<", "&lt;") for part in parts[::2]]
+    return "".join(parts)
+
+
+def field_comments(cls: type) -> dict[str, str]:
+    """What a NamedTuple says of its fields: the comment above or behind each."""
+    found = re.findall(r"^((?: {4}# .*\n)*) {4}(\w+): [^#\n]*(#.*)?$", inspect.getsource(cls), flags=re.MULTILINE)
+    return {name: re.sub(r"\s*# ", " ", above + behind).strip() for above, name, behind in found}
+
+
+def public(space: pdoc.doc.Namespace) -> Iterator[pdoc.doc.Doc]:
+    """The members that a user calls or reads, and theirs. The others get pdoc's mark of what is not shown.
+
+    A plain attribute without a docstring is one of those: the docstring of its class describes it.
+    """
+    names = vars(space.obj)
+    named_tuple = isinstance(space.obj, type) and issubclass(space.obj, tuple)
+    comments = field_comments(space.obj) if named_tuple else {}
+    for doc in space.members.values():
+        plain = isinstance(doc, pdoc.doc.Variable) and not isinstance(names.get(doc.name), property)
+        if doc.name == "__init__" and not named_tuple:
+            doc.docstring = ""  # the class describes the arguments
+        elif doc.name.startswith("_") or doc.name not in names or doc.name in HOOKS or (plain and not doc.docstring):
+            doc.docstring = "@private"
+        else:
+            if named_tuple and plain:
+                doc.docstring = comments[doc.name]
+            yield doc
+            if isinstance(doc, pdoc.doc.Class):
+                yield from public(doc)
+
+
+def page(module: types.ModuleType) -> pdoc.doc.Module:
+    """A module with its docstrings as Markdown, functions first. Every name of `__all__` must have one."""
+    doc = pdoc.doc.Module(module)
+    doc.members = dict(sorted(doc.members.items(), key=lambda item: isinstance(item[1], pdoc.doc.Class)))
+    members = list(public(doc))
+    missing = [member.fullname for member in members if not member.docstring]
+    if missing and hasattr(module, "__all__"):
+        raise ValueError(f"these need a docstring: {', '.join(missing)}")
+    for each in (doc, *members):
+        each.docstring = markdown(each.docstring) or "@private"
+    return doc
+
+
+def concepts() -> pdoc.doc.Module:
+    text = (HERE / "concepts.md").read_text()
+    for name in re.findall(r"`fastelbo\.([\w.]+)", text):
+        target = fastelbo
+        for part in name.split("."):
+            target = getattr(target, part)  # AttributeError: the page speaks of a name that does not exist
+    module = types.ModuleType("concepts", text)
+    module.__docformat__ = "markdown"
+    return pdoc.doc.Module(module)
+
+
+def build(out: Path) -> None:
+    pages = {"concepts": concepts(), "fastelbo": page(fastelbo), "fastelbo.reference": page(reference)}
+    pdoc.render.configure(
+        docformat="google",
+        show_source=False,
+        search=False,
+        footer_text=f"fastelbo {fastelbo.__version__}",
+        template_directory=HERE / "templates",
+    )
+    for name, module in pages.items():
+        path = out / f"{name.replace('.', '/')}.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(pdoc.render.html_module(module, pages))
+    (out / "index.html").write_text(pdoc.render.html_index({"fastelbo": pages["fastelbo"]}))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    build(Path(sys.argv[1] if len(sys.argv) > 1 else "build/docs"))

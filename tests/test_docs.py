@@ -1,0 +1,58 @@
+"""The API reference: docs/build.py shows every public name, and refuses what it cannot show."""
+
+import re
+import types
+from pathlib import Path
+
+import pytest
+
+import fastelbo
+from docs import build
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("docs")
+    build.build(out)
+    return out
+
+
+@pytest.mark.parametrize("name", fastelbo.__all__)
+def test_every_public_name_is_in_the_reference(site: Path, name: str) -> None:
+    if isinstance(getattr(fastelbo, name), types.ModuleType):
+        assert (site / "fastelbo" / f"{name}.html").exists()
+    else:
+        assert f'<section id="{name}">' in (site / "fastelbo.html").read_text()
+
+
+def test_links_between_the_pages_lead_somewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        for target, anchor in re.findall(r'<a href="([^":#]*)#?([^"]*)"', page.read_text()):
+            other = (page.parent / target) if target else page
+            assert other.exists(), f"{page.name} links to {target}"
+            assert not anchor or f'id="{anchor}"' in other.read_text(), f"{page.name} links to {target}#{anchor}"
+
+
+def test_docstrings_keep_their_characters(site: Path) -> None:
+    assert "[B, *event] or [K, B, *event]" in (site / "fastelbo.html").read_text()
+
+
+def test_a_public_name_without_a_docstring_is_refused() -> None:
+    class Undocumented:
+        """A class."""
+
+        def method(self) -> None: ...
+
+    module = types.ModuleType("module", "A module.")
+    module.Undocumented, module.__all__ = Undocumented, ["Undocumented"]
+    with pytest.raises(ValueError, match=r"need a docstring: .*Undocumented\.method"):
+        build.page(module)
+
+
+def test_the_code_of_the_concepts_page_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (build.HERE / "concepts.md").read_text(), flags=re.DOTALL)
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(block, space)
+    assert tuple(space["estimate"].log_prob.shape) == (8,) and space["total"].count == 100
+    assert space["prior_mu"].grad.shape == (20,) and space["logvar_x"].grad.shape == ()

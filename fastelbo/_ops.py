@@ -62,7 +62,7 @@ def reference_mode() -> Iterator[None]:
 
 
 def check(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """The op's own checks of its arguments, on stand-ins without data: for calls that its twin is going to serve."""
+    """Run the op's own checks of its arguments, on tensors without data: for a call that its twin computes."""
 
     def stand_in(a: Any) -> Any:
         if not isinstance(a, Tensor):

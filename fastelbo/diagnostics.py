@@ -1,4 +1,4 @@
-"""What the latent dimensions are used for: the KL of each, active units, effective sample size."""
+"""Diagnostics of the latent dimensions, KL and activity, and the effective sample size of the importance weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Diagnostics(NamedTuple):
 
     @property
     def collapsed(self) -> Tensor:
-        """[*latent], bool: dimensions whose mu says nothing about x."""
+        """[*latent], bool: dimensions that are not active, since their mu hardly varies with x."""
         return ~(self.mu_variance > ACTIVE_VARIANCE)
 
 
@@ -37,7 +37,7 @@ def _ess(log_w: Tensor, batch: int) -> Tensor:
 
 
 class DiagnosticsMeter:
-    """Gathers `Diagnostics` over batches, from what a training or evaluation step holds anyway; never synchronizes."""
+    """`Diagnostics` over many batches, from the posterior of each step; it never waits for the device."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -84,7 +84,7 @@ class DiagnosticsMeter:
         return self
 
     def result(self) -> Diagnostics:
-        """The figures so far.
+        """The figures over all data so far.
 
         Raises:
             ValueError: there were no data yet.

@@ -1,4 +1,5 @@
-"""The public functions: arguments are put in order here, checked in C++ and computed by the ops.
+"""The public functions. Each checks the types of its arguments, brings them into the shapes that an op takes, and calls
+the op, which checks the rest.
 
 Sizes: B batch, K samples, M latent dimensions, D data dimensions (all event dimensions together). Values are in nats.
 Half and bfloat16 inputs: arithmetic, sums and returned losses are float32, gradients have the input's type.
@@ -76,7 +77,7 @@ def _varies(number: float) -> bool:
 
 
 def _as_tensor(number: float, like: Tensor) -> Tensor:
-    """0-d, in the type that `like` is computed in."""
+    """The number as a 0-d tensor, in the type in which `like` is computed."""
     dtype, device = reference.compute_dtype(like), like.device
     if _varies(number):  # torch's compiler reads such a number as a tensor in a product, as a constant in `full`
         return torch.ones((), dtype=dtype, device=device) * number
@@ -93,7 +94,7 @@ def _expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
 
 
 def split_recon(recon: Recon) -> tuple[Tensor, ...]:
-    """recon is one tensor or a tuple of tensors such as (mean, logvar): -> the parameters of the likelihood."""
+    """The parameters of the likelihood: recon is one tensor, or a tuple of tensors such as (mean, logvar)."""
     if isinstance(recon, Tensor):
         return (recon,)
     return tuple(recon)
@@ -119,7 +120,7 @@ def _mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """int64 [1] on the device: the given seed, or one drawn from the generator (torch's default one if None)."""
+    """int64 [1] on the device: the seed as a tensor, or one drawn from the generator (torch's default one if None)."""
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
     if generator is not None:
@@ -149,9 +150,10 @@ def rsample(
         mu, logvar: [B, *latent], a floating dtype. Mean and log variance of q(z | x).
         num_samples: K. None draws one sample without the K dimension.
         prior_mu, prior_logvar: broadcast to mu; N(0, I) without them.
-        seed: an int, or an int64 tensor with one element on mu's device. Drawn from `generator` (the default one if
-            None) where it is not given, so that `torch.manual_seed` reproduces the samples.
-        eps: [K?, B, *latent]. Noise of your own; the result is then plain PyTorch's on that noise.
+        seed: an int, or an int64 tensor with one element on mu's device. None: the seed is drawn from `generator`, so
+            that `torch.manual_seed` reproduces the samples.
+        generator: the source of the seed; torch's default one if None.
+        eps: [K?, B, *latent]. The noise, in place of a seed; the result is then that of plain PyTorch on this noise.
         first_sample: index of the first of these K samples in a longer run that is drawn in chunks.
 
     Returns:
@@ -224,7 +226,7 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
             "bernoulli": logits. "bernoulli_probs": probabilities in [0, 1], logarithms clamped at -100 as in torch's
             BCE. "gaussian": mean (unit variance) or (mean, logvar). "laplace": mean (unit scale) or (mean, log_scale).
         x: [B, *event]. recon's dtype (or float32 beside half types), or uint8 (read as x / 255), or bool.
-        mask: broadcasts to x. 0/1 or weights on the elements' terms; what lies under a 0 is never looked at.
+        mask: broadcasts to x. 0 and 1, or weights of the elements' terms; an element of weight 0 is not read.
 
     Returns:
         [B] or [K, B], in nats; float32, or float64 for float64 inputs.
@@ -239,11 +241,9 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
 def _of_row(recon: Recon, likelihood: str) -> tuple[likelihoods.Likelihood, tuple[Tensor, ...]]:
     """The row of a likelihood, and its parameters."""
     row, parameters = likelihoods.get(likelihood), split_recon(recon)
-    if not row.fewest <= len(parameters) <= len(row.parameters):
-        raise ValueError(
-            f"recon must hold {row.fewest} to {len(row.parameters)} tensors, ({', '.join(row.parameters)}), for "
-            f"likelihood {likelihood!r}; got {len(parameters)}"
-        )
+    names, count = ", ".join(row.parameters), len(parameters)
+    if not row.fewest <= count <= len(row.parameters):
+        raise ValueError(f"recon must hold the parameters ({names}) of likelihood {likelihood!r}; got {count} tensors")
     return row, parameters
 
 
@@ -587,9 +587,10 @@ def multi_sample_loss(
         NotImplementedError: "stl", "dreg" or "rws" in forward-mode AD.
 
     Note:
-        "stl", "dreg" and "rws" change what flows back through posterior.z and posterior.log_ratio. Another term of the
-        same loss that reads these two would be changed with them: let it read samples of its own (`rsample` with the
-        same seed gives the same ones). posterior.kl, mu and logvar are not touched.
+        "stl", "dreg" and "rws" scale the gradients that reach posterior.z and posterior.log_ratio. The gradient of
+        another term of the same loss that reads these two would be scaled with them: compute that term from samples of
+        its own (`rsample` with the same seed gives the same ones). The gradients of posterior.kl, mu and logvar are not
+        scaled.
     """
     first, second, third = _parameters(recon, x)
     log_ratio = posterior.log_ratio
@@ -624,7 +625,7 @@ def multi_sample_loss(
 
 
 class ELBOLoss(torch.nn.Module, Generic[_Result]):
-    """`elbo_loss` as a module: the options are set once, the tensors are given at each call.
+    """`elbo_loss` as a module: the constructor takes the options, each call the tensors.
 
     A tensor beta is a buffer that moves with the module and is not in its state_dict; an nn.Parameter is learned.
     """
@@ -676,7 +677,7 @@ class ELBOLoss(torch.nn.Module, Generic[_Result]):
         self.likelihood, self.free_bits = likelihood, free_bits
         self.beta: float | Tensor
         if isinstance(beta, Tensor) and not isinstance(beta, torch.nn.Parameter):
-            # moved with the module; not in its state, since like the other options it is given to the constructor
+            # a buffer moves with the module; like the other options it is the constructor's, and not in the state_dict
             self.register_buffer("beta", beta, persistent=False)
         else:
             self.beta = beta
@@ -709,7 +710,7 @@ class ELBOLoss(torch.nn.Module, Generic[_Result]):
 
 
 class IWAELoss(torch.nn.Module, Generic[_Result]):
-    """`iwae_loss` as a module: the options are set once, the tensors are given at each call."""
+    """`iwae_loss` as a module: the constructor takes the options, each call the tensors."""
 
     @overload
     def __init__(

@@ -81,7 +81,7 @@ class LogMeanExp:
         return self._add(len(log_w), top, ordered_sum(weights), ordered_sum(weights.square()))
 
     def merge(self, other: LogMeanExp) -> LogMeanExp:
-        """Add all that another accumulator, for the same data, has seen; the other stays as it is.
+        """Add the samples that another accumulator has added up for the same data; the other does not change.
 
         Raises:
             ValueError, TypeError: weights of another shape; other is no LogMeanExp.
@@ -93,7 +93,9 @@ class LogMeanExp:
         return self._add(other.count, other._top, other._sum, other._squares)
 
     def result(self) -> MarginalEstimate:
-        """What is known so far. Where every weight is 0: log_prob -inf, ess 0, std_error inf, max_weight 0.
+        """The estimate from all samples so far.
+
+        Where every weight is 0: log_prob -inf, ess 0, std_error inf, max_weight 0.
 
         Raises:
             ValueError: there was no update yet.
@@ -136,7 +138,7 @@ def log_weights(
     seed: int | Tensor | None = None,
     generator: Generator | None = None,
 ) -> Iterator[Tensor]:
-    """The log importance weights of `VAE.log_marginal`, chunk by chunk: [k, B]; the arguments are its own."""
+    """The log importance weights of `VAE.log_marginal`, chunk by chunk: [k, B]. It explains the arguments."""
     if proposal not in PROPOSALS:
         raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}; got {proposal!r}")
     key = seed_tensor(seed, generator, x.device)

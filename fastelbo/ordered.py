@@ -1,4 +1,4 @@
-"""Sums over the samples whose order, and so whose bits, no number of threads changes."""
+"""Sums over the samples in a fixed order, so that no number of threads changes their bits."""
 
 import torch
 from torch import Tensor

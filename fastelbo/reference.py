@@ -217,15 +217,17 @@ def philox(seed: Tensor, count: int, offset: int = 0) -> Tensor:
 
 
 @cache
-def noise_dtype(device: torch.device) -> torch.dtype:
-    """The type in which `normal` computes: float64, or float32 on a device that has no float64."""
-    if device.type in ("cpu", "cuda", "meta"):
-        return torch.float64
+def _has_float64(device: torch.device) -> bool:
     try:
         torch.ones((), dtype=torch.float64, device=device).log()
     except (RuntimeError, TypeError):
-        return torch.float32
-    return torch.float64
+        return False
+    return True
+
+
+def noise_dtype(device: torch.device) -> torch.dtype:
+    """The type in which `normal` computes: float64, or float32 on a device that has no float64."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") or _has_float64(device) else torch.float32
 
 
 def normal(seed: Tensor, shape: tuple[int, ...], offset: int = 0) -> Tensor:
@@ -492,30 +494,18 @@ def ppca_log_prob(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor
 ppca_log_prob_backward = _backward(ppca_log_prob, ("x", "W", "b", "log_sigma2"))
 
 
-def _gram_schmidt(W: Tensor) -> tuple[Tensor, Tensor]:
-    """W [n, m] = Q R. Columns of Q are orthonormal, or 0 where one of W depends on those before it; R is upper, and no
-    number on its diagonal is negative."""
-    Q, R = torch.zeros_like(W), W.new_zeros(W.shape[1], W.shape[1])
-    for j, w in enumerate(W.unbind(1)):
-        for _ in range(3):  # once more than enough in exact arithmetic, so that rounding errors are orthogonal too
-            part = Q.mT @ w
-            w = w - Q @ part
-            R[:, j] += part
-        norm = w.norm()
-        dependent = norm <= 8 * torch.finfo(W.dtype).eps * W[:, j].norm()
-        Q[:, j] = torch.where(dependent, 0.0, w / norm)
-        R[j, j] = torch.where(dependent, 0.0, norm)
-    return Q, R
-
-
 def ppca_factor(W: Tensor, log_sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """basis [D, M], triangle and whiten [M, M], float64: W = basis triangle with an orthonormal basis, and
-    whiten' (triangle triangle' + s2 I) whiten = I."""
-    basis, triangle = _gram_schmidt(W.double())
+    whiten' (triangle triangle' + s2 I) whiten = I. Both matrices are upper; what beyond that is free are signs, and the
+    directions that columns of W take which depend on those before them.
+    """
+    D, M = W.shape
+    padded = torch.nn.functional.pad(W.double(), (0, 0, 0, max(M - D, 0)))
+    basis, triangle = torch.linalg.qr(padded)
     sigma = torch.exp(0.5 * log_sigma2.double())
-    eye = torch.eye(W.shape[1], dtype=triangle.dtype, device=W.device)
-    _, R = _gram_schmidt(torch.cat([triangle.mT, sigma * eye]))
-    return basis, triangle, torch.linalg.solve_triangular(R, eye, upper=True)
+    eye = torch.eye(M, dtype=triangle.dtype, device=W.device)
+    R = torch.linalg.qr(torch.cat([triangle.mT, sigma * eye]), "r")[1]
+    return basis[:D], triangle, torch.linalg.solve_triangular(R, eye, upper=True)
 
 
 def _residual(x: Tensor, b: Tensor, basis: Tensor, coords: Tensor) -> Tensor:

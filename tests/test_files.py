@@ -246,7 +246,7 @@ def test_files_of_a_killed_process_are_taken_away(tmp_path):
     left = (".lock", "checkpoint.pt.0123abcd.partial", "metrics.csv.ffffffff.partial")
     for name in (*left, "mine.partial"):
         (tmp_path / name).write_bytes(b"")
-    with files.held(tmp_path):
+    with files.locked(tmp_path):
         assert names(tmp_path) == [".lock", "mine.partial"]
     assert names(tmp_path) == ["mine.partial"]
 

@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 
 import fastelbo
 from fastelbo import likelihoods
+from fastelbo.functional import likelihood_mean, likelihood_sample
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=LIKELIHOOD_IDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -31,6 +32,28 @@ def test_every_compiled_likelihood_has_a_twin_and_a_row():
     names = set(fastelbo.build_info()["likelihoods"])
     assert names == set(likelihoods.LIKELIHOODS), "compiled likelihoods and likelihoods.LIKELIHOODS differ"
     assert names == set(ROWS), "compiled likelihoods and the rows of tests/cases.py differ"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_agree_with_the_compiled_likelihoods(name):
+    """The parameters and the domain, as far as the op's own messages tell of them."""
+    row, recon, op = likelihoods.get(name), torch.rand(2, 3), torch.ops.fastelbo.log_prob
+    with pytest.raises(ValueError) as error:
+        op(recon, recon, None, recon, None, name)  # a third parameter without a second one
+    expected = f"({', '.join(row.parameters)})" if len(row.parameters) > 1 else "one tensor"
+    assert f"recon must be {expected}" in str(error.value)
+    assert ("may be left out" in str(error.value)) == (row.fewest < len(row.parameters))
+    if row.domain == "counts":
+        op(recon, torch.ones(2, 3, dtype=torch.int64), *[recon] * (row.fewest - 1), *[None] * (4 - row.fewest), name)
+    else:
+        with pytest.raises(TypeError, match=r"a float type, uint8 \(read as x / 255\) or bool"):
+            op(recon, recon.long(), None, None, None, name)
+
+
+def test_mean_and_sample_take_the_parameters_of_the_likelihood():
+    for function in (likelihood_mean, likelihood_sample):
+        with pytest.raises(ValueError, match=r"recon must hold the parameters \(logits\) of .*'bernoulli'; got 2"):
+            function((torch.ones(2), torch.ones(2)), "bernoulli")
 
 
 DISTRIBUTIONS = {

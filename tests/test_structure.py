@@ -65,6 +65,13 @@ def test_every_package_is_installed():
     assert set(settings["tool"]["setuptools"]["packages"]) == PACKAGES
 
 
+def test_numpy_is_needed_for_arrays_alone():
+    program = "import sys; sys.modules['numpy'] = None; import torch, fastelbo; x = torch.randn(9, 3); "
+    program += "fastelbo.PPCA(1).fit(x, 'em').log_prob(x); print(fastelbo.gaussian_kl(x, x).shape)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0 and "[9]" in done.stdout, done.stderr
+
+
 def _public_functions(body: list[ast.stmt], prefix: str = "") -> list[tuple[str, ast.FunctionDef]]:
     found = []
     for node in body:

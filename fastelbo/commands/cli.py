@@ -120,7 +120,7 @@ def _options(args: argparse.Namespace, config: type) -> dict[str, Any]:
 def _refusing(
     args: argparse.Namespace, kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError)
 ) -> Iterator[None]:
-    """Errors of these kinds, by default those that tell of arguments and files, end the command with one line."""
+    """Errors of these kinds, by default those about arguments and files, end the command with one line on stderr."""
     try:
         yield
     except kinds as error:
@@ -229,7 +229,7 @@ def _train(args: argparse.Namespace) -> int:
         processes = os.environ.get("WORLD_SIZE", "1")
         if processes.isdecimal() and int(processes) > 1:
             raise ValueError(f"training takes one process; torchrun, by WORLD_SIZE, started {processes}")
-    with _refusing(args, (OSError,)), files.held(args.out):
+    with _refusing(args, (OSError,)), files.locked(args.out):
         return _fit_ppca(args) if args.model == "ppca" else _fit_vae(args)
 
 

@@ -59,7 +59,7 @@ BUILT_IN = {"digits": (_digits, "bernoulli"), "patches": (_patches, "gaussian")}
 
 
 class _Array:
-    """An array in the .npy format: first its header, then, if that is what was looked for, the rest."""
+    """An array in the .npy format: the constructor reads the header, `read` the data."""
 
     def __init__(self, file: IO[bytes]) -> None:
         import numpy as np
@@ -74,7 +74,7 @@ class _Array:
         self._file, self._start = file, head.read()
 
     def read(self) -> Any:
-        """The array. Memory is taken as bytes come, not as the header has them."""
+        """The array. Memory is allocated for the bytes that come, not for the size that the header states."""
         import numpy as np
 
         if 2 * self.bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):  # the parts are copies
@@ -188,7 +188,7 @@ def load(
 
 
 def fingerprint(name: str, dataset: Dataset) -> dict[str, Any]:
-    """What tells the data that a run was trained on from others: shape, dtype, likelihood, of a file also a hash."""
+    """The shape, dtype and likelihood of the data, and a hash of those from a file: to recognize the data of a run."""
     x = dataset.train
     found = {
         "shape": (len(x) + len(dataset.held_out), *x.shape[1:]),

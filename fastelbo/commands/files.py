@@ -1,4 +1,4 @@
-"""The files of a run: written whole or not at all, read without trust, in a folder that one process holds."""
+"""The files of a run: written atomically, checked when they are read, in a folder that one process locks."""
 
 import csv
 import fcntl
@@ -27,7 +27,7 @@ _PARTIAL = ".{}.partial"  # the end of the name of a file that is being written
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block. Blocks nest; outside the main thread, which alone gets it, no effect."""
+    """Ctrl-C waits for the end of the block. Blocks nest. Only the main thread gets Ctrl-C: no effect in others."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -42,7 +42,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all; two writers of one file do not meet.
+    """Write a file atomically: readers find the old content or the new one. Several processes may write one file.
 
     Raises:
         OSError: as the system has it, with the path; what was there before is left as it was.
@@ -63,7 +63,7 @@ def write(path: Path, content: bytes) -> None:
 
 @contextmanager
 def appended(path: Path, content: bytes) -> Iterator[None]:
-    """Append to a file, and take that back where it cannot be written whole, or the block fails.
+    """Append to a file; undo that if not all of it can be written, or the block raises.
 
     Raises:
         OSError: as the system has it, with the path.
@@ -93,7 +93,7 @@ def csv_bytes(columns: Sequence[str], rows: Iterable[Mapping[str, float]], *, he
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all; it loads with torch.load(weights_only=True).
+    """Write a checkpoint atomically; it loads with torch.load(weights_only=True).
 
     Raises:
         OSError: as `write`.
@@ -109,12 +109,12 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
-    """Whatever a parser raises of bytes that it was not made for is a ValueError that names the file and its kind."""
+    """Turn what a parser raises on a damaged file into a ValueError that names the file and its kind."""
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     except Exception as error:
-        # what the system says of the file passes; zipfile too raises OSErrors, of offsets that lie
+        # an error of the system itself passes; zipfile raises OSErrors too, for wrong offsets in the file
         if isinstance(error, OSError) and error.filename is not None:
             raise
         said = (str(error).splitlines() or [""])[0]
@@ -122,7 +122,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, given as a file or as the folder of a run.
+    """The content of a checkpoint; the path is that of the file, or of the folder of a run.
 
     Raises:
         OSError: there is none, or the system cannot read it.
@@ -133,7 +133,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no run to go on from: there is no {path}")
     with path.open("rb") as file, reading(path, CHECKPOINT):
         with ZipFile(file) as archive:
-            # torch.load neither compares check sums nor doubts the sizes that it is told
+            # torch.load compares no check sums and trusts the sizes in the file
             for member in archive.infolist():
                 if member.compress_type != ZIP_STORED or member.file_size != member.compress_size:
                     raise ValueError(f"{member.filename} is compressed")
@@ -152,7 +152,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _lock(path: Path) -> int:
-    """A descriptor of the file, with the lock on it; BlockingIOError where another process has it."""
+    """Lock a file -> its descriptor; BlockingIOError if another process has locked it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -164,15 +164,15 @@ def _lock(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # of a file that its holder took away in between: the name is free, or already another's
+        os.close(descriptor)  # the owner of the file has removed it in the meantime: lock its successor
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """A folder that no other process writes runs to; made where there is none, and taken away if it stays empty.
+def locked(folder: Path) -> Iterator[None]:
+    """Lock the folder against other processes. It is created if there is none, and removed if it stays empty.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process has locked it.
         OSError: it cannot be made or written to.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]

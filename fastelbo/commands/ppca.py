@@ -96,7 +96,7 @@ class Run:
         }
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Write a checkpoint atomically."""
         assert self.model is not None
         state = {
             "model_kind": "ppca",

@@ -119,9 +119,9 @@ def _log_w(parts: LossParts, posterior: Posterior) -> Tensor:
 
 
 def collapses(rows: Sequence[Metrics], before: Mapping[int, int] | None = None) -> dict[int, int]:
-    """Latent dimensions whose mu does not vary with x at the end of the rows, with the epoch since when.
+    """Latent dimensions that are collapsed (not active) after the last row -> the first epoch since which they are.
 
-    before: what was found for the rows that came before these.
+    before: the result for the rows that came before these.
     """
     since = dict(before or {})
     for row in rows:
@@ -232,11 +232,11 @@ class Trainer:
             x = train[batch]
             totals += _totals(self.step(x, self.beta(step)), len(x))
         seconds = statistics.median(self.step_times[first_step:])
-        share = self.loss_time(train[: self.config.batch_size]) / seconds
+        loss_share = self.loss_time(train[: self.config.batch_size]) / seconds
         row = {"epoch": len(self.history) + 1} | _means("train", totals, len(train)) | self.evaluate()
         if not math.isfinite(sum(row.values())):
             raise Diverged(f"held-out loss is {-row['held_out_bound']} after epoch {row['epoch']}: try a smaller lr")
-        self.history.append(row | {"ms_per_step": 1e3 * seconds, "loss_share": share})
+        self.history.append(row | {"ms_per_step": 1e3 * seconds, "loss_share": loss_share})
         return self.history[-1]
 
     @torch.no_grad()
@@ -286,7 +286,7 @@ class Trainer:
         return data.fingerprint(self.config.data, self.data)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all; the history is not part of it."""
+        """Write a checkpoint atomically; the history is not part of it."""
         state = {
             "model_kind": "vae",
             "config": asdict(self.config),
@@ -365,7 +365,7 @@ def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | Non
     """Run the epochs that are left; after each, append a row to out/metrics.csv and write out/checkpoint.pt.
 
     A run that was interrupted and resumed ends with the same parameters and figures, bit for bit, as one that was not.
-    Ctrl-C waits until both files are written. `fastelbo.commands.files.held` keeps other processes out of the folder.
+    Ctrl-C waits until both files are written. The caller locks the folder: `fastelbo.commands.files.locked`.
 
     Raises:
         Diverged: the loss is NaN or infinite; the checkpoint is that of the last good epoch.

@@ -58,7 +58,7 @@ class RankError(ValueError):
 
 
 class Group:
-    """Sums and the like over the processes of a torch.distributed group; of one process, if None."""
+    """Collective operations over the processes of a torch.distributed group; None is one process alone."""
 
     def __init__(self, group: ProcessGroup | None) -> None:
         kind: Any = getattr(dist, "ProcessGroup", ())
@@ -69,7 +69,7 @@ class Group:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What raises here in one process raises in all, so that none waits for it in vain."""
+        """An error that one process raises in the block is raised in all, so that none waits for another forever."""
         error: Exception | None = None
         try:
             yield
@@ -85,6 +85,7 @@ class Group:
                 dist.all_reduce(t, group=self.group)
 
     def largest(self, value: int) -> int:
+        """The largest of the processes' values."""
         if self.group is None:
             return value
         t = torch.tensor(int(value), device=self._device())
@@ -92,7 +93,7 @@ class Group:
         return int(t)
 
     def same(self, *tensors: Tensor) -> None:
-        """In place: those of the first process, in all."""
+        """In place: the tensors of the first process, in every process."""
         if self.group is not None:
             for t in tensors:
                 dist.broadcast(t, group=self.group, group_src=0)
@@ -149,7 +150,7 @@ class Moments:
             self.count = count
 
     def reduce(self, group: Group) -> None:
-        """In place: those of all processes."""
+        """In place: the moments of the rows of all processes."""
         ours, mean = self.count.clone(), self.count * self.mean
         group.sum(self.count, mean)
         mean /= self.count.clamp_min(1)

@@ -1,4 +1,4 @@
-"""Probabilistic PCA of rows with missing cells: what the observed cells say, exactly, in float64.
+"""Probabilistic PCA of rows with missing cells: log p and posterior of each row by its observed cells, in float64.
 
 Row n has its own G_n = W_o'W_o + s2 I, over its observed cells o. All G_n of a batch come out of one matrix product,
 observed [N, D] times the products W_di W_dj [D, M (M + 1) / 2], taken in pieces of D: memory O(N M^2).
@@ -50,7 +50,7 @@ def _grams(observed: Tensor, W: Tensor) -> Tensor:
 
 
 def rows(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor, observed: Tensor) -> Rows:
-    """x [N, D], observed bool [N, D] -> what is known of each row; differentiable in all but observed."""
+    """x [N, D], observed bool [N, D] -> log p and posterior of each row; differentiable in all but observed."""
     W, b, log_s2 = W.double(), b.double(), log_sigma2.double()
     s2 = torch.exp(log_s2)
     # replaced before the maths, so that a NaN reaches neither value nor gradient

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
@@ -37,8 +36,10 @@ def _is_array(X: Any) -> bool:
 
 
 def _from_numpy(X: Any) -> Tensor:
-    """Anything that numpy takes for an array, where torch refuses: a table, steps backwards, foreign byte orders. The
-    masked cells of a masked array become NaN."""
+    """A tensor of anything that numpy makes an array of, also of what torch refuses: a table, negative strides, a byte
+    order that is not the machine's. The masked cells of a masked array become NaN."""
+    import numpy as np  # which torch does without
+
     if isinstance(X, np.ma.MaskedArray):
         if np.ma.is_masked(X) and X.dtype.kind in "bu":
             X = X / np.float32(255 if X.dtype == np.uint8 else 1)
@@ -67,7 +68,7 @@ def _kind(X: Any) -> str:
 
 
 def _fit_batches(X: Any, method: str) -> fit.Batches:
-    """X, an array or an iterable of batches, as what can be read again and again."""
+    """X, an array or an iterable of batches, as a function that starts a new pass over the data."""
     if _is_array(X):
         x = _tensor(X, "X").detach()
         return lambda: [x]
@@ -349,7 +350,7 @@ class PPCA(nn.Module):
         return fit - gaussian_kl(mu, logvar)
 
     def inference_gap(self, x: _Array, mu: _Array, logvar: _Array) -> _Array:
-        """KL(q || p(z | x)) for q = N(mu, diag exp(logvar)): what `elbo` lacks to `log_prob`, by its own formula.
+        """KL(q || p(z | x)) for q = N(mu, diag exp(logvar)): `log_prob` - `elbo`, by a formula of its own.
 
         1/2 [(sum_j exp(lv_j) G_jj + (mu - m)' G (mu - m)) / s2 - M - sum_j lv_j + M log s2 - log |G|], m = E[z | x].
 
@@ -405,13 +406,13 @@ class PPCA(nn.Module):
             generator: of the start of "em", on the CPU; torch's default one if None.
 
         Returns:
-            self; `fit_report` tells how it went.
+            self, with a new `fit_report`.
 
         Raises:
             ValueError: a shape, NaN or infinity where it is not allowed, fewer than 2 rows, M not less than D or than
                 the rank of the data (s2 would be 0 and the likelihood unbounded), a column that is never observed.
             TypeError: a dtype or kind of X.
-            With a group, what is wrong with the rows of one process raises in all of them.
+            With a group, an error in the rows of one process is raised in all processes.
 
         Reference: Tipping & Bishop 1999, sec. 3.2, app. B.
         """

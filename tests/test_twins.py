@@ -1,0 +1,186 @@
+"""Every op, private ones too, against its twin in fastelbo/reference.py, called alike."""
+
+import math
+
+import pytest
+import torch
+from test_autograd import _op_calls
+from torch import Tensor
+from torch.testing import assert_close
+
+import fastelbo
+from fastelbo import PPCA, _ops, reference
+
+ops = torch.ops.fastelbo
+ALL = [True] * 7
+
+
+def r(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def test_every_op_has_a_twin():
+    names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastelbo::")}
+    assert names
+    assert [name for name in names if not callable(getattr(reference, name.lstrip("_"), None))] == []
+
+
+def compare(name: str, *args: object, rtol: float = 1e-9, atol: float = 1e-11) -> None:
+    """The op and its twin, without a graph."""
+    with torch.no_grad():
+        ours = getattr(ops, name).default(*args)
+        theirs = getattr(reference, name.lstrip("_"))(*args)
+    ours, theirs = (list(out) if isinstance(out, tuple | list) else [out] for out in (ours, theirs))
+    assert len(ours) == len(theirs)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a is None or b is None:
+            assert a is b, f"{name}, result {i}: one of them is None"
+        else:
+            assert_close(a, b.detach(), rtol=rtol, atol=atol, msg=lambda m, i=i: f"{name}, result {i}: {m}")
+
+
+def double(t: object) -> object:
+    return t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+@pytest.mark.parametrize("call", [name for name in _op_calls() if "ppca" not in name])
+def test_op(call):
+    torch.manual_seed(0)
+    op, args = _op_calls()[call]
+    noise = (
+        2e-6 if any(isinstance(a, Tensor) and a.dtype == torch.int64 for a in args) else 0.0
+    )  # of float32 resolution
+    compare(op.name().split("::")[1], *map(double, args), atol=max(noise, 1e-11), rtol=max(noise, 1e-9))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("needs", [ALL, [True, False, True, False, True, False, False]], ids=["all", "some"])
+def test_losses_with_gradients(reduction, needs):
+    mu, x = r(4, 5), r(4, 6)
+    latent = (r(4, 5), r(4, 5), r(4, 5))
+    options = (0.7, None, 0.3, "gaussian", reduction, needs)
+    compare("_elbo_loss_forward", r(3, 4, 6), x, mu, *latent, r(6), None, torch.rand(4, 6) < 0.7, *options)
+    for estimator in ([0, 0, 1, 1, 0, 1], [0.3, 0.5, 2, 0, 1, 0]):
+        args = (r(4, 4, 6), x, r(4, 4), r(2, 4, 4), r(), None, None, "laplace", estimator, reduction)
+        compare("_multi_sample_loss_forward", *args, needs[:5])
+
+
+@pytest.mark.skipif(
+    not torch._C._dispatch_has_kernel_for_dispatch_key("fastelbo::_scale_", "CPU"),
+    reason="_scale_ has a CUDA kernel alone; test_cuda_host.py runs it here",
+)
+def test_scale():
+    a = r(5, 3)
+    b, factor = a.clone(), torch.tensor(0.7, dtype=torch.float64)
+    ops._scale_(a, factor)
+    reference.scale_(b, factor)
+    assert_close(a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Probabilistic PCA: arguments that belong together.
+
+
+@pytest.mark.parametrize("factor", [ops._ppca_factor.default, reference.ppca_factor], ids=["op", "twin"])
+@pytest.mark.parametrize("shape", [(17, 4), (5, 7), (6, 3)], ids=str)
+@pytest.mark.parametrize("dependent", [False, True])
+def test_ppca_factor(factor, shape, dependent):
+    """What both must give: more is not determined."""
+    W, log_sigma2 = r(*shape), torch.tensor(-0.4, dtype=torch.float64)
+    if dependent:
+        W[:, 1] = -2 * W[:, 0]
+    basis, triangle, whiten = factor(W, log_sigma2)
+    assert_close(basis @ triangle, W)
+    assert torch.equal(triangle, triangle.triu()) and torch.equal(whiten, whiten.triu())
+    eye = torch.eye(shape[1], dtype=torch.float64)
+    assert_close(whiten.mT @ (triangle @ triangle.mT + log_sigma2.exp() * eye) @ whiten, eye)
+    overlap = basis.mT @ basis
+    kept = overlap.diagonal() > 0.5  # a column may be 0
+    assert_close(overlap, torch.diag(kept.double()))
+    assert kept.sum() >= min(shape[0], shape[1] - dependent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
+def test_ppca(dtype):
+    N, D, M = 50, 17, 4
+    x = torch.randint(0, 256, (N, D), dtype=torch.uint8) if dtype == torch.uint8 else r(N, D).to(dtype)
+    W, b, log_sigma2 = r(D, M), r(D), torch.tensor(-1.3, dtype=torch.float64)
+    basis, _, _ = reference.ppca_factor(W, log_sigma2)
+    compare("_ppca_project", x, basis, b)
+    compare("_ppca_project", x, r(D, 3), b)
+    coords, square = reference.ppca_project(x, basis, b)
+    compare("_ppca_rest", x, basis, b, coords, square)
+    for needs in ([True] * 3, [False, True, True], [False, True, False]):
+        compare("_ppca_residual", x, basis, b, coords, r(N, M), r(N), needs)
+    if dtype != torch.float32:  # float32 data with a float64 model are for EM alone
+        log_prob, coords, rest, *factors = ops._ppca_log_prob_forward(x, W, b, log_sigma2)
+        twin = reference.ppca_log_prob_forward(x, W, b, log_sigma2)
+        assert_close(log_prob, twin[0], rtol=1e-9, atol=0)
+        assert_close(rest, twin[2], rtol=1e-9, atol=0)
+        for a, b_ in zip((coords, *factors), (twin[1], *twin[3:]), strict=True):
+            assert_close(a.abs(), b_.abs(), rtol=1e-9, atol=1e-11)  # signs of columns are free
+        saved, needs = (coords, rest, *factors), [dtype != torch.uint8, True, True, True]
+        compare("_ppca_log_prob_backward", r(N), x, W, b, log_sigma2, *saved, needs, rtol=1e-7, atol=1e-9)
+
+
+def low_rank(dtype: torch.dtype = torch.float32) -> Tensor:
+    return (r(300, 3) @ r(3, 12) + 0.3 * r(300, 12) + 5).to(dtype)
+
+
+def used_ops(function) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return {e.name.split("::")[1] for e in profile.events() if e.name.startswith("fastelbo::")}
+
+
+@pytest.mark.parametrize("way", ["reference mode", "device without kernels"])
+def test_em_takes_the_twins_where_the_functions_do(way, monkeypatch):
+    x = low_rank()
+
+    def fit() -> PPCA:
+        return PPCA(3).fit(x, "em", generator=torch.Generator().manual_seed(0))
+
+    assert {"_ppca_factor", "_ppca_project", "_ppca_rest", "_ppca_residual"} <= used_ops(fit)
+    ours = fit()
+    monkeypatch.setattr(_ops, "check", lambda *_: None)  # the op on stand-ins
+    if way == "reference mode":
+        with fastelbo.reference_mode():
+            assert used_ops(fit) == set()
+            twin = fit()
+    else:
+        monkeypatch.setattr(_ops, "KERNEL_DEVICES", frozenset(["meta"]))
+        assert used_ops(fit) == set()
+        twin = fit()
+    assert ours.fit_report is not None and twin.fit_report is not None
+    assert_close(ours.fit_report.log_likelihood, twin.fit_report.log_likelihood, rtol=1e-9, atol=0)
+    for name, p in ours.named_parameters():
+        assert_close(p, twin.get_parameter(name), rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise.
+
+
+def test_noise_in_float32(monkeypatch):
+    """Where a device has no float64: the same noise, off by no more than float32's resolution of the radius."""
+    seed, shape = torch.tensor([11]), (1 << 17, 2)
+    corners = (0, 1, 2**30 - 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1)
+    ends = torch.tensor([[a, b, b, a] for a in corners for b in corners])  # words that philox might give
+    draws = [(shape, reference.philox), ((2 * len(ends), 2), lambda *_: ends)]
+    for size, philox in draws:
+        monkeypatch.setattr(reference, "philox", philox)
+        exact = reference.normal(seed, size)
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "noise_dtype", lambda device: torch.float32)
+            ours = reference.normal(seed, size)
+        assert exact.dtype == torch.float64 and ours.dtype == torch.float32
+        radius = exact.square().sum(1, keepdim=True).sqrt()
+        assert ((ours - exact).abs() <= 2 * torch.finfo(torch.float32).eps * radius).all()
+    assert radius.max() == pytest.approx(math.sqrt(66 * math.log(2)))
+    assert radius.min() == pytest.approx(2.0**-16, rel=1e-9)
+
+
+def test_the_type_of_the_noise():
+    assert reference.noise_dtype(torch.device("cpu")) == torch.float64
+    # no such device here: as one that refuses float64
+    assert reference.noise_dtype(torch.device("mps")) == torch.float32

@@ -3,6 +3,7 @@
 # make bench   against eager PyTorch, torch.compile and other packages; writes benchmarks/README.md
 # make bench-quick   a part of it, in under 3 minutes
 # make cuda-build   builds everything for CUDA, without a GPU, in .venv-cuda; then registers and spills of every kernel
+# make sanitize   C++ tests and tests of the ops under sanitizers, on every instruction set; some 10 minutes on 2 cores
 # make lint, make format
 # make clean   removes what was built; .venv, with the downloaded packages, stays
 #
@@ -14,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV = . .venv/bin/activate &&
 CPP_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test bench bench-quick cuda-build lint format clean
+.PHONY: demo test sanitize bench bench-quick cuda-build lint format clean
 
 demo: .venv/built
 	$(VENV) python examples/demo.py
@@ -24,6 +25,9 @@ test: .venv/built .venv/dev
 	$(VENV) cmake --build build/cmake
 	$(VENV) ctest --test-dir build/cmake --output-on-failure
 	$(VENV) pytest -n auto --maxprocesses 8
+
+sanitize: .venv/base .venv/dev
+	$(VENV) scripts/sanitize.sh --ops
 
 bench: .venv/built .venv/bench
 	$(VENV) python -m benchmarks $(ARGS)

@@ -35,6 +35,6 @@ left_out+=' or hundred_thousand or sampling'
 for isa in $(LD_PRELOAD=$runtime python -P -c 'import fastelbo; print(*fastelbo.build_info()["isas_of_this_cpu"])'); do
   echo "The ops on $isa"
   FASTELBO_CPU_CAPABILITY=$isa LD_PRELOAD=$runtime \
-    python -P -m pytest -p sanitized -p no:xdist -p no:cacheprovider -o pythonpath=build/address \
+    python -P -m pytest -p sanitized -p no:xdist -p no:cacheprovider --capture=sys -o pythonpath=build/address \
     -k "not ($left_out)" "${files[@]}"
 done

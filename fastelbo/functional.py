@@ -225,6 +225,7 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
         recon: [B, *event] or [K, B, *event], or a pair of such tensors where the likelihood has a second parameter.
             "bernoulli": logits. "bernoulli_probs": probabilities in [0, 1], logarithms clamped at -100 as in torch's
             BCE. "gaussian": mean (unit variance) or (mean, logvar). "laplace": mean (unit scale) or (mean, log_scale).
+            The second tensor has the shape of the first, [*event] or is 0-d; its gradient is summed in that shape.
         x: [B, *event]. recon's dtype (or float32 beside half types), or uint8 (read as x / 255), or bool.
         mask: broadcasts to x. 0 and 1, or weights of the elements' terms; an element of weight 0 is not read.
 
@@ -686,16 +687,36 @@ class ELBOLoss(torch.nn.Module, Generic[_Result]):
     if TYPE_CHECKING:
 
         def __call__(
-            self, recon: Recon, x: Tensor, mu: Tensor, logvar: Tensor, mask: Tensor | None = None
+            self,
+            recon: Recon,
+            x: Tensor,
+            mu: Tensor,
+            logvar: Tensor,
+            mask: Tensor | None = None,
+            *,
+            prior_mu: Tensor | None = None,
+            prior_logvar: Tensor | None = None,
         ) -> _Result: ...
 
-    def forward(self, recon: Recon, x: Tensor, mu: Tensor, logvar: Tensor, mask: Tensor | None = None) -> _Result:
+    def forward(
+        self,
+        recon: Recon,
+        x: Tensor,
+        mu: Tensor,
+        logvar: Tensor,
+        mask: Tensor | None = None,
+        *,
+        prior_mu: Tensor | None = None,
+        prior_logvar: Tensor | None = None,
+    ) -> _Result:
         """See `elbo_loss`."""
         result = elbo_loss(
             recon,
             x,
             mu,
             logvar,
+            prior_mu=prior_mu,
+            prior_logvar=prior_logvar,
             likelihood=self.likelihood,
             beta=self.beta,
             free_bits=self.free_bits,

@@ -96,6 +96,20 @@ FUNCTIONS = {
         lambda r, x, mu, lv: fastelbo.elbo_loss(r, x, mu, lv, mask=_mask(x)),
         lambda b, d: [_r(b, d), _unit(b, d), _r(b, d), _r(b, d)],
     ),
+    "elbo_loss, learned prior": Function(
+        lambda r, x, mu, lv, mu_p, lv_p: fastelbo.elbo_loss(
+            r, x, mu, lv, prior_mu=mu_p, prior_logvar=lv_p, free_bits=0.1, return_parts=True
+        ),
+        lambda b, d: [_r(b, d), _unit(b, d), _r(b, d), 0.5 * _r(b, d), _r(d), 0.5 * _r(d)],
+    ),
+    "elbo_loss, a scale for each element": Function(
+        lambda m, s, x, mu, lv: fastelbo.elbo_loss((m, s), x, mu, lv, likelihood="gaussian"),
+        lambda b, d: [_r(K, b, d), 0.5 * _r(d), _r(b, d), _r(b, d), 0.5 * _r(b, d)],
+    ),
+    "iwae_loss, one scale": Function(
+        lambda m, s, x, ratio: fastelbo.iwae_loss((m, s), x, ratio, likelihood="gaussian", mask=_mask(x)),
+        lambda b, d: [_r(K, b, d), 0.5 * _r(), _r(b, d), _r(K, b)],
+    ),
     "iwae_loss mean": Function(_iwae("mean"), lambda b, d: [_r(K, b, d), _unit(b, d), _r(K, b)]),
     "iwae_loss none": Function(_iwae("none"), lambda b, d: [_r(K, b, d), _unit(b, d), _r(K, b)]),
     "multi_sample_loss, ciwae": Function(

@@ -105,6 +105,8 @@ _ORDINALS = ("the first", "the second tensor of recon", "the third tensor of rec
 
 def _parameters(recon: Recon, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The parameters, each in a shape that the ops take: that of the first, that of one datum, or 0-d."""
+    if isinstance(recon, Tensor):
+        return recon, None, None
     first, *others = split_recon(recon)
     event = x.shape[1:]
     shaped: list[Tensor | None] = [

@@ -66,11 +66,11 @@ inline double number(const Tensor& t) {
   return lies ? double(*t.const_data_ptr<float>()) : t.item<double>();
 }
 
-// A saved gradient of a scalar loss times the upstream gradient; undefined if that is.
-inline Tensor scaled(AutogradContext* ctx, const Tensor& saved, const Tensor& grad_loss) {
+// A saved gradient of a scalar loss times the upstream gradient; undefined if that is. owned: owns_saved().
+inline Tensor scaled(const Tensor& saved, const Tensor& grad_loss, bool owned) {
   if (!saved.defined()) return {};
   if (at::isTensorSubclassLike(grad_loss)) return saved * grad_loss;
-  if (!owns_saved(ctx)) return grad_loss.is_cpu() ? saved * number(grad_loss) : saved * grad_loss;
+  if (!owned) return grad_loss.is_cpu() ? saved * number(grad_loss) : saved * grad_loss;
   if (grad_loss.is_cuda()) {
     const Tensor result = saved.detach();
     ops::scale_(result, grad_loss);  // the factor is read on the device: nothing waits for it

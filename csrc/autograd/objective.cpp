@@ -99,7 +99,10 @@ struct ElboLoss : public Function<ElboLoss> {
     variable_list result(kArguments);
     if (options[0].toBool() && !grads[1].defined() && !grads[2].defined() && !at::GradMode::is_enabled()) {
       if (!grads[0].defined()) return result;
-      const auto give = [&](int argument, int gradient) { result[argument] = scaled(ctx, saved[gradient], grads[0]); };
+      const bool owned = owns_saved(ctx);
+      const auto give = [&](int argument, int gradient) {
+        result[argument] = scaled(saved[gradient], grads[0], owned);
+      };
       give(kRecon, kGradRecon), give(kMu, kGradMu), give(kLogvar, kGradLogvar), give(kPriorMu, kGradPriorMu);
       give(kPriorLogvar, kGradPriorLogvar), give(kSecond, kGradSecond), give(kThird, kGradThird);
       return result;
@@ -167,11 +170,14 @@ struct MultiSampleLoss : public Function<MultiSampleLoss> {
     variable_list result(kArguments);
     if (options[0].toBool() && !grads[1].defined() && !at::GradMode::is_enabled()) {
       if (!grads[0].defined()) return result;
-      const auto give = [&](int argument, int gradient) { result[argument] = scaled(ctx, saved[gradient], grads[0]); };
+      const bool owned = owns_saved(ctx);
+      const auto give = [&](int argument, int gradient) {
+        result[argument] = scaled(saved[gradient], grads[0], owned);
+      };
       give(kRecon, kGradRecon), give(kLogRatio, kGradLogRatio), give(kSecond, kGradSecond), give(kThird, kGradThird);
       // factors of gradients: the upstream gradient is already in those
       const Tensor& gates = saved[kGradGates];
-      if (gates.defined()) result[kGates] = owns_saved(ctx) ? gates : gates.clone();
+      if (gates.defined()) result[kGates] = owned ? gates : gates.clone();
       return result;
     }
     const auto needed =

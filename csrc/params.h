@@ -70,7 +70,7 @@ struct LogProbParams {
 
 // A K-sample bound and its gradient, by datum: math/estimator.h.
 struct MultiSampleParams {
-  LogProbParams fit;  // its factor and log_p are not used
+  LogProbParams fit;  // log p and its gradients of full size; the weights are in place of its factor
   Estimator estimator;
   RowScalars log_ratio;        // [K, B]
   double datum_weight = 1;     // of a datum's loss in the returned one

@@ -86,6 +86,21 @@ def test_sums_over_many_samples_have_the_same_bits(shape, dtype):
             assert torch.equal(a, e), f"tensor {i} with {threads} threads"
 
 
+@pytest.mark.parametrize("layout", ["in place", "half types"])
+def test_a_weighted_mask_changes_no_bit_where_the_rows_are_shared_out(layout):
+    """Fewer data than threads take another path, in the same arithmetic."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if layout == "in place" else torch.float16
+    logits, x, mask = torch.randn(5, 2, 784).to(dtype).requires_grad_(), torch.rand(2, 784), torch.rand(2, 784)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        loss = fastelbo.iwae_loss(logits, x, torch.zeros(5, 2), mask=mask)
+        found.append(torch.autograd.grad(loss, logits)[0])
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Instruction sets
 

@@ -479,6 +479,16 @@ def test_gradients_that_rows_share_have_the_same_bits_for_any_number_of_threads(
 
 
 @shared_shapes
+def test_many_equal_gradients_that_rows_share_add_up(shape):
+    """The roundings of a sum of equal numbers all go the same way."""
+    recon, x = torch.zeros(300, 700, 1), torch.full((700, 1), 0.3)
+    second = torch.zeros((1,) if shape == "event" else (), requires_grad=True)
+    (grad,) = torch.autograd.grad(fastelbo.log_prob((recon, second), x, likelihood="gaussian").sum(), second)
+    exact = 300 * 700 * 0.5 * (x[0, 0].double().item() ** 2 - 1)
+    assert grad.item() == pytest.approx(exact, rel=5e-7)
+
+
+@shared_shapes
 def test_no_gradient_of_full_size_is_made_for_a_parameter_that_rows_share(shape):
     recon, x, mu = torch.randn(512, 784, requires_grad=True), torch.randn(512, 784), torch.randn(512, 32)
     second = _shared(recon, 1, shape)

@@ -175,7 +175,8 @@ struct MultiSampleLoss : public Function<MultiSampleLoss> {
         result[argument] = scaled(saved[gradient], grads[0], owned);
       };
       give(kRecon, kGradRecon), give(kLogRatio, kGradLogRatio), give(kSecond, kGradSecond), give(kThird, kGradThird);
-      // factors of gradients: the upstream gradient is already in those
+      // no gradient, but the factors of those of z and of the log ratio (math/estimator.h), which carry the upstream
+      // one
       const Tensor& gates = saved[kGradGates];
       if (gates.defined()) result[kGates] = owned ? gates : gates.clone();
       return result;

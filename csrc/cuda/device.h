@@ -52,8 +52,4 @@ inline DeviceScalar scalar_of(const std::optional<at::Tensor>& t) {
   return t.has_value() ? DeviceScalar{t->const_data_ptr(), views::dtype_of(t->scalar_type())} : DeviceScalar{};
 }
 
-inline const int64_t* seed_of(const std::optional<at::Tensor>& seed) {
-  return seed.has_value() ? seed->const_data_ptr<int64_t>() : nullptr;
-}
-
 }  // namespace fastelbo::cuda

@@ -5,8 +5,8 @@
 
 namespace fastelbo::cuda {
 
-// With free bits, the batch mean of every dimension's KL is computed first, in a launch of its own. The tensor that
-// comes back holds it: it has to live until the next launch.
+// With free bits, the batch mean of every dimension's KL is computed first, in a launch of its own. p.dim_means
+// points into the returned tensor: keep it until the kernel that reads it has been launched.
 inline at::Tensor set_dim_means(KlParams& p, const at::Tensor& like, bool is_double, cudaStream_t stream) {
   if (!(p.free_bits > 0)) return {};
   const at::Tensor means = doubles(like, {p.q.D});

@@ -85,7 +85,7 @@ inline void shaped(const char* name, const at::Tensor& t, const char* like_name,
                     " of ", like_name, "; got ", shape_text(t));
 }
 
-// x beside a tensor of parameters.
+// x beside a tensor of parameters. mixed: x may be of any float type, whatever that of the parameters.
 inline void data(const at::Tensor& x, const char* like_name, const at::Tensor& like, Domain domain = Domain::reals,
                  bool mixed = false) {
   same_device("x", x, like_name, like);
@@ -301,7 +301,6 @@ inline int64_t log_mean_exp_backward(const at::Tensor& grad, const at::Tensor& l
   return d;
 }
 
-// mixed: float64 parameters may go with data of any type.
 inline void ppca_shapes(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b) {
   TORCH_CHECK_VALUE(W.dim() == 2 && W.sym_size(1) >= 1, "W must be [D, M] with M of at least 1; got ", shape_text(W));
   const c10::SymInt D = W.sym_size(0);

@@ -47,7 +47,8 @@ struct Likelihood {
   // The gradient of parameter i, in its own shape; undefined where not wanted. Of a row of numbers that rows share, no
   // gradient of full size is ever written.
   Tensor grad(int i, const OptionalTensor& parameter, bool needed) {
-    constexpr int64_t kChunks = 32;  // depends on nothing, so that threads change no digit
+    // by shapes alone, so that threads change no digit; a chunk is summed in the compute type, so it is short
+    constexpr int64_t kChunks = 32, kMaxChunk = 64;
     const Tensor grad = shapes::grad_like(parameter, needed);
     if (!grad.defined() || grad.is_meta()) return grad;
     LogProbParams& p = params;
@@ -55,7 +56,7 @@ struct Likelihood {
       p.grad[i] = views.out(grad);
       return grad;
     }
-    p.chunk = std::max<int64_t>(1, (p.rows() + kChunks - 1) / kChunks);
+    p.chunk = std::clamp<int64_t>((p.rows() + kChunks - 1) / kChunks, 1, kMaxChunk);
     SharedGrad& g = p.shared_grad[i];
     g.scalar = grad.dim() == 0;
     g.size = g.scalar ? segments(p.D) : p.D;

@@ -131,6 +131,7 @@ inline MultiSampleWeights multi_sample_weights(const Tensor& log_w, at::ArrayRef
   checks::floating("log_w", log_w);
   TORCH_CHECK_VALUE(log_w.dim() == 2, "log_w must be [K, B]; got ", checks::shape_text(log_w));
   const c10::SymInt K = log_w.sym_size(0), B = log_w.sym_size(1);
+  TORCH_CHECK_VALUE(K != 0, "log_w must hold at least one sample; got the shape ", checks::shape_text(log_w));
   const Estimator e = checks::estimator(estimator, K);
   const auto options = shapes::compute_options(log_w);
   MultiSampleWeights op{at::empty_symint({B}, options), at::empty_symint({K, B}, options),

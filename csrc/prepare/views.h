@@ -132,6 +132,7 @@ class Views {
 
   void finish() {
     for (auto& [to, from] : outputs_) to.copy_(from);
+    outputs_.clear();
   }
 };
 

@@ -1,5 +1,5 @@
-// The CUDA execution model on a host, as far as csrc/cuda/kernels/*.cu use it: the same sources are compiled by g++ and run,
-// under sanitizers too. Test only; found in place of CUDA's own header by the include path.
+// The CUDA execution model on a host, as far as csrc/cuda/kernels/*.cu use it: the same sources are compiled by g++ and
+// run, under sanitizers too. Test only; found in place of CUDA's own header by the include path.
 //
 // The threads of a block are fibers, run one after another, warp by warp; blocks run in order. A fiber runs up to its
 // next shuffle or barrier. All 32 lanes of a warp have to meet at the same shuffle and all warps of a block at the same

@@ -60,16 +60,15 @@ inline void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restri
     const T s = kShares ? shared[i] : shared_of<L>(first[i], b, c);
     const Terms<T> t = terms_of<L>(first[i], b, c, kBytes ? scaled_byte(T(bytes[i]), byte_scale) : x[i], s);
     const T m = kWeighted ? weight[i] : T(1);
-    const bool seen = !kWeighted || m != 0;
-    const T w = kWeighted ? factor * m : factor;
+    const bool seen = !kWeighted || m != 0;  // the factor comes last: a K-sample bound multiplies by it later
     const T v = kWeighted && L::kSoftplus ? t.value - log1p_unit(s) : t.value;
     value[i] = seen ? m * v : T(0);
     if constexpr (kGrads != Grads::none) {
-      d_first[i] = seen ? w * t.d_first : T(0);
-      if constexpr (kCount > 1) d_second[i] = seen ? w * t.d_second : T(0);
-      if constexpr (kCount > 2) d_third[i] = seen ? w * t.d_third : T(0);
+      d_first[i] = seen ? factor * (m * t.d_first) : T(0);
+      if constexpr (kCount > 1) d_second[i] = seen ? factor * (m * t.d_second) : T(0);
+      if constexpr (kCount > 2) d_third[i] = seen ? factor * (m * t.d_third) : T(0);
     }
-    if constexpr (kGrads == Grads::all) d_x[i] = seen ? w * t.d_x : T(0);
+    if constexpr (kGrads == Grads::all) d_x[i] = seen ? factor * (m * t.d_x) : T(0);
   }
 }
 

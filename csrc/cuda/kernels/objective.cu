@@ -10,7 +10,8 @@
 namespace fastelbo::cuda {
 namespace {
 
-// math/weights.h by all threads of a block. A sample belongs to one thread throughout.
+// math/weights.h by all threads of a block: thread t takes elements t, t + kThreads, ... of every loop. Loops over all
+// K and over one group deal out the samples differently, so each() ends with a barrier; max() and sum() have their own.
 struct Block {
   __device__ bool leads() const { return threadIdx.x == 0; }
   template <class F>
@@ -28,7 +29,7 @@ struct Block {
   template <class F>
   __device__ void each(int64_t n, F f) const {
     for (int64_t i = threadIdx.x; i < n; i += kThreads) f(i);
-    __syncthreads();  // groups of samples are shared out anew
+    __syncthreads();  // the next loop may give this sample to another thread
   }
 };
 

@@ -31,8 +31,7 @@ inline void run_shared_grads(const prepare::Likelihood& rows, cudaStream_t strea
   launch_shared_grads(rows.params, rows.index, rows.is_double, stream);
   for (const prepare::SharedOutput& shared : rows.shared) {
     shared.total.as_strided({shared.total.numel()}, {1})
-        .copy_(shared.total.dim() == 0 ? shared.sums.sum(at::kDouble).reshape({1})
-                                       : shared.sums.sum(0, false, at::kDouble));
+        .copy_(shared.total.dim() == 0 ? shared.sums.sum().reshape({1}) : shared.sums.sum(0));
   }
 }
 

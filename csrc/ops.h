@@ -17,6 +17,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<c10::SymInt>;
 
+// An undefined tensor, which autograd and composite code pass around, as an absent argument of an op.
+inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
 template <size_t N>
 struct Name {
   char text[N];

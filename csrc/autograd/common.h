@@ -19,7 +19,6 @@ using torch::autograd::Function;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 inline Tensor tensor(const OptionalTensor& t) { return t.has_value() ? *t : Tensor(); }
 inline bool wants_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 inline bool wants_grad(const OptionalTensor& t) { return t.has_value() && t->requires_grad(); }

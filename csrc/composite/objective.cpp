@@ -6,8 +6,6 @@
 namespace fastelbo::composite {
 namespace {
 
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
 // The sum of two gradients, either of which may be absent.
 Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
 

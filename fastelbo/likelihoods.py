@@ -80,6 +80,96 @@ def _draw_laplace(generator: Generator | None, mean: Tensor, log_scale: Tensor |
     return mean + (noise if log_scale is None else torch.exp(log_scale) * noise)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Counts. x may be fractional; log p of a negative x is -inf, and that of NaN is NaN.
+
+# Beyond it, log theta counts as this: the negative binomial is the Poisson there, to the last digit of float64.
+LOG_THETA_LIMIT = 60.0
+
+
+def _of_counts(log_p: Callable[..., Tensor], x: Tensor, log_mean: Tensor, *others: Tensor) -> Tensor:
+    """log_p(x, log_mean, *others); -inf where x is negative or infinite. At log_mean = -inf, x = 0 is certain."""
+    outside = (x < 0) | (x == torch.inf)
+    inside = torch.where(outside, 0.0, x)
+    finite = torch.where((inside == 0) & (log_mean == -torch.inf), -1e4, log_mean)  # exp is 0, and x log_mean too
+    return torch.where(outside, -torch.inf, log_p(inside, finite, *others))
+
+
+def _poisson(x: Tensor, log_rate: Tensor) -> Tensor:
+    """x l - exp(l) - lgamma(x + 1), l the log rate."""
+    return _of_counts(lambda x, l: x * l - torch.exp(l) - torch.lgamma(x + 1), x, log_rate)
+
+
+def stirling_tail(a: Tensor) -> Tensor:
+    """S(a) = lgamma(a) - (a - 1/2) log a + a - 1/2 log 2 pi, by Stirling's series where a > 10."""
+    large = a > 10
+    w = 1 / torch.where(large, a, 10.0)
+    square = w.square()
+    series = torch.zeros_like(w)
+    for coefficient in reversed(STIRLING):
+        series = coefficient + square * series
+    small = torch.where(large, 1.0, a)
+    direct = torch.lgamma(small) - (small - 0.5) * torch.log(small) + (small - 0.5 * LOG_2PI)
+    return torch.where(large, w * series, direct)
+
+
+# B_2k / (2k (2k - 1)): the remainder at a = 10 is 2e-17
+STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156, -3617 / 122400)
+
+
+def _nb_terms(x: Tensor, log_mean: Tensor, log_theta: Tensor) -> Tensor:
+    log_theta = log_theta.clamp(max=LOG_THETA_LIMIT)
+    theta = torch.exp(log_theta)
+    log1p_ratio = -F.logsigmoid(log_theta - log_mean)  # log(1 + mean / theta)
+    rising = (x + (theta - 0.5)) * torch.log1p(x / theta) - x + (stirling_tail(x + theta) - stirling_tail(theta))
+    return rising + (x * log_mean - (x + theta) * log1p_ratio - torch.lgamma(x + 1))
+
+
+def _nb(x: Tensor, log_mean: Tensor, log_theta: Tensor) -> Tensor:
+    """Negative binomial with mean m = exp(log_mean) and variance m + m^2 / theta, l = log_mean:
+    (x + theta - 1/2) log(1 + x / theta) - x - (x + theta) log(1 + m / theta) + x l + S(x + theta) - S(theta)
+    - lgamma(x + 1). No two lgammas are subtracted, which would lose all digits where theta is large.
+    """
+    return _of_counts(_nb_terms, x, log_mean, log_theta)
+
+
+def _zinb(x: Tensor, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
+    """Zero with probability sigmoid(pi), pi the zero logit, else negative binomial:
+    log sigmoid(-pi) + nb where x > 0, and log(sigmoid(pi) + sigmoid(-pi) exp(nb)) where x = 0.
+    """
+
+    def log_p(x: Tensor, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
+        nb = _nb_terms(x, log_mean, log_theta)
+        return torch.where(x > 0, nb, torch.logaddexp(zero_logits, nb)) + F.logsigmoid(-zero_logits)
+
+    return _of_counts(log_p, x, log_mean, log_theta, zero_logits)
+
+
+def _exp(log_mean: Tensor, log_theta: Tensor | None = None) -> Tensor:
+    return torch.exp(log_mean)
+
+
+def _zinb_mean(log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
+    return torch.sigmoid(-zero_logits) * torch.exp(log_mean)
+
+
+def _draw_poisson(generator: Generator | None, log_rate: Tensor) -> Tensor:
+    return torch.poisson(torch.exp(log_rate), generator=generator)
+
+
+def _draw_nb(generator: Generator | None, log_mean: Tensor, log_theta: Tensor) -> Tensor:
+    """Poisson whose rate is Gamma of mean exp(log_mean) and shape theta."""
+    theta = torch.exp(log_theta.clamp(max=LOG_THETA_LIMIT)).expand(log_mean.shape)
+    gamma = torch._standard_gamma(theta, generator=generator) / theta
+    return torch.poisson(gamma * torch.exp(log_mean), generator=generator)
+
+
+def _draw_zinb(generator: Generator | None, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
+    counts = _draw_nb(generator, log_mean, log_theta)
+    zeros = torch.bernoulli(torch.sigmoid(zero_logits).expand(counts.shape), generator=generator)
+    return torch.where(zeros == 1, 0.0, counts)
+
+
 def _first(mean: Tensor, scale: Tensor | None = None) -> Tensor:
     return mean
 
@@ -89,6 +179,9 @@ LIKELIHOODS = {
     "bernoulli_probs": Likelihood(("probs",), 1, "[0, 1]", _bernoulli_probs, _first, _draw_bernoulli_probs),
     "gaussian": Likelihood(("mean", "logvar"), 1, "reals", _gaussian, _first, _draw_gaussian),
     "laplace": Likelihood(("mean", "log_scale"), 1, "reals", _laplace, _first, _draw_laplace),
+    "poisson": Likelihood(("log_rate",), 1, "counts", _poisson, _exp, _draw_poisson),
+    "nb": Likelihood(("log_mean", "log_theta"), 2, "counts", _nb, _exp, _draw_nb),
+    "zinb": Likelihood(("log_mean", "log_theta", "zero_logits"), 3, "counts", _zinb, _zinb_mean, _draw_zinb),
 }
 
 

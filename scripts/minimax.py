@@ -93,6 +93,22 @@ def cos_tail(w):
     return (mp.cos(2 * mp.pi * s) - 1) / w if w > 0 else -2 * mp.pi**2
 
 
+def stirling(v):
+    """a S(a) with a = 1 / v, S(a) = lgamma(a) - (a - 1/2) log a + a - 1/2 log 2 pi."""
+    if v < mp.mpf("1e-9"):
+        return mp.mpf(1) / 12 - v**2 / 360
+    a = 1 / mp.mpf(v)
+    return a * (mp.loggamma(a) - (a - mp.mpf(1) / 2) * mp.log(a) + a - mp.log(2 * mp.pi) / 2)
+
+
+def digamma_tail(v):
+    """a^2 D(a) with a = 1 / v, D(a) = log a - 1 / (2 a) - digamma(a) = -S'(a)."""
+    if v < mp.mpf("1e-9"):
+        return mp.mpf(1) / 12 - v**2 / 120
+    a = 1 / mp.mpf(v)
+    return a**2 * (mp.log(a) - v / 2 - mp.digamma(a))
+
+
 if __name__ == "__main__":
     reach = mp.log(2) / 2 * mp.mpf("1.0001")
     exp_tail = quotient(mp.exp, [1, 1], 2)
@@ -114,3 +130,10 @@ if __name__ == "__main__":
 
     show("sin(2 pi t): t P4(t^2)", sin_tail, 0, mp.mpf(1) / 16, 4, lambda w: 1 / sin_tail(w), 10)
     show("cos(2 pi t): 1 + t^2 P3(t^2), absolute", cos_tail, 0, mp.mpf(1) / 16, 3, lambda w: w + TINY, 10)
+
+    half = mp.mpf(1) / 2
+    show("S(a), float: v P7(v), v = 1 / a", stirling, 0, 1, 7, lambda v: 1 / stirling(v), 10)
+    show("D(a), float: v^2 P8(v), v = 1 / a", digamma_tail, 0, 1, 8, lambda v: 1 / digamma_tail(v), 10)
+    for name, f, degree in (("S(a), double: v P22", stirling, 22), ("D(a), double: v^2 P24", digamma_tail, 24)):
+        # around the middle, where the coefficients are small
+        show(f"{name}(v - 1/2)", lambda t: f(t + half), -half, half, degree, lambda t: 1 / f(t + half), 19)  # noqa: B023

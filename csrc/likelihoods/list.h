@@ -5,6 +5,9 @@
 #include "likelihoods/bernoulli_probs.h"
 #include "likelihoods/gaussian.h"
 #include "likelihoods/laplace.h"
+#include "likelihoods/nb.h"
+#include "likelihoods/poisson.h"
+#include "likelihoods/zinb.h"
 
 namespace fastelbo::FASTELBO_ISA {
 
@@ -13,6 +16,6 @@ struct TypeList {
   static constexpr int size = sizeof...(L);
 };
 
-using Likelihoods = TypeList<Bernoulli, BernoulliProbs, Gaussian, Laplace>;
+using Likelihoods = TypeList<Bernoulli, BernoulliProbs, Gaussian, Laplace, Poisson, Nb, Zinb>;
 
 }  // namespace fastelbo::FASTELBO_ISA

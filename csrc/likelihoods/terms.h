@@ -9,6 +9,8 @@
 //   shared        (first, second, third) -> that number
 //   kSoftplus     whether log(1 + shared) is still to be subtracted from the value, for a shared number in [0, 1]: the
 //                 CPU takes one logarithm of the product of eight
+//   kZeros        whether x = 0, which most counts are, has a form that is much shorter:
+//   at_zero       (first, second, third) -> its Terms but for d_x
 // What the caller does not use of the Terms costs nothing: the compiler drops it.
 #pragma once
 
@@ -20,7 +22,7 @@ namespace fastelbo::FASTELBO_ISA {
 struct Defaults {
   static constexpr int kFewest = 1;
   static constexpr Domain kDomain = Domain::reals;
-  static constexpr bool kShares = false, kSoftplus = false;
+  static constexpr bool kShares = false, kSoftplus = false, kZeros = false;
 };
 
 template <class T>

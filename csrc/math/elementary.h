@@ -84,16 +84,20 @@ FASTELBO_HD T one_unless_negative(T x) {
   return bits_to<T>(bits_to<U>(T(1)) & ~negative);
 }
 
-// exp(r) for |r| <= ln(2)/2
-FASTELBO_HD float exp_reduced(float r) {
-  return 1 + (r + r * r * poly(r, 4.999999345e-1f, 1.666652063e-1f, 4.16683881e-2f, 8.368716853e-3f, 1.38145956e-3f));
+// exp(r) - 1 for |r| <= ln(2)/2
+FASTELBO_HD float expm1_reduced(float r) {
+  return r + r * r * poly(r, 4.999999345e-1f, 1.666652063e-1f, 4.16683881e-2f, 8.368716853e-3f, 1.38145956e-3f);
 }
-FASTELBO_HD double exp_reduced(double r) {
-  return 1 + (r + r * r *
-                      poly(r, 5.000000000000010627e-1, 1.66666666666664125e-1, 4.166666666653016034e-2,
-                           8.333333333494473217e-3, 1.388888894362980222e-3, 1.984126950655585459e-4,
-                           2.480149309912995776e-5, 2.755758639329493309e-6, 2.763024832412274166e-7,
-                           2.500005559962514668e-8));
+FASTELBO_HD double expm1_reduced(double r) {
+  return r + r * r *
+                 poly(r, 5.000000000000010627e-1, 1.66666666666664125e-1, 4.166666666653016034e-2,
+                      8.333333333494473217e-3, 1.388888894362980222e-3, 1.984126950655585459e-4,
+                      2.480149309912995776e-5, 2.755758639329493309e-6, 2.763024832412274166e-7,
+                      2.500005559962514668e-8);
+}
+template <class T>
+FASTELBO_HD T exp_reduced(T r) {
+  return 1 + expm1_reduced(r);
 }
 
 // 2^n for an integer n given as n + kMagic; n in [-bias, bias], and 0 at n = -bias
@@ -103,15 +107,43 @@ FASTELBO_HD T exp2_of(T shifted) {
   return bits_to<T>(bits_to<U>(shifted) << Float<T>::kMantissa);
 }
 
+// x = n ln 2 + r with an integer n, and 2^n, for n in [-bias, bias]
+template <class T>
+struct Reduced {
+  T r, power;
+};
+template <class T>
+FASTELBO_HD Reduced<T> reduce_exp(T x) {
+  using F = Float<T>;
+  const T shifted = x * F::kLog2e + F::kMagic;
+  const T n = shifted - F::kMagic;
+  return {(x - n * F::kLn2Hi) - n * F::kLn2Lo, exp2_of(shifted)};
+}
+
+// exp(x) for |x| <= 87 (float), 708 (double). Relative error 1.2e-7 (float), 2.3e-16 (double).
+template <class T>
+FASTELBO_HD T exp_within(T x) {
+  const Reduced<T> x_of = reduce_exp(x);
+  return exp_reduced(x_of.r) * x_of.power;
+}
+
 // exp(x) for x <= 0. Relative error 1.2e-7 (float), 2.3e-16 (double); 0 below -87.7 and -708.7.
 template <class T>
 FASTELBO_HD T exp_nonpositive(T x) {
-  using F = Float<T>;
-  x = x < F::kZeroExp ? F::kZeroExp : x;
-  const T shifted = x * F::kLog2e + F::kMagic;
-  const T n = shifted - F::kMagic;
-  const T r = (x - n * F::kLn2Hi) - n * F::kLn2Lo;
-  return exp_reduced(r) * exp2_of(shifted);
+  return exp_within(x < Float<T>::kZeroExp ? Float<T>::kZeroExp : x);
+}
+
+template <class T>
+struct ExpPair {
+  T exp, expm1;
+};
+
+// exp(x) and exp(x) - 1 for x <= 0. Relative errors 1.8e-7 and 3e-7 (float), 3.4e-16 and 6e-16 (double).
+template <class T>
+FASTELBO_HD ExpPair<T> exp_and_expm1(T x) {
+  const Reduced<T> x_of = reduce_exp(x < Float<T>::kZeroExp ? Float<T>::kZeroExp : x);
+  const T p = expm1_reduced(x_of.r);
+  return {x_of.power * p + x_of.power, x_of.power * p + (x_of.power - 1)};
 }
 
 // exp(x) for any x, denormal results included. Relative error 1.2e-7 (float), 2.3e-16 (double) of normal results.
@@ -141,19 +173,28 @@ FASTELBO_HD double log1p_unit(double e) {
                           6.994241021426049788e-2, 1.646764420638307815e-1);
 }
 
-// exponent * ln 2 + log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1]
-FASTELBO_HD float log_split(float exponent, float f) {
+// log(1 + f) - f for f in [sqrt(1/2) - 1, sqrt(2) - 1]
+FASTELBO_HD float log1p_curve(float f) {
   const float p = poly(f, 3.333331672e-1f, -2.500081034e-1f, 2.000228691e-1f, -1.662455597e-1f, 1.418117895e-1f,
                        -1.312872896e-1f, 1.28817239e-1f, -7.859759908e-2f);
-  const float square = f * f;
-  return exponent * Float<float>::kLn2Hi + (f + (square * (f * p - 0.5f) + exponent * Float<float>::kLn2Lo));
+  return f * f * (f * p - 0.5f);
 }
-FASTELBO_HD double log_split(double exponent, double f) {
+FASTELBO_HD double log1p_curve(double f) {  // 2 atanh(s) = log(1 + f), and 2 s = f - f s
   const double s = f / (2 + f), w = s * s;
   const double p =
       poly(w, 6.666666666666666093e-1, 4.000000000000628704e-1, 2.857142856907298424e-1, 2.222222264874744995e-1,
            1.818177550875788698e-1, 1.538709764114281472e-1, 1.324996223619122087e-1, 1.325275299187761007e-1);
-  return exponent * Float<double>::kLn2Hi + (2 * s + (s * w * p + exponent * Float<double>::kLn2Lo));
+  return s * (w * p - f);
+}
+
+// exponent * ln 2 + log(1 + f), given curve = log1p_curve(f)
+template <class T>
+FASTELBO_HD T log_joined(T exponent, T f, T curve) {
+  return exponent * Float<T>::kLn2Hi + (f + (curve + exponent * Float<T>::kLn2Lo));
+}
+template <class T>
+FASTELBO_HD T log_split(T exponent, T f) {
+  return log_joined(exponent, f, log1p_curve(f));
 }
 
 // u = 2^exponent (1 + f), u > 0 and normal, f in [sqrt(1/2) - 1, sqrt(2) - 1)
@@ -169,6 +210,13 @@ FASTELBO_HD Split<T> split_log(T u) {
   const U exponent = bits >> F::kMantissa;
   const U mantissa = (bits & ((U(1) << F::kMantissa) - 1)) + F::kSqrtHalf;
   return {T(typename F::Int(exponent) - (F::kBias + 1)), bits_to<T>(mantissa) - 1};
+}
+
+// log(u) for u > 0 and normal. Relative error 2e-7 (float), 3e-16 (double).
+template <class T>
+FASTELBO_HD T log_positive(T u) {
+  const Split<T> s = split_log(u);
+  return log_split(s.exponent, s.f);
 }
 
 // log(1 + q) for 0 <= q < 2^23. Relative error 2.2e-7 (float), 4e-16 (double).

@@ -14,6 +14,13 @@ struct Elements {
   T *d_first, *d_second, *d_third, *d_x;
   const uint8_t* bytes;  // x as it lies, where it is bytes in a row: converted in registers
   ByteScale<T> byte_scale;
+
+  // of floats, from element i on
+  Elements from(int64_t i) const {
+    const auto at = [i](auto* p) { return p ? p + i : p; };
+    return {at(first),    at(second),  at(third), at(x),   at(weight), at(d_first),
+            at(d_second), at(d_third), at(d_x),   nullptr, {}};
+  }
 };
 
 // A tile is done in several short loops instead of a long one: what limits a long one is not the number of its
@@ -69,6 +76,55 @@ inline void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restri
       if constexpr (kCount > 2) d_third[i] = seen ? factor * (m * t.d_third) : T(0);
     }
     if constexpr (kGrads == Grads::all) d_x[i] = seen ? factor * (m * t.d_x) : T(0);
+  }
+}
+
+inline constexpr int64_t kBlock = 128;  // elements that a formula in steps takes at a time
+
+// The same of up to kBlock elements by a formula of likelihoods/counts.h.
+template <class Formula, int kCount, Grads kGrads, bool kWeighted, class T>
+inline void formula_tile(const Elements<T>& e, T factor, int64_t n, T* __restrict value) {
+  constexpr int kWork = Formula::kWork;
+  const T* __restrict first = e.first;
+  const T* __restrict second = e.second;
+  const T* __restrict third = e.third;
+  const T* __restrict x = e.x;
+  const T* __restrict weight = e.weight;
+  T* __restrict d_first = e.d_first;
+  T* __restrict d_second = e.d_second;
+  T* __restrict d_third = e.d_third;
+  alignas(64) T work[kWork][kBlock];
+  const auto element = [=](int64_t i) {
+    return Element<T>{first[i], kCount > 1 ? second[i] : T(0), kCount > 2 ? third[i] : T(0), x[i]};
+  };
+  // ivdep, not omp simd: that keeps w, whose address is taken, in memory
+  const auto run_step = [&]<int kStep, int... j>(std::integer_sequence<int, j...>) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      T w[kWork] = {work[j][i]...};
+      Formula::template step<kStep>(element(i), w);
+      ((work[j][i] = w[j]), ...);
+    }
+  };
+  const auto slots = std::make_integer_sequence<int, kWork>();
+  [&]<int... kStep>(std::integer_sequence<int, kStep...>) {
+    (run_step.template operator()<kStep>(slots), ...);
+  }(std::make_integer_sequence<int, Formula::kSteps>());
+  const auto last = [&]<int... j>(int64_t i, std::integer_sequence<int, j...>) {
+    const T w[kWork] = {work[j][i]...};
+    return Formula::terms(element(i), w);
+  };
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const Terms<T> t = last(i, slots);
+    const T m = kWeighted ? weight[i] : T(1);
+    const bool seen = !kWeighted || m != 0;
+    value[i] = seen ? m * t.value : T(0);
+    if constexpr (kGrads != Grads::none) {
+      d_first[i] = seen ? factor * (m * t.d_first) : T(0);
+      if constexpr (kCount > 1) d_second[i] = seen ? factor * (m * t.d_second) : T(0);
+      if constexpr (kCount > 2) d_third[i] = seen ? factor * (m * t.d_third) : T(0);
+    }
   }
 }
 
@@ -145,6 +201,88 @@ class SharedSums {
   }
 };
 
+// The n elements e with `value` of each, in whole vectors: the last one is padded, so that there is no scalar loop.
+template <class L, int kCount, Grads kGrads, class T>
+inline void log_prob_elements(const Elements<T>& e, T factor, int64_t n, T* value, T* shared) {
+  const int64_t whole = n - n % kLanes, tail = n - whole;
+  const auto evaluate_part = [&](const Elements<T>& part, int64_t count, int64_t at) {
+    if constexpr (requires { L::kSteps; }) {
+      part.weight ? formula_tile<L, kCount, kGrads, true>(part, factor, count, value + at)
+                  : formula_tile<L, kCount, kGrads, false>(part, factor, count, value + at);
+    } else if (part.bytes) {
+      log_prob_tile<L, kCount, kGrads, false, true>(part, factor, count, value + at, shared + at);
+    } else {
+      part.weight ? log_prob_tile<L, kCount, kGrads, true, false>(part, factor, count, value + at, shared + at)
+                  : log_prob_tile<L, kCount, kGrads, false, false>(part, factor, count, value + at, shared + at);
+    }
+  };
+  evaluate_part(e, whole, 0);
+  if (!tail) return;
+  alignas(64) T in[5][kLanes], out[4][kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) {
+    const bool inside = j < tail;
+    in[0][j] = inside ? e.first[whole + j] : T(0.5);
+    if constexpr (kCount > 1) in[1][j] = inside ? e.second[whole + j] : T(0);
+    if constexpr (kCount > 2) in[2][j] = inside ? e.third[whole + j] : T(0);
+    in[3][j] = !inside ? T(0.5) : e.bytes ? scaled_byte(T(e.bytes[whole + j]), e.byte_scale) : e.x[whole + j];
+    in[4][j] = inside && e.weight ? e.weight[whole + j] : T(0);
+  }
+  evaluate_part({in[0], in[1], in[2], in[3], e.weight ? in[4] : nullptr, out[0], out[1], out[2], out[3], nullptr, {}},
+                kLanes, whole);
+  for (int64_t j = 0; j < tail; ++j) {
+    if constexpr (kGrads != Grads::none) e.d_first[whole + j] = out[0][j];
+    if constexpr (kGrads != Grads::none && kCount > 1) e.d_second[whole + j] = out[1][j];
+    if constexpr (kGrads != Grads::none && kCount > 2) e.d_third[whole + j] = out[2][j];
+    if constexpr (kGrads == Grads::all) e.d_x[whole + j] = out[3][j];
+  }
+}
+
+// The same for counts, most of which are 0: all elements as if x were 0, then those where it is not, side by side.
+// docs/performance.md has what this gains.
+template <class L, int kCount, Grads kGrads, class T>
+inline void log_prob_counts(const Elements<T>& e, T factor, int64_t n, T* value, T* shared) {
+  using Zero = typename L::Zero;
+  using Whole = typename L::template Other<Count::from_one>;
+  using Any = typename L::template Other<Count::any>;
+  uint16_t index[kTile];
+  int64_t m = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    index[m] = uint16_t(i);
+    m += e.x[i] != 0;  // NaN too
+  }
+  for (int64_t i = 0; i < n; i += kBlock) {
+    log_prob_elements<Zero, kCount, kGrads>(e.from(i), factor, n - i < kBlock ? n - i : kBlock, value + i, shared);
+  }
+  alignas(64) T in[5][kBlock], out[3][kBlock], values[kBlock];
+  for (int64_t i = 0; i < m; i += kBlock) {
+    const int64_t count = m - i < kBlock ? m - i : kBlock;
+    const uint16_t* at = index + i;
+    const auto pack = [&](const T* from, T* to) {
+      for (int64_t j = 0; j < count; ++j) to[j] = from[at[j]];
+    };
+    const auto unpack = [&](const T* from, T* to) {
+      for (int64_t j = 0; j < count; ++j) to[at[j]] = from[j];
+    };
+    pack(e.first, in[0]);
+    if constexpr (kCount > 1) pack(e.second, in[1]);
+    if constexpr (kCount > 2) pack(e.third, in[2]);
+    pack(e.x, in[3]);
+    if (e.weight) pack(e.weight, in[4]);
+    int others = 0;
+    for (int64_t j = 0; j < count; ++j) others += !(in[3][j] >= 1 && in[3][j] < T(__builtin_huge_val()));
+    const Elements<T> packed{in[0],  in[1],   in[2],   in[3], e.weight ? in[4] : nullptr, out[0], out[1],
+                             out[2], nullptr, nullptr, {}};
+    others ? log_prob_elements<Any, kCount, kGrads>(packed, factor, count, values, shared)
+           : log_prob_elements<Whole, kCount, kGrads>(packed, factor, count, values, shared);
+    unpack(values, value);
+    if constexpr (kGrads != Grads::none) {
+      unpack(out[0], e.d_first);
+      if constexpr (kCount > 1) unpack(out[1], e.d_second);
+      if constexpr (kCount > 2) unpack(out[2], e.d_third);
+    }
+  }
+}
+
 // Columns [begin, end) of row (k, b): the sum of log p; the gradients are times factor.
 template <class L, int kCount, Grads kGrads, class T>
 __attribute__((noinline)) double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int64_t begin,
@@ -158,38 +296,16 @@ __attribute__((noinline)) double log_prob_segment(const LogProbParams& p, int64_
     const auto grad = [&](int j) { return target(p.grad[j], k, b, i, out[j]); };
     Elements<T> e;
     e.first = parameter(0), e.second = parameter(1), e.third = parameter(2);
-    e.bytes = p.mask ? nullptr : bytes_of(p.x, k, b, i);
+    e.bytes = p.mask || L::kZeros ? nullptr : bytes_of(p.x, k, b, i);
     e.byte_scale = byte_scale(p.x.unit, T());
     e.x = e.bytes ? nullptr : load(p.x, k, b, i, n, in[3]);
     e.weight = p.mask ? load(p.mask, k, b, i, n, in[4]) : nullptr;
     e.d_first = grad(0), e.d_second = grad(1), e.d_third = grad(2);
     e.d_x = target(p.grad_x, k, b, i, out[3]);
-    const int64_t whole = n - n % kLanes, tail = n - whole;
-    const auto evaluate_part = [&](const Elements<T>& part, int64_t count, int64_t at) {
-      T *value = tile.value + at, *exponential = tile.shared + at;
-      if (part.bytes) return log_prob_tile<L, kCount, kGrads, false, true>(part, factor, count, value, exponential);
-      part.weight ? log_prob_tile<L, kCount, kGrads, true, false>(part, factor, count, value, exponential)
-                  : log_prob_tile<L, kCount, kGrads, false, false>(part, factor, count, value, exponential);
-    };
-    evaluate_part(e, whole, 0);
-    if (tail) {  // one more vector, padded: no scalar loop
-      alignas(64) T ti[5][kLanes], to[4][kLanes];
-      for (int64_t j = 0; j < kLanes; ++j) {
-        const bool inside = j < tail;
-        ti[0][j] = inside ? e.first[whole + j] : T(0.5);
-        if constexpr (kCount > 1) ti[1][j] = inside ? e.second[whole + j] : T(0);
-        if constexpr (kCount > 2) ti[2][j] = inside ? e.third[whole + j] : T(0);
-        ti[3][j] = !inside ? T(0.5) : e.bytes ? scaled_byte(T(e.bytes[whole + j]), e.byte_scale) : e.x[whole + j];
-        ti[4][j] = inside && e.weight ? e.weight[whole + j] : T(0);
-      }
-      evaluate_part({ti[0], ti[1], ti[2], ti[3], e.weight ? ti[4] : nullptr, to[0], to[1], to[2], to[3], nullptr, {}},
-                    kLanes, whole);
-      for (int64_t j = 0; j < tail; ++j) {
-        if constexpr (kGrads != Grads::none) e.d_first[whole + j] = to[0][j];
-        if constexpr (kGrads != Grads::none && kCount > 1) e.d_second[whole + j] = to[1][j];
-        if constexpr (kGrads != Grads::none && kCount > 2) e.d_third[whole + j] = to[2][j];
-        if constexpr (kGrads == Grads::all) e.d_x[whole + j] = to[3][j];
-      }
+    if constexpr (L::kZeros && kGrads != Grads::all) {
+      log_prob_counts<L, kCount, kGrads>(e, factor, n, tile.value, tile.shared);
+    } else {
+      log_prob_elements<L, kCount, kGrads>(e, factor, n, tile.value, tile.shared);
     }
     sum += e.weight ? sum_tile<false>(tile, n) : sum_tile<L::kSoftplus>(tile, n);
     if constexpr (kGrads != Grads::none) {

@@ -3,7 +3,7 @@
     python scripts/ptxas_table.py [--arch sm_90]
 
 Registers, shared memory and spills per kernel. Exit status 1 where a kernel does not compile, or where a main kernel
-spills: float32 in its plain layout, which is what training steps run, and samples_kernel.
+spills: those of float32 that training steps run, the likelihoods in their plain layout.
 """
 
 import argparse
@@ -23,7 +23,10 @@ ENTRY = re.compile(
     r".*?Used (\d+) registers(.*?)\n",
     re.DOTALL,
 )
-MAIN = re.compile(r"(rows_kernel|multi_sample_kernel)<.*true, float>|(samples_kernel|samples_backward_kernel)<float>")
+MAIN = re.compile(
+    r"(rows_kernel|multi_sample_kernel)<.*true, float>|shared_grads_kernel<.*float>"
+    r"|(samples_kernel|samples_backward_kernel|kl_kernel)<float>"
+)
 
 
 def lines(path: str) -> list[str]:

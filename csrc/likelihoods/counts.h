@@ -63,6 +63,9 @@ struct Counts : Defaults {
  private:
   template <class T>
   FASTELBO_HD static Terms<T> at(const Element<T>& in) {
+#if defined(__CUDA_ARCH__)
+    return in.x == 0 ? run<Zero>(in) : run<Other<Count::any>>(in);  // a branch: the registers of one formula at a time
+#else
     const Terms<T> zero = run<Zero>(in), other = run<Other<Count::any>>(in);
     const bool is_zero = in.x == 0;
     return {.value = is_zero ? zero.value : other.value,
@@ -70,6 +73,7 @@ struct Counts : Defaults {
             .d_second = is_zero ? zero.d_second : other.d_second,
             .d_third = is_zero ? zero.d_third : other.d_third,
             .d_x = is_zero ? zero.d_x : other.d_x};
+#endif
   }
 };
 

@@ -8,6 +8,7 @@
 #include "math/kl.h"
 #include "math/log_mean_exp.h"
 #include "math/philox.h"
+#include "math/special.h"
 
 namespace fastelbo::FASTELBO_ISA {
 
@@ -39,6 +40,82 @@ double sweep_powers(double lo, double hi, T sign, F f, G exact) {
     if (!(error <= worst)) worst = error;
   }
   return worst;
+}
+
+// log(1 + f) - f
+inline long double curve_by_series(long double f) {
+  long double sum = 0, power = -f * f;
+  for (int n = 2; n < 400 && fabsl(power) > 1e-25L * fabsl(sum); ++n, power *= -f) sum += power / n;
+  return sum;
+}
+
+// Stirling's series from 30 on, and the recurrence below: S(a) and D(a) of math/special.h, absolute error 1e-18.
+inline Stirling<long double> exact_stirling(long double a) {
+  long double tail = 0, digamma = 0;
+  for (; a < 30; ++a) {
+    tail += (a + 0.5L) * log1pl(1 / a) - 1;
+    digamma += 0.5L * (1 / a + 1 / (a + 1)) - log1pl(1 / a);
+  }
+  const long double b[] = {1 / 12.0L, -1 / 360.0L, 1 / 1260.0L, -1 / 1680.0L, 1 / 1188.0L, -691 / 360360.0L};
+  long double power = 1 / a;
+  for (int k = 0; k < 6; ++k, power /= a * a) tail += b[k] * power, digamma += b[k] * (2 * k + 1) * power / a;
+  return {tail, digamma};
+}
+
+template <class T>
+void special_of(Checks& c, const char* type) {
+  const auto limit = [&](double single, double twofold) { return sizeof(T) == 8 ? twofold : single; };
+  std::printf("  %s\n", type);
+  const auto report = [&](const char* what, double error, double bound) {
+    std::printf("    %-28s %.2e (stated %.1e)\n", what, error, bound);
+    c.at_most(error, bound, what);
+  };
+  const auto log_q = [](T q) { return log_ratio(q, q - 1); };
+  const auto exact_curve = [](long double q) {
+    return fabsl(q - 1) > 0.3L ? logl(q) - (q - 1) : curve_by_series(q - 1);
+  };
+  const double low = limit(-120, -1000), high = limit(120, 1000);
+  report("log of a ratio",
+         sweep_powers<T>(
+             low, high, 1, [&](T q) { return log_q(q).log; }, [](long double q) { return logl(q); }),
+         limit(1.2e-7, 2e-16));
+  report("log q - (q - 1)",
+         std::fmax(sweep_powers<T>(
+                       low, high, 1, [&](T q) { return log_q(q).curve; }, exact_curve),
+                   sweep<T>(
+                       T(0.5), T(2), [&](T q) { return log_q(q).curve; }, exact_curve)),
+         limit(6e-7, 1.2e-15));
+  const auto small_f = [](long double f) { return curve_by_series(f); };
+  for (const T sign : {T(1), T(-1)}) {  // 1 + f is 1: f has the digits
+    report("log(1 + f) - f, tiny f",
+           sweep_powers<T>(
+               limit(-60, -400), -2, sign, [](T f) { return log_ratio(1 + f, f).curve; }, small_f),
+           limit(3e-7, 6e-16));
+  }
+  double tail = 0, digamma = 0, tail_below = 0, digamma_below = 0;
+  for (int i = 0; i <= 20000; ++i) {
+    const T a = T(exp2l(limit(-60, -60) + i * (100.0L / 20000)));
+    const Stirling<long double> exact = exact_stirling(a);
+    const Stirling<T> got = stirling(a);
+    // below 1 the tail is as large as the logarithm of a: absolute error by the larger of 1 and it
+    double& of_tail = a < 1 ? tail_below : tail;
+    double& of_digamma = a < 1 ? digamma_below : digamma;
+    const double size = a < 1 ? std::fmax(1, std::fabs(double(exact.tail))) : std::fabs(double(exact.tail));
+    of_tail = std::fmax(of_tail, double(fabsl(got.tail - exact.tail)) / size);
+    of_digamma = std::fmax(of_digamma, relative(got.digamma, exact.digamma));
+  }
+  report("S(a), a >= 1", tail, limit(2e-7, 5e-16));
+  report("D(a), a >= 1", digamma, limit(2.8e-7, 7e-16));
+  report("S(a), a < 1, absolute", tail_below, limit(3e-7, 6e-16));
+  report("D(a), a < 1", digamma_below, limit(1.5e-6, 3e-15));
+  double expm1 = 0, exp = 0;
+  for (int i = 0; i <= kPoints; ++i) {
+    const T x = -T(exp2l(limit(-100, -900) + i * ((limit(100, 900) + 6.4L) / kPoints)));
+    expm1 = std::fmax(expm1, relative(exp_and_expm1(x).expm1, expm1l(x)));
+    exp = std::fmax(exp, relative(exp_and_expm1(x).exp, expl(x)));
+  }
+  report("exp(x) of a pair, x <= 0", exp, limit(1.2e-7, 2e-16));
+  report("exp(x) - 1, x <= 0", expm1, limit(1.5e-7, 3e-16));
 }
 
 template <class T>
@@ -167,6 +244,8 @@ inline void math_cases(Checks& c, const char* isa) {
   std::printf("maths, %s\n", isa);
   math_of<float>(c, "float");
   math_of<double>(c, "double");
+  special_of<float>(c, "float, counts");
+  special_of<double>(c, "double, counts");
   philox_cases(c);
   noise_cases(c);
 }

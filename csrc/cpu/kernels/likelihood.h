@@ -244,11 +244,15 @@ inline void log_prob_counts(const Elements<T>& e, T factor, int64_t n, T* value,
   using Zero = typename L::Zero;
   using Whole = typename L::template Other<Count::from_one>;
   using Any = typename L::template Other<Count::any>;
+  const T* __restrict x = e.x;
+  uint8_t other[kTile];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) other[i] = x[i] != 0;  // NaN too
   uint16_t index[kTile];
   int64_t m = 0;
   for (int64_t i = 0; i < n; ++i) {
     index[m] = uint16_t(i);
-    m += e.x[i] != 0;  // NaN too
+    m += other[i];
   }
   for (int64_t i = 0; i < n; i += kBlock) {
     log_prob_elements<Zero, kCount, kGrads>(e.from(i), factor, n - i < kBlock ? n - i : kBlock, value + i, shared);

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBac
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) kl_kernel(KlParams p, void* kl_out, void* floored_kl, int g) {
+__global__ void __launch_bounds__(kThreads, 2) kl_kernel(KlParams p, void* kl_out, void* floored_kl, int g) {
   kl_rows<T>(p, T(1), kl_out, floored_kl, g);
 }
 

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
 // A block takes a chunk of rows and a segment of columns, a thread every kThreads-th of these: the sums over the rows
 // of the gradients that they share.
 template <class L, int kCount, class T>
-__global__ void __launch_bounds__(kThreads) shared_grads_kernel(LogProbParams p) {
+__global__ void __launch_bounds__(kThreads, 2) shared_grads_kernel(LogProbParams p) {
   const int64_t segs = segments(p.D), items = p.chunks() * segs;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t chunk = item / segs, begin = item % segs * kSegment;

@@ -97,7 +97,7 @@ def _of_counts(log_p: Callable[..., Tensor], x: Tensor, log_mean: Tensor, *other
 
 def _poisson(x: Tensor, log_rate: Tensor) -> Tensor:
     """x l - exp(l) - lgamma(x + 1), l the log rate."""
-    return _of_counts(lambda x, l: x * l - torch.exp(l) - torch.lgamma(x + 1), x, log_rate)
+    return _of_counts(lambda x, log_rate: x * log_rate - torch.exp(log_rate) - torch.lgamma(x + 1), x, log_rate)
 
 
 def stirling_tail(a: Tensor) -> Tensor:

@@ -42,7 +42,6 @@ test-scvi: .venv/built .venv-integrations/base build/scvi-tools
 
 build/scvi-tools:
 	git clone --quiet --depth 1 --branch 1.4.2 https://github.com/scverse/scvi-tools $@
-	rm -rf $@/src  # the tests import the installed package
 
 sanitize: .venv/base .venv/dev
 	$(VENV) scripts/sanitize.sh --ops

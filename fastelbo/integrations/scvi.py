@@ -147,9 +147,9 @@ class FusedVAE(VAE):  # type: ignore[misc]
     Arguments, parameters, outputs and random draws are those of scvi's class, and so is everything computed without a
     loss, to the last bit. The loss differs in three ways:
 
-    - scvi's log(mu + 1e-8) and log(theta + 1e-8) are log(mu) and log(theta) here. That is a relative difference of
-      x 1e-8 / mu for an entry. In float32 the loss of scvi also has the rounding of lgamma(x + theta) - lgamma(theta),
-      which grows with theta: 0.3 nat per entry at theta = 1e6.
+    - Where scvi takes log(mu + 1e-8) and log(theta + 1e-8), these are log(mu) and log(theta): the log p of an entry
+      differs by about 1e-8 x / mu. In float32 scvi's also has the rounding of lgamma(x + theta) - lgamma(theta), which
+      grows with theta: up to 1 nat per entry at theta = 1e6.
     - With use_size_factor_key the decoder does not end in a softmax, and the logarithm is that of mu + 1e-8.
     - x is not checked to be whole numbers at every step, for which scvi warns ("zinb") or raises ("poisson").
 

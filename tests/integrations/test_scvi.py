@@ -1,7 +1,11 @@
 """fastelbo.integrations.scvi against scvi-tools' own classes. `make test-integrations` has the environment for it."""
 
 import functools
+import importlib.util
 import logging
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,7 +101,9 @@ def assert_same(plain: VAE, fused: FusedVAE, tensors: dict[str, torch.Tensor], r
         if p.grad is None:
             assert q.grad is None or not q.grad.any(), name
         else:
-            torch.testing.assert_close(q.grad, p.grad, rtol=rtol, atol=rtol * largest, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                q.grad, p.grad, rtol=rtol, atol=rtol * largest, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("observed", [True, False], ids=["observed", "inferred"])
@@ -218,7 +224,9 @@ def test_distribution_is_scvi_s_to_the_last_bit(gene_likelihood, dispersion, n_s
 def test_scvi_rebuilds_the_distribution(gene_likelihood):
     (a, b), x = distributions(gene_likelihood)
     index = torch.tensor([3, 1])
-    assert torch.equal(subset_distribution(a, index).log_prob(x[index]), subset_distribution(b, index).log_prob(x[index]))
+    assert torch.equal(
+        subset_distribution(a, index).log_prob(x[index]), subset_distribution(b, index).log_prob(x[index])
+    )
     concatenator = DistributionConcatenator()
     for _ in range(2):
         concatenator.store_distribution(b)
@@ -381,3 +389,32 @@ def test_query_data_are_mapped(adata):
 def test_scvi_s_own_class_takes_the_module(adata, monkeypatch):
     monkeypatch.setattr(scvi.model.SCVI, "_module_cls", FusedVAE)
     assert type(trained(scvi.model.SCVI, adata, epochs=1).module) is FusedVAE
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Example and benchmark, in small.
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_example(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("scvi_counts", ROOT / "examples/scvi_counts.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    for name, value in {"CELLS": 300, "GENES": 60, "EPOCHS": 3, "LOG10_THETA": (0, 7)}.items():
+        monkeypatch.setattr(example, name, value)
+    monkeypatch.setattr(sys, "argv", ["scvi_counts.py", str(tmp_path)])
+    assert example.main() == 0
+    of_scvi, of_fastelbo = map(float, re.search(r"1e\+07 +(\S+) +(\S+)", capsys.readouterr().out).groups())
+    assert of_scvi > 1 and of_fastelbo < 1e-3
+    assert (tmp_path / "scvi_counts.png").stat().st_size > 10_000
+
+
+def test_benchmark(monkeypatch, capsys):
+    from benchmarks import scvi_step
+
+    options = ["--genes", "50", "--threads", "1", "--seconds", "0.1", "--cells", "256", "--no-compile"]
+    monkeypatch.setattr(sys, "argv", ["scvi_step", *options])
+    scvi_step.main()
+    lines = re.findall(r"^\| (\w+).*\| fastelbo .*\(\d+\.\d+x\) \|$", capsys.readouterr().out, re.M)
+    assert lines == ["step", "step", "epoch", "epoch"]

@@ -5,6 +5,8 @@
 # make docs          API reference and concepts, as web pages in build/docs
 # make cuda-build    builds everything for CUDA in .venv-cuda, without a GPU; prints registers and spills of every kernel
 # make sanitize      C++ tests and tests of the ops under sanitizers, on every instruction set; 10 minutes on 2 cores
+# make test-integrations  tests of fastelbo.integrations, with the packages themselves, in .venv-integrations
+# make test-scvi     scvi-tools' own tests with the fused module; ARGS=--plain: with scvi's
 # make lint          ruff, clang-format and mypy
 # make format        ruff and clang-format rewrite the files
 # make clean         removes what was built; .venv, which holds the downloaded packages, stays
@@ -17,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV = . .venv/bin/activate &&
 CPP_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test sanitize bench bench-quick docs cuda-build lint format clean
+.PHONY: demo test test-integrations test-scvi sanitize bench bench-quick docs cuda-build lint format clean
 
 demo: .venv/built
 	$(VENV) python examples/demo.py
@@ -27,6 +29,19 @@ test: .venv/built .venv/dev
 	$(VENV) cmake --build build/cmake
 	$(VENV) ctest --test-dir build/cmake --output-on-failure
 	$(VENV) pytest -n auto --maxprocesses 8
+
+test-integrations: .venv/built .venv-integrations/base
+	.venv-integrations/bin/python -m pytest tests/integrations
+
+# Not among them: the text of an error that names the class of the module, and tests that need leidenalg or captum.
+test-scvi: .venv/built .venv-integrations/base build/scvi-tools
+	cd build/scvi-tools && PYTHONPATH=$(CURDIR):$(CURDIR)/tests/integrations $(CURDIR)/.venv-integrations/bin/python \
+		-m pytest -p fused_scvi -W ignore $(ARGS) tests/module $(addprefix tests/model/test_, scvi.py scanvi.py \
+		linear_scvi.py differential.py models_with_minified_data.py) \
+		-k "not unsupported_if_minified and not interpretability_ig"
+
+build/scvi-tools:
+	git clone --quiet --depth 1 --branch 1.4.2 https://github.com/scverse/scvi-tools $@
 
 sanitize: .venv/base .venv/dev
 	$(VENV) scripts/sanitize.sh --ops
@@ -75,6 +90,11 @@ clean:
 
 .venv/dev: .venv/base requirements-dev.txt
 	$(VENV) pip install -r requirements-dev.txt
+	touch $@
+
+.venv-integrations/base: requirements-integrations.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/pip install -r requirements-integrations.txt
 	touch $@
 
 .venv/bench: .venv/base benchmarks/requirements.txt

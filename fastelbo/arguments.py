@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastelbo import _ops
+from fastelbo import _ops, reference
 
 Check = Callable[[str, Any], Any]  # (name, value) -> the value, in the type that is expected; raises what is wrong
 _P = ParamSpec("_P")
@@ -23,6 +23,7 @@ INT64 = (-(2**63), 2**63 - 1)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LIKELIHOODS: tuple[str, ...] = tuple(_ops._C.build_info()["likelihoods"])
 REDUCTIONS = ("mean", "sum", "none")
+ORDINALS = ("first", "second", "third")  # the tensors of recon
 
 
 def refusal(name: str, expected: str, value: Any) -> TypeError:
@@ -120,10 +121,12 @@ def one_of(names: tuple[str, ...]) -> Check:
 def _recon(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         return _floats(name, value)
-    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(t, Tensor) for t in value):
-        raise refusal(name, "a tensor or a pair of tensors, such as (mean, logvar)", value)
+    several = isinstance(value, tuple | list) and 2 <= len(value) <= len(ORDINALS)
+    if not several or not all(isinstance(t, Tensor) for t in value):
+        raise refusal(name, "a tensor, or a pair or three of them, such as (mean, logvar)", value)
     _floats(name, value[0])
-    _floats(f"the second tensor of {name}", value[1])
+    for t, ordinal in zip(value[1:], ORDINALS[1:], strict=False):
+        _floats(f"the {ordinal} tensor of {name}", t)
     return value
 
 
@@ -142,7 +145,8 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
 
 
 _floats = _tensor(*FLOATS)
-_data = _tensor(*FLOATS, torch.uint8, torch.bool)
+_data = _tensor(*FLOATS, torch.uint8, torch.bool, *reference.COUNTS)  # the likelihood takes a part of them
+_mask = _tensor(*FLOATS, torch.uint8, torch.bool)
 _text = instance(str, "a str")
 _flag = instance(bool, "a bool")
 _module = instance(nn.Module, "an nn.Module")
@@ -158,7 +162,7 @@ TABLE: dict[str, Check] = {
     **dict.fromkeys(("logits", "mean", "W", "b", "log_sigma2"), _floats),
     "gaussian_log_prob.logvar": _either(_floats, number(expected="a float or a torch.Tensor")),
     "x": _data,
-    "mask": _data,
+    "mask": _mask,
     "observed": instance(Tensor, "a bool torch.Tensor"),
     "recon": _recon,
     "posterior": _posterior,

@@ -13,10 +13,10 @@ from torch.autograd import forward_ad
 
 from fastelbo import estimators, likelihoods, reference
 from fastelbo._ops import call
-from fastelbo.arguments import checked
+from fastelbo.arguments import ORDINALS, checked
 from fastelbo.ordered import ordered_sum
 
-Recon = Tensor | tuple[Tensor, Tensor]
+Recon = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 _Result = TypeVar("_Result")  # of a loss module: Tensor or LossParts, by return_parts
 
 _op = torch.ops.fastelbo
@@ -100,7 +100,9 @@ def split_recon(recon: Recon) -> tuple[Tensor, ...]:
     return tuple(recon)
 
 
-_ORDINALS = ("the first", "the second tensor of recon", "the third tensor of recon")
+def join_recon(first: Tensor, *others: Tensor) -> Recon:
+    """The inverse of `split_recon`."""
+    return cast(Recon, (first, *others)) if others else first
 
 
 def _parameters(recon: Recon, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -109,9 +111,10 @@ def _parameters(recon: Recon, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor 
         return recon, None, None
     first, *others = split_recon(recon)
     event = x.shape[1:]
+    names = (f"the {ordinal} tensor of recon" for ordinal in ORDINALS[1:])
     shaped: list[Tensor | None] = [
         t if t.dim() == 0 or t.shape == event else _expand(name, t, first.shape, "the first")
-        for name, t in zip(_ORDINALS[1:], others, strict=False)
+        for name, t in zip(names, others, strict=False)
     ]
     shaped += [None] * (2 - len(shaped))
     return first, shaped[0], shaped[1]
@@ -223,12 +226,28 @@ def gaussian_kl(
 def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Tensor | None = None) -> Tensor:
     """log p(x | recon) under any likelihood, summed over the event dimensions.
 
+    What recon holds, and log p of one element, by the likelihood:
+
+    - "bernoulli": logits l. x l - softplus(l)
+    - "bernoulli_probs": probabilities p in [0, 1]. x log p + (1 - x) log(1 - p), logarithms clamped at -100 as in
+      torch's BCE
+    - "gaussian": mean (unit variance) or (mean, logvar). -1/2 [(x - m)^2 exp(-lv) + lv + log 2 pi]
+    - "laplace": mean (unit scale) or (mean, log_scale). -[|x - m| exp(-s) + s + log 2]
+    - "poisson": log_rate l. x l - exp(l) - lgamma(x + 1)
+    - "nb", negative binomial of mean m = exp(log_mean) and variance m + m^2 / theta: (log_mean, log_theta).
+      lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + theta log(theta / (theta + m)) + x log(m / (theta + m)),
+      computed without a difference of two lgammas; log_theta counts as at most 60, where this is the Poisson
+    - "zinb", zero with probability sigmoid(pi), else the former: (log_mean, log_theta, zero_logits pi).
+      log sigmoid(-pi) + nb(x) where x > 0, and log[sigmoid(pi) + sigmoid(-pi) exp(nb(0))] where x = 0
+
+    Counts x may be fractional. Of what is no count, negative or infinite, log p is -inf; of NaN it is NaN.
+
     Args:
-        recon: [B, *event] or [K, B, *event], or a pair of such tensors where the likelihood has a second parameter.
-            "bernoulli": logits. "bernoulli_probs": probabilities in [0, 1], logarithms clamped at -100 as in torch's
-            BCE. "gaussian": mean (unit variance) or (mean, logvar). "laplace": mean (unit scale) or (mean, log_scale).
-            The second tensor has the shape of the first, [*event] or is 0-d; its gradient is summed in that shape.
-        x: [B, *event]. recon's dtype (or float32 beside half types), or uint8 (read as x / 255), or bool.
+        recon: [B, *event] or [K, B, *event], or a tuple of two or three tensors of which that is the first, by the
+            parameters of the likelihood above. Each further tensor has the shape of the first, [*event] or is 0-d; its
+            gradient is summed in that shape.
+        x: [B, *event]. recon's dtype (or float32 beside half types), or uint8 (read as x / 255), or bool. Counts:
+            recon's dtype (or float32), or uint8, int16, int32 or int64, read as they are.
         mask: broadcasts to x. 0 and 1, or weights of the elements' terms; an element of weight 0 is not read.
 
     Returns:
@@ -236,6 +255,8 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
 
     Raises:
         ValueError, TypeError: an unknown likelihood, shapes or dtypes that do not fit.
+
+    Reference: Kingma & Welling 2014, app. C; counts: Lopez et al. 2018 (scVI), methods.
     """
     parameters = _parameters(recon, x)
     return call(_op.log_prob.default, reference.log_prob, parameters[0], x, *parameters[1:], _mask(mask, x), likelihood)
@@ -252,10 +273,10 @@ def _of_row(recon: Recon, likelihood: str) -> tuple[likelihoods.Likelihood, tupl
 
 @checked
 def likelihood_mean(recon: Recon, likelihood: str = "bernoulli") -> Tensor:
-    """E[x | recon], the mean of the likelihood: for example sigmoid(logits), or the mean of a Gaussian.
+    """E[x | recon], the mean of the likelihood: for example sigmoid(logits), or exp(log_rate).
 
     Args:
-        recon: [..., *event], or a pair of such tensors, as in `log_prob`.
+        recon: [..., *event], or a tuple of two or three tensors, as in `log_prob`.
         likelihood: as in `log_prob`.
 
     Returns:
@@ -263,7 +284,7 @@ def likelihood_mean(recon: Recon, likelihood: str = "bernoulli") -> Tensor:
 
     Raises:
         ValueError, TypeError: an unknown likelihood, another number of parameters, or a recon that is neither a tensor
-            nor a pair.
+            nor a tuple of them.
     """
     row, parameters = _of_row(recon, likelihood)
     return row.mean(*parameters)
@@ -486,7 +507,7 @@ def iwae_loss(
     loss_b = -log mean_k exp(log p(x_b | z_kb) + log_ratio_kb), reduced over B; the mean over k is per datum.
 
     Args:
-        recon: [K, B, *event] (or a pair of them), x, likelihood, mask: as in `log_prob`.
+        recon: [K, B, *event] (or a tuple, as in `log_prob`), x, likelihood, mask: as in `log_prob`.
         log_ratio: [K, B]. log p(z) - log q(z | x), from `rsample`.
         reduction: "mean" (over B), "sum" or "none".
         return_parts: also return log p(x | z) and minus the mean log ratio, the samples' estimate of the KL.
@@ -574,7 +595,8 @@ def multi_sample_loss(
     - "miwae": iwae inside each of `groups` groups of K / groups consecutive samples, averaged (Rainforth et al. 2018)
 
     Args:
-        recon: [K, B, *event] (or a pair of them), decoded from posterior.z. x, likelihood, mask: as in `log_prob`.
+        recon: [K, B, *event] (or a tuple, as in `log_prob`), decoded from posterior.z.
+        x, likelihood, mask: as in `log_prob`.
         posterior: from `rsample` with num_samples.
         estimator: a name above; for "stl", "dreg" and "rws" see the note.
         alpha: of "vr". beta: the weight of the ELBO in "ciwae". groups: of "miwae". Other estimators ignore them.

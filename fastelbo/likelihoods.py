@@ -97,7 +97,7 @@ def _of_counts(log_p: Callable[..., Tensor], x: Tensor, log_mean: Tensor, *other
 
 def _poisson(x: Tensor, log_rate: Tensor) -> Tensor:
     """x l - exp(l) - lgamma(x + 1), l the log rate."""
-    return _of_counts(lambda x, l: x * l - torch.exp(l) - torch.lgamma(x + 1), x, log_rate)
+    return _of_counts(lambda x, log_rate: x * log_rate - torch.exp(log_rate) - torch.lgamma(x + 1), x, log_rate)
 
 
 def stirling_tail(a: Tensor) -> Tensor:
@@ -159,9 +159,10 @@ def _draw_poisson(generator: Generator | None, log_rate: Tensor) -> Tensor:
 
 def _draw_nb(generator: Generator | None, log_mean: Tensor, log_theta: Tensor) -> Tensor:
     """Poisson whose rate is Gamma of mean exp(log_mean) and shape theta."""
-    theta = torch.exp(log_theta.clamp(max=LOG_THETA_LIMIT)).expand(log_mean.shape)
+    wide = torch.promote_types(log_mean.dtype, torch.float32)  # torch draws no Gamma in half types
+    theta = torch.exp(log_theta.to(wide).clamp(max=LOG_THETA_LIMIT)).expand(log_mean.shape)
     gamma = torch._standard_gamma(theta, generator=generator) / theta
-    return torch.poisson(gamma * torch.exp(log_mean), generator=generator)
+    return torch.poisson(gamma * torch.exp(log_mean.to(wide)), generator=generator).to(log_mean.dtype)
 
 
 def _draw_zinb(generator: Generator | None, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from fastelbo.arguments import checked, refusal
-from fastelbo.functional import Recon, log_prob, rsample, seed_tensor, split_recon
+from fastelbo.functional import Recon, join_recon, log_prob, rsample, seed_tensor, split_recon
 from fastelbo.ordered import ordered_sum
 
 PROPOSALS = ("posterior", "prior")
@@ -123,8 +123,7 @@ def _expand_batch(recon: Recon, x: Tensor) -> Recon:
     """recon [k, 1, *event] as [k, B, *event], without a copy."""
     first, *others = split_recon(recon)
     shape = (len(first), *x.shape)
-    whole = first.expand(shape)
-    return (whole, *(t.expand(shape) if t.dim() == first.dim() else t for t in others)) if others else whole  # type: ignore[return-value]
+    return join_recon(first.expand(shape), *(t.expand(shape) if t.dim() == first.dim() else t for t in others))
 
 
 @checked

@@ -110,9 +110,23 @@ def compute_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
+COUNTS = (torch.int16, torch.int32, torch.int64)  # dtypes of x that hold counts alone
+
+
 def read_data(x: Tensor, dtype: torch.dtype, domain: Domain = "reals") -> Tensor:
-    """x in the compute type: bool is read as 0 and 1, uint8 as x / 255 unless x are counts."""
-    return x.to(dtype) / 255 if x.dtype == torch.uint8 and domain != "counts" else x.to(dtype)
+    """x in the compute type: counts as they are; other data with bool as 0 and 1, and uint8 as x / 255.
+
+    Raises:
+        TypeError: bool for counts, or counts of 16 bits or more for other data.
+    """
+    if domain == "counts":
+        if x.dtype == torch.bool:
+            raise TypeError("x must be counts: a float type, uint8, int16, int32 or int64; got bool")
+        return x.to(dtype)
+    if x.dtype in COUNTS:
+        found = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"x must be a float type, uint8 (read as x / 255) or bool; got {found}")
+    return x.to(dtype) / 255 if x.dtype == torch.uint8 else x.to(dtype)
 
 
 def _sum_from(t: Tensor, dim: int) -> Tensor:

@@ -6,17 +6,19 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastelbo import likelihoods, reference
-from fastelbo.arguments import checked
+from fastelbo.arguments import ORDINALS, checked
 from fastelbo.estimators import ESTIMATORS
 from fastelbo.functional import (
     LossParts,
     Posterior,
     Recon,
     elbo_loss,
+    join_recon,
     likelihood_mean,
     likelihood_sample,
     multi_sample_loss,
     rsample,
+    split_recon,
 )
 from fastelbo.marginal import LogMeanExp, MarginalEstimate, log_weights
 from fastelbo.progress import progress
@@ -31,7 +33,7 @@ _DEFAULTS = {"beta": None, "free_bits": 0.0, "alpha": 0.0, "groups": 1}
 class VAEOutput(NamedTuple):
     """What `VAE.forward` returns: the arguments of the losses."""
 
-    recon: Recon  # [K?, B, *event], or a pair such as (mean, logvar)
+    recon: Recon  # [K?, B, *event], or a tuple such as (mean, logvar)
     posterior: Posterior
 
 
@@ -123,9 +125,9 @@ class VAE(nn.Module):
 
     Args:
         encoder: a module x [B, *event] -> (mu, logvar), each [B, *latent], or one tensor that is halved on dim 1.
-        decoder: a module z [B, *latent] -> recon [B, *event], or a pair (mean, logvar) whose second tensor broadcasts
-            to the first: [B, *event], [*event], or 0-d for one learned variance.
-        likelihood: "bernoulli", "bernoulli_probs", "gaussian" or "laplace"; what recon means is in `fastelbo.log_prob`.
+        decoder: a module z [B, *latent] -> recon [B, *event], or a tuple such as (mean, logvar) whose further tensors
+            broadcast to the first: [B, *event], [*event], or 0-d for one learned variance.
+        likelihood: a name of `fastelbo.log_prob`, which says what recon means.
         latent_shape: the shape of one latent, without B. None: taken from the latest `encode`, so that only
             `decode` and `sample` before any `encode` need it.
 
@@ -162,7 +164,8 @@ class VAE(nn.Module):
         """Parameters of q(z | x) = N(mu, diag exp(logvar)).
 
         Args:
-            x: [B, *event]; floating, uint8 (the encoder sees x / 255) or bool.
+            x: [B, *event]; floating, uint8 (the encoder sees x / 255) or bool. Counts: floating, uint8, int16, int32
+                or int64; the encoder sees them as they are, in the model's dtype, and may begin with log1p.
 
         Returns:
             mu, logvar: each [B, *latent].
@@ -204,11 +207,12 @@ class VAE(nn.Module):
             z: [B, *latent] or [K, B, *latent].
 
         Returns:
-            recon: [B, *event] or [K, B, *event], or a pair of them; a second tensor that broadcasts is left as it is.
+            recon: [B, *event] or [K, B, *event], or a tuple of which that is the first tensor; a further one that
+            broadcasts is left as it is.
 
         Raises:
             ValueError, TypeError: z of another shape; `latent_shape` not known yet; a decoder whose output does not
-                keep the batch, or is neither a tensor nor a pair.
+                keep the batch, or is neither a tensor nor a tuple of two or three.
         """
         latent = self._latent_shape()
         lead = z.dim() - len(latent)
@@ -216,18 +220,19 @@ class VAE(nn.Module):
             raise ValueError(f"z must be [B, *latent] or [K, B, *latent] with latent={latent}; got {tuple(z.shape)}")
         batch = z.flatten(0, 1) if lead == 2 else z
         out = self.decoder(batch)
-        pair = isinstance(out, tuple | list) and len(out) == 2 and all(isinstance(t, Tensor) for t in out)
-        if not pair and not isinstance(out, Tensor):
-            raise TypeError(f"decoder must return a tensor or a pair such as (mean, logvar); got {type(out).__name__}")
-        first, second = out if pair else (out, None)
+        several = isinstance(out, tuple | list) and 2 <= len(out) <= len(ORDINALS)
+        if not isinstance(out, Tensor) and not (several and all(isinstance(t, Tensor) for t in out)):
+            came = f"{type(out).__name__} of {len(out)}" if isinstance(out, tuple | list) else type(out).__name__
+            raise TypeError(f"decoder must return a tensor, or a pair or three such as (mean, logvar); got {came}")
+        first, *others = split_recon(out)
         size = batch.shape[0]
         if first.dim() == 0 or first.shape[0] != size:
             raise ValueError(f"decoder must return [{size}, *event] for {size} latents; got {tuple(first.shape)}")
         if lead == 2:
-            if second is not None and second.dim() == first.dim() and second.shape[0] == size:
-                second = second.unflatten(0, z.shape[:2])
+            whole = [t.dim() == first.dim() and t.shape[0] == size for t in others]
+            others = [t.unflatten(0, z.shape[:2]) if w else t for t, w in zip(others, whole, strict=True)]
             first = first.unflatten(0, z.shape[:2])
-        return first if second is None else (first, second)
+        return join_recon(first, *others)
 
     if TYPE_CHECKING:
 
@@ -253,12 +258,12 @@ class VAE(nn.Module):
         """Encode, draw z = mu + exp(logvar / 2) eps, decode: everything that a loss needs.
 
         Args:
-            x: [B, *event]; floating, uint8 or bool.
+            x: [B, *event], of a dtype that `encode` takes.
             num_samples: K. None draws one sample without the K dimension.
             seed, generator, eps: the noise, as in `fastelbo.rsample`; torch's default generator without them.
 
         Returns:
-            VAEOutput(recon [K?, B, *event] or a pair, posterior): posterior is what `fastelbo.rsample` returns.
+            VAEOutput(recon [K?, B, *event] or a tuple, posterior): posterior is what `fastelbo.rsample` returns.
 
         Raises:
             ValueError, TypeError: as in `encode`, `decode` and `fastelbo.rsample`.
@@ -273,10 +278,10 @@ class VAE(nn.Module):
         """E[x | z = mu(x)]: the mean of the likelihood at the posterior mean; draws nothing.
 
         Args:
-            x: [B, *event]; floating, uint8 or bool.
+            x: [B, *event], of a dtype that `encode` takes.
 
         Returns:
-            [B, *event], in the decoder's dtype; for uint8 data on the scale of x / 255.
+            [B, *event], in the decoder's dtype; for uint8 data that are no counts, on the scale of x / 255.
 
         Raises:
             ValueError, TypeError: as in `encode` and `decode`.
@@ -338,7 +343,7 @@ class VAE(nn.Module):
         "stl", "iwae", "dreg", "rws", "vr", "ciwae", "miwae": see `fastelbo.multi_sample_loss`.
 
         Args:
-            x: [B, *event]; floating, uint8 (the loss reads x / 255) or bool.
+            x: [B, *event], of a dtype that `encode` takes; the loss reads uint8 as the encoder does.
             objective: a name above.
             num_samples: K. "elbo" draws a single sample without the K dimension.
             beta: of "elbo", the weight of the KL (1 if None); of "ciwae", the weight of the ELBO (0.5 if None).
@@ -393,7 +398,7 @@ class VAE(nn.Module):
         mode they are in: call `eval()` first where that matters.
 
         Args:
-            x: [B, *event]; floating, uint8 or bool.
+            x: [B, *event], of a dtype that `encode` takes.
             num_samples: K.
             chunk_size: at most so many samples per datum are decoded at a time; fewer where they would leave the cache.
                 The same seed draws the same samples for any chunk_size.

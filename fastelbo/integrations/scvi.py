@@ -1,0 +1,253 @@
+"""scvi-tools' SCVI with its losses computed by fastelbo. One import changes:
+
+    from fastelbo.integrations.scvi import SCVI  # was: from scvi.model import SCVI
+
+Methods, options, seeds and files stay: either class loads the models of the other. A program that must keep its import
+gets the same after `scvi.model.SCVI._module_cls = FusedVAE`. Written for scvi-tools 1.4.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from scvi import REGISTRY_KEYS, model
+from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from scvi.module import VAE
+from scvi.module._constants import MODULE_KEYS
+from scvi.module.base import LossOutput, auto_move_data
+from scvi.nn import DecoderSCVI
+from scvi.utils import unsupported_if_adata_minified
+from torch import Tensor, nn
+from torch.distributions import Distribution, Normal
+from torch.distributions.utils import lazy_property
+
+import fastelbo
+
+__all__ = ["SCVI", "FusedVAE"]
+
+EPS = 1e-8  # scvi adds it to a mean before it takes the logarithm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scvi's distributions of counts, whose parameters are computed when they are asked for.
+
+
+class _Fused:
+    """The tensors of which scvi computes a distribution's parameters; a fused loss starts from them.
+
+    Set by `of_outputs`. The constructor is that of scvi's class: scvi rebuilds distributions from their parameters.
+
+    Attributes:
+        library: [K?, B, 1]. log of the factor between `scale` and the mean.
+        activation, logits: a module, and its argument [K?, B, G]; the result is `scale`.
+        log_theta: [G] or [K?, B, G]; None for Poisson.
+        zi_logits: [K?, B, G], of ZeroInflatedNegativeBinomial alone.
+    """
+
+    likelihood: ClassVar[str]
+    arg_constraints: ClassVar[dict[str, Any]]
+    library: Tensor
+    activation: nn.Module
+    logits: Tensor
+    log_theta: Any
+
+    @classmethod
+    def of_outputs(cls, **outputs: Any) -> "_Fused":
+        px = cls.__new__(cls)
+        vars(px).update(outputs)
+        px._complete()
+        return px
+
+    def _complete(self) -> None:
+        """What the constructor of scvi's class sets beside the parameters."""
+        raise NotImplementedError
+
+    @lazy_property
+    def scale(self) -> Tensor:
+        return self.activation(self.logits)  # type: ignore[no-any-return]
+
+    def _mean(self) -> Tensor:
+        return torch.exp(self.library) * self.scale
+
+    def _recon(self) -> tuple[Tensor, ...]:
+        """The parameters as `fastelbo.log_prob` takes them."""
+        if isinstance(self.activation, nn.Softmax):
+            log_mean = self.library + F.log_softmax(self.logits, dim=-1)
+        else:
+            log_mean = torch.log(self._mean() + EPS)
+        others = self.log_theta, vars(self).get("zi_logits")
+        return log_mean, *(t.to(log_mean.dtype) for t in others if t is not None)  # autocast leaves them in half
+
+    def total_log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), summed over genes: [K?, B]."""
+        recon: Any = self._recon()
+        return fastelbo.log_prob(recon if len(recon) > 1 else recon[0], x, likelihood=self.likelihood)
+
+    def __repr__(self) -> str:
+        for name in self.arg_constraints:  # scvi shows what is there
+            getattr(self, name)
+        return super().__repr__()
+
+
+class FusedPoisson(_Fused, Poisson):  # type: ignore[misc]
+    likelihood = "poisson"
+
+    def _complete(self) -> None:
+        Distribution.__init__(self, self.logits.shape)
+
+    @lazy_property
+    def rate(self) -> Tensor:
+        return self._mean()
+
+
+class FusedNegativeBinomial(_Fused, NegativeBinomial):  # type: ignore[misc]
+    likelihood = "nb"
+
+    def _complete(self) -> None:
+        self.on_mps, self._eps = self.logits.device.type == "mps", EPS
+        Distribution.__init__(self, validate_args=False)
+
+    @lazy_property
+    def mu(self) -> Tensor:
+        return self._mean()
+
+    @lazy_property
+    def theta(self) -> Tensor:
+        return torch.exp(self.log_theta).expand(self.logits.shape)
+
+
+class FusedZeroInflatedNegativeBinomial(FusedNegativeBinomial, ZeroInflatedNegativeBinomial):  # type: ignore[misc]
+    likelihood = "zinb"
+
+
+FUSED: dict[str, type[_Fused]] = {
+    kind.likelihood: kind for kind in (FusedPoisson, FusedNegativeBinomial, FusedZeroInflatedNegativeBinomial)
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The module and the model.
+
+
+def _kl(q: Normal, p: Normal) -> Tensor:
+    """KL(q || p), summed over the last dimension."""
+    shape = torch.broadcast_shapes(q.loc.shape, p.loc.shape)
+    tensors = (q.loc, 2 * torch.log(q.scale), p.loc, 2 * torch.log(p.scale))
+    mu, logvar, prior_mu, prior_logvar = (t.expand(shape).reshape(-1, shape[-1]) for t in tensors)
+    return fastelbo.gaussian_kl(mu, logvar, prior_mu, prior_logvar).view(shape[:-1])
+
+
+class FusedVAE(VAE):  # type: ignore[misc]
+    """scvi.module.VAE whose loss is computed by `fastelbo.log_prob` and `fastelbo.gaussian_kl`.
+
+    -log p(x | z) + kl_weight KL(q(z | x) || p(z)) + KL(q(l | x) || p(l)), averaged over cells; l is the log library
+    size where it is inferred. The likelihoods "nb", "zinb" and "poisson" are fused, with every `dispersion`; for others
+    ("normal"), and for decoders other than scvi's DecoderSCVI, scvi computes log p.
+
+    Arguments, parameters, outputs and random draws are those of scvi's class, and so is everything computed without a
+    loss, to the last bit. The loss differs in three ways:
+
+    - Where scvi takes log(mu + 1e-8) and log(theta + 1e-8), these are log(mu) and log(theta): the log p of an entry
+      differs by about 1e-8 x / mu. In float32 scvi's also has the rounding of lgamma(x + theta) - lgamma(theta), which
+      grows with theta: up to 1 nat per entry at theta = 1e6.
+    - With use_size_factor_key the decoder does not end in a softmax, and the logarithm is that of mu + 1e-8.
+    - x is not checked to be whole numbers at every step, for which scvi warns ("zinb") or raises ("poisson").
+
+    Reference: Lopez et al. 2018.
+    """
+
+    @auto_move_data  # type: ignore[untyped-decorator]
+    def generative(
+        self,
+        z: Tensor,
+        library: Tensor,
+        batch_index: Tensor,
+        cont_covs: Tensor | None = None,
+        cat_covs: Tensor | None = None,
+        size_factor: Tensor | None = None,
+        y: Tensor | None = None,
+        transform_batch: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """As scvi's. The distribution of x computes its parameters when they are asked for: the loss asks for none."""
+        if self.gene_likelihood not in FUSED or type(self.decoder) is not DecoderSCVI:
+            return super().generative(  # type: ignore[no-any-return]
+                z, library, batch_index, cont_covs, cat_covs, size_factor, y, transform_batch
+            )
+        if transform_batch is not None:
+            batch_index = torch.ones_like(batch_index) * transform_batch
+
+        inputs, categories = [z], [] if cat_covs is None else list(torch.split(cat_covs, 1, dim=1))
+        if cont_covs is not None:
+            inputs.append(cont_covs.expand(*z.shape[:-1], -1))
+        if self.batch_representation == "embedding":
+            inputs.append(self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index))
+        else:
+            categories.insert(0, batch_index)
+        decoder = self.decoder
+        hidden = decoder.px_decoder(torch.cat(inputs, dim=-1), *categories, y)
+        linear, activation = decoder.px_scale_decoder
+        outputs = {
+            "library": size_factor if self.use_size_factor_key else library,
+            "activation": activation,
+            "logits": linear(hidden),
+            "log_theta": None if self.gene_likelihood == "poisson" else self._log_theta(hidden, batch_index, y),
+        }
+        if self.gene_likelihood == "zinb":
+            outputs["zi_logits"] = decoder.px_dropout_decoder(hidden)
+
+        pl = None
+        if not self.use_observed_lib_size:
+            mean, variance = self._compute_local_library_params(batch_index)
+            pl = Normal(mean, variance.sqrt())
+        return {
+            MODULE_KEYS.PX_KEY: FUSED[self.gene_likelihood].of_outputs(**outputs),
+            MODULE_KEYS.PL_KEY: pl,
+            MODULE_KEYS.PZ_KEY: Normal(torch.zeros_like(z), torch.ones_like(z)),
+        }
+
+    def _log_theta(self, hidden: Tensor, batch_index: Tensor, y: Tensor | None) -> Tensor:
+        """[G] for dispersion "gene", so that the kernel sums the gradient over cells; else [K?, B, G]."""
+        if self.dispersion == "gene-cell":
+            return self.decoder.px_r_decoder(hidden)  # type: ignore[no-any-return]
+        # theta is computed later, maybe where gradients are enabled again
+        px_r: Tensor = self.px_r if torch.is_grad_enabled() else self.px_r.detach()
+        if self.dispersion == "gene":
+            return px_r
+        index: Any = batch_index if self.dispersion == "gene-batch" else y
+        return F.linear(F.one_hot(index.squeeze(-1), px_r.shape[1]).to(px_r.dtype), px_r)
+
+    @unsupported_if_adata_minified  # type: ignore[untyped-decorator]
+    def loss(
+        self,
+        tensors: dict[str, Tensor],
+        inference_outputs: dict[str, Any],
+        generative_outputs: dict[str, Any],
+        kl_weight: Tensor | float = 1.0,
+    ) -> LossOutput:
+        """As scvi's."""
+        x, px = tensors[REGISTRY_KEYS.X_KEY], generative_outputs[MODULE_KEYS.PX_KEY]
+        log_likelihood = px.total_log_prob(x) if isinstance(px, _Fused) else px.log_prob(x).sum(-1)
+        kl_z = _kl(inference_outputs[MODULE_KEYS.QZ_KEY], generative_outputs[MODULE_KEYS.PZ_KEY])
+        if self.use_observed_lib_size:
+            kl_l = torch.zeros_like(kl_z)
+        else:
+            kl_l = _kl(inference_outputs[MODULE_KEYS.QL_KEY], generative_outputs[MODULE_KEYS.PL_KEY])
+        extra = {}
+        if self.extra_payload_autotune:
+            extra = {
+                "z": inference_outputs[MODULE_KEYS.Z_KEY],
+                "batch": tensors[REGISTRY_KEYS.BATCH_KEY],
+                "labels": tensors[REGISTRY_KEYS.LABELS_KEY],
+            }
+        return LossOutput(
+            loss=torch.mean(kl_weight * kl_z + kl_l - log_likelihood),
+            reconstruction_loss=-log_likelihood,
+            kl_local={MODULE_KEYS.KL_L_KEY: kl_l, MODULE_KEYS.KL_Z_KEY: kl_z},
+            extra_metrics=extra,
+        )
+
+
+class SCVI(model.SCVI):  # type: ignore[misc]
+    """scvi.model.SCVI with `FusedVAE` as its module. It has scvi's name, by which scvi recognizes saved models."""
+
+    _module_cls = FusedVAE

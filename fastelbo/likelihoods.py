@@ -186,6 +186,10 @@ LIKELIHOODS = {
 }
 
 
+# of data of a domain, where nobody names one
+DEFAULTS: dict[Domain, str] = {"[0, 1]": "bernoulli", "reals": "gaussian", "counts": "nb"}
+
+
 def get(name: str) -> Likelihood:
     """The row of a likelihood.
 

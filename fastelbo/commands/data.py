@@ -69,13 +69,13 @@ def counts_model(cells: int = 2000, genes: int = 200, rank: int = 4, seed: int =
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=generator)
 
-    log_library, gene = 0.4 * normal(cells, 1), 1.2 * normal(genes) - 0.9
-    log_mean = log_library + gene + normal(cells, rank) @ (0.3 * normal(rank, genes))
+    log_library, gene = 0.4 * normal(cells, 1), 1.2 * normal(genes) - 1.2
+    log_mean = log_library + gene + normal(cells, rank) @ (0.5 * normal(rank, genes))
     return log_mean, 3 * torch.rand(genes, dtype=torch.float64, generator=generator) - 1
 
 
 def _counts() -> tuple[Tensor, Tensor | None]:
-    """Counts of `counts_model`: 2000 cells, 200 genes, 66 % zeros."""
+    """Counts of `counts_model`: 2000 cells, 200 genes, 69 % zeros."""
     drawn = likelihood_sample(counts_model(), "nb", generator=torch.Generator().manual_seed(1))
     return drawn.to(torch.int32), None
 

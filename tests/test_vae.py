@@ -292,13 +292,17 @@ class _Exported(nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("method, args", [("decode", ()), ("forward", ()), ("forward", (K,)), ("reconstruct", ())])
-@pytest.mark.parametrize("kind", ["dense", "conv", "pair", "full pair"])
+@pytest.mark.parametrize("kind", ["dense", "conv", "pair", "full pair", "three"])
 def test_export_with_a_batch_of_any_size(kind, method, args, strict):
     if kind == "conv":
         model, event, latent = convolutional(), (1, 6, 4), (2, 3, 2)
     else:
-        decoder = None if kind == "dense" else LearnedVariance((2, 3), kind == "full pair")
-        model, event, latent = dense(decoder, "bernoulli" if decoder is None else "gaussian"), (2, 3), (M,)
+        decoder = {
+            "dense": lambda: None,
+            "three": lambda: ThreeParameters((2, 3), (2, 3), True),
+        }.get(kind, lambda: LearnedVariance((2, 3), kind == "full pair"))()
+        likelihood = {"dense": "bernoulli", "three": "zinb"}.get(kind, "gaussian")
+        model, event, latent = dense(decoder, likelihood), (2, 3), (M,)
     model.encode(torch.rand(1, *event).double())
     module, shape = _Exported(model, method, *args), latent if method == "decode" else event
     batch = {0: torch.export.Dim("batch")}

@@ -7,6 +7,7 @@ import mpmath
 import pytest
 import torch
 from cases import ROWS, draw, is_counts, joined
+from oracle import check
 from scipy import stats
 from torch import Tensor
 
@@ -123,6 +124,15 @@ def test_every_digit_that_the_terms_leave(name, dtype):
                         f"result {j} at {row}: {found[j][i]!r}, exactly {float(exact)!r}; {error / allowed:.2g}"
                     )
     assert not wrong, f"{len(wrong)} of {len(rows)} rows:\n" + "\n".join(wrong[:20])
+
+
+@every_likelihood
+@every_float
+def test_means_of_any_size(name, dtype):
+    for log_mean in (-80.0, -45.0, -20.0, 20.0, 42.0, 80.0):
+        x, (first, *others) = _inputs(name, (4, 20), dtype)
+        given = [torch.full_like(first, log_mean).requires_grad_(), *others]
+        check(lambda x, *given: fastelbo.log_prob(joined(*given), x, likelihood=name), x, *given, label=f"{log_mean}")
 
 
 @pytest.mark.parametrize("theta", [1e-2, 0.7, 5.0, 300.0])

@@ -123,7 +123,7 @@ def _recon(name: str, value: Any) -> Any:
         return _floats(name, value)
     several = isinstance(value, tuple | list) and 2 <= len(value) <= len(ORDINALS)
     if not several or not all(isinstance(t, Tensor) for t in value):
-        raise refusal(name, "a tensor, or a pair or three of them, such as (mean, logvar)", value)
+        raise refusal(name, "a tensor, or a tuple of two or three tensors such as (mean, logvar)", value)
     _floats(name, value[0])
     for t, ordinal in zip(value[1:], ORDINALS[1:], strict=False):
         _floats(f"the {ordinal} tensor of {name}", t)

@@ -118,7 +118,7 @@ STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 
 
 
 def _nb_terms(x: Tensor, log_mean: Tensor, log_theta: Tensor) -> Tensor:
-    log_theta = log_theta.clamp(max=LOG_THETA_LIMIT)
+    log_theta = torch.where(log_theta > LOG_THETA_LIMIT, LOG_THETA_LIMIT, log_theta)  # NaN reaches the gradient too
     theta = torch.exp(log_theta)
     log1p_ratio = -F.logsigmoid(log_theta - log_mean)  # log(1 + mean / theta)
     rising = (x + (theta - 0.5)) * torch.log1p(x / theta) - x + (stirling_tail(x + theta) - stirling_tail(theta))
@@ -184,6 +184,10 @@ LIKELIHOODS = {
     "nb": Likelihood(("log_mean", "log_theta"), 2, "counts", _nb, _exp, _draw_nb),
     "zinb": Likelihood(("log_mean", "log_theta", "zero_logits"), 3, "counts", _zinb, _zinb_mean, _draw_zinb),
 }
+
+
+# of data of a domain, where nobody names one
+DEFAULTS: dict[Domain, str] = {"[0, 1]": "bernoulli", "reals": "gaussian", "counts": "nb"}
 
 
 def get(name: str) -> Likelihood:

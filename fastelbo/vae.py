@@ -222,8 +222,10 @@ class VAE(nn.Module):
         out = self.decoder(batch)
         several = isinstance(out, tuple | list) and 2 <= len(out) <= len(ORDINALS)
         if not isinstance(out, Tensor) and not (several and all(isinstance(t, Tensor) for t in out)):
-            came = f"{type(out).__name__} of {len(out)}" if isinstance(out, tuple | list) else type(out).__name__
-            raise TypeError(f"decoder must return a tensor, or a pair or three such as (mean, logvar); got {came}")
+            many, kind = isinstance(out, tuple | list), type(out).__name__
+            came = f"a {kind} of {', '.join(type(t).__name__ for t in out)}" if many else kind
+            expected = "a tensor, or a tuple of two or three tensors such as (mean, logvar)"
+            raise TypeError(f"decoder must return {expected}; got {came}")
         first, *others = split_recon(out)
         size = batch.shape[0]
         if first.dim() == 0 or first.shape[0] != size:

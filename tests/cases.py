@@ -6,11 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastelbo import likelihoods
+
 
 class Row(NamedTuple):
     recon: Callable[[Tensor], Tensor]  # standard normal noise -> the first parameter
     x: Callable[[Tensor], Tensor]  # standard normal noise -> data
-    scale: Callable[[Tensor], Tensor] | None = None  # noise -> the second parameter, where recon may be a pair
+    second: Callable[[Tensor], Tensor] | None = None  # noise -> the second parameter, where there is one
+    third: Callable[[Tensor], Tensor] | None = None
 
 
 def _unit(noise: Tensor) -> Tensor:
@@ -22,22 +25,68 @@ def _itself(noise: Tensor) -> Tensor:
     return noise
 
 
+def _twice(noise: Tensor) -> Tensor:
+    return 2 * noise
+
+
+def _counts(noise: Tensor) -> Tensor:
+    """70 % zeros, some in the thousands; float16 and int16 hold all of them."""
+    return torch.exp(3 * noise - 1.573).floor().clamp(max=30_000)
+
+
+def _zero_logits(noise: Tensor) -> Tensor:
+    """More zeros than in the data: a gradient that rows share does not cancel to nothing."""
+    return 2 * noise + 2
+
+
+def _log_theta(noise: Tensor) -> Tensor:
+    return -9 + 29 * torch.special.ndtr(noise)
+
+
 ROWS = {
     "bernoulli": Row(recon=lambda n: 3 * n, x=_unit),
     "bernoulli_probs": Row(recon=_unit, x=_unit),
-    "gaussian": Row(recon=_itself, x=_itself, scale=_itself),
-    "laplace": Row(recon=_itself, x=_itself, scale=_itself),
+    "gaussian": Row(recon=_itself, x=_itself, second=_itself),
+    "laplace": Row(recon=_itself, x=_itself, second=_itself),
+    "poisson": Row(recon=_twice, x=_counts),
+    "nb": Row(recon=_twice, x=_counts, second=_log_theta),
+    "zinb": Row(recon=_twice, x=_counts, second=_log_theta, third=_zero_logits),
 }
 
-# (name, whether recon is a pair)
-LIKELIHOODS = [(name, pair) for name, row in ROWS.items() for pair in ((False, True) if row.scale else (False,))]
-LIKELIHOOD_IDS = [f"{name}-pair" if pair else name for name, pair in LIKELIHOODS]
+
+def _optional(name: str) -> bool:
+    row = likelihoods.get(name)
+    return row.fewest < len(row.parameters)
+
+
+# (name, whether the parameters that may be left out are given)
+LIKELIHOODS = [(name, full) for name in ROWS for full in ((False, True) if _optional(name) else (False,))]
+LIKELIHOOD_IDS = [f"{name}-pair" if full else name for name, full in LIKELIHOODS]
+
+
+def is_counts(name: str) -> bool:
+    return likelihoods.get(name).domain == "counts"
+
+
+def further(likelihood: tuple[str, bool]) -> list[Callable[[Tensor], Tensor]]:
+    """How the parameters behind the first are drawn."""
+    name, full = likelihood
+    row = ROWS[name]
+    drawn = [draw for draw in (row.second, row.third) if draw is not None]
+    return drawn if full else drawn[: likelihoods.get(name).fewest - 1]
+
+
+def joined(recon: Tensor, *others: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    """The parameters as the functions take them."""
+    given = [t for t in others if t is not None]
+    return (recon, *given) if given else recon
 
 
 class Drawn(NamedTuple):
     recon: Tensor
     x: Tensor
-    scale: Tensor | None
+    second: Tensor | None
+    third: Tensor | None
 
 
 def draw(
@@ -48,9 +97,8 @@ def draw(
     x_dtype: torch.dtype | None = None,
     requires_grad: bool = True,
 ) -> Drawn:
-    """recon [K?, *shape], x [*shape] and, for a pair, scale; those that can, require a gradient."""
-    name, pair = likelihood
-    row = ROWS[name]
+    """recon [K?, *shape], x [*shape] and the further parameters; those that can, require a gradient."""
+    row = ROWS[likelihood[0]]
     whole = shape if samples is None else (samples, *shape)
 
     def noise(size: tuple[int, ...]) -> Tensor:
@@ -63,8 +111,8 @@ def draw(
     else:
         x = row.x(noise(shape)).to(x_dtype or dtype)
     recon = row.recon(noise(whole)).to(dtype)
-    scale = row.scale(noise(whole)).to(dtype) if pair and row.scale else None
-    for t in (recon, x, scale):
+    second, third, *_ = [*(values(noise(whole)).to(dtype) for values in further(likelihood)), None, None]
+    for t in (recon, x, second, third):
         if t is not None and t.is_floating_point():
             t.requires_grad_(requires_grad)
-    return Drawn(recon, x, scale)
+    return Drawn(recon, x, second, third)

@@ -31,6 +31,11 @@ def _mask(x: Tensor) -> Tensor:
     return (index % 3).to(x.dtype) * 0.7
 
 
+def _counts(like: Tensor) -> Tensor:
+    """0 to 3, by the shape alone."""
+    return torch.arange(like.numel(), device=like.device).reshape(like.shape) % 4
+
+
 def _elbo(reduction: str, **options):
     def call(mean, logvar_x, x, mu, logvar, beta):
         return tuple(
@@ -75,6 +80,17 @@ FUNCTIONS = {
         lambda m, x, s: fastelbo.log_prob((m, s), x, likelihood="laplace"),
         lambda b, d: [_r(b, d) + 3, _r(b, d) - 3, 0.5 * _r(b, d)],
     ),
+    "poisson": Function(
+        lambda rate, x: fastelbo.log_prob(rate, x, likelihood="poisson"), lambda b, d: [_r(K, b, d), 5 * _unit(b, d)]
+    ),
+    "nb": Function(
+        lambda m, t, x: fastelbo.log_prob((m, t), x, likelihood="nb"),
+        lambda b, d: [_r(b, d), 2 * _r(b, d), 5 * _unit(b, d)],
+    ),
+    "zinb, a theta for each element": Function(
+        lambda m, t, p, x: fastelbo.log_prob((m, t, p), x, likelihood="zinb", mask=_mask(x)),
+        lambda b, d: [_r(K, b, d), 2 * _r(d), _r(K, b, d), 5 * _unit(b, d)],
+    ),
     "gaussian_kl": Function(fastelbo.gaussian_kl, lambda b, d: [_r(b, d) for _ in range(4)]),
     "gaussian_kl, free bits": Function(
         lambda mu, lv: fastelbo.gaussian_kl(mu, lv, free_bits=0.4), lambda b, d: [_r(b, d), 0.5 * _r(b, d)]
@@ -105,6 +121,10 @@ FUNCTIONS = {
     "elbo_loss, a scale for each element": Function(
         lambda m, s, x, mu, lv: fastelbo.elbo_loss((m, s), x, mu, lv, likelihood="gaussian"),
         lambda b, d: [_r(K, b, d), 0.5 * _r(d), _r(b, d), _r(b, d), 0.5 * _r(b, d)],
+    ),
+    "elbo_loss, three parameters": Function(
+        lambda m, t, p, mu, lv: fastelbo.elbo_loss((m, t, p), _counts(m), mu, lv, likelihood="zinb"),
+        lambda b, d: [_r(b, d), 2 * _r(d), _r(), _r(b, d), 0.5 * _r(b, d)],
     ),
     "iwae_loss, one scale": Function(
         lambda m, s, x, ratio: fastelbo.iwae_loss((m, s), x, ratio, likelihood="gaussian", mask=_mask(x)),

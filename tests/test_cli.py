@@ -13,7 +13,7 @@ import torch
 
 from fastelbo import PPCA
 from fastelbo.commands import cli, evaluate, pictures, train
-from fastelbo.commands.data import load
+from fastelbo.commands.data import counts_model, load
 from fastelbo.commands.ppca import METRICS as METRICS_OF_PPCA
 from fastelbo.commands.train import LATENT_METRICS, METRICS, Config, Trainer
 
@@ -227,6 +227,73 @@ def test_data_that_are_no_images(tmp_path):
     assert state["config"]["likelihood"] == "gaussian"
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Counts.
+
+
+@pytest.mark.parametrize("options", [[], ["--likelihood", "zinb"], ["--likelihood", "poisson", "--impl", "reference"]])
+def test_train_and_evaluate_on_counts(tmp_path, capsys, options):
+    arguments = ["--data", "counts", "--epochs", "2", "--hidden", "16", "--out", str(tmp_path), *options]
+    assert cli.main(["train", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("counts: generated, not measured: negative binomial")
+    likelihood = options[1] if options else "nb"
+    assert lines[1].startswith(f"counts: 1800 training and 200 held-out data of shape (200,), likelihood {likelihood}")
+    assert "no pictures of data and samples: (200,) is not the shape of an image" in lines
+    assert {p.stem for p in tmp_path.glob("*.png")} == {"curves", "latent_plane", "kl_per_dimension"}
+    history = rows(tmp_path)
+    assert history[0]["held_out_elbo"] < history[1]["held_out_elbo"] < -180
+    assert cli.main(["evaluate", str(tmp_path), "--samples", "20"]) == 0
+    found = {line[:17].strip(): line[17:].split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert history[1]["held_out_elbo"] - 5 < float(found["ELBO"][0]) < float(found["log p(x)"][0])
+
+
+def test_resumed_run_on_counts_equals_an_uninterrupted_one(tmp_path):
+    config = Config(**SMALL, data="counts", likelihood="zinb", objective="iwae", num_samples=2)
+    whole = run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", stop_after=2)
+    parts = run(config, tmp_path / "parts", resume=True)
+    assert untimed(parts.history) == untimed(whole.history)
+    for ours, theirs in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_fused_and_reference_agree_on_counts():
+    options = {**SMALL, "data": "counts", "likelihood": "zinb", "epochs": 1}
+    fused, plain = (Trainer(Config(**options, impl=impl)) for impl in ("fused", "reference"))
+    fused.run_epoch(), plain.run_epoch()
+    np.testing.assert_allclose(fused.step_losses[:5], plain.step_losses[:5], rtol=2e-6)
+
+
+def test_the_dispersion_of_generated_counts_is_found():
+    """That of genes with counts enough; before, latent dimensions that are missing count as dispersion."""
+    log_mean, log_theta = counts_model()
+    trainer = Trainer(Config(data="counts", hidden=128, lr=4e-3, beta_warmup=10, epochs=40))
+    for _ in range(40):
+        row = trainer.run_epoch()
+    assert row["active_units"] == 5, "four factors and the library size"
+    found = trainer.model.decoder[-1].log_theta.detach().double()
+    enough = log_mean.exp().mean(0) > 0.5
+    error = (found - log_theta)[enough]
+    assert enough.sum() > 80 and error.abs().median() < 0.15
+    assert torch.corrcoef(torch.stack([found, log_theta])[:, enough])[0, 1] > 0.95
+
+
+def test_counts_from_files(tmp_path, capsys):
+    """Images of counts have all pictures, also as bytes, which are not divided by 255 here."""
+    x = np.random.default_rng(0).poisson(3, (40, 4, 5))
+    for kind, options in ((np.int16, []), (np.uint8, ["--likelihood", "poisson"])):
+        name = np.dtype(kind).name
+        np.save(tmp_path / f"{name}.npy", x.astype(kind))
+        arguments = ["train", "--data", str(tmp_path / f"{name}.npy"), "--epochs", "2", *options]
+        assert cli.main([*arguments, "--out", str(tmp_path / name)]) == 0
+        assert {p.stem for p in (tmp_path / name).glob("*.png")} == set(PICTURES)
+        assert "no pictures" not in capsys.readouterr().out
+    drawn = torch.from_numpy(x.astype(np.uint8))
+    assert torch.equal(pictures.as_images(drawn, "counts"), drawn.float())
+    assert pictures.as_images(drawn[:, 0, :4], "counts") is None, "16 counts are no square of pixels"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -235,7 +302,9 @@ def test_data_that_are_no_images(tmp_path):
         (["--epochs", "many"], "argument --epochs: invalid int value"),
         (["--lr", "-1"], "lr must be positive and finite; got -1.0"),
         (["--data", "mnist.npy"], "No such file"),
-        (["--data", "mnist"], "data must be one of digits, patches"),
+        (["--data", "mnist"], "data must be one of digits, patches, counts, or an .npy, .npz or .h5ad file"),
+        (["--data", "counts", "--likelihood", "gaussian"], "data must be floating, uint8 or bool for likelihood"),
+        (["--data", "patches", "--likelihood", "nb"], "data must be counts, at least 0, for likelihood 'nb'"),
         (["--data", "patches", "--likelihood", "bernoulli"], "data must lie in [0, 1]"),
         (["--resume"], "no run to go on from"),
         (["--free-bits", "0.1", "--objective", "iwae"], "free_bits has no effect with objective 'iwae'"),

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from cases import LIKELIHOOD_IDS, LIKELIHOODS, draw
+from cases import LIKELIHOOD_IDS, LIKELIHOODS, draw, joined
 from oracle import DTYPES, HALF_TYPES, assert_backward_repeats, check, gradients
 from torch import Tensor
 
@@ -17,11 +17,11 @@ every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
 
 def elbo(parts: tuple[int, ...] = (0,), **options):
-    """(recon, x, scale, mu, logvar, mask, beta) -> the chosen ones of loss, log-likelihood and KL."""
+    """(recon, x, second, third, mu, logvar, mask, beta) -> the chosen ones of loss, log-likelihood and KL."""
 
-    def call(recon, x, scale, mu, logvar, mask=None, beta=1.0):
-        pair = recon if scale is None else (recon, scale)
-        result = fastelbo.elbo_loss(pair, x, mu, logvar, mask=mask, beta=beta, return_parts=True, **options)
+    def call(recon, x, second, third, mu, logvar, mask=None, beta=1.0):
+        given = joined(recon, second, third)
+        result = fastelbo.elbo_loss(given, x, mu, logvar, mask=mask, beta=beta, return_parts=True, **options)
         return [result[i] for i in parts]
 
     return call
@@ -30,10 +30,10 @@ def elbo(parts: tuple[int, ...] = (0,), **options):
 def inputs_for(
     likelihood=("bernoulli", False), samples=None, dtype=torch.float32, x_dtype=None, shape=(6, 3, 11)
 ) -> list[Tensor | None]:
-    """recon, x, scale, mu, logvar; x requires no gradient, as in training."""
-    recon, x, scale = draw(likelihood, shape, samples, dtype, x_dtype)
+    """recon, x, second, third, mu, logvar; x requires no gradient, as in training."""
+    recon, x, second, third = draw(likelihood, shape, samples, dtype, x_dtype)
     latent = [torch.randn(shape[0], 2, 5, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(2)]
-    return [recon, x.detach(), scale, *latent]
+    return [recon, x.detach(), second, third, *latent]
 
 
 @every_likelihood
@@ -52,7 +52,7 @@ def test_values_and_gradients(likelihood, dtype, reduction):
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradient_of_the_data(reduction, dtype):
-    for likelihood in (("bernoulli", False), ("gaussian", True)):
+    for likelihood in (("bernoulli", False), ("gaussian", True), ("zinb", False)):
         for samples in (None, 3):
             inputs = inputs_for(likelihood, samples, dtype)
             inputs[1].requires_grad_()
@@ -82,8 +82,8 @@ def test_free_bits(reduction, free_bits):
     for parts in ((0,), (0, 1, 2), (0, 2), (2,)):
         inputs = inputs_for(samples=2)
         with torch.no_grad():
-            inputs[3].mul_(torch.linspace(0, 2, 10).reshape(2, 5))
-            inputs[4].mul_(0.3)
+            inputs[4].mul_(torch.linspace(0, 2, 10).reshape(2, 5))
+            inputs[5].mul_(0.3)
         check(elbo(parts, reduction=reduction, free_bits=free_bits), *inputs, label=f"parts {parts}")
 
 
@@ -112,7 +112,7 @@ def test_every_subset_of_the_parts(reduction, free_bits):
 def test_only_what_requires_a_gradient_gets_one():
     for chosen in range(32):
         inputs = inputs_for(("gaussian", True), 2)
-        for i, t in enumerate(inputs):
+        for i, t in enumerate(t for t in inputs if t is not None):
             t.requires_grad_(bool(chosen >> i & 1))
         for reduction in ("mean", "none"):
             check(elbo(likelihood="gaussian", reduction=reduction), *inputs, label=f"subset {chosen:05b}, {reduction}")
@@ -123,11 +123,11 @@ def test_only_what_requires_a_gradient_gets_one():
 def test_degenerate_shapes(dtype, reduction):
     for shape in ((0, 5), (1, 1), (1,), (5,), (3, 0)):
         for samples in (None, 1):
-            recon, x, _ = draw(("bernoulli", False), shape, samples, dtype)
+            recon, x, *_ = draw(("bernoulli", False), shape, samples, dtype)
             for latent in ((), (1,), (0,), (3, 2)):
                 mu, logvar = (torch.randn(shape[0], *latent, dtype=dtype, requires_grad=True) for _ in range(2))
                 call = elbo((0, 1, 2), reduction=reduction)
-                check(call, recon, x, None, mu, logvar, label=f"{shape}, K={samples}, latent {latent}")
+                check(call, recon, x, None, None, mu, logvar, label=f"{shape}, K={samples}, latent {latent}")
 
 
 def test_large_rows_and_many_rows():
@@ -149,12 +149,12 @@ def test_same_tensor_in_two_places():
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 def test_mixed_precision_inputs(dtype):
     """Half-type recon beside float32 latents and data, and the other way round."""
-    recon, x, _ = draw(("bernoulli", False), (6, 33), 2, dtype, torch.float32)
+    recon, x, *_ = draw(("bernoulli", False), (6, 33), 2, dtype, torch.float32)
     latent = [torch.randn(6, 5, requires_grad=True) for _ in range(2)]
     for reduction in ("mean", "none"):
-        check(elbo(reduction=reduction), recon, x, None, *latent)
+        check(elbo(reduction=reduction), recon, x, None, None, *latent)
         half = [t.detach().to(dtype).requires_grad_() for t in latent]
-        check(elbo(reduction=reduction), recon.detach().float().requires_grad_(), x, None, *half)
+        check(elbo(reduction=reduction), recon.detach().float().requires_grad_(), x, None, None, *half)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_inputs_and_results_are_never_overwritten(reduction, free_bits):
 @every_reduction
 def test_an_input_that_was_changed_before_the_backward_is_noticed(reduction):
     """As by every op of PyTorch: the gradient would be wrong."""
-    for changed in (0, 2, 3):
+    for changed in (0, 2, 4):
         inputs, loss_of = losses(reduction)
         loss = loss_of().sum()
         with torch.no_grad():
@@ -239,7 +239,7 @@ def test_expanded_and_strided_upstream_gradients():
 
 
 def test_module_form():
-    recon, x, scale, mu, logvar = inputs_for(("gaussian", True), 3)
+    recon, x, scale, _, mu, logvar = inputs_for(("gaussian", True), 3)
     mask = torch.rand(6, 3, 11) < 0.5
     options = {"likelihood": "gaussian", "beta": 0.3, "free_bits": 0.2, "reduction": "none"}
     expected = fastelbo.elbo_loss((recon, scale), x, mu, logvar, mask=mask, return_parts=True, **options)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributions as td
-from cases import LIKELIHOOD_IDS, LIKELIHOODS, draw
+from cases import LIKELIHOOD_IDS, LIKELIHOODS, draw, joined
 from oracle import DTYPES, HALF_TYPES, assert_backward_repeats, check, gradients
 from torch import Tensor
 
@@ -18,23 +18,22 @@ inf = float("inf")
 
 
 def iwae(parts: tuple[int, ...] = (0,), **options):
-    """(recon, x, scale, log_ratio, mask) -> the chosen ones of loss, log-likelihood and KL."""
+    """(recon, x, second, third, log_ratio, mask) -> the chosen ones of loss, log-likelihood and KL."""
 
-    def call(recon, x, scale, log_ratio, mask=None):
-        pair = recon if scale is None else (recon, scale)
-        result = fastelbo.iwae_loss(pair, x, log_ratio, mask=mask, return_parts=True, **options)
+    def call(recon, x, second, third, log_ratio, mask=None):
+        result = fastelbo.iwae_loss(joined(recon, second, third), x, log_ratio, mask=mask, return_parts=True, **options)
         return [result[i] for i in parts]
 
     return call
 
 
 def inputs_for(likelihood=("bernoulli", False), samples=5, dtype=torch.float32, x_dtype=None, shape=(7, 3, 11)):
-    """recon, x, scale, log_ratio; a few nats between the samples, so that several weights count."""
-    recon, x, scale = draw(likelihood, shape, samples, dtype, x_dtype)
+    """recon, x, second, third, log_ratio; a few nats between the samples, so that several weights count."""
+    recon, x, second, third = draw(likelihood, shape, samples, dtype, x_dtype)
     with torch.no_grad():
         recon.copy_(recon[:1] + 0.2 * (recon - recon[:1]))
     log_ratio = torch.randn(samples, shape[0], dtype=torch.float64).to(dtype).requires_grad_()
-    return [recon, x.detach(), scale, log_ratio]
+    return [recon, x.detach(), second, third, log_ratio]
 
 
 @every_likelihood
@@ -51,7 +50,7 @@ def test_values_and_gradients(likelihood, dtype, reduction):
 
 @every_reduction
 def test_gradient_of_the_data(reduction):
-    for likelihood in (("bernoulli", False), ("gaussian", True)):
+    for likelihood in (("bernoulli", False), ("gaussian", True), ("zinb", False)):
         inputs = inputs_for(likelihood)
         inputs[1].requires_grad_()
         check(iwae(likelihood=likelihood[0], reduction=reduction), *inputs, label=str(likelihood))
@@ -60,7 +59,7 @@ def test_gradient_of_the_data(reduction):
 def test_only_what_requires_a_gradient_gets_one():
     for chosen in range(16):
         inputs = inputs_for(("gaussian", True))
-        for i, t in enumerate(inputs):
+        for i, t in enumerate(t for t in inputs if t is not None):
             t.requires_grad_(bool(chosen >> i & 1))
         for reduction in ("mean", "none"):
             check(iwae(likelihood="gaussian", reduction=reduction), *inputs, label=f"subset {chosen:04b}, {reduction}")
@@ -112,7 +111,7 @@ def test_the_value_is_the_bound():
 
 
 def test_weights_belong_to_a_datum_and_point_the_right_way():
-    recon, x, _, log_ratio = inputs_for(samples=5, shape=(7, 11))
+    recon, x, *_, log_ratio = inputs_for(samples=5, shape=(7, 11))
     loss = fastelbo.iwae_loss(recon, x, log_ratio, reduction="sum")
     recon_grad, ratio_grad = torch.autograd.grad(loss, [recon, log_ratio])
     torch.testing.assert_close(ratio_grad.sum(0), -torch.ones(7))
@@ -135,9 +134,9 @@ def test_impossible_samples(dtype, reduction):
     """A weight of -inf counts for nothing; where all are, the bound is -inf and the gradient 0."""
     inputs = inputs_for(samples=4, dtype=dtype, shape=(5, 33))
     with torch.no_grad():
-        inputs[3][:, 1] = -inf
-        inputs[3][[0, 2], 3] = -inf
-        inputs[3][1:, 4] = -inf
+        inputs[4][:, 1] = -inf
+        inputs[4][[0, 2], 3] = -inf
+        inputs[4][1:, 4] = -inf
     check(iwae(reduction=reduction), *inputs)
     outputs = iwae(reduction=reduction)(*inputs)
     assert (outputs[0] if reduction != "none" else outputs[0][1]) == inf
@@ -152,29 +151,29 @@ def test_nan_and_infinity_come_through(reduction):
     for poison in (float("nan"), inf):
         inputs = inputs_for(samples=4, shape=(5, 33))
         with torch.no_grad():
-            inputs[3][2, 1] = poison
-        loss = fastelbo.iwae_loss(inputs[0], inputs[1], inputs[3], reduction="none")
+            inputs[4][2, 1] = poison
+        loss = fastelbo.iwae_loss(inputs[0], inputs[1], inputs[4], reduction="none")
         assert not loss[1].isfinite() and loss[[0, 2, 3, 4]].isfinite().all()
-        assert not fastelbo.iwae_loss(inputs[0], inputs[1], inputs[3], reduction=reduction).sum().isfinite()
+        assert not fastelbo.iwae_loss(inputs[0], inputs[1], inputs[4], reduction=reduction).sum().isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_TYPES], ids=str)
 @every_reduction
 def test_large_log_weights_are_not_rounded_to_half_precision(dtype, reduction):
     """log w near -7000, where a bfloat16 ulp is 32 nats and a float32 ulp 5e-4."""
-    recon, x, _ = draw(("bernoulli", False), (2, 5000), 10, torch.float64, requires_grad=False)
+    recon, x, *_ = draw(("bernoulli", False), (2, 5000), 10, torch.float64, requires_grad=False)
     recon = (recon[:1] + 0.02 * (recon - recon[:1])).to(dtype).requires_grad_()
     log_ratio = torch.randn(10, 2).requires_grad_()
     x = x.to(dtype)
     log_likelihood = fastelbo.bernoulli_log_prob(recon, x)
     assert log_likelihood.dtype == torch.float32 and -10_000 < log_likelihood.mean() < -4000
-    check(iwae((0, 1), reduction=reduction), recon, x, None, log_ratio)
-    check(iwae((0,), reduction=reduction), recon, x, None, log_ratio)
+    check(iwae((0, 1), reduction=reduction), recon, x, None, None, log_ratio)
+    check(iwae((0,), reduction=reduction), recon, x, None, None, log_ratio)
 
 
 @every_reduction
 def test_shift_of_all_weights_is_a_shift_of_the_bound(reduction):
-    recon, x, _, log_ratio = inputs_for(dtype=torch.float64)
+    recon, x, *_, log_ratio = inputs_for(dtype=torch.float64)
     for shift in (-7000.0, -1e6, 1e6):
         loss, moved = (
             fastelbo.iwae_loss(recon, x, ratio, reduction="none") for ratio in (log_ratio, log_ratio + shift)
@@ -207,7 +206,7 @@ def test_expanded_and_strided_upstream_gradients():
 
 
 def test_module_form():
-    recon, x, scale, log_ratio = inputs_for(("gaussian", True))
+    recon, x, scale, _, log_ratio = inputs_for(("gaussian", True))
     mask = torch.rand(7, 3, 11) < 0.5
     options = {"likelihood": "gaussian", "reduction": "none", "return_parts": True}
     expected = fastelbo.iwae_loss((recon, scale), x, log_ratio, mask=mask, **options)

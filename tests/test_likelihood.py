@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributions as td
-from cases import LIKELIHOOD_IDS, LIKELIHOODS, ROWS, draw
+from cases import LIKELIHOOD_IDS, LIKELIHOODS, ROWS, draw, further, is_counts, joined
 from oracle import DTYPES, HALF_TYPES, allocated, check, gradients
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -13,21 +13,24 @@ from torch.nn.functional import logsigmoid
 import fastelbo
 from fastelbo import likelihoods
 from fastelbo.functional import likelihood_mean, likelihood_sample
+from fastelbo.reference import COUNTS
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=LIKELIHOOD_IDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 inf, nan = float("inf"), float("nan")
 
 
-def counts(likelihood: tuple[str, bool]) -> bool:
-    return likelihoods.get(likelihood[0]).domain == "counts"
-
-
 def log_prob(name: str):
-    """(recon, x, scale, mask) -> log p under the likelihood of that name."""
+    """(recon, x, second, third, mask) -> log p under the likelihood of that name."""
 
-    def call(recon: Tensor, x: Tensor, scale: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        return fastelbo.log_prob(recon if scale is None else (recon, scale), x, likelihood=name, mask=mask)
+    def call(
+        recon: Tensor,
+        x: Tensor,
+        second: Tensor | None = None,
+        third: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        return fastelbo.log_prob(joined(recon, second, third), x, likelihood=name, mask=mask)
 
     return call
 
@@ -65,6 +68,8 @@ DISTRIBUTIONS = {
     "bernoulli_probs": lambda r, s: td.Bernoulli(probs=r, validate_args=False),
     "gaussian": lambda r, s: td.Normal(r, 1.0 if s is None else torch.exp(s / 2)),
     "laplace": lambda r, s: td.Laplace(r, 1.0 if s is None else torch.exp(s)),
+    "poisson": lambda r, s: td.Poisson(torch.exp(r)),
+    "nb": lambda r, s: td.NegativeBinomial(torch.exp(s), logits=r - s),
 }
 
 
@@ -72,16 +77,19 @@ DISTRIBUTIONS = {
 def test_agrees_with_torch_distributions(likelihood):
     if likelihood[0] not in DISTRIBUTIONS:
         pytest.skip(f"torch.distributions has no {likelihood[0]}")
-    recon, x, scale = draw(likelihood, (5, 7), 3, torch.float64, requires_grad=False)
-    expected = DISTRIBUTIONS[likelihood[0]](recon, scale).log_prob(x).sum(-1)
-    torch.testing.assert_close(log_prob(likelihood[0])(recon, x, scale), expected)
+    recon, x, second, _ = draw(likelihood, (5, 7), 3, torch.float64, requires_grad=False)
+    second = None if second is None else second.clamp(max=5)  # NegativeBinomial subtracts two lgammas of theta
+    expected = DISTRIBUTIONS[likelihood[0]](recon, second).log_prob(x).sum(-1)
+    torch.testing.assert_close(log_prob(likelihood[0])(recon, x, second), expected)
 
 
 @every_likelihood
 @every_dtype
-@pytest.mark.parametrize("x_dtype", [None, torch.uint8, torch.bool], ids=["same", "uint8", "bool"])
+@pytest.mark.parametrize("x_dtype", [None, torch.uint8, torch.bool, *COUNTS], ids=str)
 def test_values_and_gradients(likelihood, dtype, x_dtype):
-    if x_dtype == torch.bool and counts(likelihood):
+    if x_dtype is not None and (x_dtype in COUNTS) > is_counts(likelihood[0]):
+        pytest.skip("these types hold counts alone")
+    if x_dtype == torch.bool and is_counts(likelihood[0]):
         pytest.skip("bool holds no counts")
     for samples in (None, 1, 4):
         check(log_prob(likelihood[0]), *draw(likelihood, (6, 3, 25), samples, dtype, x_dtype), label=f"K={samples}")
@@ -96,18 +104,18 @@ def test_float32_data_beside_half_parameters(likelihood, dtype):
 
 @every_likelihood
 def test_only_what_requires_a_gradient_gets_one(likelihood):
-    recon, x, scale = draw(likelihood, (4, 33), 3)
-    given = [t for t in (recon, x, scale) if t is not None]
+    drawn = draw(likelihood, (4, 33), 3)
+    given = [t for t in drawn if t is not None]
     for chosen in range(2 ** len(given)):
         for i, t in enumerate(given):
             t.requires_grad_(bool(chosen >> i & 1))
-        check(log_prob(likelihood[0]), recon, x, scale, label=f"subset {chosen:b}")
+        check(log_prob(likelihood[0]), *drawn, label=f"subset {chosen:b}")
 
 
 @every_dtype
 @pytest.mark.parametrize("samples", [None, 3])
 def test_gaussian_logvar_forms(dtype, samples):
-    mean, x, full = draw(("gaussian", True), (4, 3, 5), samples, dtype)
+    mean, x, full, _ = draw(("gaussian", True), (4, 3, 5), samples, dtype)
     event = full.detach()[(0,) * (full.dim() - 2)].requires_grad_()
     scalar = full.detach().flatten()[0].requires_grad_()
     for logvar in (full, event, scalar):
@@ -117,9 +125,9 @@ def test_gaussian_logvar_forms(dtype, samples):
 
 
 def test_named_functions_are_log_prob():
-    recon, x, _ = draw(("bernoulli", False), (4, 9), 2)
+    recon, x, *_ = draw(("bernoulli", False), (4, 9), 2)
     assert torch.equal(fastelbo.bernoulli_log_prob(recon, x), fastelbo.log_prob(recon, x, likelihood="bernoulli"))
-    mean, x, logvar = draw(("gaussian", True), (4, 9), 2)
+    mean, x, logvar, _ = draw(("gaussian", True), (4, 9), 2)
     expected = fastelbo.log_prob((mean, logvar), x, likelihood="gaussian")
     assert torch.equal(fastelbo.gaussian_log_prob(mean, x, logvar), expected)
 
@@ -260,7 +268,7 @@ def test_bernoulli_probs_at_the_ends(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_scales_of_any_size(name, dtype):
     for scale in (-80.0, -30.0, -1e-6, 0.0, 30.0, 80.0):
-        recon, x, _ = draw((name, False), (4, 20), dtype=dtype)
+        recon, x, *_ = draw((name, False), (4, 20), dtype=dtype)
         check(log_prob(name), recon, x, torch.full((4, 20), scale, dtype=dtype, requires_grad=True), label=f"{scale}")
 
 
@@ -276,9 +284,10 @@ def test_nan_comes_through(likelihood, dtype):
         inputs = [None if c is None else c.requires_grad_() for c in inputs]
         result = log_prob(likelihood[0])(*inputs)
         assert result[..., 1].isnan().all() and result[..., [0, 2]].isfinite().all()
-        recon_grad = gradients([result], inputs, [torch.ones_like(result)])[0]
-        assert recon_grad[:, 1, 17].isnan().all()
-        assert recon_grad.isfinite().sum() == recon_grad.numel() - recon_grad.shape[0]
+        # the gradient by x may do without it, that by another parameter too: log p of a zinb is a sum where x > 0
+        grad = torch.autograd.grad(result.sum(), inputs[0 if which == 1 else which])[0]
+        assert grad[:, 1, 17].isnan().all()
+        assert grad.isfinite().sum() == grad.numel() - grad.shape[0]
 
 
 @every_dtype
@@ -321,14 +330,16 @@ def test_every_byte_is_read_as_the_nearest_float_to_a_255th_of_it():
 def test_a_byte_means_the_same_however_it_lies(likelihood, dtype):
     """A count, or its 255th: in a row, strided, and under a mask of ones, within the rounding of one sum."""
     x = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
-    recon, _, scale = draw(likelihood, (3, 256), None, dtype)
+    recon, _, *others = draw(likelihood, (3, 256), None, dtype)
     call, ones = log_prob(likelihood[0]), torch.ones(3, 256, dtype=torch.uint8)
     strided = x.repeat_interleave(2, -1)[..., ::2]
-    as_float = x.to(torch.float64 if dtype == torch.float64 else torch.float32) / (1 if counts(likelihood) else 255)
-    wanted = [t for t in (recon, scale) if t is not None]
+    as_float = x.to(torch.float64 if dtype == torch.float64 else torch.float32) / (
+        1 if is_counts(likelihood[0]) else 255
+    )
+    wanted = [t for t in (recon, *others) if t is not None]
 
     def found(data: Tensor, mask: Tensor | None) -> list[Tensor]:
-        value = call(recon, data, scale, mask)
+        value = call(recon, data, *others, mask)
         return [value, *torch.autograd.grad(value.sum(), wanted)]
 
     eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -402,13 +413,19 @@ def test_log_prob_backward_refuses(change, message):
 # Parameters that rows share
 
 
-SHARED = [likelihood for likelihood in LIKELIHOODS if likelihood[1]]
+SHARED = [likelihood for likelihood in LIKELIHOODS if further(likelihood)]
 shared_shapes = pytest.mark.parametrize("shape", ["event", "one number"])
 
 
 def _shared(recon: Tensor, lead: int, shape: str, requires_grad: bool = True) -> Tensor:
     size = recon.shape[lead:] if shape == "event" else ()
     return (0.3 * torch.randn(size, dtype=torch.float64)).to(recon.dtype).requires_grad_(requires_grad)
+
+
+def _reduced(drawn: Tensor, lead: int, shape: str) -> Tensor:
+    """The first datum's, or its first number, as a parameter of its own."""
+    first = drawn.detach()[(0,) * lead]
+    return (first if shape == "event" else first.flatten()[0]).clone().requires_grad_()
 
 
 @pytest.mark.parametrize("likelihood", SHARED, ids=lambda v: v[0])
@@ -418,48 +435,55 @@ def _shared(recon: Tensor, lead: int, shape: str, requires_grad: bool = True) ->
 def test_a_parameter_in_a_shape_of_its_own(likelihood, shape, dtype, samples):
     """Fewer rows than chunks and more, and rows of several segments; values and gradients of every function."""
     for batch, event in ((2, (3, 5)), (70, (7,)), (3, (9000,))):
-        recon, x, _ = draw(likelihood, (batch, *event), samples, dtype)
-        second = _shared(recon, 1 if samples is None else 2, shape)
+        recon, x, *others = draw(likelihood, (batch, *event), samples, dtype)
+        given, lead = [t for t in others if t is not None], 1 if samples is None else 2
         mask = torch.rand(batch, *event) > 0.3
-        check(log_prob(likelihood[0]), recon, x, second, label=f"{batch}")
-        check(log_prob(likelihood[0]), recon, x, second, mask, label=f"{batch}, mask")
+        for whole in range(len(given)):  # the further parameter that keeps the shape of the first
+            some = [t if i == whole and len(given) > 1 else _reduced(t, lead, shape) for i, t in enumerate(given)]
+            some += [None] * (2 - len(some))
+            check(log_prob(likelihood[0]), recon, x, *some, label=f"{batch}")
+            check(log_prob(likelihood[0]), recon, x, *some, mask, label=f"{batch}, mask")
+        if len(given) > 1:
+            check(log_prob(likelihood[0]), recon, x, *(_reduced(t, lead, shape) for t in given), label=f"{batch}, all")
 
 
 @shared_shapes
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("samples", [None, 3])
-def test_objectives_with_a_parameter_in_a_shape_of_its_own(shape, reduction, samples):
+@pytest.mark.parametrize("likelihood", [("gaussian", True), ("zinb", False)], ids=lambda v: v[0])
+def test_objectives_with_a_parameter_in_a_shape_of_its_own(likelihood, shape, reduction, samples):
     for event in ((6, 5), (4200,)):
-        recon, x, _ = draw(("gaussian", True), (40, *event), samples)
-        x = x.detach()
-        second = _shared(recon, 1 if samples is None else 2, shape)
+        recon, x, *others = draw(likelihood, (40, *event), samples)
+        x, lead = x.detach(), 1 if samples is None else 2
+        second, third = (None if t is None else _reduced(t, lead, shape) for t in others)
         latent = [torch.randn(40, 3, requires_grad=True) for _ in range(4)]
 
-        def elbo(recon, x, second, mu, logvar, prior_mu, prior_logvar):
+        def elbo(recon, x, second, third, mu, logvar, prior_mu, prior_logvar):
             return fastelbo.elbo_loss(
-                (recon, second),
+                joined(recon, second, third),
                 x,
                 mu,
                 logvar,
                 prior_mu=prior_mu,
                 prior_logvar=prior_logvar,
-                likelihood="gaussian",
+                likelihood=likelihood[0],
                 reduction=reduction,
             )
 
-        def iwae(recon, x, second, log_ratio):
-            return fastelbo.iwae_loss((recon, second), x, log_ratio, likelihood="gaussian", reduction=reduction)
+        def iwae(recon, x, second, third, log_ratio):
+            given = joined(recon, second, third)
+            return fastelbo.iwae_loss(given, x, log_ratio, likelihood=likelihood[0], reduction=reduction)
 
-        check(elbo, recon, x, second, *latent)
+        check(elbo, recon, x, second, third, *latent)
         if samples:
-            check(iwae, recon, x, second, torch.randn(samples, 40, requires_grad=True))
+            check(iwae, recon, x, second, third, torch.randn(samples, 40, requires_grad=True))
             few = [t.detach()[:, :2].requires_grad_() for t in (recon, torch.randn(samples, 40))]
-            check(iwae, few[0], x[:2], second, few[1], label="few data")
+            check(iwae, few[0], x[:2], second, third, few[1], label="few data")
 
 
 @shared_shapes
 def test_a_shared_parameter_beside_data_that_are_walked_in_another_order(shape):
-    recon, x, _ = draw(("gaussian", True), (40, 3, 5, 4))
+    recon, x, *_ = draw(("gaussian", True), (40, 3, 5, 4))
     recon = recon.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     second = _shared(recon, 1, shape)
     if shape == "event":

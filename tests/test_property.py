@@ -1,7 +1,7 @@
 """Shapes, dtypes, layouts and values that nobody thought of: hypothesis chooses them, the twin judges."""
 
 import torch
-from cases import LIKELIHOODS, draw
+from cases import LIKELIHOODS, draw, joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, check, compute_dtype
@@ -52,34 +52,33 @@ masks = st.sampled_from([None, None, "bool", "weights", "row"])
 def test_log_prob(likelihood, shape, k, dtype, mask, layout, bytes_, seed):
     torch.manual_seed(seed % 2**31)
     drawn = draw(likelihood, shape, k, dtype, torch.uint8 if bytes_ else None)
-    recon, x, scale = (lay(t, kind) for t, kind in zip(drawn, layout, strict=False))
+    recon, x, second, third = (lay(t, kind) for t, kind in zip(drawn, layout, strict=True))
 
-    def call(recon, x, scale, mask):
-        return fastelbo.log_prob(recon if scale is None else (recon, scale), x, likelihood=likelihood[0], mask=mask)
+    def call(recon, x, second, third, mask):
+        return fastelbo.log_prob(joined(recon, second, third), x, likelihood=likelihood[0], mask=mask)
 
-    check(call, recon, x, scale, make_mask(mask, shape))
+    check(call, recon, x, second, third, make_mask(mask, shape))
 
 
 @given(st.sampled_from(LIKELIHOODS), shapes, samples, dtypes, masks, layouts, reductions, st.booleans(), seeds)
 def test_losses(likelihood, shape, k, dtype, mask, layout, reduction, parts, seed):
     torch.manual_seed(seed % 2**31)
     drawn = draw(likelihood, shape, k, dtype)
-    recon, x, scale = (lay(t, kind) for t, kind in zip(drawn, layout, strict=False))
+    recon, x, second, third = (lay(t, kind) for t, kind in zip(drawn, layout, strict=True))
     options = {"likelihood": likelihood[0], "reduction": reduction, "return_parts": parts}
     mu, logvar = (lay(torch.randn(shape[0], 2, 5, dtype=dtype).requires_grad_(), layout[3]) for _ in range(2))
 
-    def elbo(recon, x, scale, mask, mu, logvar):
-        pair = recon if scale is None else (recon, scale)
-        return fastelbo.elbo_loss(pair, x, mu, logvar, mask=mask, beta=0.7, free_bits=0.1 * parts, **options)
+    def elbo(recon, x, second, third, mask, mu, logvar):
+        given = joined(recon, second, third)
+        return fastelbo.elbo_loss(given, x, mu, logvar, mask=mask, beta=0.7, free_bits=0.1 * parts, **options)
 
-    def iwae(recon, x, scale, mask, log_ratio):
-        pair = recon if scale is None else (recon, scale)
-        return fastelbo.iwae_loss(pair, x, log_ratio, mask=mask, **options)
+    def iwae(recon, x, second, third, mask, log_ratio):
+        return fastelbo.iwae_loss(joined(recon, second, third), x, log_ratio, mask=mask, **options)
 
-    check(elbo, recon, x, scale, make_mask(mask, shape), mu, logvar)
+    check(elbo, recon, x, second, third, make_mask(mask, shape), mu, logvar)
     if k is not None:
         log_ratio = lay(torch.randn(k, shape[0], dtype=dtype).requires_grad_(), layout[3])
-        check(iwae, recon, x, scale, make_mask(mask, shape), log_ratio)
+        check(iwae, recon, x, second, third, make_mask(mask, shape), log_ratio)
 
 
 @given(shapes, samples, dtypes, layouts, st.booleans(), st.booleans(), seeds, st.integers(0, 2**20))

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import LIKELIHOODS, ROWS
+from cases import LIKELIHOODS, ROWS, further, is_counts, joined
 from oracle import DTYPES, HALF_TYPES, Call, check, compute_dtype
 from torch import Tensor
 
 import fastelbo
 from fastelbo.estimators import ESTIMATORS
+from fastelbo.reference import COUNTS
 
 CASES, PARTS = 2000, 8
 SECONDS = float(os.environ.get("FASTELBO_WALK_SECONDS", "0"))
@@ -52,7 +53,8 @@ class Draw:
         self.random = random.Random(number)
         torch.manual_seed(number)
         self.dtype = self.any_of(*DTYPES, torch.float32, torch.float32)
-        self.likelihood, self.pair = self.any_of(*LIKELIHOODS)
+        self.row = self.any_of(*LIKELIHOODS)
+        self.likelihood = self.row[0]
         self.B = self.any_of(0, 1, 2, 3, 4, 5, 5, 40)
         self.event = self.sizes(4, LARGEST // max(self.B, 1))
         most = max(LARGEST // max(self.B * torch.Size(self.event).numel(), 1), 1)
@@ -112,24 +114,29 @@ class Draw:
     def samples(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (self.K, *shape)
 
-    def parameters(self, sampled: bool) -> tuple[Tensor, Tensor | None]:
-        """recon, and the second parameter where the likelihood is a pair: in any shape that broadcasts."""
+    def parameters(self, sampled: bool) -> list[Tensor | None]:
+        """recon, and the second and third parameters where there are any: in any shape that broadcasts."""
         row, full = ROWS[self.likelihood], (self.B, *self.event)
         size = self.any_of(1.0, 1.0, 0.05, 5.0)
         whole = self.samples(full) if sampled else full
         recon = self.tensor(whole, lambda noise: row.recon(size * noise))
-        if not self.pair:
-            return recon, None
-        return recon, self.broadcast(whole, self.any_of(whole, whole, full, self.event, ()), row.scale)
+        others = (
+            self.broadcast(whole, self.any_of(whole, whole, full, self.event, ()), values)
+            for values in further(self.row)
+        )
+        return [recon, *others, None, None][:3]
 
     def data(self) -> tuple[Tensor, Tensor | None]:
         """x and its mask; what lies under a weight of 0 may be NaN."""
         shape, row = (self.B, *self.event), ROWS[self.likelihood]
-        kind = self.any_of("same", "same", "float", "uint8", "bool")
+        counts = is_counts(self.likelihood)
+        kind = self.any_of("same", "same", "float", "uint8", "counts" if counts else "bool")
         if kind == "uint8":
             x = self.tensor(shape, lambda noise: (60 * noise + 128).clamp(0, 255), torch.uint8, False)
         elif kind == "bool":
             x = self.tensor(shape, lambda noise: noise > 0, torch.bool, False)
+        elif kind == "counts":
+            x = self.tensor(shape, row.x, self.any_of(*COUNTS), False)
         else:
             dtype = torch.float32 if kind == "float" and self.dtype in HALF_TYPES else self.dtype
             x = self.tensor(shape, row.x, dtype, self.chance(0.4))
@@ -161,10 +168,6 @@ class Draw:
         return [0] if self.chance(0.5) else sorted(self.random.sample(range(count), self.random.randint(1, count)))
 
 
-def _pair(recon: Tensor, scale: Tensor | None):
-    return recon if scale is None else (recon, scale)
-
-
 def _of(result: Tensor, *inputs: Tensor | None) -> Tensor:
     """All results of an op require a gradient where one does; here a result does where its own inputs do."""
     return result if any(t is not None and t.requires_grad for t in inputs) else result.detach()
@@ -173,8 +176,8 @@ def _of(result: Tensor, *inputs: Tensor | None) -> Tensor:
 def log_prob(d: Draw) -> Case:
     options = {"likelihood": d.likelihood}
 
-    def call(recon, scale, x, mask):
-        return fastelbo.log_prob(_pair(recon, scale), x, mask=mask, **options)
+    def call(recon, second, third, x, mask):
+        return fastelbo.log_prob(joined(recon, second, third), x, mask=mask, **options)
 
     return Case(call, [*d.parameters(d.chance(0.6)), *d.data()], options)
 
@@ -187,25 +190,25 @@ def elbo_loss(d: Draw) -> Case:
     if d.chance(0.3):
         beta = d.tensor((), lambda noise: number + noise, d.any_of(*DTYPES))
 
-    def call(recon, scale, x, mask, mu, logvar, beta):
+    def call(recon, second, third, x, mask, mu, logvar, beta):
         weight = number if beta is None else beta
         loss = fastelbo.elbo_loss(
-            _pair(recon, scale), x, mu, logvar, mask=mask, beta=weight, return_parts=True, **options
+            joined(recon, second, third), x, mu, logvar, mask=mask, beta=weight, return_parts=True, **options
         )
-        results = [loss.loss, _of(loss.log_likelihood, recon, scale, x), _of(loss.kl, mu, logvar)]
+        results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), _of(loss.kl, mu, logvar)]
         return [results[i] for i in parts]
 
     inputs = [*d.parameters(d.chance(0.6)), *d.data(), *latent, beta]
-    return Case(call, inputs, options | {"parts": parts, "beta": number if beta is None else "input 6"})
+    return Case(call, inputs, options | {"parts": parts, "beta": number if beta is None else "input 7"})
 
 
 def iwae_loss(d: Draw) -> Case:
     options = {"likelihood": d.likelihood, "reduction": d.reduction()}
     parts = d.parts(3)
 
-    def call(recon, scale, x, mask, log_ratio):
-        loss = fastelbo.iwae_loss(_pair(recon, scale), x, log_ratio, mask=mask, return_parts=True, **options)
-        results = [loss.loss, _of(loss.log_likelihood, recon, scale, x), loss.kl]
+    def call(recon, second, third, x, mask, log_ratio):
+        loss = fastelbo.iwae_loss(joined(recon, second, third), x, log_ratio, mask=mask, return_parts=True, **options)
+        results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), loss.kl]
         return [results[i] for i in parts]
 
     return Case(call, [*d.parameters(True), *d.data(), *d.latent(1, (d.K, d.B), 3)], options | {"parts": parts})
@@ -220,11 +223,13 @@ def multi_sample_loss(d: Draw) -> Case:
     parts, K = d.parts(5), d.K
     shape = (d.B, *d.sizes(2, max(2000 // K, 1)))
 
-    def call(recon, scale, x, mask, mu, logvar, prior_mu, prior_logvar, eps):
+    def call(recon, second, third, x, mask, mu, logvar, prior_mu, prior_logvar, eps):
         posterior = fastelbo.rsample(mu, logvar, K, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
-        loss = fastelbo.multi_sample_loss(_pair(recon, scale), x, posterior, mask=mask, return_parts=True, **options)
+        loss = fastelbo.multi_sample_loss(
+            joined(recon, second, third), x, posterior, mask=mask, return_parts=True, **options
+        )
         kl = _of(loss.kl, mu, logvar, prior_mu, prior_logvar)
-        results = [loss.loss, _of(loss.log_likelihood, recon, scale, x), kl, posterior.z, posterior.log_ratio]
+        results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), kl, posterior.z, posterior.log_ratio]
         return [results[i] for i in parts]
 
     inputs = [*d.parameters(True), *d.data(), *d.latent(2, shape), *d.prior(shape), *d.latent(1, d.samples(shape))]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import LIKELIHOOD_IDS, LIKELIHOODS, draw
+from cases import LIKELIHOOD_IDS, LIKELIHOODS, draw, further, joined
 from oracle import allocated, check, gradients
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,17 +33,17 @@ def lay(t: Tensor | None, layout: str) -> Tensor | None:
 
 
 def elbo(likelihood: str, reduction: str = "none"):
-    def call(recon, x, scale, mask, mu, logvar):
-        pair = recon if scale is None else (recon, scale)
-        return fastelbo.elbo_loss(pair, x, mu, logvar, likelihood=likelihood, mask=mask, reduction=reduction)
+    def call(recon, x, second, third, mask, mu, logvar):
+        given = joined(recon, second, third)
+        return fastelbo.elbo_loss(given, x, mu, logvar, likelihood=likelihood, mask=mask, reduction=reduction)
 
     return call
 
 
 def iwae(likelihood: str, reduction: str = "none"):
-    def call(recon, x, scale, mask, log_ratio):
-        pair = recon if scale is None else (recon, scale)
-        return fastelbo.iwae_loss(pair, x, log_ratio, likelihood=likelihood, mask=mask, reduction=reduction)
+    def call(recon, x, second, third, mask, log_ratio):
+        given = joined(recon, second, third)
+        return fastelbo.iwae_loss(given, x, log_ratio, likelihood=likelihood, mask=mask, reduction=reduction)
 
     return call
 
@@ -55,29 +55,29 @@ def test_layouts(likelihood, layout, dtype):
     """One layout for all inputs, and a different one for each."""
     name = likelihood[0]
     for samples in (None, 3):
-        recon, x, scale = draw(likelihood, SHAPE, samples, dtype)
+        drawn = draw(likelihood, SHAPE, samples, dtype)
         mask = (torch.rand(SHAPE) < 0.7).float()
         mu, logvar = (torch.randn(5, 1, 4, 2, dtype=dtype, requires_grad=True) for _ in range(2))
         log_ratio = torch.randn(3, 5, dtype=dtype).requires_grad_()
         others = [*list(LAYOUTS)[list(LAYOUTS).index(layout) :], *LAYOUTS]
-        for chosen in ([layout] * 5, others):
-            laid = [lay(t, kind) for t, kind in zip((recon, x, scale, mask), chosen, strict=False)]
-            latent = lay(mu, chosen[4]), lay(logvar, chosen[0])
-            check(elbo(name), *laid, *latent, label=f"elbo none, {chosen[:5]}")
-            check(elbo(name, "mean"), *laid, *latent, label=f"elbo mean, {chosen[:5]}")
+        for chosen in ([layout] * 6, others):
+            laid = [lay(t, kind) for t, kind in zip((*drawn, mask), chosen, strict=False)]
+            latent = lay(mu, chosen[5]), lay(logvar, chosen[0])
+            check(elbo(name), *laid, *latent, label=f"elbo none, {chosen[:6]}")
+            check(elbo(name, "mean"), *laid, *latent, label=f"elbo mean, {chosen[:6]}")
             if samples:
                 ratio = log_ratio.detach().T.contiguous().T.requires_grad_()
-                check(iwae(name), *laid, ratio, label=f"iwae none, {chosen[:5]}")
-                check(iwae(name, "sum"), *laid, ratio, label=f"iwae sum, {chosen[:5]}")
+                check(iwae(name), *laid, ratio, label=f"iwae none, {chosen[:6]}")
+                check(iwae(name, "sum"), *laid, ratio, label=f"iwae sum, {chosen[:6]}")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_those_of_contiguous_inputs_to_the_bit(layout):
-    recon, x, scale = draw(("gaussian", True), SHAPE, 2)
     mu, logvar = (torch.randn(5, 1, 4, 2, requires_grad=True) for _ in range(2))
-    strided = [lay(recon, layout), lay(x, layout), lay(scale, layout), None, lay(mu, layout), lay(logvar, layout)]
+    dense = [*draw(("gaussian", True), SHAPE, 2), None, mu, logvar]
+    strided = [lay(t, layout) for t in dense]
     upstream = [torch.randn(5)]
-    expected = gradients([elbo("gaussian")(recon, x, scale, None, mu, logvar)], (recon, x, scale, mu, logvar), upstream)
+    expected = gradients([elbo("gaussian")(*dense)], dense, upstream)
     actual = gradients([elbo("gaussian")(*strided)], strided, upstream)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert torch.equal(a, e), f"input {i}"
@@ -96,25 +96,25 @@ EXPANSIONS = {
 @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=LIKELIHOOD_IDS)
 def test_expanded_inputs(likelihood, how):
     name, expand = likelihood[0], EXPANSIONS[how]
-    recon, x, scale = draw(likelihood, SHAPE, 3)
+    drawn = draw(likelihood, SHAPE, 3)
 
     def with_expanded(index: int):
         """The input is expanded inside the call, so that the gradient of what it was expanded from is compared too."""
 
-        def call(recon, x, scale, log_ratio):
-            given = [recon, x, scale]
-            given[index] = expand(x[None]).squeeze(0) if index == 1 else expand(given[index])
-            recon, x, scale = given
-            pair = recon if scale is None else (recon, scale)
+        def call(*inputs):
+            given, log_ratio = list(inputs[:-1]), inputs[-1]
+            given[index] = expand(given[1][None]).squeeze(0) if index == 1 else expand(given[index])
+            recon, x, second, third = given
+            recon = joined(recon, second, third)
             return (
-                fastelbo.log_prob(pair, x, likelihood=name),
-                fastelbo.iwae_loss(pair, x, log_ratio, likelihood=name, reduction="none"),
+                fastelbo.log_prob(recon, x, likelihood=name),
+                fastelbo.iwae_loss(recon, x, log_ratio, likelihood=name, reduction="none"),
             )
 
         return call
 
-    for index in range(2 + likelihood[1]):
-        check(with_expanded(index), recon, x, scale, torch.randn(3, 5, requires_grad=True), label=f"input {index}")
+    for index in range(2 + len(further(likelihood))):
+        check(with_expanded(index), *drawn, torch.randn(3, 5, requires_grad=True), label=f"input {index}")
 
 
 def test_allocations_are_seen():
@@ -127,7 +127,7 @@ def test_no_copies_of_large_tensors(kind):
     shape, samples = (16, 8, 32, 32), 4
 
     def bytes_of(layout: str, step) -> int:
-        recon, x, scale = (lay(t, layout) for t in draw(("gaussian", True), shape, samples))
+        recon, x, scale, _ = (lay(t, layout) for t in draw(("gaussian", True), shape, samples))
         mask = lay(torch.ones(shape, dtype=torch.bool), layout)
         return allocated(lambda: step(recon, x.detach(), scale, mask))
 
@@ -181,16 +181,17 @@ def _shuffled(t: Tensor, lead: int) -> Tensor:
 
 
 @pytest.mark.parametrize("samples", [None, 2])
-@pytest.mark.parametrize("pair", [False, True])
-def test_more_dimensions_than_a_view_has(samples, pair):
-    recon, x, scale = draw(("gaussian", pair), (2, *MANY), samples)
+@pytest.mark.parametrize("likelihood", [("gaussian", False), ("gaussian", True), ("zinb", False)], ids=str)
+def test_more_dimensions_than_a_view_has(samples, likelihood):
+    recon, x, second, third = draw(likelihood, (2, *MANY), samples)
     recon = _shuffled(recon, 1 if samples is None else 2)
     assert not recon.is_contiguous() and x.is_contiguous()
     mask = (torch.rand(1, 2, 1, 3, 1, 2, 1, 2, 1, 2) > 0.3).expand(2, *MANY)
     for with_mask in (None, mask):
-        check(elbo("gaussian"), recon, x, scale, with_mask, *(torch.randn(2, 3, requires_grad=True) for _ in range(2)))
+        latent = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+        check(elbo(likelihood[0]), recon, x, second, third, with_mask, *latent)
     if samples is not None:
-        check(iwae("gaussian"), recon, x, scale, mask, torch.randn(samples, 2, requires_grad=True))
+        check(iwae(likelihood[0]), recon, x, second, third, mask, torch.randn(samples, 2, requires_grad=True))
 
 
 @pytest.mark.parametrize("num_samples", [None, 2])

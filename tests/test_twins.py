@@ -63,6 +63,11 @@ def test_losses_with_gradients(reduction, needs):
     for estimator in ([0, 0, 1, 1, 0, 1], [0.3, 0.5, 2, 0, 1, 0]):
         args = (r(4, 4, 6), x, r(4, 4), r(2, 4, 4), r(), None, None, "laplace", estimator, reduction)
         compare("_multi_sample_loss_forward", *args, needs[:5])
+    zinb = (r(4, 4, 6), torch.randint(0, 5, (4, 6)))
+    args = (r(4, 4), r(2, 4, 4), r(6), r(4, 4, 6), None, "zinb", [0, 0, 1, 1, 0, 1], reduction)
+    compare("_multi_sample_loss_forward", *zinb, *args, needs[:5])
+    options = (0.7, None, 0.3, "zinb", reduction, needs)
+    compare("_elbo_loss_forward", *zinb, mu, *latent, r(), r(6), torch.rand(4, 6) < 0.7, *options)
 
 
 @pytest.mark.skipif(

@@ -1,8 +1,14 @@
 """VAE, likelihoods and data: shapes, the folding of K, and losses against the float64 formulas."""
 
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 
 from fastelbo import likelihoods, reference
@@ -169,21 +175,107 @@ def test_integer_data(dtype):
 
 @pytest.mark.parametrize("name", likelihoods.LIKELIHOODS)
 def test_likelihood_draws_have_the_mean_and_density_of_the_reference(name):
-    generator = torch.Generator().manual_seed(0)
-    has_scale = len(likelihoods.get(name).parameters) > 1
+    generator, row = torch.Generator().manual_seed(0), likelihoods.get(name)
     first = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64).expand(100_000, 3)
-    recon = (first, torch.tensor(-0.7, dtype=torch.float64)) if has_scale else first
+    others = torch.tensor([-0.7, 0.3], dtype=torch.float64)[: len(row.parameters) - 1].unbind()
+    recon = (first, *others) if others else first
     draws = likelihood_sample(recon, name, generator=generator)
-    torch.testing.assert_close(draws.mean(0), likelihood_mean(recon, name)[0], rtol=0, atol=0.01)
+    error = draws.std(0).max().item() / np.sqrt(len(draws))
+    torch.testing.assert_close(draws.mean(0), likelihood_mean(recon, name)[0], rtol=0, atol=4 * error)
     # the mean of log p over draws from p is minus its entropy
-    scale = recon[1].expand_as(first) if has_scale else None
-    score = reference.log_prob(first, draws, scale, likelihood=name).mean()
-    p = likelihood_mean(first[0], name)
+    score = reference.log_prob(first, draws, *others, likelihood=name).mean()
+
+    def by_sum(most: int) -> float:
+        """Over all x that matter."""
+        x = torch.arange(most + 1.0, dtype=torch.float64)[:, None].expand(-1, 3)
+        log_p = row.log_prob(x, first[: most + 1], *others)
+        return -(log_p.exp() * log_p).sum().item()
+
     entropy = {
         "gaussian": lambda: 3 * 0.5 * (likelihoods.LOG_2PI + 1 - 0.7),
         "laplace": lambda: 3 * (1 + np.log(2) - 0.7),
-    }.get(name, lambda: torch.distributions.Bernoulli(p).entropy().sum().item())()
+    }.get(name, lambda: by_sum(500 if row.domain == "counts" else 1))()
     assert abs(score.item() + entropy) < 0.02
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Counts: three parameters, and integers.
+
+
+class ThreeParameters(nn.Module):
+    """(log_mean, log_theta, zero_logits), the last of them of full size if `full`, else as it is given."""
+
+    def __init__(self, log_theta: tuple[int, ...], zero_logits: tuple[int, ...], full: bool) -> None:
+        super().__init__()
+        self.log_mean = nn.Sequential(nn.Linear(M, 6), nn.Unflatten(1, (2, 3)))
+        self.log_theta = nn.Parameter(0.3 * torch.randn(log_theta))
+        self.zero_logits = nn.Parameter(0.3 * torch.randn(zero_logits))
+        self.full = full
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        zeros = self.zero_logits + z.sum(1)[:, None, None] if self.full else self.zero_logits
+        return self.log_mean(z), self.log_theta, zeros
+
+
+@pytest.mark.parametrize(
+    "log_theta, zero_logits, full", [((2, 3), (2, 3), True), ((), (2, 3), False), ((2, 3), (), False)]
+)
+@pytest.mark.parametrize("num_samples", [1, K])
+def test_a_decoder_of_three_tensors(log_theta, zero_logits, full, num_samples):
+    model = dense(ThreeParameters(log_theta, zero_logits, full), "zinb")
+    x, eps = torch.randint(0, 5, (B, 2, 3)), torch.randn(num_samples, B, M).double()
+    mu, logvar = model.encode(x)
+    z = mu + torch.exp(logvar / 2) * eps
+    log_w = []
+    for k in range(num_samples):
+        log_mean, theta, zeros = model.decoder(z[k])
+        log_p = likelihoods.get("zinb").log_prob(x.double(), log_mean, theta, zeros).sum((1, 2))
+        prior, posterior = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(mu, torch.exp(logvar / 2))
+        log_w.append(log_p + (prior.log_prob(z[k]) - posterior.log_prob(z[k])).sum(1))
+    expected = -(torch.logsumexp(torch.stack(log_w), 0) - np.log(num_samples)).mean()
+    loss = model.loss(x, objective="iwae", num_samples=num_samples, eps=eps)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    parameters = list(model.parameters())
+    ours, theirs = (torch.autograd.grad(t, parameters, retain_graph=True) for t in (loss, expected))
+    assert [g.shape for g in ours] == [p.shape for p in parameters]
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    recon = model(x, num_samples, eps=eps).recon
+    assert len(recon) == 3 and recon[0].shape == (num_samples, B, 2, 3)
+    assert recon[1].shape == log_theta and recon[2].shape == (recon[0].shape if full else zero_logits)
+    torch.testing.assert_close(model.reconstruct(x), likelihood_mean(model.decoder(mu), "zinb"))
+    assert model.sample(7).shape == model.sample(7, mean=True).shape == (7, 2, 3)
+    for proposal in ("posterior", "prior"):
+        found = model.log_marginal(x, 40, chunk_size=7, proposal=proposal, seed=3)
+        whole = model.log_marginal(x.double(), 40, proposal=proposal, seed=3)
+        torch.testing.assert_close(found.log_prob, whole.log_prob, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, *reference.COUNTS, torch.float32])
+@pytest.mark.parametrize("name", ["poisson", "nb", "zinb"])
+def test_the_encoder_sees_the_counts_themselves(dtype, name):
+    seen = []
+
+    class Encoder(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return super().forward(x.flatten(1))
+
+    three = ThreeParameters((2, 3), (), False)
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.three = three
+
+        def forward(self, z: Tensor):
+            given = self.three(z)[: len(likelihoods.get(name).parameters)]
+            return given if len(given) > 1 else given[0]
+
+    model = VAE(Encoder(6, 2 * M), Decoder(), name).float()
+    x = torch.randint(0, 100, (B, 2, 3))
+    losses = [model.loss(data, num_samples=2, seed=1) for data in (x.to(dtype), x.float())]
+    torch.testing.assert_close(*losses)
+    assert all(t.dtype == torch.float32 and torch.equal(t, x.float()) for t in seen)
 
 
 class _Exported(nn.Module):
@@ -200,13 +292,17 @@ class _Exported(nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("method, args", [("decode", ()), ("forward", ()), ("forward", (K,)), ("reconstruct", ())])
-@pytest.mark.parametrize("kind", ["dense", "conv", "pair", "full pair"])
+@pytest.mark.parametrize("kind", ["dense", "conv", "pair", "full pair", "three"])
 def test_export_with_a_batch_of_any_size(kind, method, args, strict):
     if kind == "conv":
         model, event, latent = convolutional(), (1, 6, 4), (2, 3, 2)
     else:
-        decoder = None if kind == "dense" else LearnedVariance((2, 3), kind == "full pair")
-        model, event, latent = dense(decoder, "bernoulli" if decoder is None else "gaussian"), (2, 3), (M,)
+        decoder = {
+            "dense": lambda: None,
+            "three": lambda: ThreeParameters((2, 3), (2, 3), True),
+        }.get(kind, lambda: LearnedVariance((2, 3), kind == "full pair"))()
+        likelihood = {"dense": "bernoulli", "three": "zinb"}.get(kind, "gaussian")
+        model, event, latent = dense(decoder, likelihood), (2, 3), (M,)
     model.encode(torch.rand(1, *event).double())
     module, shape = _Exported(model, method, *args), latent if method == "decode" else event
     batch = {0: torch.export.Dim("batch")}
@@ -250,13 +346,15 @@ def test_shapes_that_do_not_fit():
         model.decode(torch.randn(B, 3).double())
     with pytest.raises(ValueError, match='likelihood must be one of "bernoulli"'):
         VAE(model.encoder, model.decoder, "binomial")
-    with pytest.raises(TypeError, match=r"x must be float32, .* uint8 or bool; got int64"):
+    with pytest.raises(TypeError, match=r"x must be a float type, uint8 \(read as x / 255\) or bool; got int64"):
         model.encode(torch.zeros(B, 2, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="x must be counts: a float type, uint8, int16, int32 or int64; got bool"):
+        VAE(model.encoder, model.decoder, "poisson").encode(torch.zeros(B, 2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"even size on dim 1.*got a tensor \(5, 3\)"):
         VAE(nn.Linear(6, 3), model.decoder).encode(torch.rand(B, 6))
     with pytest.raises(ValueError, match=r"decoder must return \[15, \*event\]"):
         dense(nn.Flatten(0)).loss(torch.rand(B, 2, 3).double(), num_samples=K)
-    with pytest.raises(TypeError, match="decoder must return a tensor or a pair"):
+    with pytest.raises(TypeError, match=r"decoder must return a tensor, or a tuple .*; got a tuple of Tensor, tuple"):
         dense(nn.LSTM(M, 3)).loss(torch.rand(B, 2, 3).double())
 
 
@@ -265,6 +363,15 @@ def test_built_in_data(name):
     first, second = data.load(name), data.load(name)
     assert torch.equal(first.train, second.train) and torch.equal(first.held_out, second.held_out)
     assert not torch.equal(first.held_out, data.load(name, seed=1).held_out)
+    if name == "counts":
+        x = torch.cat([first.train, first.held_out])
+        assert x.shape == (2000, 200) and x.dtype == torch.int32 and first.likelihood == "nb"
+        assert 0.68 < (x == 0).double().mean() < 0.7 and x.min() == 0
+        log_mean, log_theta = data.counts_model()
+        assert log_theta.shape == (200,) and -1 < log_theta.min() < log_theta.max() < 2
+        spread = (log_mean.exp() + log_mean.mul(2).exp() / log_theta.exp()).sum(0).sqrt()
+        assert ((x.double().sum(0) - log_mean.exp().sum(0)).abs() < 5 * spread).all()
+        return
     assert first.train.shape[1:] == (8, 8) and first.train.dtype == torch.float32
     assert len(first.train) + len(first.held_out) == {"digits": 1797, "patches": 8480}[name]
     if name == "digits":
@@ -290,7 +397,13 @@ def test_data_from_files(tmp_path):
     [
         (np.full((4, 2), 1.5), "bernoulli", ValueError, r"must lie in \[0, 1\] .* from 1.5 to 1.5"),
         (np.full((4, 2), np.nan), "gaussian", ValueError, "must be finite; 8 of 8"),
-        (np.zeros((4, 2), np.int64), None, TypeError, "floating, uint8 or bool; .* int64"),
+        (np.zeros((4, 2), np.int64), "gaussian", TypeError, "floating, uint8 or bool for .*'gaussian'; they are int64"),
+        (np.array([[1, 2], [3, -4]]), None, ValueError, "must be counts, at least 0, for likelihood 'nb'.* is -4"),
+        (np.array([[1, 2], [3, -0.5]]), "zinb", ValueError, "must be counts, at least 0, .* is -0.5"),
+        (np.full((4, 2), np.uint64(2**63)), None, ValueError, "must be counts, at least 0"),
+        (np.full((4, 2), np.inf), "poisson", ValueError, "must be finite; 8 of 8"),
+        (np.zeros((4, 2), bool), "nb", TypeError, "floating or integers for likelihood 'nb'; they are bool"),
+        (np.zeros((4, 2), np.complex64), None, TypeError, "floating, integers or bool; .* holds complex64"),
         (np.zeros(4), None, ValueError, r"\[N, \*event\]"),
         (np.zeros((4, 2)), "binomial", ValueError, "likelihood must be one of"),
     ],
@@ -299,6 +412,78 @@ def test_data_that_do_not_fit(tmp_path, x, likelihood, error, message):
     np.save(tmp_path / "x.npy", x)
     with pytest.raises(error, match=message):
         data.load(str(tmp_path / "x.npy"), likelihood)
+
+
+@pytest.mark.parametrize("dtype", ["i1", "i2", "u2", "i4", "u4", "i8", "u8", ">i4", ">u2", "u1"])
+@pytest.mark.parametrize("fortran", [False, True])
+def test_integers_from_files_are_counts(tmp_path, dtype, fortran):
+    x = np.random.default_rng(0).integers(0, 100, (20, 7)).astype(dtype)
+    np.save(tmp_path / "x.npy", np.asfortranarray(x) if fortran else x)
+    for likelihood in (None, "zinb"):
+        found = data.load(str(tmp_path / "x.npy"), likelihood)
+        assert found.likelihood == (likelihood or ("bernoulli" if dtype == "u1" else "nb"))
+        both = torch.cat([found.train, found.held_out])
+        assert both.dtype in (*reference.COUNTS, torch.uint8)
+        assert sorted(both.tolist()) == sorted(x.tolist())
+    np.save(tmp_path / "whole.npy", x.astype(np.float32))
+    assert data.load(str(tmp_path / "whole.npy")).likelihood == "gaussian"
+    assert data.load(str(tmp_path / "whole.npy"), "nb").train.dtype == torch.float32
+
+
+class _AnnData(types.ModuleType):
+    """As much of the package as is called."""
+
+    def __init__(self, X: object) -> None:
+        super().__init__("anndata")
+        self.__spec__ = ModuleSpec("anndata", None)
+        self.X = X
+
+    def read_h5ad(self, path: Path) -> "_AnnData":
+        return self
+
+
+COUNTS_MATRIX = np.random.default_rng(0).poisson(0.5, (20, 7))
+
+
+@pytest.mark.parametrize("kind", [np.array, sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint16])
+def test_annotated_data(tmp_path, monkeypatch, kind, dtype):
+    (tmp_path / "x.h5ad").touch()
+    monkeypatch.setitem(sys.modules, "anndata", _AnnData(kind(COUNTS_MATRIX.astype(dtype))))
+    found = data.load(str(tmp_path / "x.h5ad"))
+    assert found.likelihood == "nb" and len(found.held_out) == 2
+    assert sorted(torch.cat([found.train, found.held_out]).tolist()) == sorted(COUNTS_MATRIX.tolist())
+
+
+@pytest.mark.parametrize(
+    "X, likelihood, error, message",
+    [
+        (np.full((4, 2), 0.3), None, None, "bernoulli"),
+        (np.full((4, 2), 1.5), None, None, "gaussian"),  # normalized: no counts any more
+        (np.full((4, 2), -1.0), "nb", ValueError, "must be counts, at least 0"),
+        (None, None, ValueError, "data must be the matrix X of .*; it has none"),
+        (np.zeros((1, 2)), None, ValueError, r"\[N, \*event\]"),
+        (sparse.csr_matrix((3, 1 << 50), dtype=np.float32), None, ValueError, "more than this machine's memory"),
+    ],
+)
+def test_annotated_data_that_are_no_counts(tmp_path, monkeypatch, X, likelihood, error, message):
+    (tmp_path / "x.h5ad").touch()
+    monkeypatch.setitem(sys.modules, "anndata", _AnnData(X))
+    if error is None:
+        assert data.load(str(tmp_path / "x.h5ad"), likelihood).likelihood == message
+        return
+    with pytest.raises(error, match=message):
+        data.load(str(tmp_path / "x.h5ad"), likelihood)
+
+
+def test_annotated_data_need_anndata(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"anndata is needed to read .*x\.h5ad: pip install anndata"):
+        data.load(str(tmp_path / "x.h5ad"))
+    monkeypatch.setattr(data, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "anndata", _AnnData(None))
+    with pytest.raises(FileNotFoundError):
+        data.load(str(tmp_path / "x.h5ad"))
 
 
 def test_files_that_do_not_fit(tmp_path):

@@ -29,6 +29,8 @@ assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5), Tensor)
 assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5, return_parts=True), LossParts)
 assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, return_parts=flag), Tensor | LossParts)
 assert_type(fastelbo.iwae_loss(recon, x, posterior.log_ratio, reduction="sum"), Tensor)
+assert_type(fastelbo.iwae_loss((recon, recon, recon), x, posterior.log_ratio, likelihood="zinb"), Tensor)
+fastelbo.iwae_loss((recon, recon, recon, recon), x, posterior.log_ratio)  # type: ignore[arg-type]
 assert_type(fastelbo.iwae_loss(recon, x, posterior.log_ratio, return_parts=True), LossParts)
 assert_type(fastelbo.multi_sample_loss(recon, x, posterior, estimator="vr", alpha=0.5), Tensor)
 assert_type(fastelbo.multi_sample_loss(recon, x, posterior, return_parts=True), LossParts)

@@ -52,7 +52,8 @@ def _parser() -> _Parser:
         training.add_argument(flag, dest=dest, help=text, **settings)
 
     training.add_argument("--model", choices=MODELS, default="vae", help="default: vae")
-    option("--data", "data", f"{', '.join(BUILT_IN)}, or an .npy or .npz file of arrays [N, ...]", metavar="DATA")
+    built_in = ", ".join(f"{name} (generated)" if row.generated else name for name, row in BUILT_IN.items())
+    option("--data", "data", f"{built_in}, or an .npy, .npz or .h5ad file of arrays [N, ...]", metavar="DATA")
     option("--objective", "objective", "what is maximized", choices=OBJECTIVES)
     option("--samples", "num_samples", "K, samples per datum", type=int, metavar="K")
     option("--beta", "beta", "elbo: weight of the KL (1); ciwae: weight of the ELBO (0.5)", type=float, metavar="BETA")
@@ -189,6 +190,8 @@ def _fit_vae(args: argparse.Namespace) -> int:
                 config = Config(**saved["config"])
         trainer = train.prepare(replace(config, **changes), out, resume=args.resume)
     config, dataset = trainer.config, trainer.data
+    if config.data in BUILT_IN and (source := BUILT_IN[config.data].generated):
+        print(f"{config.data}: generated, not measured: {source}")
     print(
         f"{config.data}: {len(dataset.train)} training and {len(dataset.held_out)} held-out data of shape "
         f"{tuple(dataset.train.shape[1:])}, likelihood {config.likelihood}; {config.impl}; figures in nats per datum"
@@ -209,6 +212,8 @@ def _fit_vae(args: argparse.Namespace) -> int:
         if collapsed:
             print(f"at the end: {_collapse(collapsed)}")
         made = pictures.save_all(trainer.model, dataset, trainer.history, out)
+        if all(path.stem != "reconstructions" for path in made):
+            print(f"no pictures of data and samples: {tuple(dataset.train.shape[1:])} is not the shape of an image")
     except train.Diverged as error:
         print(f"fastelbo train: {error}", file=sys.stderr)
         return 1

@@ -4,8 +4,9 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 from zipfile import ZipFile
@@ -13,8 +14,10 @@ from zipfile import ZipFile
 import torch
 from torch import Tensor
 
-from fastelbo import likelihoods
+from fastelbo import likelihoods, reference
 from fastelbo.commands import files
+from fastelbo.functional import likelihood_sample
+from fastelbo.likelihoods import Domain
 
 PATCH = 8  # side of an image patch, in pixels
 HEADER = 1 << 16  # bytes; numpy refuses headers of more than 10000
@@ -22,7 +25,7 @@ PIECE = 1 << 20  # bytes that are read at a time
 
 
 class Dataset(NamedTuple):
-    """x [N, *event] (float32, uint8 or bool) and, where there are any, labels [N] of both parts."""
+    """x [N, *event] (float32, bool or an integer type) and, where there are any, labels [N] of both parts."""
 
     train: Tensor
     held_out: Tensor
@@ -55,7 +58,49 @@ def _patches() -> tuple[Tensor, Tensor | None]:
     return ((patches - mean) / torch.sqrt(variance + 10)).float(), None
 
 
-BUILT_IN = {"digits": (_digits, "bernoulli"), "patches": (_patches, "gaussian")}
+def counts_model(cells: int = 2000, genes: int = 200, rank: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """log_mean [cells, genes] and log_theta [genes], float64, of the negative binomial that "counts" are drawn from.
+
+    log mean = log s_n + b_d + z_n w_d, of library size s_n, a gene's b_d and w_d, and z_n ~ N(0, I) of `rank`
+    dimensions; log theta is uniform between -1 and 2.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    log_library, gene = 0.4 * normal(cells, 1), 1.2 * normal(genes) - 1.2
+    log_mean = log_library + gene + normal(cells, rank) @ (0.5 * normal(rank, genes))
+    return log_mean, 3 * torch.rand(genes, dtype=torch.float64, generator=generator) - 1
+
+
+def _counts() -> tuple[Tensor, Tensor | None]:
+    """Counts of `counts_model`: 2000 cells, 200 genes, 69 % zeros."""
+    drawn = likelihood_sample(counts_model(), "nb", generator=torch.Generator().manual_seed(1))
+    return drawn.to(torch.int32), None
+
+
+class BuiltIn(NamedTuple):
+    """A data set that needs no file."""
+
+    read: Callable[[], tuple[Tensor, Tensor | None]]  # -> x, labels
+    domain: Domain
+    generated: str | None = None  # from what, if it is not measured
+
+
+BUILT_IN = {
+    "digits": BuiltIn(_digits, "[0, 1]"),
+    "patches": BuiltIn(_patches, "reals"),
+    "counts": BuiltIn(
+        _counts, "counts", "negative binomial, log means of rank 4, a library size per cell, a theta per gene"
+    ),
+}
+FILES = (".npy", ".npz", ".h5ad")
+
+
+def _check_memory(needed: int) -> None:
+    if 2 * needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):  # the parts are copies
+        raise MemoryError(f"{needed / 1e9:.1f} GB, twice that in use, are more than this machine's memory")
 
 
 class _Array:
@@ -77,8 +122,7 @@ class _Array:
         """The array. Memory is allocated for the bytes that come, not for the size that the header states."""
         import numpy as np
 
-        if 2 * self.bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):  # the parts are copies
-            raise MemoryError(f"{self.bytes / 1e9:.1f} GB, twice that in use, are more than this machine's memory")
+        _check_memory(self.bytes)
         content = bytearray(self._start)
         while len(content) <= self.bytes and (piece := self._file.read(PIECE)):
             content += piece
@@ -98,6 +142,42 @@ def _chosen(names: Sequence[str], path: Path) -> str:
     return "x" if "x" in names else names[0]
 
 
+def _check_array(dtype: Any, shape: tuple[int, ...], path: Path) -> None:
+    if dtype.kind not in "biuf":
+        raise TypeError(f"data must be floating, integers or bool; {path} holds {dtype}")
+    if len(shape) < 2 or shape[0] < 2 or 0 in shape:
+        raise ValueError(f"data must be [N, *event] with N of 2 or more and no empty event; {path} holds {shape}")
+
+
+def _as_tensor(array: Any) -> Tensor:
+    """Floats as float32; uint8 and bool as they are; integers in the smallest type of `reference.COUNTS` that holds
+    their type, but uint64 in int64, where its largest numbers are negative."""
+    import numpy as np
+
+    if array.dtype.kind == "f":
+        return torch.from_numpy(np.asarray(array, np.float32))
+    if array.dtype in (np.uint8, np.bool_):
+        return torch.from_numpy(array)
+    held = (t for t in (np.int16, np.int32) if np.can_cast(array.dtype, t))
+    return torch.from_numpy(np.ascontiguousarray(array, next(held, np.int64)))
+
+
+def _annotated(path: Path) -> tuple[Tensor, Tensor | None]:
+    """The matrix X of an AnnData file, dense or sparse."""
+    if find_spec("anndata") is None:
+        raise ValueError(f"anndata is needed to read {path}: pip install anndata")
+    import anndata  # type: ignore[import-not-found]
+
+    with path.open("rb"), files.reading(path, "AnnData file"):
+        X = anndata.read_h5ad(path).X
+    if X is None:
+        raise ValueError(f"data must be the matrix X of {path}; it has none")
+    _check_array(X.dtype, X.shape, path)
+    with files.reading(path, "AnnData file that fits in memory"):
+        _check_memory(math.prod(X.shape) * X.dtype.itemsize)
+        return _as_tensor(X.toarray() if hasattr(X, "toarray") else X), None
+
+
 def _file(path: Path) -> tuple[Tensor, Tensor | None]:
     import numpy as np
 
@@ -115,35 +195,44 @@ def _file(path: Path) -> tuple[Tensor, Tensor | None]:
         else:
             with files.reading(path, kind):
                 x = _Array(file)
-        if x.dtype.kind != "f" and x.dtype not in (np.uint8, np.bool_):
-            raise TypeError(f"data must be floating, uint8 or bool; {path} holds {x.dtype}")
-        if len(x.shape) < 2 or x.shape[0] < 2 or x.bytes == 0:
-            raise ValueError(f"data must be [N, *event] with N of 2 or more and no empty event; {path} holds {x.shape}")
+        _check_array(x.dtype, x.shape, path)
         if labels is not None and labels.shape != x.shape[:1]:
             raise ValueError(f"labels y must be [{x.shape[0]}]; {path} holds {labels.shape}")
         if labels is not None and labels.dtype.kind not in "biuf":
             raise TypeError(f"labels y must be numbers; {path} holds {labels.dtype}")
         with files.reading(path, kind), np.errstate(over="ignore", invalid="ignore"):
-            array = x.read()
-            data = torch.from_numpy(np.asarray(array, np.float32) if x.dtype.kind == "f" else array)
+            data = _as_tensor(x.read())
             if labels is None:
                 return data, None
             return data, torch.from_numpy(labels.read().astype(np.float64 if labels.dtype.kind == "f" else np.int64))
 
 
-def _check_range(x: Tensor, likelihood: str, missing: bool) -> None:
-    if not x.is_floating_point():
-        return
-    if missing:
+def _domain(x: Tensor, annotated: bool) -> Domain:
+    """What data from a file look like; floats are taken for counts where they are whole and `annotated`."""
+    if x.dtype in reference.COUNTS or (annotated and bool(((x >= 0) & (x == x.floor())).all())):
+        return "counts"
+    return "[0, 1]" if not x.is_floating_point() or bool(((x >= 0) & (x <= 1)).all()) else "reals"
+
+
+def _check_values(x: Tensor, likelihood: str, missing: bool) -> None:
+    domain = likelihoods.get(likelihood).domain
+    if x.dtype in reference.COUNTS and domain != "counts":
+        found = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"data must be floating, uint8 or bool for likelihood {likelihood!r}; they are {found}: counts")
+    if x.dtype == torch.bool and domain == "counts":
+        raise TypeError(f"data must be floating or integers for likelihood {likelihood!r}; they are bool")
+    if missing or x.dtype in (torch.uint8, torch.bool):
         return
     if not x.isfinite().all():
         raise ValueError(f"data must be finite; {int((~x.isfinite()).sum())} of {x.numel()} values are not")
-    low, high = float(x.min()), float(x.max())
-    if likelihoods.get(likelihood).domain == "[0, 1]" and (low < 0 or high > 1):
+    low, high = x.min().item(), x.max().item()
+    if domain == "[0, 1]" and (low < 0 or high > 1):
         raise ValueError(
             f"data must lie in [0, 1] for likelihood {likelihood!r}; it goes from {low:.4g} to {high:.4g} "
             "(scale it, store it as uint8, or take likelihood 'gaussian')"
         )
+    if domain == "counts" and low < 0:
+        raise ValueError(f"data must be counts, at least 0, for likelihood {likelihood!r}; the lowest is {low:.4g}")
 
 
 def load(
@@ -152,30 +241,31 @@ def load(
     """Load a data set and split it, always in the same way for the same seed.
 
     Args:
-        name: "digits" (8 x 8 images in [0, 1], labels), "patches" (8 x 8 patches of photographs, normalized), or
-            the path of an .npy or .npz file: an array [N, *event], floating, uint8 (read as x / 255) or bool; of an
-            .npz file the array x, and labels y where there are any.
-        likelihood: "bernoulli" if None, but "gaussian" for patches and for floating data outside [0, 1].
+        name: "digits" (8 x 8 images in [0, 1], labels), "patches" (8 x 8 patches of photographs, normalized), "counts"
+            (generated: see `counts_model`), or the path of a file. An .npy or .npz file: an array [N, *event],
+            floating, bool, uint8 (x / 255 where the likelihood is not one of counts) or other integers (counts); of an
+            .npz file the array x, and labels y where there are any. An .h5ad file of AnnData: its matrix X.
+        likelihood: "bernoulli" if None, but "gaussian" for patches and for floating data outside [0, 1], and "nb" for
+            integers besides uint8 and for whole numbers in an .h5ad file.
         held_out: the fraction of the data that is held out; at least one datum on either side.
         seed: of the split.
         missing: floating data may hold any value, NaN for missing cells too.
 
     Raises:
         ValueError, TypeError: an unknown name or likelihood, a damaged file, an array of another type or shape, values
-            that are not finite or outside the likelihood's range.
+            that are not finite or outside the likelihood's range; an .h5ad file without anndata to read it.
         OSError: no file of that name, or the system cannot read it.
     """
     if name in BUILT_IN:
-        read, default = BUILT_IN[name]
-        x, labels = read()
-    elif (path := Path(name)).suffix in (".npy", ".npz"):
-        x, labels = _file(path)
-        inside = not x.is_floating_point() or bool(((x >= 0) & (x <= 1)).all())
-        default = "bernoulli" if inside else "gaussian"
+        (x, labels), domain = BUILT_IN[name].read(), BUILT_IN[name].domain
+    elif (path := Path(name)).suffix in FILES:
+        annotated = path.suffix == ".h5ad"
+        x, labels = _annotated(path) if annotated else _file(path)
+        domain = _domain(x, annotated)
     else:
-        raise ValueError(f"data must be one of {', '.join(BUILT_IN)}, or an .npy or .npz file; got {name!r}")
-    likelihood = default if likelihood is None else likelihood
-    _check_range(x, likelihood, missing)
+        raise ValueError(f"data must be one of {', '.join(BUILT_IN)}, or an .npy, .npz or .h5ad file; got {name!r}")
+    likelihood = likelihoods.DEFAULTS[domain] if likelihood is None else likelihood
+    _check_values(x, likelihood, missing)
 
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1; got {held_out}")

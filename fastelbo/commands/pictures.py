@@ -14,11 +14,12 @@ from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 from torch import Generator, Tensor
 
-from fastelbo import reference
+from fastelbo import likelihoods, reference
 from fastelbo.commands import files
 from fastelbo.commands.data import Dataset
 from fastelbo.commands.ppca import Row
 from fastelbo.commands.train import Metrics
+from fastelbo.likelihoods import Domain
 from fastelbo.ppca import PPCA
 from fastelbo.vae import VAE
 
@@ -40,13 +41,14 @@ def _axes(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def as_images(x: Tensor) -> Tensor | None:
+def as_images(x: Tensor, domain: Domain = "reals") -> Tensor | None:
     """x [N, *event] as [N, H, W] or [N, H, W, 3] in float, or None where an event is no image.
 
-    Images are [H, W], [C, H, W] or [H, W, C] with 1 or 3 channels, or a flat square number of pixels.
+    Images are [H, W], [C, H, W] or [H, W, C] with 1 or 3 channels, or a flat square number of pixels that are no
+    counts.
     """
-    x = x.detach().float() / 255 if x.dtype == torch.uint8 else x.detach().float()
-    if x.dim() == 2 and math.isqrt(x.shape[1]) ** 2 == x.shape[1]:
+    x = reference.read_data(x.detach(), torch.float32, domain)
+    if x.dim() == 2 and math.isqrt(x.shape[1]) ** 2 == x.shape[1] and domain != "counts":
         return x.reshape(len(x), math.isqrt(x.shape[1]), -1)
     if x.dim() == 4 and x.shape[1] in (1, 3):
         x = x.movedim(1, 3)
@@ -101,8 +103,9 @@ def curves(history: Sequence[Metrics], path: Path) -> Path:
 def reconstructions(model: VAE, x: Tensor, path: Path, columns: int = 10) -> Path | None:
     """Data beside E[x | z = mu(x)], tile by tile; None where the data are no images."""
     x = x[: columns * columns]
+    domain = likelihoods.get(model.likelihood).domain
     with torch.no_grad():
-        originals, rebuilt = as_images(x), as_images(model.reconstruct(x))
+        originals, rebuilt = as_images(x, domain), as_images(model.reconstruct(x), domain)
     if originals is None or rebuilt is None:
         return None
     figure = Figure(figsize=(8, 4.2), layout="constrained")
@@ -115,8 +118,9 @@ def reconstructions(model: VAE, x: Tensor, path: Path, columns: int = 10) -> Pat
 
 def prior_samples(model: VAE, x: Tensor, path: Path, columns: int = 16, rows: int = 8) -> Path | None:
     """E[x | z] for z ~ N(0, I), on the grey scale of the data x; None where the data are no images."""
-    data = as_images(x)
-    images = as_images(model.sample(rows * columns, mean=True, generator=torch.Generator().manual_seed(0)))
+    domain = likelihoods.get(model.likelihood).domain
+    data = as_images(x, domain)
+    images = as_images(model.sample(rows * columns, mean=True, generator=torch.Generator().manual_seed(0)), domain)
     if data is None or images is None:
         return None
     figure = Figure(figsize=(8, 4.2), layout="constrained")

@@ -21,7 +21,7 @@ from fastelbo.arguments import one_of
 from fastelbo.commands import data, evaluate, files, options
 from fastelbo.diagnostics import ACTIVE_VARIANCE, DiagnosticsMeter
 from fastelbo.estimators import estimator
-from fastelbo.functional import LossParts, Posterior, Recon, rsample
+from fastelbo.functional import LossParts, Posterior, join_recon, rsample, split_recon
 from fastelbo.progress import progress
 from fastelbo.vae import VAE, VAEOutput, check_objective, draws, objective_loss
 
@@ -88,18 +88,48 @@ class LearnedScale(nn.Module):
         return mean, self.log_scale
 
 
+class Log1p(nn.Module):
+    """log(1 + x): counts as an encoder takes them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log1p(x)
+
+
+class LearnedDispersion(nn.Module):
+    """The decoder's [B, n, *event] as n tensors, with a learned log_theta [*event] behind the first."""
+
+    def __init__(self, event: tuple[int, ...]) -> None:
+        super().__init__()
+        self.log_theta = nn.Parameter(torch.zeros(event))
+
+    def forward(self, outputs: Tensor) -> tuple[Tensor, ...]:
+        log_mean, *zero_logits = outputs.unbind(1)
+        return log_mean, self.log_theta, *zero_logits
+
+
 def build_model(event: tuple[int, ...], latent_dim: int, hidden: int, likelihood: str) -> VAE:
-    """A VAE with two hidden layers on either side, for data of any event shape."""
-    size = math.prod(event)
+    """A VAE with two hidden layers on either side, for data of any event shape.
+
+    Of counts the encoder sees log1p(x), and the decoder gives every parameter but log_theta, one number per element of
+    the event, whatever z.
+    """
+    size, row = math.prod(event), likelihoods.get(likelihood)
 
     def layers(first: int, last: int) -> list[nn.Module]:
         return [nn.Linear(first, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, last)]
 
     encoder = nn.Sequential(nn.Flatten(), *layers(size, 2 * latent_dim))
+    if row.domain == "counts":
+        encoder.insert(0, Log1p())
+    if "log_theta" in row.parameters:
+        outputs = len(row.parameters) - 1
+        decoder = nn.Sequential(*layers(latent_dim, outputs * size), nn.Unflatten(1, (outputs, *event)))
+        decoder.append(LearnedDispersion(event))
+        return VAE(encoder, decoder, likelihood, latent_shape=(latent_dim,))
     decoder = nn.Sequential(*layers(latent_dim, size), nn.Unflatten(1, event))
     if likelihood == "bernoulli_probs":
         decoder.append(nn.Sigmoid())
-    elif len(likelihoods.get(likelihood).parameters) > 1:
+    elif len(row.parameters) > 1:
         decoder.append(LearnedScale())
     return VAE(encoder, decoder, likelihood, latent_shape=(latent_dim,))
 
@@ -269,8 +299,8 @@ class Trainer:
             with torch.no_grad():
                 output, posterior = self.model(x, self._draws, **noise)
             mu, logvar = (t.clone().requires_grad_() for t in (posterior.mu, posterior.logvar))
-            parts = tuple(t.clone().requires_grad_() for t in (output if isinstance(output, tuple) else (output,)))
-            recon: Recon = (parts[0], parts[1]) if len(parts) == 2 else parts[0]
+            parts = tuple(t.clone().requires_grad_() for t in split_recon(output))
+            recon = join_recon(*parts)
             grad_z = torch.ones_like(posterior.z)
             for _ in range(repeats):
                 start = time.perf_counter()

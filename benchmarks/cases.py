@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.steps import Step, convolutional, dense
 from fastelbo.commands.data import load
 from fastelbo.estimators import ESTIMATORS
+from fastelbo.likelihoods import LIKELIHOODS
 
 LATENT = 32  # M of every ELBO case
 AT_MOST_1_3_TIMES = 1 / 1.3  # of a target: fastelbo may take 1.3 times the contender's time
@@ -104,6 +105,18 @@ def gaussian(batch: int, data: int, scale: tuple[int, ...] | None = None) -> Inp
     """scale is the log variance: one for each element of the batch, or learned in the given shape."""
     recon = {"mean": _leaf(batch, data), "scale": _leaf(*((batch, data) if scale is None else scale), scale=0.5)}
     return Inputs({**recon, "x": torch.randn(batch, data), **_latent(batch)})
+
+
+def counts(likelihood: str, batch: int, genes: int) -> Inputs:
+    """Counts drawn from their negative binomial, 72 % of them zeros; a theta for every gene."""
+    log_mean, log_theta = 1.5 * torch.randn(batch, genes) - 1.2, torch.randn(genes)
+    x = LIKELIHOODS["nb"].draw(None, log_mean, log_theta)
+    parameters = {"log_mean": log_mean, "log_theta": log_theta, "zero_logits": torch.randn(batch, genes) - 1}
+    if likelihood == "poisson":
+        parameters = {"log_rate": log_mean}
+    elif likelihood == "nb":
+        del parameters["zero_logits"]
+    return Inputs({**{name: t.requires_grad_() for name, t in parameters.items()}, "x": x, **_latent(batch, 10)})
 
 
 def learned_prior(batch: int, data: int) -> Inputs:
@@ -260,6 +273,17 @@ CASES = [
     _elbo("Gaussian, full logvar", gaussian, 512, 784, 3.0, 1.8),
     _own_shape("Gaussian, logvar of every pixel", "elbo_gaussian", partial(gaussian, 512, 784, (784,))),
     _own_shape("Gaussian, one logvar", "elbo_gaussian", partial(gaussian, 512, 784, ())),
+    *(
+        Case(
+            f"ELBO {likelihood} [128 x 4000]",
+            f"elbo_{likelihood}",
+            partial(counts, likelihood, 128, 4000),
+            {} if least is None else {"eager": least, "compile": least},
+            core=True,
+            target_peak_bytes=1.1 * gradients * 4 * 128 * 4000,
+        )
+        for likelihood, least, gradients in (("poisson", None, 1), ("nb", 4.0, 1), ("zinb", 5.0, 2))
+    ),
     _own_shape("Bernoulli, learned prior", "elbo_learned_prior", partial(learned_prior, 512, 784)),
     Case(
         "ELBO Bernoulli, x as uint8 [1024 x 3072]",

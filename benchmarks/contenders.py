@@ -65,6 +65,13 @@ def fused_gaussian(mean: Tensor, scale: Tensor, x: Tensor, mu: Tensor, logvar: T
     return loss
 
 
+def fused_counts(likelihood: str, *, x: Tensor, mu: Tensor, logvar: Tensor, **parameters: Tensor) -> Tensor:
+    first, *others = parameters.values()
+    recon: Any = (first, *others) if others else first
+    loss: Tensor = fastelbo.elbo_loss(recon, x, mu, logvar, likelihood=likelihood)
+    return loss
+
+
 def judged_kernel(recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = recon.detach().requires_grad_()
@@ -91,6 +98,7 @@ FASTELBO: dict[str, Callable[..., Any]] = {
     "elbo_probs": partial(fastelbo.elbo_loss, likelihood="bernoulli_probs"),
     "elbo_gaussian": fused_gaussian,
     "elbo_learned_prior": fastelbo.elbo_loss,
+    **{f"elbo_{name}": partial(fused_counts, name) for name in ("poisson", "nb", "zinb")},
     "rsample": lambda mu, logvar, num_samples, eps=None: fastelbo.rsample(mu, logvar, num_samples, eps=eps)[:3],
     "iwae": fastelbo.iwae_loss,
     "iwae_probs": fused_iwae_probs,
@@ -111,6 +119,7 @@ JUDGE: dict[str, Callable[..., Any]] = {
         op: with_reference(FASTELBO[op])
         for op in (
             *("elbo_bernoulli", "elbo_uint8", "elbo_probs", "elbo_gaussian", "elbo_learned_prior"),
+            *("elbo_poisson", "elbo_nb", "elbo_zinb"),
             *("iwae", "iwae_probs", "step", "step loss"),
         )
     },

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
-from torch.distributions import Bernoulli, Independent, LowRankMultivariateNormal, Normal, kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Independent,
+    LowRankMultivariateNormal,
+    NegativeBinomial,
+    Normal,
+    Poisson,
+    kl_divergence,
+)
 
 from benchmarks.steps import Step
 
@@ -67,11 +75,22 @@ def sklearn_ppca(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
     return torch.from_numpy(pca.score_samples(x.numpy()))
 
 
+def distributions_elbo_nb(log_mean: Tensor, log_theta: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    fit = NegativeBinomial(log_theta.exp(), logits=log_mean - log_theta)
+    return _elbo(Independent(fit, 1).log_prob(x), mu, logvar)
+
+
+def distributions_elbo_poisson(log_rate: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return _elbo(Independent(Poisson(log_rate.exp()), 1).log_prob(x), mu, logvar)
+
+
 DISTRIBUTIONS: Functions = {
     "elbo_bernoulli": distributions_elbo_bernoulli,
     "elbo_uint8": distributions_elbo_bernoulli,
     "elbo_probs": distributions_elbo_probs,
     "elbo_gaussian": distributions_elbo_gaussian,
+    "elbo_poisson": distributions_elbo_poisson,
+    "elbo_nb": distributions_elbo_nb,
     "rsample": distributions_rsample,
     "iwae": distributions_iwae,
     "ppca": distributions_ppca,

@@ -43,6 +43,37 @@ def plain_elbo_gaussian(mean: Tensor, scale: Tensor, x: Tensor, mu: Tensor, logv
     return (nll.sum() + _kl(mu, logvar).sum()) / len(x)
 
 
+def _nb(x: Tensor, log_mean: Tensor, log_theta: Tensor) -> Tensor:
+    """scvi-tools' formula, whose eps of 1e-8 the logarithms of mean and theta do not need."""
+    theta = log_theta.exp()
+    log_sum = torch.log(theta + log_mean.exp())
+    combinations = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    return theta * (log_theta - log_sum) + x * (log_mean - log_sum) + combinations
+
+
+def plain_elbo_nb(log_mean: Tensor, log_theta: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    return (_kl(mu, logvar).sum() - _nb(x, log_mean, log_theta).sum()) / len(x)
+
+
+def plain_elbo_zinb(
+    log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor
+) -> Tensor:
+    """scvi-tools' formula: one case for x = 0, the other for x > 0, and the sum of both, each times its indicator."""
+    theta = log_theta.exp()
+    log_sum = torch.log(theta + log_mean.exp())
+    softplus, log_zero = F.softplus(-zero_logits), theta * (log_theta - log_sum) - zero_logits
+    zero = F.softplus(log_zero) - softplus
+    combinations = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+    other = log_zero - softplus + x * (log_mean - log_sum) + combinations
+    log_p = (x == 0).to(x.dtype) * zero + (x > 0).to(x.dtype) * other
+    return (_kl(mu, logvar).sum() - log_p.sum()) / len(x)
+
+
+def plain_elbo_poisson(log_rate: Tensor, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    nll = F.poisson_nll_loss(log_rate, x, reduction="sum") + torch.lgamma(x + 1).sum()
+    return (nll + _kl(mu, logvar).sum()) / len(x)
+
+
 def plain_elbo_learned_prior(
     recon: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, prior_mu: Tensor, prior_logvar: Tensor
 ) -> Tensor:
@@ -164,6 +195,9 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "elbo_probs": plain_elbo_probs,
     "elbo_gaussian": plain_elbo_gaussian,
     "elbo_learned_prior": plain_elbo_learned_prior,
+    "elbo_poisson": plain_elbo_poisson,
+    "elbo_nb": plain_elbo_nb,
+    "elbo_zinb": plain_elbo_zinb,
     "rsample": plain_rsample,
     "iwae": plain_iwae,
     "iwae_probs": plain_iwae_probs,

@@ -78,10 +78,18 @@ class _Fused:
         others = self.log_theta, vars(self).get("zi_logits")
         return log_mean, *(t.to(log_mean.dtype) for t in others if t is not None)  # autocast leaves them in half
 
-    def total_log_prob(self, x: Tensor) -> Tensor:
-        """log p(x), summed over genes: [K?, B]."""
+    def elbo_loss(self, x: Tensor, qz: Normal, kl_weight: Tensor | float) -> fastelbo.LossParts:
+        """-log p(x | z) + kl_weight KL(qz || N(0, I)), averaged over cells, and its parts; gradients in the same pass."""
         recon: Any = self._recon()
-        return fastelbo.log_prob(recon if len(recon) > 1 else recon[0], x, likelihood=self.likelihood)
+        return fastelbo.elbo_loss(
+            recon if len(recon) > 1 else recon[0],
+            x,
+            qz.loc,
+            2 * torch.log(qz.scale),
+            likelihood=self.likelihood,
+            beta=kl_weight,
+            return_parts=True,
+        )
 
     def __repr__(self) -> str:
         for name in self.arg_constraints:  # scvi shows what is there
@@ -138,7 +146,7 @@ def _kl(q: Normal, p: Normal) -> Tensor:
 
 
 class FusedVAE(VAE):  # type: ignore[misc]
-    """scvi.module.VAE whose loss is computed by `fastelbo.log_prob` and `fastelbo.gaussian_kl`.
+    """scvi.module.VAE whose loss is computed by `fastelbo.elbo_loss`.
 
     -log p(x | z) + kl_weight KL(q(z | x) || p(z)) + KL(q(l | x) || p(l)), averaged over cells; l is the log library
     size where it is inferred. The likelihoods "nb", "zinb" and "poisson" are fused, with every `dispersion`; for others
@@ -226,12 +234,18 @@ class FusedVAE(VAE):  # type: ignore[misc]
     ) -> LossOutput:
         """As scvi's."""
         x, px = tensors[REGISTRY_KEYS.X_KEY], generative_outputs[MODULE_KEYS.PX_KEY]
-        log_likelihood = px.total_log_prob(x) if isinstance(px, _Fused) else px.log_prob(x).sum(-1)
-        kl_z = _kl(inference_outputs[MODULE_KEYS.QZ_KEY], generative_outputs[MODULE_KEYS.PZ_KEY])
+        qz = inference_outputs[MODULE_KEYS.QZ_KEY]
+        if isinstance(px, _Fused):
+            loss, log_likelihood, kl_z = px.elbo_loss(x, qz, kl_weight)
+            kl_z = kl_z.expand(log_likelihood.shape)  # scvi repeats it for every sample
+        else:
+            log_likelihood, kl_z = px.log_prob(x).sum(-1), _kl(qz, generative_outputs[MODULE_KEYS.PZ_KEY])
+            loss = torch.mean(kl_weight * kl_z - log_likelihood)
         if self.use_observed_lib_size:
             kl_l = torch.zeros_like(kl_z)
         else:
             kl_l = _kl(inference_outputs[MODULE_KEYS.QL_KEY], generative_outputs[MODULE_KEYS.PL_KEY])
+            loss = loss + kl_l.mean()
         extra = {}
         if self.extra_payload_autotune:
             extra = {
@@ -240,7 +254,7 @@ class FusedVAE(VAE):  # type: ignore[misc]
                 "labels": tensors[REGISTRY_KEYS.LABELS_KEY],
             }
         return LossOutput(
-            loss=torch.mean(kl_weight * kl_z + kl_l - log_likelihood),
+            loss=loss,
             reconstruction_loss=-log_likelihood,
             kl_local={MODULE_KEYS.KL_L_KEY: kl_l, MODULE_KEYS.KL_Z_KEY: kl_z},
             extra_metrics=extra,

@@ -236,7 +236,7 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
     - "poisson": log_rate l. x l - exp(l) - lgamma(x + 1)
     - "nb", negative binomial of mean m = exp(log_mean) and variance m + m^2 / theta: (log_mean, log_theta).
       lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + theta log(theta / (theta + m)) + x log(m / (theta + m)),
-      computed without a difference of two lgammas; log_theta counts as at most 60, where this is the Poisson
+      computed without a difference of two lgammas; log_theta counts as at most 40, where this is the Poisson
     - "zinb", zero with probability sigmoid(pi), else the former: (log_mean, log_theta, zero_logits pi).
       log sigmoid(-pi) + nb(x) where x > 0, and log[sigmoid(pi) + sigmoid(-pi) exp(nb(0))] where x = 0
 

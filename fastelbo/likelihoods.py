@@ -83,8 +83,8 @@ def _draw_laplace(generator: Generator | None, mean: Tensor, log_scale: Tensor |
 # ----------------------------------------------------------------------------------------------------------------------
 # Counts. x may be fractional; log p of a negative x is -inf, and that of NaN is NaN.
 
-# Beyond it, log theta counts as this: the negative binomial is the Poisson there, to the last digit of float64.
-LOG_THETA_LIMIT = 60.0
+# Beyond it, log theta counts as this: log p differs there from that of the Poisson by about x^2 / 2e17.
+LOG_THETA_LIMIT = 40.0
 
 
 def _of_counts(log_p: Callable[..., Tensor], x: Tensor, log_mean: Tensor, *others: Tensor) -> Tensor:

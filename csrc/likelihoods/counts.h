@@ -115,23 +115,34 @@ FASTELBO_HD T half_log_2pi(T a) {
   return T(0.5) * log_positive(T(6.2831853071795864769) * a);
 }
 
-// Beyond +-kLogEdge log p is linear in the logarithm of a mean, and theta counts as that at the edge. Ratios of two
-// numbers within the edges are normal, and exp(-edge) is nothing beside 1.
+// Logarithms beyond an edge count as that at the edge, and log p is continued in a straight line, so that ratios of two
+// exponentials are normal numbers:
+//   of theta  above, the Poisson is left: it differs by x^2 / 2 theta; below, theta is 0 next to anything
+//   of means  kMeanEdge lies so far above kThetaEdge that log(1 + m / theta) is log(m / theta); kFaint: no mean beside
+//   x
 template <class T>
-inline constexpr T kLogEdge = sizeof(T) == 4 ? 40 : 60;
+inline constexpr T kThetaEdge = 40;
+template <class T>
+inline constexpr T kFaintTheta = sizeof(T) == 4 ? -25 : -60;
+template <class T>
+inline constexpr T kMeanEdge = sizeof(T) == 4 ? 58 : 80;
+template <class T>
+inline constexpr T kLowestMean = sizeof(T) == 4 ? -85 : -700;
+template <class T>
+inline constexpr T kFaint = -60;
 
 template <class T>
-FASTELBO_HD T above_edge(T log) {
-  return log > kLogEdge<T> ? log - kLogEdge<T> : T(0);
+FASTELBO_HD T exp_between(T low, T log, T high) {
+  const T below = log > high ? high : log;
+  return exp_within(below < low ? low : below);
 }
 template <class T>
-FASTELBO_HD T below_edge(T log) {
-  return log < -kLogEdge<T> ? log + kLogEdge<T> : T(0);
+FASTELBO_HD T above(T log, T edge) {
+  return log > edge ? log - edge : T(0);
 }
 template <class T>
-FASTELBO_HD T exp_within_edges(T log) {
-  const T edge = kLogEdge<T>, below = log > edge ? edge : log;
-  return exp_within(below < -edge ? -edge : below);
+FASTELBO_HD T below(T log, T edge) {
+  return log < edge ? log - edge : T(0);
 }
 
 }  // namespace fastelbo::FASTELBO_ISA

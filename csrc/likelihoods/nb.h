@@ -11,23 +11,34 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
+template <class T>
+FASTELBO_HD T nb_mean(T l) {
+  return exp_between(kLowestMean<T>, l, kMeanEdge<T>);
+}
+template <class T>
+FASTELBO_HD T nb_theta(T r) {
+  return exp_between(kFaintTheta<T>, r, kThetaEdge<T>);
+}
+
 struct NbZero {
   static constexpr int kSteps = 1, kWork = 3;
   enum { kTheta, kRatio, kF };
 
   template <int, class T>
   FASTELBO_HD static void step(const Element<T>& in, T* w) {
-    const T mean = exp_within_edges(in.first), theta = exp_within_edges(in.second), inverse = 1 / (theta + mean);
+    const T mean = nb_mean(in.first), theta = nb_theta(in.second), inverse = 1 / (theta + mean);
     w[kTheta] = theta, w[kRatio] = theta * inverse, w[kF] = -(mean * inverse);
   }
 
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
     const LogRatio<T> ratio = log_ratio(w[kRatio], w[kF]);
-    const T above = above_edge(in.first), theta = w[kTheta];
-    const T d_x = ratio.log - (T(0.5) / theta + stirling(theta).digamma) + (in.first - above) - digamma_of_next(T(0));
-    return {
-        .value = theta * (ratio.log - above), .d_first = theta * w[kF], .d_second = theta * ratio.curve, .d_x = d_x};
+    const T theta = w[kTheta], excess = above(in.first, kMeanEdge<T>);
+    const T d_x = ratio.log - (T(0.5) / theta + stirling(theta).digamma) + (in.first - excess) - digamma_of_next(T(0));
+    return {.value = theta * (ratio.log - excess),
+            .d_first = theta * w[kF],
+            .d_second = in.second > kThetaEdge<T> ? T(0) : theta * (ratio.curve - excess),
+            .d_x = d_x};
   }
 };
 
@@ -40,14 +51,15 @@ struct NbOther {
   FASTELBO_HD static void step(const Element<T>& in, T* w) {
     const T x = in.x;
     if constexpr (kStep == 0) {
-      w[kMean] = exp_within_edges(in.first), w[kTheta] = exp_within_edges(in.second);
+      w[kMean] = nb_mean(in.first), w[kTheta] = nb_theta(in.second);
       const T inverse = 1 / (w[kTheta] + w[kMean]);
       w[kRatio] = (x + w[kTheta]) * inverse, w[kF] = (x - w[kMean]) * inverse;
     } else if constexpr (kStep == 1) {
       const LogRatio<T> ratio = log_ratio(w[kRatio], w[kF]);
       w[kLog] = ratio.log, w[kCurve] = ratio.curve, w[kValue] = (x + w[kTheta]) * ratio.log;
     } else if constexpr (kStep == 2) {
-      w[kValue] += x * log_ratio(w[kMean] / x, (w[kMean] - x) / x).log;
+      const T mean = in.first < kFaint<T> ? exp_within(kFaint<T>) : w[kMean];
+      w[kValue] += x * log_ratio(mean / x, (mean - x) / x).log;
     } else {
       const Stirling<T> of_theta = stirling(w[kTheta]);
       w[kValue] -= of_theta.tail, w[kCurve] += of_theta.digamma;
@@ -56,14 +68,15 @@ struct NbOther {
 
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
-    const T x = in.x, theta = w[kTheta], total = x + theta, above = above_edge(in.first);
+    const T x = in.x, theta = w[kTheta], total = x + theta, excess = above(in.first, kMeanEdge<T>);
     const Stirling<T> of_total = stirling_of<kCount>(total);
     const T rest = of_total.tail - stirling_of<kCount>(x).tail - half_log_2pi(x * total / theta);
-    const T cut = x * below_edge(in.first) + below_edge(in.second) - theta * above;
-    const T d_x = w[kLog] - (T(0.5) / total + of_total.digamma) + (in.first - above) - digamma_of_next(x);
+    const T cut = x * below(in.first, kFaint<T>) + below(in.second, kFaintTheta<T>) - theta * excess;
+    const T d_x = w[kLog] - (T(0.5) / total + of_total.digamma) + (in.first - excess) - digamma_of_next(x);
+    const T d_r = theta * (w[kCurve] - of_total.digamma - excess) + x / (2 * total);
     return of_count<kCount>(x, Terms<T>{.value = w[kValue] + (rest + cut),
                                         .d_first = theta * w[kF],
-                                        .d_second = theta * (w[kCurve] - of_total.digamma) + x / (2 * total),
+                                        .d_second = in.second > kThetaEdge<T> ? T(0) : d_r,
                                         .d_x = d_x});
   }
 };

@@ -30,14 +30,13 @@ struct PoissonOther {
 
   template <int, class T>
   FASTELBO_HD static void step(const Element<T>& in, T* w) {
-    const T low = -kLogEdge<T>;
     w[kMean] = exp_full(in.first);
-    w[kRatio] = (in.first < low ? exp_within(low) : w[kMean]) / in.x;  // a mean of 0 has no logarithm
+    w[kRatio] = (in.first < kFaint<T> ? exp_within(kFaint<T>) : w[kMean]) / in.x;  // a mean of 0 has no logarithm
   }
 
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
-    const T x = in.x, deviance = x * (log_ratio(w[kRatio], (w[kMean] - x) / x).curve + below_edge(in.first));
+    const T x = in.x, deviance = x * (log_ratio(w[kRatio], (w[kMean] - x) / x).curve + below(in.first, kFaint<T>));
     return of_count<kCount>(x, Terms<T>{.value = deviance - (half_log_2pi(x) + stirling_of<kCount>(x).tail),
                                         .d_first = x - w[kMean],
                                         .d_x = in.first - digamma_of_next(x)});

@@ -3,7 +3,7 @@
 //   x = 0:  log p = log q, q = s + (1 - s) E, E = exp(n), n the nb at 0;  d/dn = (1 - s) E / q,
 //           d/dpi = s (1 - s) (1 - E) / q
 // 1 - q = (1 - s) (1 - E) is a product: no digit is lost where q is near 1. Where s and E both vanish, the larger of
-// their logarithms is taken out first, so that one of them is exp(-kLogEdge), and 1 - s is 1.
+// their logarithms is taken out first, down to exp(-40), beside which 1 - s is 1.
 #pragma once
 
 #include "likelihoods/nb.h"
@@ -22,7 +22,7 @@ struct ZinbZero {
       const Terms<T> nb = NbZero::terms(in, w);
       w[kShift] = nb.value, w[kFirst] = nb.d_first, w[kSecond] = nb.d_second;
     } else {
-      const T value = w[kShift], pi = in.third, shift = below_edge(value > pi ? value : pi), logit = pi - shift;
+      const T value = w[kShift], pi = in.third, shift = below(value > pi ? value : pi, T(-40)), logit = pi - shift;
       const T e = exp_nonpositive(minus_abs(logit)), norm = 1 / (1 + e);
       const T a = logit >= 0 ? T(1) : e, b = logit >= 0 ? e : T(1);  // s = a norm, 1 - s = b norm
       const ExpPair<T> n = exp_and_expm1(value - shift);

@@ -22,7 +22,7 @@ FASTELBO_HD LogRatio<T> log_ratio(T q, T f) {
   const bool near = s.exponent == 0;
   const T t = near ? f : s.f;
   const T curve = log1p_curve(t), log = log_joined(s.exponent, t, curve);
-  return {log, near ? curve : log - f};
+  return {f == f ? log : f, near ? curve : log - f};  // the bits of a NaN q say nothing
 }
 
 // v P(v) and v^2 Q(v), the two tails below as functions of v = 1 / a

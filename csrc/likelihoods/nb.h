@@ -1,10 +1,13 @@
 // Negative binomial with mean m = exp(l) and variance m + m^2 / theta, r = log theta.
 //
-// With f = (x - m) / (theta + m), g = (m - x) / x, and lgamma and digamma by Stirling (S and D as in math/special.h):
-//   log p = (x + theta) log(1 + f) + x log(1 + g) - 1/2 log(2 pi x (x + theta) / theta) + S(x + theta) - S(theta) -
-//   S(x) d/dl  = theta f d/dr  = theta [log(1 + f) - f - D(x + theta) + D(theta)] + x / (2 (x + theta))
-// No difference cancels, for any theta: as it goes to infinity the Poisson is left (Loader 2000). At x = 0,
-// log p = theta log(1 + f), and d/dr has its first term alone.
+// With f = (x - m) / (theta + m), and lgamma and digamma by Stirling (S and D as in math/special.h):
+//   log p = theta log(1 + f) + x log(1 - theta f / x) - 1/2 log(2 pi x (x + theta) / theta)
+//           + S(x + theta) - S(theta) - S(x)
+//   d/dl  = theta f
+//   d/dr  = theta [log(1 + f) - f - D(x + theta) + D(theta)] + x / (2 (x + theta))
+// The logarithms are of (x + theta) / (m + theta) and of that times m / x. Their terms are of the size of the result for
+// any theta: as it goes to infinity the Poisson is left (Loader 2000). At x = 0, log p = theta log(1 + f), and d/dr has
+// its first term alone.
 #pragma once
 
 #include "likelihoods/counts.h"
@@ -52,14 +55,15 @@ struct NbOther {
     const T x = in.x;
     if constexpr (kStep == 0) {
       w[kMean] = nb_mean(in.first), w[kTheta] = nb_theta(in.second);
-      const T inverse = 1 / (w[kTheta] + w[kMean]);
-      w[kRatio] = (x + w[kTheta]) * inverse, w[kF] = (x - w[kMean]) * inverse;
+      const T sum = w[kTheta] + w[kMean];  // two divisions: d/dr is as large as theta f where x is
+      w[kRatio] = (x + w[kTheta]) / sum, w[kF] = (x - w[kMean]) / sum;
     } else if constexpr (kStep == 1) {
       const LogRatio<T> ratio = log_ratio(w[kRatio], w[kF]);
-      w[kLog] = ratio.log, w[kCurve] = ratio.curve, w[kValue] = (x + w[kTheta]) * ratio.log;
+      w[kLog] = ratio.log, w[kCurve] = ratio.curve;
     } else if constexpr (kStep == 2) {
       const T mean = in.first < kFaint<T> ? exp_within(kFaint<T>) : w[kMean];
-      w[kValue] += x * log_ratio(mean / x, (mean - x) / x).log;
+      const T log = log_ratio(w[kRatio] * (mean / x), -(w[kTheta] * w[kF]) / x).log;
+      w[kValue] = w[kTheta] * w[kLog] + x * log;
     } else {
       const Stirling<T> of_theta = stirling(w[kTheta]);
       w[kValue] -= of_theta.tail, w[kCurve] += of_theta.digamma;

@@ -7,7 +7,8 @@ that of eager PyTorch, plus a floor:
     FLOOR ulp of the compute dtype (float32, or float64 for float64 inputs) of the magnitude, and
     for a result of a half type, one ulp of that type of the result itself.
 
-The magnitude of a value is the sum of its |terms|; that of a gradient is the largest of its tensor. An element of eager
+The magnitude of a value is the sum of its |terms|; that of a gradient is the largest of its tensor, and for a parameter
+that data share the sum of its |terms|, where that is larger: 9000 terms of one rounding may cancel. An element of eager
 PyTorch may be right by luck: where the rule fails, the error of eager PyTorch is the largest of up to SAMPLES
 evaluations in which every intermediate result is off by up to one ulp at random.
 
@@ -164,11 +165,19 @@ def assert_accurate(
         )
 
 
-def check(call: Call, *inputs: Any, twin: Call | None = None, label: str = "") -> None:
+def _sum_of_magnitudes(twin: Call, inputs: list[Any], index: int, upstream: Sequence[Tensor]) -> Tensor:
+    """Of the gradient of inputs[index], which broadcasts to inputs[0]: the sum of the |terms| of each element."""
+    small = inputs[index]
+    full = small.detach().expand(inputs[0].shape).clone().requires_grad_()
+    outputs = tensors_of(twin(*inputs[:index], full, *inputs[index + 1 :]))
+    return gradients(outputs, [full], upstream)[0].abs().sum_to_size(small.shape)
+
+
+def check(call: Call, *inputs: Any, twin: Call | None = None, label: str = "", shared: Sequence[int] = ()) -> None:
     """Values and all gradients of `call(*inputs)` against `twin(*inputs)` (or the same call) in reference mode.
 
     The upstream gradients are random and differ from element to element. Gradients are taken for the inputs that
-    require one.
+    require one. `shared`: the indices of inputs that broadcast to the first.
     """
     twin = twin or call
     leaves, wide = leaves_of(inputs), partial(leaves_of, inputs, torch.float64)
@@ -186,6 +195,13 @@ def check(call: Call, *inputs: Any, twin: Call | None = None, label: str = "") -
     magnitudes += [
         x.abs().nan_to_num(0.0, 0.0, 0.0).max().expand(x.shape) if x.numel() else x for x in exact[len(outputs) :]
     ]
+    wanted = [i for i, t in enumerate(inputs) if isinstance(t, Tensor) and t.requires_grad]
+    for index in shared:
+        if index in wanted:
+            with reference_mode(exact=True):
+                terms = _sum_of_magnitudes(twin, wide(), index, upstream)
+            at = len(outputs) + wanted.index(index)
+            magnitudes[at] = torch.maximum(magnitudes[at], terms)
     random_runs: list[list[Tensor]] = []
 
     def sampled(index: int) -> Iterator[Tensor]:
@@ -196,7 +212,7 @@ def check(call: Call, *inputs: Any, twin: Call | None = None, label: str = "") -
                     random_runs.append(evaluate(twin, wide(), upstream))
             yield (random_runs[i][index].double() - exact[index]).detach().abs().nan_to_num()
 
-    names = [f"gradient of input {i}" for i, t in enumerate(inputs) if isinstance(t, Tensor) and t.requires_grad]
+    names = [f"gradient of input {i}" for i in wanted]
     names = [*(f"output {i}" for i in range(len(outputs))), *names]
     for i, name in enumerate(names):
         if i < len(outputs):

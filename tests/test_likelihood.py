@@ -441,10 +441,11 @@ def test_a_parameter_in_a_shape_of_its_own(likelihood, shape, dtype, samples):
         for whole in range(len(given)):  # the further parameter that keeps the shape of the first
             some = [t if i == whole and len(given) > 1 else _reduced(t, lead, shape) for i, t in enumerate(given)]
             some += [None] * (2 - len(some))
-            check(log_prob(likelihood[0]), recon, x, *some, label=f"{batch}")
-            check(log_prob(likelihood[0]), recon, x, *some, mask, label=f"{batch}, mask")
+            check(log_prob(likelihood[0]), recon, x, *some, label=f"{batch}", shared=(2, 3))
+            check(log_prob(likelihood[0]), recon, x, *some, mask, label=f"{batch}, mask", shared=(2, 3))
         if len(given) > 1:
-            check(log_prob(likelihood[0]), recon, x, *(_reduced(t, lead, shape) for t in given), label=f"{batch}, all")
+            others = [_reduced(t, lead, shape) for t in given]
+            check(log_prob(likelihood[0]), recon, x, *others, label=f"{batch}, all", shared=(2, 3))
 
 
 @shared_shapes

@@ -5,9 +5,9 @@
 //           + S(x + theta) - S(theta) - S(x)
 //   d/dl  = theta f
 //   d/dr  = theta [log(1 + f) - f - D(x + theta) + D(theta)] + x / (2 (x + theta))
-// The logarithms are of (x + theta) / (m + theta) and of that times m / x. Their terms are of the size of the result for
-// any theta: as it goes to infinity the Poisson is left (Loader 2000). At x = 0, log p = theta log(1 + f), and d/dr has
-// its first term alone.
+// The logarithms are of (x + theta) / (m + theta) and of that times m / x. Their terms are of the size of the result
+// for any theta: as it goes to infinity the Poisson is left (Loader 2000). At x = 0, log p = theta log(1 + f), and d/dr
+// has its first term alone.
 #pragma once
 
 #include "likelihoods/counts.h"

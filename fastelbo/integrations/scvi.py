@@ -79,7 +79,7 @@ class _Fused:
         return log_mean, *(t.to(log_mean.dtype) for t in others if t is not None)  # autocast leaves them in half
 
     def elbo_loss(self, x: Tensor, qz: Normal, kl_weight: Tensor | float) -> fastelbo.LossParts:
-        """-log p(x | z) + kl_weight KL(qz || N(0, I)), averaged over cells, and its parts; gradients in the same pass."""
+        """-log p(x | z) + kl_weight KL(qz || N(0, I)), averaged over cells, and its parts."""
         recon: Any = self._recon()
         return fastelbo.elbo_loss(
             recon if len(recon) > 1 else recon[0],

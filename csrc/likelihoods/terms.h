@@ -9,8 +9,7 @@
 //   shared        (first, second, third) -> that number
 //   kSoftplus     whether log(1 + shared) is still to be subtracted from the value, for a shared number in [0, 1]: the
 //                 CPU takes one logarithm of the product of eight
-//   kZeros        whether x = 0, which most counts are, has a form that is much shorter:
-//   at_zero       (first, second, third) -> its Terms but for d_x
+//   kZeros        whether x = 0, which most counts are, has a formula of its own: see counts.h
 // What the caller does not use of the Terms costs nothing: the compiler drops it.
 #pragma once
 

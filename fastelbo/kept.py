@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastelbo import estimators, reference
 from fastelbo._ops import call
@@ -96,7 +95,7 @@ def select(
     line = w.scatter(0, order, by_chance).cumsum(0)
     total, slot = line[-1:], torch.arange(n, device=device)
     distance = total / (n - sure)  # c
-    points = ((u + (slot - sure)) * distance).minimum(total * (1 - torch.finfo(dtype).eps / 2))
+    points = (((slot - sure).to(dtype) + u) * distance).minimum(total * (1 - torch.finfo(dtype).eps / 2))
     found = torch.searchsorted(line, points, right=True).clamp(max=len(w) - 1)
     some = total > 0
     taken = torch.where(slot < sure, order[:n], torch.where(some, found, order[:1]))
@@ -142,8 +141,7 @@ def keep_samples(
     """
     if log_w.dim() != 2:
         raise ValueError(f"log_w must be [K, B]; got {tuple(log_w.shape)}")
-    K, B = log_w.shape
-    if keep > K:
+    if keep > (K := log_w.shape[0]):
         raise ValueError(f"keep must be at most K={K} from log_w; got {keep}")
     if weights is None:
         weights = weigh(log_w, estimators.ESTIMATORS["iwae"].make()).a
@@ -226,8 +224,12 @@ class _Loss(torch.autograd.Function):
         ctx.dtypes = log_likelihood.dtype, log_ratio.dtype, None if gates is None else gates.dtype
 
     @staticmethod
-    @once_differentiable  # the coefficients are constants: their own derivative would be missing
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "the gradient through kept samples has no graph (create_graph=True): the weights of all samples, on "
+                "which it depends, have none; leave keep out"
+            )
         coefficients, factors, datum = ctx.saved_tensors
         rows = -grad.index_select(0, datum) * coefficients
         of_likelihood, of_ratio, of_gates = ctx.dtypes
@@ -295,7 +297,7 @@ def kept_loss(
 
     Raises:
         ValueError, TypeError: unknown names, shapes that do not fit; "elbo" or "stl", whose weights are all equal.
-        RuntimeError: a second derivative, which would lack that of the weights.
+        NotImplementedError: create_graph=True in the backward: the gradient depends on weights that have no graph.
 
     Note:
         "dreg" and "rws" scale the gradients that reach posterior.z and posterior.log_ratio; see `multi_sample_loss`.
@@ -410,7 +412,7 @@ def added_variance(weights: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 
 class AutoKeep:
-    """keep="auto" of one model and objective: the smallest of SIZES that adds at most SHARE of variance; K if none does.
+    """keep="auto" of one objective: the smallest of SIZES that adds at most SHARE of the variance; K if none does.
 
     The share is a running mean over every INTERVAL-th batch, read from the device once each time.
     """

@@ -352,7 +352,6 @@ def rsample(
 rsample_backward = _backward(rsample, ("mu", "logvar", "prior_mu", "prior_logvar", "eps"), upstream=4)
 
 
-
 def rsample_kept(
     mu: Tensor,
     logvar: Tensor,
@@ -362,7 +361,7 @@ def rsample_kept(
     datum: Tensor,
     seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (sample[i], datum[i]) of what `rsample` draws with that seed: z [n, *latent], log_ratio [n], gates [2, n]."""
+    """The rows (sample[i], datum[i]) of `rsample` with that seed: z [n, *latent], log_ratio [n] and gates [2, n]."""
     rows = [None if t is None else t.index_select(0, datum) for t in (mu, logvar, prior_mu, prior_logvar)]
     size = math.prod(mu.shape[1:])
     index = ((sample * mu.shape[0] + datum) * size)[:, None] + torch.arange(size, device=sample.device)

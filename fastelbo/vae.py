@@ -13,6 +13,7 @@ from fastelbo.functional import (
     Posterior,
     Recon,
     elbo_loss,
+    gaussian_kl,
     join_recon,
     likelihood_mean,
     likelihood_sample,
@@ -385,7 +386,11 @@ class VAE(nn.Module):
             if eps is not None:
                 raise ValueError("eps and keep exclude each other: kept noise is drawn again from its seed; give that")
             row = kept.row_of(
-                objective, num_samples, alpha=alpha, beta=0.5 if isinstance(beta, Tensor | None) else beta, groups=groups
+                objective,
+                num_samples,
+                alpha=alpha,
+                beta=0.5 if isinstance(beta, Tensor | None) else beta,
+                groups=groups,
             )
             if isinstance(keep, str):
                 auto = self._auto.setdefault((row, num_samples), kept.AutoKeep(num_samples))
@@ -437,6 +442,9 @@ class VAE(nn.Module):
         weights = kept.weigh(log_likelihood + torch.cat(log_ratio), row)
         if auto is not None and auto.due():
             auto.update(weights.a)
+        if not torch.is_grad_enabled():
+            loss = -weights.bound.to(log_likelihood.dtype)
+            return LossParts(reference.reduce(loss, reduction), log_likelihood, gaussian_kl(mu, logvar))
         chosen = kept.select(weights.a, keep, generator=generator)
         posterior = kept.rsample_kept(mu, logvar, chosen, seed=key)
         recon = self.decode(posterior.z)

@@ -391,7 +391,7 @@ def autocast_cache_off() -> Iterator[None]:
 # keep="auto" takes one of these, so that shapes repeat; a run of all samples, of n more and the backward of these must
 # be less work than the full gradient: K + 3 keep < 3 K with a backward of twice the work of a forward
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-SHARE = 0.01  # of the variance of the full gradient: what keeping fewer samples may add
+SHARE = 0.05  # of the variance of the full gradient: what keeping fewer samples may add
 INTERVAL = 32  # steps from one look at the weights to the next
 
 

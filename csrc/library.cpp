@@ -15,6 +15,15 @@ TORCH_LIBRARY(fastelbo, m) {
       "Tensor logvar, SymInt? num_samples, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, Tensor? eps, "
       "SymInt first_sample, bool[5] needs) "
       "-> (Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar, Tensor eps)");
+  // Row i is sample[i] of datum[i], of the samples that rsample draws with the same seed: both int64 [n].
+  // z [n, *latent], log_ratio [n], gates [2, n]
+  m.def(
+      "_rsample_kept(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor sample, Tensor datum, "
+      "Tensor seed) -> (Tensor z, Tensor log_ratio, Tensor gates)");
+  m.def(
+      "_rsample_kept_backward(Tensor? grad_z, Tensor? grad_log_ratio, Tensor? grad_gates, Tensor mu, Tensor logvar, "
+      "Tensor? prior_mu, Tensor? prior_logvar, Tensor sample, Tensor datum, Tensor seed, bool[4] needs) "
+      "-> (Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar)");
   m.def("gaussian_kl(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, float free_bits=0.) -> Tensor");
   m.def(
       "_gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "

@@ -58,6 +58,21 @@ inline constexpr Op<
                 const OptionalTensor& eps, c10::SymInt first_sample, std::array<bool, 5> needs)>
     rsample_backward;
 
+using KeptSamples = std::tuple<Tensor, Tensor, Tensor>;  // z, log_ratio, gates
+inline constexpr Op<"fastelbo::_rsample_kept",
+                    KeptSamples(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                                const OptionalTensor& prior_logvar, const Tensor& sample, const Tensor& datum,
+                                const Tensor& seed)>
+    rsample_kept;
+
+using KeptGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of mu, logvar, prior_mu, prior_logvar
+inline constexpr Op<"fastelbo::_rsample_kept_backward",
+                    KeptGrads(const OptionalTensor& grad_z, const OptionalTensor& grad_log_ratio,
+                              const OptionalTensor& grad_gates, const Tensor& mu, const Tensor& logvar,
+                              const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, const Tensor& sample,
+                              const Tensor& datum, const Tensor& seed, std::array<bool, 4> needs)>
+    rsample_kept_backward;
+
 inline constexpr Op<"fastelbo::gaussian_kl",
                     Tensor(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
                            const OptionalTensor& prior_logvar, double free_bits)>

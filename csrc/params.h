@@ -134,6 +134,27 @@ struct SampleBackwardParams {
   View grad_eps;  // [K, B, D], may be empty
 };
 
+// Row i is sample[i] of datum[i], of the samples that SampleParams describes. Work items: rows.
+struct KeptParams {
+  Latents q;
+  int64_t n = 0;
+  const int64_t *sample = nullptr, *datum = nullptr;  // [n]
+  const int64_t* seed = nullptr;
+  View z;                       // [n, D]
+  double* log_ratio = nullptr;  // [n]
+};
+
+// Their gradients. The rows of datum b are order[i] for i in [starts[b], starts[b + 1]). Work items: data.
+struct KeptBackwardParams {
+  Latents q;
+  const int64_t *sample = nullptr, *order = nullptr;  // [n]
+  const int64_t* starts = nullptr;                    // [B + 1]
+  const int64_t* seed = nullptr;
+  View grad_z;                                       // [n, D], may be empty
+  RowScalars grad_log_ratio, gate_path, gate_score;  // [n], as in SampleBackwardParams
+  LatentGrads grad;
+};
+
 inline constexpr int64_t kSampleBlock = 64;  // samples in one work item of the forward
 inline constexpr int64_t rows_per_block(int64_t d) {
   return d >= kLatentTile ? 1 : (d < 1 ? kLatentTile : kLatentTile / d);

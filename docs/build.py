@@ -1,4 +1,4 @@
-"""Builds the API reference: pdoc on the names of `fastelbo.__all__`, and docs/concepts.md as a page beside it.
+"""Builds the API reference: pdoc on the names of `fastelbo.__all__`, and the pages of docs/ beside it.
 
     python docs/build.py [DIR]        the pages go to DIR, build/docs if not given
 
@@ -20,6 +20,7 @@ import fastelbo
 from fastelbo import reference
 
 HERE = Path(__file__).parent
+PROSE = ("concepts", "kept_samples")
 HOOKS = {"extra_repr"}  # called by torch, not by the user
 
 
@@ -72,19 +73,19 @@ def page(module: types.ModuleType) -> pdoc.doc.Module:
     return doc
 
 
-def concepts() -> pdoc.doc.Module:
-    text = (HERE / "concepts.md").read_text()
-    for name in re.findall(r"`fastelbo\.([\w.]+)", text):
+def prose(name: str) -> pdoc.doc.Module:
+    text = (HERE / f"{name}.md").read_text()
+    for public_name in re.findall(r"`fastelbo\.([\w.]+)", text):
         target = fastelbo
-        for part in name.split("."):
+        for part in public_name.split("."):
             target = getattr(target, part)  # AttributeError: the page speaks of a name that does not exist
-    module = types.ModuleType("concepts", text)
+    module = types.ModuleType(name, text)
     module.__docformat__ = "markdown"
     return pdoc.doc.Module(module)
 
 
 def build(out: Path) -> None:
-    pages = {"concepts": concepts(), "fastelbo": page(fastelbo), "fastelbo.reference": page(reference)}
+    pages = {**{name: prose(name) for name in PROSE}, "fastelbo": page(fastelbo), "fastelbo.reference": page(reference)}
     pdoc.render.configure(
         docformat="google",
         show_source=False,

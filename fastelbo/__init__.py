@@ -20,6 +20,7 @@ from fastelbo.functional import (
     multi_sample_loss,
     rsample,
 )
+from fastelbo.kept import Kept, estimator_weights, keep_samples, kept_loss, rsample_kept
 from fastelbo.marginal import LogMeanExp, MarginalEstimate
 from fastelbo.ppca import PPCA, FitReport, ppca_log_prob
 from fastelbo.vae import VAE
@@ -34,6 +35,7 @@ __all__ = [
     "ELBOLoss",
     "FitReport",
     "IWAELoss",
+    "Kept",
     "LogMeanExp",
     "LossParts",
     "MarginalEstimate",
@@ -42,9 +44,12 @@ __all__ = [
     "build_info",
     "diagnostics",
     "elbo_loss",
+    "estimator_weights",
     "gaussian_kl",
     "gaussian_log_prob",
     "iwae_loss",
+    "keep_samples",
+    "kept_loss",
     "log_mean_exp",
     "log_prob",
     "multi_sample_loss",
@@ -52,6 +57,7 @@ __all__ = [
     "reference",
     "reference_mode",
     "rsample",
+    "rsample_kept",
 ]
 
 

@@ -110,6 +110,7 @@ for _name in (
     "_log_prob_backward",
     "_gaussian_kl_backward",
     "_rsample_backward",
+    "_rsample_kept_backward",
     "_log_mean_exp_backward",
     "_multi_sample_weights",
     "_ppca_log_prob_backward",

@@ -138,6 +138,18 @@ def _posterior(name: str, value: Any) -> Any:
     return value
 
 
+def _kept(name: str, value: Any) -> Any:
+    if not all(isinstance(getattr(value, field, None), Tensor) for field in ("sample", "datum", "scale")):
+        raise refusal(name, "a Kept from keep_samples, with the tensors sample, datum, scale", value)
+    return value
+
+
+def _keep(name: str, value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(f'{name} must be an int or "auto"; got "{value}"')
+    return value if isinstance(value, str) else count(name, value)
+
+
 def _shape(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple | list):
         raise refusal(name, "a tuple of ints", value)
@@ -159,6 +171,7 @@ not_negative = number(lambda value: value >= 0, "at least 0")
 # None is taken where it is the default.
 TABLE: dict[str, Check] = {
     **dict.fromkeys(("mu", "logvar", "prior_mu", "prior_logvar", "eps", "z", "log_ratio", "log_w"), _floats),
+    **dict.fromkeys(("log_likelihood", "weights"), _floats),
     **dict.fromkeys(("logits", "mean", "W", "b", "log_sigma2"), _floats),
     "gaussian_log_prob.logvar": _either(_floats, number(expected="a float or a torch.Tensor")),
     "x": _data,
@@ -166,14 +179,17 @@ TABLE: dict[str, Check] = {
     "observed": instance(Tensor, "a bool torch.Tensor"),
     "recon": _recon,
     "posterior": _posterior,
+    "kept": _kept,
     "likelihood": one_of(LIKELIHOODS),
     "reduction": one_of(REDUCTIONS),
     **dict.fromkeys(("estimator", "objective", "proposal"), _text),  # their tables know the names
+    "u": _either(_scalar, number(lambda value: 0 <= value < 1, "in [0, 1)", "a float or a 0-d tensor")),
     "beta": _either(_scalar, number(expected="a float or a 0-d tensor")),
-    "multi_sample_loss.beta": number(),
+    **dict.fromkeys((f"{name}.beta" for name in ("multi_sample_loss", "kept_loss", "estimator_weights")), number()),
     "alpha": number(),
     "free_bits": not_negative,
-    **dict.fromkeys(("num_samples", "chunk_size"), count),
+    **dict.fromkeys(("num_samples", "chunk_size", "keep"), count),
+    "VAE.loss.keep": _keep,
     **dict.fromkeys(("first_sample", "n"), size),
     **dict.fromkeys(("dim", "groups"), integer()),
     "seed": _either(_tensor(torch.int64), integer(expected="an int or an int64 tensor")),

@@ -84,7 +84,7 @@ def _as_tensor(number: float, like: Tensor) -> Tensor:
     return torch.full((), number, dtype=dtype, device=device)
 
 
-def _expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
+def expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
     if t.dim() == len(shape) and t.shape == shape:  # sizes are compared only if they pair up: each becomes a guard
         return t
     try:
@@ -113,7 +113,7 @@ def _parameters(recon: Recon, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor 
     event = x.shape[1:]
     names = (f"the {ordinal} tensor of recon" for ordinal in ORDINALS[1:])
     shaped: list[Tensor | None] = [
-        t if t.dim() == 0 or t.shape == event else _expand(name, t, first.shape, "the first")
+        t if t.dim() == 0 or t.shape == event else expand(name, t, first.shape, "the first")
         for name, t in zip(names, others, strict=False)
     ]
     shaped += [None] * (2 - len(shaped))
@@ -121,7 +121,7 @@ def _parameters(recon: Recon, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor 
 
 
 def _mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if mask is None else _expand("mask", mask, x.shape, "x")
+    return None if mask is None else expand("mask", mask, x.shape, "x")
 
 
 def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -171,8 +171,8 @@ def rsample(
 
     Reference: Kingma & Welling 2014, sec. 2.4 and app. B; noise: Salmon et al. 2011 (Philox 4x32-10).
     """
-    p_mu = None if prior_mu is None else _expand("prior_mu", prior_mu, mu.shape, "mu")
-    p_logvar = None if prior_logvar is None else _expand("prior_logvar", prior_logvar, mu.shape, "mu")
+    p_mu = None if prior_mu is None else expand("prior_mu", prior_mu, mu.shape, "mu")
+    p_logvar = None if prior_logvar is None else expand("prior_logvar", prior_logvar, mu.shape, "mu")
     if eps is None:
         key = seed_tensor(seed, generator, mu.device)
     elif seed is not None or generator is not None:
@@ -214,8 +214,8 @@ def gaussian_kl(
 
     Reference: Kingma & Welling 2014, app. B; free bits: Kingma et al. 2016, eq. 15.
     """
-    p_mu = None if prior_mu is None else _expand("prior_mu", prior_mu, mu.shape, "mu")
-    p_logvar = None if prior_logvar is None else _expand("prior_logvar", prior_logvar, mu.shape, "mu")
+    p_mu = None if prior_mu is None else expand("prior_mu", prior_mu, mu.shape, "mu")
+    p_logvar = None if prior_logvar is None else expand("prior_logvar", prior_logvar, mu.shape, "mu")
     if _varies(free_bits) and free_bits > 0:
         gaussian_kl(mu, logvar, p_mu, p_logvar, free_bits=0.0)  # checks the arguments; the compiler drops the result
         return reference.gaussian_kl(mu, logvar, p_mu, p_logvar, _as_tensor(free_bits, mu))
@@ -350,7 +350,7 @@ def gaussian_log_prob(mean: Tensor, x: Tensor, logvar: float | Tensor = 0.0, *, 
             return log_prob(mean, x, likelihood="gaussian", mask=mask)
         logvar = _as_tensor(logvar, mean)
     elif logvar.dim() != 0 and logvar.shape != x.shape[1:]:
-        logvar = _expand("logvar", logvar, mean.shape, "mean")
+        logvar = expand("logvar", logvar, mean.shape, "mean")
     return log_prob((mean, logvar), x, likelihood="gaussian", mask=mask)
 
 
@@ -459,8 +459,8 @@ def elbo_loss(
         x,
         mu,
         logvar,
-        None if prior_mu is None else _expand("prior_mu", prior_mu, mu.shape, "mu"),
-        None if prior_logvar is None else _expand("prior_logvar", prior_logvar, mu.shape, "mu"),
+        None if prior_mu is None else expand("prior_mu", prior_mu, mu.shape, "mu"),
+        None if prior_logvar is None else expand("prior_logvar", prior_logvar, mu.shape, "mu"),
         second,
         third,
         _mask(mask, x),

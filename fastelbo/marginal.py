@@ -126,6 +126,14 @@ def _expand_batch(recon: Recon, x: Tensor) -> Recon:
     return join_recon(first.expand(shape), *(t.expand(shape) if t.dim() == first.dim() else t for t in others))
 
 
+def pieces(x: Tensor, start: int, end: int) -> list[tuple[int, int]]:
+    """Samples start to end, cut so that recon of each piece, for data like x [B, *event], stays in the cache."""
+    limit = PIECE_ELEMENTS.get(x.device.type, PIECE_ELEMENTS["other"])
+    piece = max(1, limit // max(1, x.numel()))
+    count = max(1, round((end - start) / piece))
+    return list(pairwise(start + (end - start) * i // count for i in range(count + 1)))  # of nearly equal size
+
+
 @checked
 def log_weights(
     model: Model,
@@ -145,8 +153,6 @@ def log_weights(
         mu, logvar = model.encode(x)
         if proposal == "prior":  # the same samples for every datum: K of them are decoded, not K times B
             mu = logvar = torch.zeros_like(mu[:1])
-    limit = PIECE_ELEMENTS.get(x.device.type, PIECE_ELEMENTS["other"])
-    piece = max(1, limit // max(1, x[: len(mu)].numel()))
 
     def weigh(first: int, count: int) -> Tensor:  # [count, B]
         drawn = rsample(mu, logvar, count, seed=key, first_sample=first)
@@ -158,7 +164,6 @@ def log_weights(
     for start in range(0, num_samples, chunk := chunk_size or CHUNK):
         end = min(start + chunk, num_samples)
         with torch.no_grad():
-            pieces = max(1, round((end - start) / piece))
-            edges = [start + (end - start) * i // pieces for i in range(pieces + 1)]  # of nearly equal size
-            log_w = torch.cat([weigh(first, last - first) for first, last in pairwise(edges)])
+            parts = pieces(x[: len(mu)], start, end)
+            log_w = torch.cat([weigh(first, last - first) for first, last in parts])
         yield log_w

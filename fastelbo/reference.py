@@ -217,10 +217,9 @@ def gaussian_kl(
 gaussian_kl_backward = _backward(gaussian_kl, ("mu", "logvar", "prior_mu", "prior_logvar"))
 
 
-def philox(seed: Tensor, count: int, offset: int = 0) -> Tensor:
-    """Philox 4x32-10 (Salmon et al. 2011) of counters offset .. offset + count - 1 -> int64 [count, 4] in [0, 2^32)."""
+def philox(seed: Tensor, index: Tensor) -> Tensor:
+    """Philox 4x32-10 (Salmon et al. 2011) of the counters int64 [n] -> int64 [n, 4] in [0, 2^32)."""
     low = 0xFFFFFFFF
-    index = torch.arange(offset, offset + count, dtype=torch.int64, device=seed.device)
     key0, key1 = seed.reshape(()) & low, (seed.reshape(()) >> 32) & low
     c0, c1, c2, c3 = index & low, index >> 32, torch.zeros_like(index), torch.zeros_like(index)
     for _ in range(10):
@@ -250,9 +249,20 @@ def normal(seed: Tensor, shape: tuple[int, ...], offset: int = 0) -> Tensor:
     Element e takes number e mod 4 of counter e // 4; the words (a, b) of a pair give r cos t and r sin t with
     r = sqrt(-2 log u), u = (a + 1/2) 2^-32, and t = 2 pi b 2^-32.
     """
-    count, dtype = math.prod(shape), noise_dtype(seed.device)
+    count = math.prod(shape)
     first, last = offset // 4, (offset + count + 3) // 4
-    words = philox(seed, last - first, first)
+    words = philox(seed, torch.arange(first, last, dtype=torch.int64, device=seed.device))
+    return _box_muller(words).flatten()[offset - 4 * first :][:count].reshape(shape)
+
+
+def normal_at(seed: Tensor, index: Tensor) -> Tensor:
+    """The elements int64 [n] of that noise."""
+    return _box_muller(philox(seed, index >> 2)).gather(1, (index & 3)[:, None])[:, 0]
+
+
+def _box_muller(words: Tensor) -> Tensor:
+    """Two normals of every pair of words: int64 [n, 4] -> [n, 4]."""
+    dtype = noise_dtype(words.device)
     a, b = words[:, 0::2], words[:, 1::2]
     # u, or where it is above 1/2 its complement 1 - u, which float32 too holds without a loss of digits
     upper = a >= 1 << 31
@@ -262,8 +272,7 @@ def normal(seed: Tensor, shape: tuple[int, ...], offset: int = 0) -> Tensor:
     half_turns = (b + (1 << 30)) >> 31
     r = torch.where(half_turns == 1, -r, r)
     t = (b - (half_turns << 31)).to(dtype) * (2 * math.pi * 2.0**-32)
-    noise = torch.stack([r * torch.cos(t), r * torch.sin(t)], 2).flatten()
-    return noise[offset - 4 * first :][:count].reshape(shape)
+    return torch.stack([r * torch.cos(t), r * torch.sin(t)], 2).flatten(1)
 
 
 class _Gated(torch.autograd.Function):
@@ -341,6 +350,27 @@ def rsample(
 
 
 rsample_backward = _backward(rsample, ("mu", "logvar", "prior_mu", "prior_logvar", "eps"), upstream=4)
+
+
+def rsample_kept(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    sample: Tensor,
+    datum: Tensor,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows (sample[i], datum[i]) of `rsample` with that seed: z [n, *latent], log_ratio [n] and gates [2, n]."""
+    rows = [None if t is None else t.index_select(0, datum) for t in (mu, logvar, prior_mu, prior_logvar)]
+    size = math.prod(mu.shape[1:])
+    index = ((sample * mu.shape[0] + datum) * size)[:, None] + torch.arange(size, device=sample.device)
+    eps = normal_at(seed, index.flatten()).reshape(1, len(sample), *mu.shape[1:])
+    z, _, log_ratio, gates = rsample(rows[0], rows[1], 1, rows[2], rows[3], None, eps)  # type: ignore[arg-type]
+    return z[0], log_ratio[0], gates[:, 0]
+
+
+rsample_kept_backward = _backward(rsample_kept, ("mu", "logvar", "prior_mu", "prior_logvar"), upstream=3)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Objectives.

@@ -36,6 +36,12 @@ def _counts(like: Tensor) -> Tensor:
     return torch.arange(like.numel(), device=like.device).reshape(like.shape) % 4
 
 
+def _kept(mu: Tensor) -> fastelbo.Kept:
+    """Twice as many rows as data, in no order, some of them twice, by the shape alone."""
+    index = torch.arange(2 * len(mu), device=mu.device)
+    return fastelbo.Kept(index * 5 % 4, index * 7 % max(1, len(mu) - 1), torch.ones_like(index))
+
+
 def _elbo(reduction: str, **options):
     def call(mean, logvar_x, x, mu, logvar, beta):
         return tuple(
@@ -103,6 +109,12 @@ FUNCTIONS = {
     ),
     "rsample, eps": Function(
         lambda mu, lv, eps: fastelbo.rsample(mu, lv, K, eps=eps)[:3], lambda b, d: [_r(b, d), _r(b, d), _r(K, b, d)]
+    ),
+    "rsample_kept, seed": Function(
+        lambda *given: fastelbo.rsample_kept(
+            *given[:2], _kept(given[0]), prior_mu=given[2], prior_logvar=given[3], seed=SEED
+        )[:3],
+        lambda b, d: [_r(b, d) for _ in range(4)],
     ),
     "log_mean_exp": Function(lambda w: fastelbo.log_mean_exp(w, 1), lambda b, d: [_r(b, d, 2)]),
     "elbo_loss mean": Function(_elbo("mean"), _elbo_inputs),

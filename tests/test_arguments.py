@@ -63,6 +63,7 @@ VALUES: dict[str, object] = {
     "function": torch.sigmoid,
     "empty posterior": fastelbo.Posterior(*[None] * 8),
     "posterior": fastelbo.rsample(torch.zeros(B, M), torch.zeros(B, M), K),
+    "kept": fastelbo.keep_samples(torch.zeros(K, B), 2),
     "accumulator": fastelbo.LogMeanExp(),
 }
 
@@ -76,17 +77,20 @@ _NUMBERS = {*_INTS, "big int", "float", "whole float", "numpy float"}
 # which of them an argument takes, as far as it goes without a look at the others; None besides, where it is the default
 TAKES: dict[str, set[str]] = {
     **dict.fromkeys(("mu", "logvar", "prior_mu", "prior_logvar", "eps", "z", "log_ratio", "log_w"), _FLOATS),
+    **dict.fromkeys(("log_likelihood", "weights"), _FLOATS),
     **dict.fromkeys(("logits", "mean", "recon", "W", "b", "log_sigma2"), _FLOATS),
     **dict.fromkeys(("x", "mask"), _DATA),
     "observed": {"bool tensor"},
     "gaussian_log_prob.logvar": {*_FLOATS, *_NUMBERS},
     "beta": {"0-d tensor", *_NUMBERS},
-    "multi_sample_loss.beta": _NUMBERS,
+    **dict.fromkeys((f"{name}.beta" for name in ("multi_sample_loss", "kept_loss", "estimator_weights")), _NUMBERS),
+    "u": {"0-d tensor"},
     **dict.fromkeys(("alpha", "free_bits"), _NUMBERS),
-    **dict.fromkeys(("num_samples", "chunk_size", "first_sample", "groups", "n", "dim"), _INTS),
+    **dict.fromkeys(("num_samples", "chunk_size", "first_sample", "groups", "n", "dim", "keep"), _INTS),
     "seed": {*_INTS, "0-d int tensor"},
     "generator": {"generator"},
     "posterior": {"posterior"},
+    "kept": {"kept"},
     **dict.fromkeys(("likelihood", "reduction", "estimator", "objective", "proposal"), _NOTHING),
     **dict.fromkeys(("return_parts", "VAE.sample.mean"), _FLAG),
     **dict.fromkeys(("encoder", "decoder"), _MODULE),
@@ -100,7 +104,7 @@ def _good() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
     r = torch.randn
     mu, logvar, recon, x = r(B, M), r(B, M), r(K, B, D), torch.rand(B, D)
     posterior, log_w = fastelbo.rsample(mu, logvar, K), r(K, B)
-    q = {"mu": mu, "logvar": logvar}
+    q, kept = {"mu": mu, "logvar": logvar}, fastelbo.keep_samples(log_w, 2)
     p = {"recon": recon, "x": x}
     vae = fastelbo.VAE(nn.Linear(D, 2 * M), nn.Linear(M, D), latent_shape=(M,))
     return {
@@ -113,6 +117,18 @@ def _good() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
         "elbo_loss": (fastelbo.elbo_loss, {**p, **q}),
         "iwae_loss": (fastelbo.iwae_loss, {**p, "log_ratio": log_w}),
         "multi_sample_loss": (fastelbo.multi_sample_loss, {**p, "posterior": posterior}),
+        "keep_samples": (fastelbo.keep_samples, {"log_w": log_w, "keep": 2}),
+        "rsample_kept": (fastelbo.rsample_kept, {**q, "kept": kept, "seed": 3}),
+        "kept_loss": (
+            fastelbo.kept_loss,
+            {
+                "log_likelihood": r(2 * B),
+                "posterior": fastelbo.rsample_kept(mu, logvar, kept, seed=3),
+                "kept": kept,
+                "log_w": log_w,
+            },
+        ),
+        "estimator_weights": (fastelbo.estimator_weights, {"log_w": log_w}),
         "ppca_log_prob": (fastelbo.ppca_log_prob, {"x": r(B, D), "W": r(D, 2), "b": r(D), "log_sigma2": r(())}),
         "diagnostics": (fastelbo.diagnostics, {"posterior": posterior}),
         "DiagnosticsMeter.update": (fastelbo.DiagnosticsMeter().update, {"posterior": posterior}),

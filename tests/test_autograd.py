@@ -122,11 +122,13 @@ def _op_calls() -> dict[str, tuple]:
 
     wide = partial(plain, dtype=torch.float64)
     mu, seed = r(4, 5), torch.tensor([3])
+    kept = torch.tensor([2, 0, 0, 1, 2, 5]), torch.tensor([3, 0, 0, 1, 3, 1])
     x, mask = torch.rand(4, 6), torch.rand(4, 6) < 0.5
     need = [True] * 5
     return {
         "rsample seed": (ops.rsample.default, (mu, r(4, 5), 3, None, r(4, 5), seed, None, 1)),
         "rsample eps": (ops.rsample.default, (mu, r(4, 5), None, r(4, 5), None, None, r(4, 5), 0)),
+        "rsample_kept": (ops._rsample_kept.default, (mu, r(4, 5), None, r(4, 5), *kept, seed)),
         "gaussian_kl": (ops.gaussian_kl.default, (mu, r(4, 5), None, r(4, 5), 0.3)),
         "log_prob": (ops.log_prob.default, (r(3, 4, 6), x, None, None, mask, "bernoulli")),
         "log_prob pair": (ops.log_prob.default, (r(4, 6), r(4, 6), r(4, 6), None, None, "gaussian")),
@@ -169,6 +171,14 @@ def _op_calls() -> dict[str, tuple]:
         "backward of rsample, gates": (
             ops._rsample_backward.default,
             (r(3, 4, 5), r(4), r(3, 4), r(2, 3, 4), mu, r(4, 5), 3, None, r(4, 5), None, r(3, 4, 5), 0, need),
+        ),
+        "backward of rsample_kept": (
+            ops._rsample_kept_backward.default,
+            (r(6, 5), None, None, mu, r(4, 5), None, None, *kept, seed, [True, True, False, False]),
+        ),
+        "backward of rsample_kept, gates": (
+            ops._rsample_kept_backward.default,
+            (r(6, 5), r(6), r(2, 6), mu, r(4, 5), r(4, 5), None, *kept, seed, [True, True, True, False]),
         ),
         "backward of log_mean_exp": (ops._log_mean_exp_backward.default, (r(4), r(4, 5), 1)),
         "ppca_log_prob": (ops.ppca_log_prob.default, (r(4, 6), r(6, 2), r(6), r())),

@@ -5,6 +5,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastelbo
 from docs import build
@@ -49,10 +50,23 @@ def test_a_public_name_without_a_docstring_is_refused() -> None:
         build.page(module)
 
 
-def test_the_code_of_the_concepts_page_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (build.HERE / "concepts.md").read_text(), flags=re.DOTALL)
+def run_page(name: str) -> dict[str, object]:
+    """What the code of a page leaves behind."""
     space: dict[str, object] = {}
-    for block in blocks:
+    for block in re.findall(r"```python\n(.*?)```", (build.HERE / f"{name}.md").read_text(), flags=re.DOTALL):
         exec(block, space)
+    return space
+
+
+def test_the_code_of_the_concepts_page_runs() -> None:
+    space = run_page("concepts")
     assert tuple(space["estimate"].log_prob.shape) == (8,) and space["total"].count == 100
     assert space["prior_mu"].grad.shape == (20,) and space["logvar_x"].grad.shape == ()
+
+
+def test_the_code_of_the_page_on_kept_samples_runs() -> None:
+    space = run_page("kept_samples")
+    assert space["log_w"].shape == (50, 16) and space["kept"].sample.shape == (8 * 16,)
+    assert all(p.grad.abs().max() > 0 for p in (*space["encoder"].parameters(), *space["conditional"].parameters()))
+    log_w, loss = space["log_w"], space["loss"]  # of "vr", alpha = 0.5
+    torch.testing.assert_close(loss, -2 * fastelbo.log_mean_exp(0.5 * log_w).mean())

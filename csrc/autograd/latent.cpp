@@ -39,6 +39,34 @@ struct RSample : public Function<RSample> {
   }
 };
 
+struct RSampleKept : public Function<RSampleKept> {
+  enum { kMu, kLogvar, kPriorMu, kPriorLogvar, kSample, kDatum, kSeed, kArguments };
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& mu, const Tensor& logvar,
+                               const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, const Tensor& sample,
+                               const Tensor& datum, const Tensor& seed) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [z, log_ratio, gates] = ops::rsample_kept(mu, logvar, prior_mu, prior_logvar, sample, datum, seed);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({mu, logvar, tensor(prior_mu), tensor(prior_logvar), sample, datum, seed});
+    return {z, log_ratio, gates};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(kArguments);
+    if (!grads[0].defined() && !grads[1].defined()) return result;  // gates alone pass nothing
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &mu = saved[kMu], &logvar = saved[kLogvar], &prior_mu = saved[kPriorMu],
+                 &prior_logvar = saved[kPriorLogvar];
+    BelowAutogradUnlessGraph guard;
+    std::tie(result[kMu], result[kLogvar], result[kPriorMu], result[kPriorLogvar]) =
+        ops::rsample_kept_backward(optional(grads[0]), optional(grads[1]), optional(grads[2]), mu, logvar,
+                                   optional(prior_mu), optional(prior_logvar), saved[kSample], saved[kDatum],
+                                   saved[kSeed], needs<4>(ctx, {mu, logvar, prior_mu, prior_logvar}));
+    return result;
+  }
+};
+
 struct GaussianKl : public Function<GaussianKl> {
   enum { kMu, kLogvar, kPriorMu, kPriorLogvar, kFreeBits, kArguments };
 
@@ -66,6 +94,7 @@ struct GaussianKl : public Function<GaussianKl> {
 
 TORCH_LIBRARY_IMPL(fastelbo, Autograd, m) {
   m.impl("rsample", Apply<RSample, decltype(ops::rsample)>::call);
+  m.impl("_rsample_kept", Apply<RSampleKept, decltype(ops::rsample_kept)>::call);
   m.impl("gaussian_kl", Apply<GaussianKl, decltype(ops::gaussian_kl)>::call);
 }
 

@@ -66,12 +66,40 @@ void rsample_backward(prepare::RSampleBackward& op) {
   run(kernels().sample_backward[op.is_double], p, row_blocks(p.q.B, p.q.D), rows_per_block(p.q.D) * p.q.D * p.K * 2);
 }
 
+// What comes from outside is checked where it can be read without a wait.
+void check_kept(const at::Tensor& sample, const at::Tensor& datum, const Latents& q) {
+  const auto *k = sample.const_data_ptr<int64_t>(), *b = datum.const_data_ptr<int64_t>();
+  const int64_t samples = std::numeric_limits<int64_t>::max() / std::max<int64_t>(1, q.B * q.D);
+  for (int64_t i = 0; i < sample.numel(); ++i) {
+    TORCH_CHECK_INDEX(b[i] >= 0 && b[i] < q.B, "datum must be in [0, B) with B=", q.B, " from mu; got ", b[i]);
+    TORCH_CHECK_INDEX(k[i] >= 0 && k[i] < samples, "sample must be in [0, ", samples, "); got ", k[i]);
+  }
+}
+
+void rsample_kept(prepare::RSampleKept& op) {
+  KeptParams& p = op.params;
+  check_kept(op.sample, op.datum, p.q);
+  Scratch ratios(p.n, 0.0);
+  p.log_ratio = ratios.data();
+  run(kernels().sample_kept[op.is_double], p, p.n, p.q.D * 4);
+  write(ratios.data(), op.log_ratio);
+}
+
+void rsample_kept_backward(prepare::RSampleKeptBackward& op) {
+  const KeptBackwardParams& p = op.params;
+  check_kept(op.sample, op.datum, p.q);
+  const int64_t rows = op.sample.numel() / std::max<int64_t>(1, p.q.B) + 1;  // of a datum, on average
+  run(kernels().sample_kept_backward[op.is_double], p, p.q.B, rows * p.q.D * 4);
+}
+
 }  // namespace
 }  // namespace cpu
 
 TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
   m.impl("rsample", implement<prepare::rsample, cpu::rsample>);
   m.impl("_rsample_backward", implement<prepare::rsample_backward, cpu::rsample_backward>);
+  m.impl("_rsample_kept", implement<prepare::rsample_kept, cpu::rsample_kept>);
+  m.impl("_rsample_kept_backward", implement<prepare::rsample_kept_backward, cpu::rsample_kept_backward>);
   m.impl("gaussian_kl", implement<prepare::gaussian_kl, cpu::gaussian_kl>);
   m.impl("_gaussian_kl_backward", implement<prepare::gaussian_kl_backward, cpu::gaussian_kl_backward>);
 }

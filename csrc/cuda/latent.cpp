@@ -33,12 +33,24 @@ void rsample_backward(prepare::RSampleBackward& op) {
   launch_samples_backward(op.params, op.is_double, device.stream());
 }
 
+void rsample_kept(prepare::RSampleKept& op) {
+  const OnDeviceOf device(op.z);
+  launch_samples_kept(op.params, op.log_ratio.mutable_data_ptr(), op.is_double, device.stream());
+}
+
+void rsample_kept_backward(prepare::RSampleKeptBackward& op) {
+  const OnDeviceOf device(op.mu);
+  launch_samples_kept_backward(op.params, op.is_double, device.stream());
+}
+
 }  // namespace
 }  // namespace cuda
 
 TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
   m.impl("rsample", implement<prepare::rsample, cuda::rsample>);
   m.impl("_rsample_backward", implement<prepare::rsample_backward, cuda::rsample_backward>);
+  m.impl("_rsample_kept", implement<prepare::rsample_kept, cuda::rsample_kept>);
+  m.impl("_rsample_kept_backward", implement<prepare::rsample_kept_backward, cuda::rsample_kept_backward>);
   m.impl("gaussian_kl", implement<prepare::gaussian_kl, cuda::gaussian_kl>);
   m.impl("_gaussian_kl_backward", implement<prepare::gaussian_kl_backward, cuda::gaussian_kl_backward>);
 }

@@ -191,6 +191,12 @@ inline void latent(const at::Tensor& mu, const at::Tensor& logvar, const Optiona
   if (prior_logvar.has_value()) like_mu("prior_logvar", *prior_logvar);
 }
 
+inline void seed(const at::Tensor& t, const at::Tensor& mu) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kLong, "seed must be an int64 tensor; got ", dtype_name(t.scalar_type()));
+  TORCH_CHECK_VALUE(t.sym_numel() == 1, "seed must hold one element; got the shape ", shape_text(t));
+  same_device("seed", t, "mu", mu);
+}
+
 inline void noise(const at::Tensor& mu, const std::optional<c10::SymInt>& num_samples, const OptionalTensor& seed,
                   const OptionalTensor& eps, const c10::SymInt& first_sample) {
   TORCH_CHECK_VALUE(!num_samples || *num_samples >= 1, "num_samples must be at least 1; got ", *num_samples);
@@ -198,10 +204,7 @@ inline void noise(const at::Tensor& mu, const std::optional<c10::SymInt>& num_sa
   TORCH_CHECK_VALUE(seed.has_value() != eps.has_value(), "rsample takes either seed or eps; got ",
                     seed.has_value() ? "both" : "neither");
   if (seed.has_value()) {
-    TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "seed must be an int64 tensor; got ",
-                     dtype_name(seed->scalar_type()));
-    TORCH_CHECK_VALUE(seed->sym_numel() == 1, "seed must hold one element; got the shape ", shape_text(*seed));
-    same_device("seed", *seed, "mu", mu);
+    checks::seed(*seed, mu);
     return;
   }
   c10::SymDimVector shape;
@@ -211,6 +214,16 @@ inline void noise(const at::Tensor& mu, const std::optional<c10::SymInt>& num_sa
                     " (num_samples and mu); got ", shape_text(*eps));
   same_precision("eps", *eps, "mu", mu);
   same_device("eps", *eps, "mu", mu);
+}
+
+// The indices of kept samples.
+inline void kept(const at::Tensor& sample, const at::Tensor& datum, const at::Tensor& mu) {
+  for (const auto& [name, t] : {std::pair<const char*, const at::Tensor&>{"sample", sample}, {"datum", datum}}) {
+    TORCH_CHECK_TYPE(t.scalar_type() == at::kLong, name, " must be int64; got ", dtype_name(t.scalar_type()));
+    TORCH_CHECK_VALUE(t.dim() == 1, name, " must be [n]; got ", shape_text(t));
+    same_device(name, t, "mu", mu);
+  }
+  shaped("datum", datum, "sample", sample);
 }
 
 inline void rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
@@ -236,6 +249,20 @@ inline void rsample_backward(const OptionalTensor& grad_z, const OptionalTensor&
   if (grad_gates.has_value() && num_samples) {
     upstream("grad_gates", *grad_gates, {c10::SymInt(2), *num_samples, mu.sym_size(0)}, mu);
   }
+}
+
+inline void rsample_kept_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_log_ratio,
+                                  const OptionalTensor& grad_gates, const at::Tensor& mu, const c10::SymInt& n) {
+  c10::SymDimVector shape(mu.sym_sizes().begin(), mu.sym_sizes().end());
+  shape[0] = n;
+  if (grad_z.has_value()) {
+    TORCH_CHECK_VALUE(same_shape(grad_z->sym_sizes(), shape), "grad_z must have the shape ", shape_text(shape),
+                      "; got ", shape_text(*grad_z));
+    same_precision("grad_z", *grad_z, "mu", mu);
+    same_device("grad_z", *grad_z, "mu", mu);
+  }
+  if (grad_log_ratio.has_value()) upstream("grad_log_ratio", *grad_log_ratio, {n}, mu);
+  if (grad_gates.has_value()) upstream("grad_gates", *grad_gates, {c10::SymInt(2), n}, mu);
 }
 
 inline void elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& mu, const OptionalTensor& beta) {

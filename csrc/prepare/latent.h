@@ -169,4 +169,81 @@ inline RSampleBackward rsample_backward(const OptionalTensor& grad_z, const Opti
   return op;
 }
 
+struct RSampleKept {
+  Tensor z, log_ratio, gates;
+  bool is_double = false;
+  Views views{0};
+  Tensor sample, datum;  // contiguous
+  KeptParams params;
+
+  KeptSamples result() {
+    views.finish();
+    return {z, log_ratio, gates};
+  }
+};
+
+inline RSampleKept rsample_kept(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                                const OptionalTensor& prior_logvar, const Tensor& sample, const Tensor& datum,
+                                const Tensor& seed) {
+  checks::latent(mu, logvar, prior_mu, prior_logvar);
+  checks::seed(seed, mu);
+  checks::kept(sample, datum, mu);
+  c10::SymDimVector shape(mu.sym_sizes().begin(), mu.sym_sizes().end());
+  const c10::SymInt n = shape[0] = sample.sym_size(0);
+  RSampleKept op{at::empty_symint(shape, mu.options()), at::empty_symint({n}, shapes::compute_options(mu)),
+                 at::zeros_symint({2, n}, shapes::compute_options(mu)), views::is_double(mu), Views(mu.dim() - 1)};
+  if (mu.is_meta()) return op;
+  op.sample = sample.contiguous(), op.datum = datum.contiguous();
+  KeptParams& p = op.params;
+  p.q = latents(op.views, mu, logvar, prior_mu, prior_logvar);
+  p.n = sample.size(0);
+  p.sample = op.sample.const_data_ptr<int64_t>(), p.datum = op.datum.const_data_ptr<int64_t>();
+  p.seed = seed.const_data_ptr<int64_t>();
+  p.z = op.views.out(op.z);
+  return op;
+}
+
+struct RSampleKeptBackward {
+  Tensor mu;
+  LatentOutputs grads;
+  bool is_double = false;
+  Views views{0};
+  Tensor sample, datum, order, starts;  // contiguous; datum in ascending order
+  KeptBackwardParams params;
+
+  KeptGrads result() {
+    views.finish();
+    return {grads.mu, grads.logvar, grads.prior_mu, grads.prior_logvar};
+  }
+};
+
+inline RSampleKeptBackward rsample_kept_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_log_ratio,
+                                                 const OptionalTensor& grad_gates, const Tensor& mu,
+                                                 const Tensor& logvar, const OptionalTensor& prior_mu,
+                                                 const OptionalTensor& prior_logvar, const Tensor& sample,
+                                                 const Tensor& datum, const Tensor& seed, std::array<bool, 4> needs) {
+  checks::latent(mu, logvar, prior_mu, prior_logvar);
+  checks::seed(seed, mu);
+  checks::kept(sample, datum, mu);
+  checks::rsample_kept_backward(grad_z, grad_log_ratio, grad_gates, mu, sample.sym_size(0));
+  RSampleKeptBackward op{
+      mu, {mu, logvar, prior_mu, prior_logvar, needs.data()}, views::is_double(mu), Views(mu.dim() - 1)};
+  if (mu.is_meta()) return op;
+  op.sample = sample.contiguous();
+  std::tie(op.datum, op.order) = at::sort(datum, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  op.starts = at::searchsorted(op.datum, at::arange(mu.size(0) + 1, datum.options()));
+  KeptBackwardParams& p = op.params;
+  p.q = latents(op.views, mu, logvar, prior_mu, prior_logvar);
+  p.sample = op.sample.const_data_ptr<int64_t>(), p.order = op.order.const_data_ptr<int64_t>();
+  p.starts = op.starts.const_data_ptr<int64_t>();
+  p.seed = seed.const_data_ptr<int64_t>();
+  p.grad_z = op.views.in(grad_z);
+  if (grad_log_ratio.has_value()) p.grad_log_ratio = views::rows_of(*grad_log_ratio);
+  if (grad_gates.has_value()) {
+    p.gate_path = views::rows_of(grad_gates->select(0, 0)), p.gate_score = views::rows_of(grad_gates->select(0, 1));
+  }
+  p.grad = op.grads.views(op.views);
+  return op;
+}
+
 }  // namespace fastelbo::prepare

@@ -76,17 +76,23 @@ struct LatentTile {
   KlTerm<T> kl(int64_t i) const { return kl_term(delta[i], t[i], exp_t[i], inv_p[i]); }
 };
 
+// All columns of the rows [b, b + rows): f(tile, column).
+template <bool kStd, class T, class F>
+inline void for_columns(const Latents& p, int64_t b, int64_t rows, LatentTile<T>& tile, F f) {
+  for (int64_t column = 0; column < p.D; column += kLatentTile) {
+    const int64_t columns = p.D - column < kLatentTile ? p.D - column : kLatentTile;
+    tile.template read<kStd>(p, b, rows, column, columns);
+    f(tile, column);
+  }
+}
+
 // Work items cover rows [b, b + rows) and all columns: f(tile, b, column).
 template <class T, bool kStd, class F>
 inline void for_latent_tiles(const Latents& p, int64_t block, F f) {
   const int64_t per_block = rows_per_block(p.D), b = block * per_block;
   const int64_t rows = p.B - b < per_block ? p.B - b : per_block;
   LatentTile<T> tile;
-  for (int64_t column = 0; column < p.D; column += kLatentTile) {
-    const int64_t columns = p.D - column < kLatentTile ? p.D - column : kLatentTile;
-    tile.template read<kStd>(p, b, rows, column, columns);
-    f(tile, b, column);
-  }
+  for_columns<kStd>(p, b, rows, tile, [&](LatentTile<T>& t, int64_t column) { f(t, b, column); });
 }
 
 // Where a tile is to be written: in place where its rows lie flat, else in the buffer, which store_rows() copies out.
@@ -190,18 +196,36 @@ void kl_dims_kernel(const KlDimsParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// eps of the tile's elements for sample k, in the compute type.
-template <class T, class Params>
-inline const T* eps_of(const Params& p, const LatentTile<T>& tile, int64_t k, int64_t b, int64_t column, T* to,
-                       NoiseBuffer& noise) {
-  if (p.eps) return load_rows(p.eps, k, b, column, tile.rows, tile.columns, to);
+// The noise of the tile's elements in sample k, in the compute type.
+template <class T>
+inline const T* noise_of(const int64_t* seed, const Latents& q, int64_t k, int64_t b, int64_t column,
+                         const LatentTile<T>& tile, T* to, NoiseBuffer& noise) {
   // a tile is whole rows, or part of one row: its indices in [K, B, D] are contiguous
-  const float* e = normal_run(uint64_t(*p.seed), ((p.first_sample + k) * p.q.B + b) * p.q.D + column, tile.n, noise);
+  const float* e = normal_run(uint64_t(*seed), (k * q.B + b) * q.D + column, tile.n, noise);
   if constexpr (sizeof(T) == 4) {
     return e;
   } else {
     for (int64_t i = 0; i < tile.n; ++i) to[i] = e[i];
     return to;
+  }
+}
+
+// eps of the tile's elements for sample k, in the compute type.
+template <class T, class Params>
+inline const T* eps_of(const Params& p, const LatentTile<T>& tile, int64_t k, int64_t b, int64_t column, T* to,
+                       NoiseBuffer& noise) {
+  if (p.eps) return load_rows(p.eps, k, b, column, tile.rows, tile.columns, to);
+  return noise_of(p.seed, p.q, p.first_sample + k, b, column, tile, to, noise);
+}
+
+// z and the log ratio of every element of a tile.
+template <class T>
+inline void sample_tile(const LatentTile<T>& tile, const T* __restrict eps, T* __restrict z, T* __restrict ratio) {
+#pragma omp simd
+  for (int64_t i = 0; i < tile.n; ++i) {
+    const Sample<T> s = sample(tile.mu[i], tile.delta[i], tile.t[i], tile.std[i], tile.inv_p[i], eps[i]);
+    z[i] = s.z;
+    ratio[i] = s.log_ratio;
   }
 }
 
@@ -217,12 +241,7 @@ void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
       for (int64_t k = first; k < last; ++k) {
         const T* __restrict eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
         T* __restrict z_at = target_rows(p.z, k, b, column, tile, z);
-#pragma omp simd
-        for (int64_t i = 0; i < tile.n; ++i) {
-          const Sample<T> s = sample(tile.mu[i], tile.delta[i], tile.t[i], tile.std[i], tile.inv_p[i], eps[i]);
-          z_at[i] = s.z;
-          ratio[i] = s.log_ratio;
-        }
+        sample_tile(tile, eps, z_at, ratio);
         store_rows(p.z, k, b, column, tile, z_at);
         for (int64_t r = 0; r < tile.rows; ++r) {
           p.log_ratio[k * p.q.B + b + r] += double(sum_of(ratio + r * tile.columns, tile.columns));
@@ -232,91 +251,172 @@ void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// The gradients of math/latent.h and the KL's own, summed over k: kInner in the compute type, then in double.
+// Rows of samples that were chosen: z and the log ratio.
+template <class T>
+void sample_kept_kernel(const KeptParams& p, int64_t begin, int64_t end) {
+  alignas(64) T eps_buffer[kLatentTile], z[kLatentTile], ratio[kLatentTile];
+  NoiseBuffer noise;
+  LatentTile<T> row;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t b = p.datum[i];
+    for_columns<true>(p.q, b, 1, row, [&](const LatentTile<T>& tile, int64_t column) {
+      const T* __restrict eps = noise_of(p.seed, p.q, p.sample[i], b, column, tile, eps_buffer, noise);
+      T* __restrict z_at = target_rows(p.z, 0, i, column, tile, z);
+      sample_tile(tile, eps, z_at, ratio);
+      store_rows(p.z, 0, i, column, tile, z_at);
+      p.log_ratio[i] += double(sum_of(ratio, tile.columns));
+    });
+  }
+}
+
+// The gradients of math/latent.h, summed over samples: kInner in the compute type, then in double.
+template <class T>
+class SampleSums {
+  static constexpr int64_t kInner = 16;
+  alignas(64) double total_[4][kLatentTile];
+  TileGrads<T> part_;
+  T* parts_[4] = {part_.mu, part_.logvar, part_.prior_mu, part_.prior_logvar};
+  const bool prior_;
+  const int sums_;
+  int64_t pending_ = 0;
+
+  void to_double(int64_t n) {
+    for (int s = 0; s < sums_; ++s) {
+      T* __restrict from = parts_[s];
+      double* __restrict to = total_[s];
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) to[i] += double(from[i]), from[i] = 0;
+    }
+    pending_ = 0;
+  }
+
+ public:
+  alignas(64) T grad_eps[kLatentTile];  // of the sample that was added last
+
+  explicit SampleSums(bool prior) : prior_(prior), sums_(prior ? 4 : 2) {}
+
+  void start(int64_t n) {
+    for (int s = 0; s < sums_; ++s) {
+      for (int64_t i = 0; i < n; ++i) total_[s][i] = 0, parts_[s][i] = 0;
+    }
+    pending_ = 0;
+  }
+
+  // One sample. grad_z and up, the upstream gradient of the log ratio, are by element; up may be null: then nothing of
+  // the log ratio is multiplied by 0, since it may be infinite. path, score: the gates of row r, where `gated`.
+  template <class Gate>
+  void add(const LatentTile<T>& tile, const T* __restrict grad_z, const T* __restrict up, const T* __restrict eps,
+           bool gated, Gate path, Gate score) {
+    const auto put = [&](int64_t i, const SampleGrad<T>& g) {
+      part_.mu[i] += g.mu;
+      part_.logvar[i] += g.logvar;
+      grad_eps[i] = g.eps;
+    };
+    if (gated) {
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const T by_path = 1 + path(r), by_score = 1 + score(r);
+        const int64_t begin = r * tile.columns, end = begin + tile.columns;
+        const T lr = up && tile.columns ? up[begin] : T(0);
+#pragma omp simd
+        for (int64_t i = begin; i < end; ++i) {
+          put(i,
+              gated_sample_grad(grad_z[i], lr, by_path, by_score, tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]));
+        }
+      }
+    } else if (!up) {
+#pragma omp simd
+      for (int64_t i = 0; i < tile.n; ++i) put(i, sample_grad(grad_z[i], tile.std[i], eps[i]));
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < tile.n; ++i) {
+        put(i, sample_grad(grad_z[i], up[i], tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]));
+      }
+    }
+    if (up && prior_) {
+#pragma omp simd
+      for (int64_t i = 0; i < tile.n; ++i) {
+        const SampleGrad<T> g = sample_grad(grad_z[i], up[i], tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]);
+        part_.prior_mu[i] += g.prior_mu;
+        part_.prior_logvar[i] += g.prior_logvar;
+      }
+    }
+    if (++pending_ == kInner) to_double(tile.n);
+  }
+
+  // The sums in the compute type; total() has them in double.
+  TileGrads<T>& finish(int64_t n) {
+    to_double(n);
+    for (int s = 0; s < sums_; ++s) {
+      for (int64_t i = 0; i < n; ++i) parts_[s][i] = T(total_[s][i]);
+    }
+    return part_;
+  }
+  double total(int s, int64_t i) const { return total_[s][i]; }
+};
+
+// The gradients of the samples, and the KL's own.
 template <class T>
 void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_t end) {
-  constexpr int64_t kInner = 16;
-  alignas(64) T eps_buffer[kLatentTile], grad_z[kLatentTile], up[kLatentTile], grad_eps[kLatentTile],
-      zeros[kLatentTile] = {};
+  alignas(64) T eps_buffer[kLatentTile], grad_z[kLatentTile], up[kLatentTile], zeros[kLatentTile] = {};
   NoiseBuffer noise;
-  TileGrads<T> part;
-  alignas(64) double total[4][kLatentTile];
-  T* parts[4] = {part.mu, part.logvar, part.prior_mu, part.prior_logvar};
-  const bool prior = p.grad.prior();
-  const bool ratio = p.grad_log_ratio.data;  // without it, nothing of the log ratio is multiplied by 0: it may be inf
-  const bool gated = p.gate_path.data;
-  const int sums = prior ? 4 : 2;
+  const bool prior = p.grad.prior(), ratio = p.grad_log_ratio.data, gated = p.gate_path.data;
+  SampleSums<T> sums(prior);
   for (int64_t block = begin; block < end; ++block) {
     for_latent_tiles<T, true>(p.q, block, [&](LatentTile<T>& tile, int64_t b, int64_t column) {
-      const int64_t n = tile.n;
       if (p.grad_kl.data) tile.prepare_kl();
-      for (int s = 0; s < sums; ++s) {
-        for (int64_t i = 0; i < n; ++i) total[s][i] = 0, parts[s][i] = 0;
-      }
+      sums.start(tile.n);
       for (int64_t k = 0; k < p.K; ++k) {
-        const T* __restrict eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
+        const T* eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
         for (int64_t r = 0; ratio && r < tile.rows; ++r) {
           const T g = row_number<T>(p.grad_log_ratio, k, b + r);
           for (int64_t i = 0; i < tile.columns; ++i) up[r * tile.columns + i] = g;
         }
-        const T* __restrict gz = p.grad_z ? load_rows(p.grad_z, k, b, column, tile.rows, tile.columns, grad_z) : zeros;
-        const auto add = [&](int64_t i, const SampleGrad<T>& g) {
-          part.mu[i] += g.mu;
-          part.logvar[i] += g.logvar;
-          grad_eps[i] = g.eps;
+        const T* gz = p.grad_z ? load_rows(p.grad_z, k, b, column, tile.rows, tile.columns, grad_z) : zeros;
+        const auto gate = [&](const RowScalars& factor) {
+          return [&, k, b](int64_t r) { return row_number<T>(factor, k, b + r); };
         };
-        if (gated) {
-          for (int64_t r = 0; r < tile.rows; ++r) {
-            const T path = 1 + row_number<T>(p.gate_path, k, b + r), score = 1 + row_number<T>(p.gate_score, k, b + r);
-            const T lr = ratio ? row_number<T>(p.grad_log_ratio, k, b + r) : T(0);
-            const int64_t end = (r + 1) * tile.columns;
-#pragma omp simd
-            for (int64_t i = r * tile.columns; i < end; ++i) {
-              add(i, gated_sample_grad(gz[i], lr, path, score, tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]));
-            }
-          }
-        } else if (!ratio) {
-#pragma omp simd
-          for (int64_t i = 0; i < n; ++i) add(i, sample_grad(gz[i], tile.std[i], eps[i]));
-        } else {
-#pragma omp simd
-          for (int64_t i = 0; i < n; ++i) {
-            add(i, sample_grad(gz[i], up[i], tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]));
-          }
-        }
-        if (ratio && prior) {
-#pragma omp simd
-          for (int64_t i = 0; i < n; ++i) {
-            const SampleGrad<T> g = sample_grad(gz[i], up[i], tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]);
-            part.prior_mu[i] += g.prior_mu;
-            part.prior_logvar[i] += g.prior_logvar;
-          }
-        }
-        store_rows(p.grad_eps, k, b, column, tile, grad_eps);
-        if (k % kInner == kInner - 1 || k == p.K - 1) {
-          for (int s = 0; s < sums; ++s) {
-            T* __restrict from = parts[s];
-            double* __restrict to = total[s];
-#pragma omp simd
-            for (int64_t i = 0; i < n; ++i) to[i] += double(from[i]), from[i] = 0;
-          }
-        }
+        sums.add(tile, gz, ratio ? up : nullptr, eps, gated, gate(p.gate_path), gate(p.gate_score));
+        store_rows(p.grad_eps, k, b, column, tile, sums.grad_eps);
       }
-      for (int q = 0; q < sums; ++q) {
-        for (int64_t i = 0; i < n; ++i) parts[q][i] = T(total[q][i]);
-      }
+      TileGrads<T>& part = sums.finish(tile.n);
       for (int64_t r = 0; p.grad_kl.data && r < tile.rows; ++r) {
         const T g = row_number<T>(p.grad_kl, 0, b + r);
         for (int64_t i = r * tile.columns; i < (r + 1) * tile.columns; ++i) {
           const KlTerm<T> kl = tile.kl(i);
-          part.mu[i] = T(total[0][i] + double(g * kl.d_mu));
-          part.logvar[i] = T(total[1][i] + double(g * kl.d_logvar));
+          part.mu[i] = T(sums.total(0, i) + double(g * kl.d_mu));
+          part.logvar[i] = T(sums.total(1, i) + double(g * kl.d_logvar));
           if (!prior) continue;
-          part.prior_mu[i] = T(total[2][i] + double(g * kl.d_prior_mu));
-          part.prior_logvar[i] = T(total[3][i] + double(g * kl.d_prior_logvar));
+          part.prior_mu[i] = T(sums.total(2, i) + double(g * kl.d_prior_mu));
+          part.prior_logvar[i] = T(sums.total(3, i) + double(g * kl.d_prior_logvar));
         }
       }
       part.store_to(p.grad, b, column, tile);
+    });
+  }
+}
+
+template <class T>
+void sample_kept_backward_kernel(const KeptBackwardParams& p, int64_t begin, int64_t end) {
+  alignas(64) T eps_buffer[kLatentTile], grad_z[kLatentTile], up[kLatentTile], zeros[kLatentTile] = {};
+  NoiseBuffer noise;
+  LatentTile<T> row;
+  const bool ratio = p.grad_log_ratio.data, gated = p.gate_path.data;
+  SampleSums<T> sums(p.grad.prior());
+  for (int64_t b = begin; b < end; ++b) {
+    for_columns<true>(p.q, b, 1, row, [&](const LatentTile<T>& tile, int64_t column) {
+      sums.start(tile.n);
+      for (int64_t at = p.starts[b]; at < p.starts[b + 1]; ++at) {
+        const int64_t i = p.order[at];
+        const T* eps = noise_of(p.seed, p.q, p.sample[i], b, column, tile, eps_buffer, noise);
+        const T g = ratio ? row_number<T>(p.grad_log_ratio, 0, i) : T(0);
+        for (int64_t j = 0; j < tile.n; ++j) up[j] = g;
+        const T* gz = p.grad_z ? load_rows(p.grad_z, 0, i, column, 1, tile.columns, grad_z) : zeros;
+        const auto gate = [&](const RowScalars& factor) {
+          return [&, i](int64_t) { return row_number<T>(factor, 0, i); };
+        };
+        sums.add(tile, gz, ratio ? up : nullptr, eps, gated, gate(p.gate_path), gate(p.gate_score));
+      }
+      sums.finish(tile.n).store_to(p.grad, b, column, tile);
     });
   }
 }

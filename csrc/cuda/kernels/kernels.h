@@ -63,6 +63,10 @@ void launch_weigh(const MultiSampleParams& p, const Total& total, bool is_double
 void launch_samples(const SampleParams& p, void* log_ratio, void* kl, bool is_double, cudaStream_t stream);
 void launch_samples_backward(const SampleBackwardParams& p, bool is_double, cudaStream_t stream);
 
+// Rows of samples that were chosen. log_ratio: T [n].
+void launch_samples_kept(const KeptParams& p, void* log_ratio, bool is_double, cudaStream_t stream);
+void launch_samples_kept_backward(const KeptBackwardParams& p, bool is_double, cudaStream_t stream);
+
 // Batch means of every dimension's KL, for free bits: out [D].
 void launch_kl_dims(const KlDimsParams& p, bool is_double, cudaStream_t stream);
 

@@ -16,6 +16,40 @@ inline __device__ void normals(uint64_t seed, uint64_t counter, float* to) {
   to[0] = a.first, to[1] = a.second, to[2] = b.first, to[3] = b.second;
 }
 
+// A row of samples, its noise from `eps` or from element `start` on: z, and this thread's part of the log ratio.
+template <class T>
+__device__ T draw_row(const Latents& q, int64_t b, uint64_t seed, int64_t start, const View& eps, int64_t eps_row,
+                      const View& z_out, int64_t to, int lane, int g) {
+  // the counters whose numbers the row's elements take; the first and the last may belong to two rows
+  const int64_t counters = q.D ? (start + q.D + 3) / 4 - start / 4 : 0;
+  T ratio = 0;
+  for (int64_t c = lane; c < counters; c += g) {
+    float noise[4];
+    if (!eps) normals(seed, uint64_t(start / 4 + c), noise);
+    const int64_t first = 4 * (start / 4 + c) - start;  // the column of noise[0]; negative in front of the row
+    T z[4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int64_t i = first + j;
+      if (i < 0 || i >= q.D) continue;
+      const T e = eps ? load_at<T>(eps, eps_row + offset_of(eps, i)) : T(noise[j]);
+      const Latent<T> l(q, b, i);
+      const Sample<T> s = sample(l.mu, l.delta, l.t, exp_full(T(0.5) * l.logvar), l.inv_p, e);
+      z[j] = s.z;
+      ratio += s.log_ratio;
+    }
+    if (first >= 0 && first + 4 <= q.D) {
+      store4(z_out, to, first, 4, z);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (first + j >= 0 && first + j < q.D) store_at<T>(z_out, to + offset_of(z_out, first + j), z[j]);
+      }
+    }
+  }
+  return ratio;
+}
+
 // A group takes row (k, b): z and the log ratio; the rows of k = 0 also have the KL.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) samples_kernel(SampleParams p, T* log_ratio, T* kl_out, int g) {
@@ -26,34 +60,8 @@ __global__ void __launch_bounds__(kThreads, 2) samples_kernel(SampleParams p, T*
     const int64_t row = base + group, k = row / p.q.B, b = row % p.q.B;
     T ratio = 0, kl = 0;
     if (row < rows) {
-      // the counters whose numbers the row's elements take; the first and the last may belong to two rows
       const int64_t start = ((p.first_sample + k) * p.q.B + b) * p.q.D;
-      const int64_t counters = p.q.D ? (start + p.q.D + 3) / 4 - start / 4 : 0;
-      for (int64_t c = lane; c < counters; c += g) {
-        float noise[4];
-        if (!p.eps) normals(seed, uint64_t(start / 4 + c), noise);
-        const int64_t first = 4 * (start / 4 + c) - start;  // the column of noise[0]; negative in front of the row
-        T z[4] = {};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int64_t i = first + j;
-          if (i < 0 || i >= p.q.D) continue;
-          const T e = p.eps ? load_at<T>(p.eps, row_of(p.eps, k, b) + offset_of(p.eps, i)) : T(noise[j]);
-          const Latent<T> l(p.q, b, i);
-          const Sample<T> s = sample(l.mu, l.delta, l.t, exp_full(T(0.5) * l.logvar), l.inv_p, e);
-          z[j] = s.z;
-          ratio += s.log_ratio;
-        }
-        const int64_t to = row_of(p.z, k, b);
-        if (first >= 0 && first + 4 <= p.q.D) {
-          store4(p.z, to, first, 4, z);
-        } else {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            if (first + j >= 0 && first + j < p.q.D) store_at<T>(p.z, to + offset_of(p.z, first + j), z[j]);
-          }
-        }
-      }
+      ratio = draw_row<T>(p.q, b, seed, start, p.eps, row_of(p.eps, k, b), p.z, row_of(p.z, k, b), lane, g);
     }
     if (row < rows && k == 0) {
       for (int64_t i = lane; i < p.q.D; i += g) kl += Latent<T>(p.q, b, i).kl().value;
@@ -64,6 +72,60 @@ __global__ void __launch_bounds__(kThreads, 2) samples_kernel(SampleParams p, T*
       log_ratio[row] = ratio;
       if (k == 0) kl_out[b] = kl;
     }
+  }
+}
+
+// A group takes row i: z and the log ratio. Nothing waits for the device, so that an index out of range gives NaN.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) samples_kept_kernel(KeptParams p, T* log_ratio, int g) {
+  const int per_block = kThreads / g, lane = int(threadIdx.x) % g, group = int(threadIdx.x) / g;
+  for (int64_t base = int64_t(blockIdx.x) * per_block; base < p.n; base += int64_t(gridDim.x) * per_block) {
+    const int64_t row = base + group, b = row < p.n ? p.datum[row] : -1;
+    T ratio = 0;
+    if (row < p.n && b >= 0 && b < p.q.B) {
+      const int64_t start = (p.sample[row] * p.q.B + b) * p.q.D, to = row_of(p.z, 0, row);
+      ratio = draw_row<T>(p.q, b, uint64_t(*p.seed), start, View{}, 0, p.z, to, lane, g);
+    } else if (row < p.n) {
+      ratio = T(NAN);
+      for (int64_t i = lane; i < p.q.D; i += g) store_one(p.z, row, i, ratio);
+    }
+    ratio = group_sum(ratio, g);
+    if (row < p.n && lane == 0) log_ratio[row] = ratio;
+  }
+}
+
+// A thread takes one element of a datum, and adds up its rows in their order.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) samples_kept_backward_kernel(KeptBackwardParams p) {
+  const bool prior = p.grad.prior(), ratio = p.grad_log_ratio.data, gated = p.gate_path.data;
+  const int64_t elements = p.q.B * p.q.D;
+  for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < elements; at += int64_t(gridDim.x) * kThreads) {
+    const int64_t b = at / p.q.D, i = at % p.q.D;
+    const Latent<T> l(p.q, b, i);
+    const T std = exp_full(T(0.5) * l.logvar);
+    double mu = 0, logvar = 0, prior_mu = 0, prior_logvar = 0;
+    for (int64_t next = p.starts[b]; next < p.starts[b + 1]; ++next) {
+      const int64_t row = p.order[next], index = p.sample[row] * elements + at;
+      float noise[4];
+      normals(uint64_t(*p.seed), uint64_t(index) >> 2, noise);
+      const int s = int(index & 3);  // no index that varies: it would put the numbers in memory
+      const T e = s == 0 ? noise[0] : s == 1 ? noise[1] : s == 2 ? noise[2] : noise[3];
+      const T gz = p.grad_z ? load_at<T>(p.grad_z, row_of(p.grad_z, 0, row) + offset_of(p.grad_z, i)) : T(0);
+      const T up = ratio ? row_number<T>(p.grad_log_ratio, 0, row) : T(0);
+      SampleGrad<T> g;
+      if (gated) {
+        const T path = 1 + row_number<T>(p.gate_path, 0, row), score = 1 + row_number<T>(p.gate_score, 0, row);
+        g = gated_sample_grad(gz, up, path, score, l.delta, std, l.inv_p, e);
+      } else {
+        g = ratio ? sample_grad(gz, up, l.delta, std, l.inv_p, e) : sample_grad(gz, std, e);
+      }
+      mu += g.mu, logvar += g.logvar;
+      if (ratio && prior) prior_mu += g.prior_mu, prior_logvar += g.prior_logvar;
+    }
+    store_one(p.grad.mu, b, i, T(mu));
+    store_one(p.grad.logvar, b, i, T(logvar));
+    store_one(p.grad.prior_mu, b, i, T(prior_mu));
+    store_one(p.grad.prior_logvar, b, i, T(prior_logvar));
   }
 }
 
@@ -188,6 +250,19 @@ void launch_samples_backward(const SampleBackwardParams& p, bool is_double, cuda
   const int64_t blocks = blocks_for((p.q.B * p.q.D + 3) / 4, 32);
   is_double ? launch(samples_backward_kernel<double>, blocks, stream, p)
             : launch(samples_backward_kernel<float>, blocks, stream, p);
+}
+
+void launch_samples_kept(const KeptParams& p, void* log_ratio, bool is_double, cudaStream_t stream) {
+  const int g = group_size(p.q.D, kMaxBlocks * kThreads);  // as of all samples
+  const int64_t blocks = blocks_for(p.n, kThreads / g);
+  is_double ? launch(samples_kept_kernel<double>, blocks, stream, p, static_cast<double*>(log_ratio), g)
+            : launch(samples_kept_kernel<float>, blocks, stream, p, static_cast<float*>(log_ratio), g);
+}
+
+void launch_samples_kept_backward(const KeptBackwardParams& p, bool is_double, cudaStream_t stream) {
+  const int64_t blocks = blocks_for(p.q.B * p.q.D, kThreads);
+  is_double ? launch(samples_kept_backward_kernel<double>, blocks, stream, p)
+            : launch(samples_kept_backward_kernel<float>, blocks, stream, p);
 }
 
 void launch_kl_dims(const KlDimsParams& p, bool is_double, cudaStream_t stream) {

@@ -15,6 +15,7 @@ from benchmarks.plain import PLAIN, digits_model, one_bce
 from benchmarks.steps import Step
 from fastelbo import reference
 from fastelbo.estimators import ESTIMATORS
+from fastelbo.functional import join_recon
 
 # options of the estimators that have any, in the benchmarks
 OPTIONS: dict[str, dict[str, Any]] = {"vr": {"alpha": 0.5}, "ciwae": {"beta": 0.5}, "miwae": {"groups": 5}}
@@ -66,9 +67,7 @@ def fused_gaussian(mean: Tensor, scale: Tensor, x: Tensor, mu: Tensor, logvar: T
 
 
 def fused_counts(likelihood: str, *, x: Tensor, mu: Tensor, logvar: Tensor, **parameters: Tensor) -> Tensor:
-    first, *others = parameters.values()
-    recon: Any = (first, *others) if others else first
-    loss: Tensor = fastelbo.elbo_loss(recon, x, mu, logvar, likelihood=likelihood)
+    loss: Tensor = fastelbo.elbo_loss(join_recon(*parameters.values()), x, mu, logvar, likelihood=likelihood)
     return loss
 
 

@@ -104,6 +104,13 @@ def select(
     return Kept(taken % K, taken // K, scale[at])
 
 
+def _samples_of(log_w: Tensor) -> int:
+    """K of log_w [K, B]."""
+    if log_w.dim() != 2:
+        raise ValueError(f"log_w must be [K, B]; got {tuple(log_w.shape)}")
+    return log_w.shape[0]
+
+
 @torch.no_grad()
 @checked
 def keep_samples(
@@ -139,9 +146,7 @@ def keep_samples(
 
     Reference: Fearnhead & Clifford 2003, sec. 3 (the threshold); Madow 1949 (systematic sampling).
     """
-    if log_w.dim() != 2:
-        raise ValueError(f"log_w must be [K, B]; got {tuple(log_w.shape)}")
-    if keep > (K := log_w.shape[0]):
+    if keep > (K := _samples_of(log_w)):
         raise ValueError(f"keep must be at most K={K} from log_w; got {keep}")
     if weights is None:
         weights = weigh(log_w, estimators.ESTIMATORS["iwae"].make()).a
@@ -304,9 +309,7 @@ def kept_loss(
 
     Reference: those of `multi_sample_loss`; Fearnhead & Clifford 2003 for the choice of samples.
     """
-    if log_w.dim() != 2:
-        raise ValueError(f"log_w must be [K, B]; got {tuple(log_w.shape)}")
-    row = row_of(estimator, log_w.shape[0], alpha=alpha, beta=beta, groups=groups)
+    row = row_of(estimator, _samples_of(log_w), alpha=alpha, beta=beta, groups=groups)
     n = kept.sample.shape[0]
     if log_likelihood.shape != (n,):
         raise ValueError(f"log_likelihood must be [n] with n={n} from kept; got {tuple(log_likelihood.shape)}")
@@ -340,9 +343,7 @@ def estimator_weights(
 
     Reference: those of `multi_sample_loss`.
     """
-    if log_w.dim() != 2:
-        raise ValueError(f"log_w must be [K, B]; got {tuple(log_w.shape)}")
-    return weigh(log_w, row_of(estimator, log_w.shape[0], alpha=alpha, beta=beta, groups=groups)).a
+    return weigh(log_w, row_of(estimator, _samples_of(log_w), alpha=alpha, beta=beta, groups=groups)).a
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,13 +66,7 @@ struct Counts : Defaults {
 #if defined(__CUDA_ARCH__)
     return in.x == 0 ? run<Zero>(in) : run<Other<Count::any>>(in);  // a branch: the registers of one formula at a time
 #else
-    const Terms<T> zero = run<Zero>(in), other = run<Other<Count::any>>(in);
-    const bool is_zero = in.x == 0;
-    return {.value = is_zero ? zero.value : other.value,
-            .d_first = is_zero ? zero.d_first : other.d_first,
-            .d_second = is_zero ? zero.d_second : other.d_second,
-            .d_third = is_zero ? zero.d_third : other.d_third,
-            .d_x = is_zero ? zero.d_x : other.d_x};
+    return select(in.x == 0, run<Zero>(in), run<Other<Count::any>>(in));
 #endif
   }
 };
@@ -84,12 +78,7 @@ FASTELBO_HD Terms<T> of_count(T x, const Terms<T>& t) {
     return t;
   } else {
     const T inf = T(__builtin_huge_val());
-    const bool impossible = x < 0 || x == inf;
-    return {.value = impossible ? -inf : t.value,
-            .d_first = impossible ? T(0) : t.d_first,
-            .d_second = impossible ? T(0) : t.d_second,
-            .d_third = impossible ? T(0) : t.d_third,
-            .d_x = impossible ? T(0) : t.d_x};
+    return select(x < 0 || x == inf, Terms<T>{.value = -inf}, t);
   }
 }
 

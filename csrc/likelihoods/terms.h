@@ -29,6 +29,16 @@ struct Terms {
   T value = 0, d_first = 0, d_second = 0, d_third = 0, d_x = 0;
 };
 
+// a where the condition holds, else b; without control flow.
+template <class T>
+FASTELBO_HD Terms<T> select(bool condition, const Terms<T>& a, const Terms<T>& b) {
+  return {.value = condition ? a.value : b.value,
+          .d_first = condition ? a.d_first : b.d_first,
+          .d_second = condition ? a.d_second : b.d_second,
+          .d_third = condition ? a.d_third : b.d_third,
+          .d_x = condition ? a.d_x : b.d_x};
+}
+
 template <class L>
 inline constexpr int kParameters = int(sizeof(L::parameters) / sizeof(L::parameters[0]));
 

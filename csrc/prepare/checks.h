@@ -226,6 +226,15 @@ inline void kept(const at::Tensor& sample, const at::Tensor& datum, const at::Te
   shaped("datum", datum, "sample", sample);
 }
 
+// The upstream gradient of samples of that shape.
+inline void grad_z(const OptionalTensor& grad, c10::SymIntArrayRef shape, const at::Tensor& mu) {
+  if (!grad.has_value()) return;
+  TORCH_CHECK_VALUE(same_shape(grad->sym_sizes(), shape), "grad_z must have the shape ", shape_text(shape), "; got ",
+                    shape_text(*grad));
+  same_precision("grad_z", *grad, "mu", mu);
+  same_device("grad_z", *grad, "mu", mu);
+}
+
 inline void rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
                              const OptionalTensor& grad_log_ratio, const OptionalTensor& grad_gates,
                              const at::Tensor& mu, const at::Tensor& logvar,
@@ -238,12 +247,7 @@ inline void rsample_backward(const OptionalTensor& grad_z, const OptionalTensor&
   if (num_samples) shape.push_back(*num_samples);
   for (const auto& s : mu.sym_sizes()) shape.push_back(s);
   const c10::SymIntArrayRef z(shape), rows = z.slice(0, num_samples ? 2 : 1);
-  if (grad_z.has_value()) {
-    TORCH_CHECK_VALUE(same_shape(grad_z->sym_sizes(), z), "grad_z must have the shape ", shape_text(z), "; got ",
-                      shape_text(*grad_z));
-    same_precision("grad_z", *grad_z, "mu", mu);
-    same_device("grad_z", *grad_z, "mu", mu);
-  }
+  checks::grad_z(grad_z, z, mu);
   if (grad_kl.has_value()) upstream("grad_kl", *grad_kl, {mu.sym_size(0)}, mu);
   if (grad_log_ratio.has_value()) upstream("grad_log_ratio", *grad_log_ratio, rows, mu);
   if (grad_gates.has_value() && num_samples) {
@@ -255,12 +259,7 @@ inline void rsample_kept_backward(const OptionalTensor& grad_z, const OptionalTe
                                   const OptionalTensor& grad_gates, const at::Tensor& mu, const c10::SymInt& n) {
   c10::SymDimVector shape(mu.sym_sizes().begin(), mu.sym_sizes().end());
   shape[0] = n;
-  if (grad_z.has_value()) {
-    TORCH_CHECK_VALUE(same_shape(grad_z->sym_sizes(), shape), "grad_z must have the shape ", shape_text(shape),
-                      "; got ", shape_text(*grad_z));
-    same_precision("grad_z", *grad_z, "mu", mu);
-    same_device("grad_z", *grad_z, "mu", mu);
-  }
+  checks::grad_z(grad_z, shape, mu);
   if (grad_log_ratio.has_value()) upstream("grad_log_ratio", *grad_log_ratio, {n}, mu);
   if (grad_gates.has_value()) upstream("grad_gates", *grad_gates, {c10::SymInt(2), n}, mu);
 }

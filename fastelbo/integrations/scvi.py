@@ -22,6 +22,7 @@ from torch.distributions import Distribution, Normal
 from torch.distributions.utils import lazy_property
 
 import fastelbo
+from fastelbo.functional import Recon, join_recon
 
 __all__ = ["SCVI", "FusedVAE"]
 
@@ -69,20 +70,20 @@ class _Fused:
     def _mean(self) -> Tensor:
         return torch.exp(self.library) * self.scale
 
-    def _recon(self) -> tuple[Tensor, ...]:
+    def _recon(self) -> Recon:
         """The parameters as `fastelbo.log_prob` takes them."""
         if isinstance(self.activation, nn.Softmax):
             log_mean = self.library + F.log_softmax(self.logits, dim=-1)
         else:
             log_mean = torch.log(self._mean() + EPS)
         others = self.log_theta, vars(self).get("zi_logits")
-        return log_mean, *(t.to(log_mean.dtype) for t in others if t is not None)  # autocast leaves them in half
+        # autocast leaves the others in half
+        return join_recon(log_mean, *(t.to(log_mean.dtype) for t in others if t is not None))
 
     def elbo_loss(self, x: Tensor, qz: Normal, kl_weight: Tensor | float) -> fastelbo.LossParts:
         """-log p(x | z) + kl_weight KL(qz || N(0, I)), averaged over cells, and its parts."""
-        recon: Any = self._recon()
         return fastelbo.elbo_loss(
-            recon if len(recon) > 1 else recon[0],
+            self._recon(),
             x,
             qz.loc,
             2 * torch.log(qz.scale),

@@ -80,6 +80,29 @@ def test_nothing_synchronizes():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("objective", ["iwae", "dreg"])
+def test_keeping_samples_synchronizes_nowhere(objective):
+    model = fastelbo.VAE(torch.nn.Linear(784, 2 * 16), torch.nn.Linear(16, 784)).cuda()
+    x = torch.rand(64, 784, device="cuda")
+    options = {"objective": objective, "num_samples": 50, "seed": 3}
+    model.loss(x, keep=8, **options).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = model.loss(x, keep=8, **options)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(loss, model.loss(x, **options), rtol=2e-6, atol=2e-6)
+
+
+def test_kept_samples_out_of_range_are_nan():
+    mu = torch.zeros(4, 50, device="cuda", requires_grad=True)
+    index = torch.tensor([3, 4, -1, 0], device="cuda")
+    rows = fastelbo.rsample_kept(mu, mu, fastelbo.Kept(index * 0, index, index), seed=1)
+    assert rows.z.isnan().all(1).tolist() == rows.log_ratio.isnan().tolist() == [False, True, True, False]
+
+
 def test_runs_on_the_current_stream():
     """The work waits for what its stream has queued: a long delay, then the inputs."""
     logits, x, mu, logvar = (t.detach() for t in step_inputs())

@@ -30,6 +30,7 @@ OPS = {
     "test_edges.py": "threads",
     "test_multi_sample.py": "expectations or signal_to_noise or bounds_grow or torch_func or compiled",
     "test_ppca.py": "hundred_thousand or compile or memory or sampling or bic or log_marginal or threads",
+    "test_kept.py": "refused or threads or memory or autocast or compile or auto or loss_of_every or stay_unbiased",
     "test_twins.py": "em_takes or noise",
 }
 # under AddressSanitizer and UBSan, which make every test some ten times slower

@@ -222,6 +222,36 @@ void latent(Checks& c, const KernelTable& t, const Shape& s, bool is_double, int
     if (turn % 2) p.grad_kl = m.rows(is_double, 1, B);
     m.compare(c, t.sample_backward[is_double], p, row_blocks(B, D), "gradients of samples");
   }
+  // twice as many rows as data; no row of every third datum
+  std::vector<int64_t> sample, datum, order, starts(1, 0);
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t i = 0; i < (b % 3 == turn % 3 ? 0 : 3); ++i) {
+      sample.push_back((i * 5 + b) % K), datum.push_back(b), order.push_back(int64_t(order.size()));
+    }
+    starts.push_back(int64_t(order.size()));
+  }
+  const int64_t n = int64_t(order.size());
+  if (n == 0) return;
+  {
+    Memory m;
+    KeptParams p;
+    p.q = latents(m, s, is_double, turn);
+    p.n = n, p.sample = sample.data(), p.datum = datum.data(), p.seed = &kSeed;
+    p.z = m.view(true, type, 1, n, D, layout);
+    p.log_ratio = m.output(n);
+    m.compare(c, t.sample_kept[is_double], p, n, "kept samples");
+  }
+  {
+    Memory m;
+    KeptBackwardParams p;
+    p.q = latents(m, s, is_double, turn);
+    p.grad = latent_grads(m, s, is_double, turn);
+    p.sample = sample.data(), p.order = order.data(), p.starts = starts.data(), p.seed = &kSeed;
+    if (turn % 5) p.grad_z = m.view(false, type, 1, n, D, layout);
+    if (turn % 3) p.grad_log_ratio = m.rows(is_double, 1, n);
+    if (turn % 3 == 1) p.gate_path = m.rows(is_double, 1, n), p.gate_score = m.rows(is_double, 1, n);
+    m.compare(c, t.sample_kept_backward[is_double], p, B, "gradients of kept samples");
+  }
 }
 
 void log_mean_exp(Checks& c, const KernelTable& t, const Shape& s, bool is_double) {

@@ -356,6 +356,8 @@ def _differs(module: nn.Module) -> str | None:
         return None
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "its mean and variance are those of the rows that it sees"
+    if isinstance(module, nn.utils.parametrizations._SpectralNorm):
+        return "each run moves the vectors of its power iteration"
     drops = getattr(module, "p", 0.0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
         drops = module.dropout

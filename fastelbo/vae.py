@@ -49,7 +49,7 @@ class VAEOptions(TypedDict, total=False):
     free_bits: float
     alpha: float
     groups: int
-    keep: int | str | None
+    keep: int | Literal["auto"] | None
     reduction: str
     seed: int | Tensor | None
     generator: Generator | None
@@ -338,7 +338,7 @@ class VAE(nn.Module):
         free_bits: float = 0.0,
         alpha: float = 0.0,
         groups: int = 1,
-        keep: int | str | None = None,
+        keep: int | Literal["auto"] | None = None,
         reduction: str = "mean",
         return_parts: bool = False,
         seed: int | Tensor | None = None,

@@ -562,6 +562,21 @@ def test_a_decoder_whose_runs_differ_is_refused(module):
     model.loss(x, objective="iwae", num_samples=8, keep=2).backward()
 
 
+def test_modules_that_hold_dropout_themselves():
+    layer = nn.TransformerEncoderLayer(M, 2, 8, dropout=0.1)
+    for module, name in (
+        (nn.GRU(M, 6, 2, dropout=0.1), "decoder, a GRU"),
+        (layer, r"decoder\.self_attn, a MultiheadAttention"),
+        (
+            nn.utils.parametrizations.spectral_norm(nn.Linear(M, D)),
+            r"decoder\.parametrizations\.weight\.0, a _Spectral",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"two runs of {name}"):
+            kept.check_repeats(module)
+        kept.check_repeats(module.eval())
+
+
 def test_what_differs_in_no_run_is_taken():
     for module in (nn.Dropout(0.0), nn.LayerNorm(6), nn.GELU(), nn.Identity()):
         model = VAE(nn.Linear(D, 2 * M), Custom(module))

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -161,6 +161,19 @@ def training(make: Callable[[], Step], batch: int, event: tuple[int, ...], laten
     return Inputs({"x": torch.rand(batch, *event)}, None, {"eps": eps}, module, idle_adam(module))
 
 
+def kept_training(make: Callable[[], Step], batch: int, event: tuple[int, ...], latent: int) -> Inputs:
+    inputs = training(make, batch, event, latent)
+    return replace(inputs, noise={"seed": torch.zeros((), dtype=torch.int64)})
+
+
+def of_all_samples(inputs: Inputs) -> Inputs:
+    """The noise of all samples is given, where `kept_training` gives a seed."""
+    assert inputs.module is not None and inputs.module.samples is not None
+    x, latent = inputs.tensors["x"], inputs.module.vae._latent_shape()
+    eps = torch.randn(inputs.module.samples, len(x), *latent, dtype=x.dtype, device=x.device)
+    return replace(inputs, noise={"eps": eps})
+
+
 def step_loss(batch: int, event: tuple[int, ...], latent: int, samples: int | None = None) -> Inputs:
     """The tensors that the loss of a step reads: recon, and the gradient of z that a decoder would return."""
     lead = (batch,) if samples is None else (samples, batch)
@@ -240,6 +253,38 @@ def _steps() -> list[Case]:
             )
         )
     return found
+
+
+def _kept_steps() -> list[Case]:
+    flat = (28, 28)
+    models: list[tuple[str, Callable[[], Step], int, tuple[int, ...], int, float | None]] = [
+        ("dense 28 x 28, IWAE K=50 keep=8 B=100 M=50", partial(dense, 28, 50, 200, 50, 8), 100, flat, 50, 1.7),
+        ("dense 28 x 28, IWAE K=200 keep=16 B=100 M=50", partial(dense, 28, 50, 200, 200, 16), 100, flat, 50, 2.2),
+        (
+            "convolutional 28 x 28, IWAE K=50 keep=8 B=20 M=16",
+            partial(convolutional, 16, 50, 8),
+            20,
+            (1, 28, 28),
+            16,
+            None,
+        ),
+    ]
+    return [
+        Case(
+            f"training step, {name}",
+            "kept step",
+            partial(kept_training, make, batch, event, latent),
+            {} if least is None else {"eager": least, "compile": least},
+            yardstick="step of all samples",
+            # log p of 784 pixels in float32 moves a weight by 1e-4 of itself, and in convolutions gradients cancel
+            tolerance=5e-3 if "convolutional" in name else None,
+            other=of_all_samples,
+            rounds=0.3,
+            group="steps",
+            contenders=("eager", "compile", "all samples", "fastelbo"),
+        )
+        for name, make, batch, event, latent, least in models
+    ]
 
 
 def _scaling() -> list[Case]:
@@ -374,6 +419,7 @@ CASES = [
         quick=True,
     ),
     *_steps(),
+    *_kept_steps(),
     *_scaling(),
     _allocator("freed memory returned to the system", MEMORY_RETURNED),
     _allocator("glibc's choice", {}),

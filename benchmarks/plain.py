@@ -202,7 +202,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "iwae": plain_iwae,
     "iwae_probs": plain_iwae_probs,
     **{f"{name} step": partial(plain_objective, name) for name in ESTIMATORS},
-    "step": plain_step,
+    **dict.fromkeys(("step", "step of all samples"), plain_step),
     "step loss": plain_step_loss,
     "log_marginal": plain_log_marginal,
     "ppca": plain_ppca,

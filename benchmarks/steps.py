@@ -7,11 +7,11 @@ from fastelbo.commands.train import build_model
 
 
 class Step(nn.Module):
-    """A model and how many samples K its objective takes; None: the ELBO with one."""
+    """A model, how many samples K its objective takes (None: the ELBO with one), and how many of them are kept."""
 
-    def __init__(self, vae: fastelbo.VAE, samples: int | None = None) -> None:
+    def __init__(self, vae: fastelbo.VAE, samples: int | None = None, keep: int | None = None) -> None:
         super().__init__()
-        self.vae, self.samples = vae, samples
+        self.vae, self.samples, self.keep = vae, samples, keep
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mu, logvar = self.vae.encode(x)
@@ -22,11 +22,11 @@ class Step(nn.Module):
         return logits
 
 
-def dense(side: int, latent: int, hidden: int, samples: int | None = None) -> Step:
-    return Step(build_model((side, side), latent, hidden, "bernoulli"), samples)
+def dense(side: int, latent: int, hidden: int, samples: int | None = None, keep: int | None = None) -> Step:
+    return Step(build_model((side, side), latent, hidden, "bernoulli"), samples, keep)
 
 
-def convolutional(latent: int) -> Step:
+def convolutional(latent: int, samples: int | None = None, keep: int | None = None) -> Step:
     """28 x 28 pixels: two convolutions of stride 2 and their transposes."""
     encoder = nn.Sequential(
         *(nn.Conv2d(1, 32, 4, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 4, 2, 1), nn.ReLU()),
@@ -36,4 +36,4 @@ def convolutional(latent: int) -> Step:
         *(nn.Linear(latent, 64 * 7 * 7), nn.ReLU(), nn.Unflatten(1, (64, 7, 7))),
         *(nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(32, 1, 4, 2, 1)),
     )
-    return Step(fastelbo.VAE(encoder, decoder, "bernoulli", latent_shape=(latent,)))
+    return Step(fastelbo.VAE(encoder, decoder, "bernoulli", latent_shape=(latent,)), samples, keep)

@@ -144,7 +144,7 @@ def _kept(name: str, value: Any) -> Any:
     return value
 
 
-def _keep(name: str, value: Any) -> Any:
+def keep(name: str, value: Any) -> Any:
     if isinstance(value, str) and value != "auto":
         raise ValueError(f'{name} must be an int or "auto"; got "{value}"')
     return value if isinstance(value, str) else count(name, value)
@@ -189,7 +189,7 @@ TABLE: dict[str, Check] = {
     "alpha": number(),
     "free_bits": not_negative,
     **dict.fromkeys(("num_samples", "chunk_size", "keep"), count),
-    "VAE.loss.keep": _keep,
+    "VAE.loss.keep": keep,
     **dict.fromkeys(("first_sample", "n"), size),
     **dict.fromkeys(("dim", "groups"), integer()),
     "seed": _either(_tensor(torch.int64), integer(expected="an int or an int64 tensor")),

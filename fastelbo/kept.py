@@ -63,10 +63,9 @@ def row_of(estimator: str, num_samples: int, **options: float) -> estimators.Est
     return row
 
 
-def _sums(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of weights [N]: in descending order, their sums from each place on, and the order."""
-    largest, order = weights.sort(descending=True)
-    return largest, largest.flip(0).cumsum(0).flip(0), order  # the smallest are added first
+def _from_each_on(largest: Tensor) -> Tensor:
+    """Of weights [N] in descending order, their sums from each place on; the smallest are added first."""
+    return largest.flip(0).cumsum(0).flip(0)
 
 
 def _sure(largest: Tensor, tail: Tensor, n: int) -> Tensor:
@@ -88,17 +87,17 @@ def select(
     if n == 0:
         empty = torch.empty(0, dtype=torch.int64, device=device)
         return Kept(empty, empty, empty.to(dtype))
-    largest, tail, order = _sums(w)
-    sure = _sure(largest, tail, n)
+    largest, order = w.topk(n)
+    tail = _from_each_on(torch.cat([largest, w.scatter(0, order, 0.0).sum(0, keepdim=True)]))
+    sure, slot = _sure(largest, tail, n), torch.arange(n, device=device)
     # the others lie on a line, one behind the other, each as long as its weight; points of equal distance choose
-    by_chance = torch.where(torch.arange(len(w), device=device) < sure, 0.0, largest)
-    line = w.scatter(0, order, by_chance).cumsum(0)
-    total, slot = line[-1:], torch.arange(n, device=device)
+    line = w.scatter(0, order, torch.where(slot < sure, 0.0, largest)).cumsum(0)
+    total = line[-1:]
     distance = total / (n - sure)  # c
     points = (((slot - sure).to(dtype) + u) * distance).minimum(total * (1 - torch.finfo(dtype).eps / 2))
     found = torch.searchsorted(line, points, right=True).clamp(max=len(w) - 1)
     some = total > 0
-    taken = torch.where(slot < sure, order[:n], torch.where(some, found, order[:1]))
+    taken = torch.where(slot < sure, order, torch.where(some, found, order[:1]))
     scale = torch.where(slot < sure, 1.0, torch.where(some, distance / w[taken], 0.0)) + 0 * tail[:1]
     taken, at = taken.sort()
     return Kept(taken % K, taken // K, scale[at])
@@ -346,6 +345,12 @@ def estimator_weights(
     return weigh(log_w, row_of(estimator, _samples_of(log_w), alpha=alpha, beta=beta, groups=groups)).a
 
 
+def carrying(log_w: Tensor, share: float) -> Tensor:
+    """Of log w [K, B], how many samples carry that share of the weight: the fewest whose weights reach it, [B]."""
+    weights = torch.softmax(log_w.double(), 0).sort(0, descending=True).values
+    return (weights.cumsum(0) < share).sum(0).clamp(max=len(log_w) - 1) + 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a model needs beyond the functions.
 
@@ -403,8 +408,8 @@ def added_variance(weights: Tensor, sizes: tuple[int, ...]) -> Tensor:
     mass of the weights below c, as a share of sum w^2. Both are of sum w f, for f of one variance, over the batch.
     """
     w = weights.flatten()
-    largest, tail, _ = _sums(w)
-    tail = torch.cat([tail, tail.new_zeros(1)])
+    largest = w.sort(descending=True).values
+    tail = torch.cat([_from_each_on(largest), w.new_zeros(1)])
     added = []
     for keep in sizes:
         n = keep * weights.shape[1]
@@ -425,6 +430,12 @@ class AutoKeep:
         self.sizes = tuple(takewhile(lambda keep: 3 * keep < 2 * num_samples, SIZES))
         self.keep = self.sizes[-1] if self.sizes else num_samples
         self._steps, self._added = 0, [0.0] * len(self.sizes)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"keep": self.keep, "steps": self._steps, "added": self._added}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.keep, self._steps, self._added = int(state["keep"]), int(state["steps"]), list(state["added"])
 
     def due(self) -> bool:
         """Whether this step's weights are to be given to `update`; counts the steps."""

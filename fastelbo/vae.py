@@ -393,7 +393,7 @@ class VAE(nn.Module):
                 groups=groups,
             )
             if isinstance(keep, str):
-                auto = self._auto.setdefault((row, num_samples), kept.AutoKeep(num_samples))
+                auto = self.auto_keep(row, num_samples)
                 keep = auto.keep
             elif keep > num_samples:
                 raise ValueError(f"keep must be at most num_samples={num_samples}; got {keep}")
@@ -416,6 +416,10 @@ class VAE(nn.Module):
         if auto is not None and auto.due():
             auto.update(kept.weigh(parts.log_likelihood + posterior.log_ratio, row).a)
         return parts if return_parts else parts.loss
+
+    def auto_keep(self, row: Estimator, num_samples: int) -> kept.AutoKeep:
+        """What `keep="auto"` has seen of an objective's weights, for checkpoints: `state_dict`, `load_state_dict`."""
+        return self._auto.setdefault((row, num_samples), kept.AutoKeep(num_samples))
 
     def _kept_loss(
         self,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastelbo import PPCA
+from fastelbo import PPCA, kept
 from fastelbo.commands import cli, evaluate, pictures, train
 from fastelbo.commands.data import counts_model, load
 from fastelbo.commands.ppca import METRICS as METRICS_OF_PPCA
@@ -89,7 +89,16 @@ def test_held_out_figures_are_datum_weighted(monkeypatch):
     assert trainer.evaluate()["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"beta_warmup": 3}, {"objective": "dreg", "num_samples": 3, "impl": "reference"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beta_warmup": 3},
+        {"objective": "dreg", "num_samples": 3, "impl": "reference"},
+        {"objective": "iwae", "num_samples": 6, "keep": 2},
+        {"objective": "dreg", "num_samples": 12, "keep": "auto"},
+    ],
+    ids=str,
+)
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, options):
     config = Config(**SMALL, **options)
     whole = run(config, tmp_path / "whole")
@@ -106,10 +115,11 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, options):
         assert torch.equal(ours, theirs)
 
 
-def test_training_leaves_the_global_generator_alone():
+@pytest.mark.parametrize("options", [{}, {"objective": "iwae", "num_samples": 6, "keep": 2}], ids=str)
+def test_training_leaves_the_global_generator_alone(options):
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    Trainer(Config(**SMALL)).run_epoch()
+    Trainer(Config(**SMALL, **options)).run_epoch()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -118,6 +128,39 @@ def test_fused_and_reference_take_the_same_first_steps():
     fused.run_epoch(), plain.run_epoch()
     np.testing.assert_allclose(fused.step_losses[:5], plain.step_losses[:5], rtol=2e-6)
     assert fused.history[0]["held_out_elbo"] == pytest.approx(plain.history[0]["held_out_elbo"], rel=1e-4)
+
+
+def test_kept_samples_in_the_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kept, "INTERVAL", 3)
+    options = ["--objective", "iwae", "--samples", "12", "--epochs", "2", "--hidden", "16", "--latent-dim", "2"]
+    found = {}
+    for keep in ("3", "auto"):
+        out = tmp_path / keep
+        assert cli.main(["train", *options, "--keep", keep, "--out", str(out)]) == 0
+        found[keep] = rows(out)
+        line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("epoch 2/2"))
+        assert f"{found[keep][1]['kept_share']:.0%} kept" in line and "99 % of the weight in" in line
+        for row in found[keep]:
+            assert row["ess"] < row["samples_99"] < 12 and 0 < row["loss_share"] < 1
+    assert [row["kept_share"] for row in found["3"]] == [0.25, 0.25]
+    assert 1 / 12 < found["auto"][1]["kept_share"] <= 1 and found["auto"][1]["kept_share"] != 0.25
+    assert found["3"][1]["held_out_bound"] > found["3"][0]["held_out_bound"]
+
+
+def test_the_reference_keeps_the_same_samples():
+    options = {"objective": "dreg", "num_samples": 6, "keep": 2}
+    fused, plain = (Trainer(Config(**SMALL, **options, impl=impl)) for impl in ("fused", "reference"))
+    fused.run_epoch(), plain.run_epoch()
+    np.testing.assert_allclose(fused.step_losses[:5], plain.step_losses[:5], rtol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+def test_samples_that_carry_a_share_of_the_weight(scale):
+    log_w = scale * torch.randn(20, 7)
+    for share in (0.5, 0.99):
+        for w, count in zip(torch.softmax(log_w.double(), 0).unbind(1), kept.carrying(log_w, share), strict=True):
+            largest = w.sort(descending=True).values
+            assert largest[:count].sum() >= share - 1e-12 > largest[: count - 1].sum() - 2e-12
 
 
 def test_fused_and_reference_agree_on_an_estimator_with_a_gradient_of_its_own():
@@ -300,6 +343,10 @@ def test_counts_from_files(tmp_path, capsys):
         (["--objective", "elboo"], "argument --objective: invalid choice: 'elboo'"),
         (["--epochs", "0"], "epochs must be at least 1; got 0"),
         (["--epochs", "many"], "argument --epochs: invalid int value"),
+        (["--keep", "some"], "argument --keep: invalid int or \"auto\" value: 'some'"),
+        (["--keep", "0", "--objective", "iwae", "--samples", "4"], "keep must be at least 1; got 0"),
+        (["--keep", "5", "--objective", "iwae", "--samples", "4"], "keep must be at most num_samples=4; got 5"),
+        (["--keep", "2", "--samples", "4"], "keep has no use with 'elbo'"),
         (["--lr", "-1"], "lr must be positive and finite; got -1.0"),
         (["--data", "mnist.npy"], "No such file"),
         (["--data", "mnist"], "data must be one of digits, patches, counts, or an .npy, .npz or .h5ad file"),

@@ -32,6 +32,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def _keep(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_keep.__name__ = 'int or "auto"'  # as argparse names it in errors
+
+
 def _parser() -> _Parser:
     parser = _Parser("fastelbo", description="Fused losses for latent-variable models.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,info}")
@@ -61,6 +68,7 @@ def _parser() -> _Parser:
     option("--free-bits", "free_bits", "floor in nats of every latent dimension's KL", type=float, metavar="NATS")
     option("--alpha", "alpha", "of objective vr", type=float, metavar="ALPHA")
     option("--groups", "groups", "of objective miwae: groups of K / N samples", type=int, metavar="N")
+    option("--keep", "keep", "of the K samples, how many are back-propagated; or auto", type=_keep, metavar="N")
     option("--likelihood", "likelihood", "p(x | z); by default the data decide", choices=LIKELIHOODS)
     option("--latent-dim", "latent_dim", "M, latent dimensions", type=int, metavar="M")
     option("--hidden", "hidden", "width of the hidden layers", type=int, metavar="N")
@@ -93,6 +101,8 @@ def _parser() -> _Parser:
 def _line(row: Metrics, config: Config) -> str:
     bound = "" if config.objective == "elbo" else f"  {config.objective} bound {row['held_out_bound']:8.3f}"
     ess = "" if config.num_samples == 1 else f"  ESS {row['ess']:.1f}/{config.num_samples}"
+    if config.keep is not None:
+        ess += f", 99 % of the weight in {row['samples_99']:.1f}, {row['kept_share']:.0%} kept"
     return (
         f"epoch {row['epoch']:{len(str(config.epochs))}.0f}/{config.epochs}  train ELBO {row['train_elbo']:8.3f}  "
         f"held-out ELBO {row['held_out_elbo']:8.3f}{bound}  log p(x|z) {row['held_out_log_likelihood']:8.3f}  "

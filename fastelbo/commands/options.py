@@ -3,12 +3,13 @@
 import math
 from typing import Any
 
-from fastelbo.arguments import count, integer, number, size
+from fastelbo.arguments import count, integer, keep, number, size
 
 _weight = number(lambda value: 0 <= value < math.inf, "finite and at least 0")
 
 CHECKS = {
     **dict.fromkeys(("num_samples", "chunk_size", "groups", "latent_dim", "hidden", "epochs", "batch_size"), count),
+    "keep": keep,
     "beta": _weight,
     "beta_warmup": size,
     "free_bits": _weight,

@@ -11,25 +11,26 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from fastelbo import likelihoods, reference, reference_mode
+from fastelbo import kept, likelihoods, reference, reference_mode
 from fastelbo.arguments import one_of
 from fastelbo.commands import data, evaluate, files, options
 from fastelbo.diagnostics import ACTIVE_VARIANCE, DiagnosticsMeter
-from fastelbo.estimators import estimator
-from fastelbo.functional import LossParts, Posterior, join_recon, rsample, split_recon
+from fastelbo.estimators import Estimator, estimator
+from fastelbo.functional import LossParts, Posterior, Recon, join_recon, log_prob, rsample, split_recon
 from fastelbo.progress import progress
 from fastelbo.vae import VAE, VAEOutput, check_objective, draws, objective_loss
 
 IMPLS = ("fused", "reference")
 _impl = one_of(IMPLS)
 FIGURES = ("bound", "elbo", "log_likelihood", "kl")  # nats per datum; bound is the objective's own, minus the loss
-METRICS = ("epoch", *(f"{split}_{f}" for split in ("train", "held_out") for f in FIGURES), "ms_per_step", "loss_share")
-LATENT_METRICS = ("active_units", "ess")  # held-out; then KL and variance of mu of every latent dimension
+COST_METRICS = ("ms_per_step", "loss_share", "kept_share")
+METRICS = ("epoch", *(f"{split}_{f}" for split in ("train", "held_out") for f in FIGURES), *COST_METRICS)
+LATENT_METRICS = ("active_units", "ess", "samples_99")  # held-out; then KL and variance of mu of every dimension
 
 Metrics = dict[str, float]  # one epoch: a row of metrics.csv
 
@@ -39,6 +40,15 @@ class Noise(TypedDict, total=False):
 
     seed: Tensor
     eps: Tensor
+
+
+class ObjectiveOptions(TypedDict):
+    """Of `objective_loss` and `VAE.loss`."""
+
+    beta: float | None
+    free_bits: float
+    alpha: float
+    groups: int
 
 
 class Diverged(RuntimeError):
@@ -57,6 +67,7 @@ class Config:
     free_bits: float = 0.0
     alpha: float = 0.0
     groups: int = 1
+    keep: int | Literal["auto"] | None = None  # see `VAE.loss`
     likelihood: str | None = None  # None: by the data
     latent_dim: int = 8  # M
     hidden: int = 256  # width of the two hidden layers on either side
@@ -75,6 +86,15 @@ class Config:
         if self.objective != "elbo":
             beta = 0.5 if self.beta is None else self.beta
             estimator(self.objective, self.num_samples, alpha=self.alpha, beta=beta, groups=self.groups)
+        if self.keep is not None:
+            self.kept_row()
+            if self.keep != "auto" and self.keep > self.num_samples:
+                raise ValueError(f"keep must be at most num_samples={self.num_samples}; got {self.keep}")
+
+    def kept_row(self) -> Estimator:
+        """The row of the objective; a ValueError for one that keeps no samples."""
+        beta = 0.5 if self.beta is None else self.beta
+        return kept.row_of(self.objective, self.num_samples, alpha=self.alpha, beta=beta, groups=self.groups)
 
 
 class LearnedScale(nn.Module):
@@ -175,19 +195,21 @@ class Trainer:
 
     Two runs that differ in `impl` alone see the same initial weights, batches and noise. The global generator is left
     as it was. The seed of the noise is drawn for each step; the reference is handed the noise itself, made outside the
-    timed part, so that its step times hold what plain PyTorch needs and nothing else.
+    timed part, so that its step times hold what plain PyTorch needs and nothing else. With `keep`, both get the seed.
     """
 
     def __init__(self, config: Config) -> None:
         self.data = data.load(config.data, config.likelihood)
         self.config = replace(config, likelihood=self.data.likelihood)
         self._draws = draws(config.objective, config.num_samples)
+        self._seeded = config.impl == "fused" or config.keep is not None
         event = tuple(self.data.train.shape[1:])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = build_model(event, config.latent_dim, config.hidden, self.data.likelihood)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)
+        self._auto = self.model.auto_keep(config.kept_row(), config.num_samples) if config.keep == "auto" else None
         self.history: list[Metrics] = []
         self.step_losses: list[float] = []  # of this process; a resumed run starts with none
         self.step_times: list[float] = []  # seconds, likewise
@@ -197,7 +219,7 @@ class Trainer:
 
     def _noise(self, x: Tensor, generator: torch.Generator) -> Noise:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
-        if self.config.impl == "fused":
+        if self._seeded:
             return {"seed": seed}
         shape = (*(() if self._draws is None else (self._draws,)), len(x), self.config.latent_dim)
         return {"eps": reference.normal(seed, shape).float()}
@@ -215,26 +237,55 @@ class Trainer:
             return self.config.beta
         return (1.0 if self.config.beta is None else self.config.beta) * step / warmup
 
-    def _objective(self, x: Tensor, output: VAEOutput, beta: float | None) -> LossParts:
+    def _options(self, beta: float | None) -> ObjectiveOptions:
         config = self.config
+        return {"beta": beta, "free_bits": config.free_bits, "alpha": config.alpha, "groups": config.groups}
+
+    def _objective(self, x: Tensor, output: VAEOutput, beta: float | None) -> LossParts:
+        options = self._options(beta)
         return objective_loss(
-            config.objective,
-            output.recon,
-            x,
-            output.posterior,
-            beta=beta,
-            free_bits=config.free_bits,
-            alpha=config.alpha,
-            groups=config.groups,
-            likelihood=self.data.likelihood,
+            self.config.objective, output.recon, x, output.posterior, likelihood=self.data.likelihood, **options
         )
+
+    def _loss(self, x: Tensor, noise: Noise, beta: float | None) -> LossParts:
+        config = self.config
+        if config.keep is None:
+            return self._objective(x, self.model(x, self._draws, **noise), beta)
+        return self.model.loss(
+            x,
+            objective=config.objective,
+            num_samples=config.num_samples,
+            keep=config.keep,
+            return_parts=True,
+            generator=self.generator,
+            **self._options(beta),
+        )
+
+    def _kept_loss(
+        self, x: Tensor, mu: Tensor, logvar: Tensor, recon: Recon, kept_recon: Recon, keep: int, seed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What `VAE.loss` with `keep` computes besides encoder and decoder -> the loss, and z of the kept samples."""
+        likelihood, row = self.data.likelihood, self.config.kept_row()
+        with torch.no_grad():
+            drawn = rsample(mu, logvar, self.config.num_samples, seed=seed)
+            weights = kept.weigh(log_prob(recon, x, likelihood=likelihood) + drawn.log_ratio, row)
+        chosen = kept.select(weights.a, keep, 0.5)
+        posterior = kept.rsample_kept(mu, logvar, chosen, seed=seed)
+        log_likelihood = log_prob(kept_recon, x.index_select(0, chosen.datum), likelihood=likelihood)
+        return kept.loss_of(log_likelihood, posterior, chosen, weights, row).mean(), posterior.z
+
+    @property
+    def kept_share(self) -> float:
+        """Of the K samples of the next step, the share that is back-propagated."""
+        keep = self._auto.keep if self._auto is not None else self.config.keep
+        return keep / self.config.num_samples if isinstance(keep, int) else 1.0
 
     def step(self, x: Tensor, beta: float | None = None) -> LossParts:
         """One step of the optimizer on the batch x [B, *event]; beta: see `VAE.loss`."""
-        noise = self._noise(x, self.generator)
+        noise: Noise = {} if self.config.keep else self._noise(x, self.generator)
         with self._impl():
             start = time.perf_counter()
-            parts = self._objective(x, self.model(x, self._draws, **noise), beta)
+            parts = self._loss(x, noise, beta)
             loss = parts.loss.item()
             if not math.isfinite(loss):
                 raise Diverged(f"loss is {loss} in epoch {len(self.history) + 1}: try a smaller lr")
@@ -253,20 +304,22 @@ class Trainer:
         """
         self.model.train()
         train = self.data.train
-        totals = torch.zeros(4, dtype=torch.float64)
+        totals, kept_shares = torch.zeros(4, dtype=torch.float64), []
         first_step = len(self.step_times)
         batches = torch.randperm(len(train), generator=self.generator).split(self.config.batch_size)
         label = f"epoch {len(self.history) + 1}"
         start = len(self.history) * len(batches)
         for step, batch in enumerate(progress(batches, label, "step", len(batches)), start):
             x = train[batch]
+            kept_shares.append(self.kept_share)
             totals += _totals(self.step(x, self.beta(step)), len(x))
         seconds = statistics.median(self.step_times[first_step:])
         loss_share = self.loss_time(train[: self.config.batch_size]) / seconds
         row = {"epoch": len(self.history) + 1} | _means("train", totals, len(train)) | self.evaluate()
         if not math.isfinite(sum(row.values())):
             raise Diverged(f"held-out loss is {-row['held_out_bound']} after epoch {row['epoch']}: try a smaller lr")
-        self.history.append(row | {"ms_per_step": 1e3 * seconds, "loss_share": loss_share})
+        cost = {"ms_per_step": 1e3 * seconds, "loss_share": loss_share, "kept_share": statistics.fmean(kept_shares)}
+        self.history.append(row | cost)
         return self.history[-1]
 
     @torch.no_grad()
@@ -274,19 +327,22 @@ class Trainer:
         """Means over the held-out part, with the same noise at every epoch, and what the latent dimensions hold."""
         self.model.eval()
         generator = torch.Generator().manual_seed(self.config.seed)
-        totals = torch.zeros(4, dtype=torch.float64)
+        totals, carrying = torch.zeros(4, dtype=torch.float64), 0.0
         meter = DiagnosticsMeter()
+        count = len(self.data.held_out)
         with self._impl():
-            for x in self.data.held_out.split(evaluate.BATCH):
+            for x in self.data.held_out.split(math.ceil(evaluate.BATCH / self.config.num_samples)):
                 output = self.model(x, self._draws, **self._noise(x, generator))
                 parts = self._objective(x, output, self.config.beta)
                 totals += _totals(parts, len(x))
-                meter.update(output.posterior, _log_w(parts, output.posterior))
+                log_w = _log_w(parts, output.posterior)
+                meter.update(output.posterior, log_w)
+                carrying += kept.carrying(log_w, 0.99).sum().item() / count
         found = meter.result()
-        latent = {"active_units": found.active_units.item(), "ess": found.ess.item()}
+        latent = {"active_units": found.active_units.item(), "ess": found.ess.item(), "samples_99": carrying}
         latent |= {f"kl_{j}": value for j, value in enumerate(found.kl.tolist())}
         latent |= {f"mu_variance_{j}": value for j, value in enumerate(found.mu_variance.tolist())}
-        return _means("held_out", totals, len(self.data.held_out)) | latent
+        return _means("held_out", totals, count) | latent
 
     def loss_time(self, x: Tensor, repeats: int = 5) -> float:
         """Median seconds of sampling and loss, forward and backward, without encoder and decoder.
@@ -299,14 +355,19 @@ class Trainer:
             with torch.no_grad():
                 output, posterior = self.model(x, self._draws, **noise)
             mu, logvar = (t.clone().requires_grad_() for t in (posterior.mu, posterior.logvar))
-            parts = tuple(t.clone().requires_grad_() for t in split_recon(output))
-            recon = join_recon(*parts)
-            grad_z = torch.ones_like(posterior.z)
+            keep, full = round(self.kept_share * config.num_samples), split_recon(output)
+            some = keep < config.num_samples  # then the decoder returns keep * B rows with a graph
+            rows = [t.flatten(0, 1)[: keep * len(x)] if some and t.dim() == full[0].dim() else t for t in full]
+            leaves = tuple(t.clone().requires_grad_() for t in rows)
             for _ in range(repeats):
                 start = time.perf_counter()
-                drawn = rsample(mu, logvar, self._draws, **noise)
-                loss = self._objective(x, VAEOutput(recon, drawn), config.beta).loss
-                torch.autograd.grad([loss, drawn.z], [mu, logvar, *parts], [None, grad_z])
+                if some:
+                    recon, seed = join_recon(*full), noise["seed"]
+                    loss, z = self._kept_loss(x, mu, logvar, recon, join_recon(*leaves), keep, seed)
+                else:
+                    drawn = rsample(mu, logvar, self._draws, **noise)
+                    loss, z = self._objective(x, VAEOutput(join_recon(*leaves), drawn), config.beta).loss, drawn.z
+                torch.autograd.grad([loss, z], [mu, logvar, *leaves], [None, torch.ones_like(z)])
                 seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
 
@@ -325,6 +386,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "auto_keep": None if self._auto is None else self._auto.state_dict(),
         }
         files.save_checkpoint(path, state)
 
@@ -345,6 +407,8 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
+            if self._auto is not None:
+                self._auto.load_state_dict(state["auto_keep"])
             epoch = int(state["epoch"])
         self.history = read_history(out / "metrics.csv", self.columns, epoch)
 

@@ -1,11 +1,14 @@
 """Keeping a few of K samples: the gradient is unbiased, exactly, and the bound is that of all samples."""
 
 import math
+import socket
 from collections.abc import Callable
 
 import paper
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from test_multi_sample import D, M, model_of
 from test_vae import LearnedVariance, ThreeParameters, dense
 from torch import Tensor, nn
@@ -651,3 +654,73 @@ def test_auto_trains(monkeypatch):
     assert set(rows[1::2]) == {60 * B} and rows[0] == 32 * B
     assert rows[2:-1:2] == [auto.keep * B] * 5 and auto.keep in (*kept.SIZES, 60)
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gradient accumulation, and several processes.
+
+
+def test_accumulated_gradients_add_up():
+    model, halves = model_of(torch.float64), torch.rand(2, B, D).double()
+    parameters, options = list(model.parameters()), {"objective": "dreg", "num_samples": 9, "keep": 2}
+    expected = [torch.zeros_like(p) for p in parameters]
+    for i, x in enumerate(halves):
+        torch.manual_seed(i)
+        for total, g in zip(expected, torch.autograd.grad(model.loss(x, **options), parameters), strict=True):
+            total += g
+    for i, x in enumerate(halves):
+        torch.manual_seed(i)
+        model.loss(x, **options).backward()
+    for p, e in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, e, rtol=1e-12, atol=1e-15)
+
+
+class LossOf(nn.Module):
+    """What DistributedDataParallel wraps: its forward is the loss."""
+
+    def __init__(self, vae: VAE, keep: int | str) -> None:
+        super().__init__()
+        self.vae, self.keep = vae, keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vae.loss(x, objective="dreg", num_samples=9, keep=self.keep)
+
+
+def _parallel(rank: int, port: int, shards: list[Tensor], keep: int | str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found = []
+    for accumulated in (False, True):
+        wrapped = nn.parallel.DistributedDataParallel(LossOf(model_of(torch.float64), keep))
+        torch.manual_seed(rank)
+        if accumulated:
+            with wrapped.no_sync():
+                wrapped(shards[rank]).backward()
+        wrapped(shards[rank]).backward()
+        found.append([p.grad for p in wrapped.parameters()])
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("keep", [2, "auto"])
+def test_two_processes_average_their_gradients(tmp_path, keep):
+    """DistributedDataParallel sees the pass with a graph alone; each process chooses samples of its own."""
+    torch.manual_seed(7)
+    shards = list(torch.rand(2, B, D).double())
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.start_processes(_parallel, (port, shards, keep, str(tmp_path)), 2, start_method="fork")
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for ours, theirs in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for found, steps in zip(first, (1, 2), strict=True):
+        expected = None
+        for rank in range(2):
+            module = LossOf(model_of(torch.float64), keep)
+            torch.manual_seed(rank)
+            for _ in range(steps):
+                module(shards[rank]).backward()
+            grads = [p.grad / 2 for p in module.parameters()]
+            expected = grads if expected is None else [a + b for a, b in zip(expected, grads, strict=True)]
+        assert_close(found, expected, 1e-12)

@@ -393,7 +393,7 @@ class VAE(nn.Module):
                 groups=groups,
             )
             if isinstance(keep, str):
-                auto = self.auto_keep(row, num_samples)
+                auto = self._auto_keep(row, num_samples)
                 keep = auto.keep
             elif keep > num_samples:
                 raise ValueError(f"keep must be at most num_samples={num_samples}; got {keep}")
@@ -417,7 +417,7 @@ class VAE(nn.Module):
             auto.update(kept.weigh(parts.log_likelihood + posterior.log_ratio, row).a)
         return parts if return_parts else parts.loss
 
-    def auto_keep(self, row: Estimator, num_samples: int) -> kept.AutoKeep:
+    def _auto_keep(self, row: Estimator, num_samples: int) -> kept.AutoKeep:
         """What `keep="auto"` has seen of an objective's weights, for checkpoints: `state_dict`, `load_state_dict`."""
         return self._auto.setdefault((row, num_samples), kept.AutoKeep(num_samples))
 

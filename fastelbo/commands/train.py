@@ -209,7 +209,7 @@ class Trainer:
             self.model = build_model(event, config.latent_dim, config.hidden, self.data.likelihood)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self._auto = self.model.auto_keep(config.kept_row(), config.num_samples) if config.keep == "auto" else None
+        self._auto = self.model._auto_keep(config.kept_row(), config.num_samples) if config.keep == "auto" else None
         self.history: list[Metrics] = []
         self.step_losses: list[float] = []  # of this process; a resumed run starts with none
         self.step_times: list[float] = []  # seconds, likewise

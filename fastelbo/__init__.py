@@ -4,6 +4,7 @@ from typing import TypedDict, cast
 
 from fastelbo import _ops, reference
 from fastelbo._ops import reference_mode
+from fastelbo.bounds import bound_loss
 from fastelbo.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
 from fastelbo.functional import (
     ELBOLoss,
@@ -41,6 +42,7 @@ __all__ = [
     "MarginalEstimate",
     "Posterior",
     "bernoulli_log_prob",
+    "bound_loss",
     "build_info",
     "diagnostics",
     "elbo_loss",

@@ -6,6 +6,7 @@ goes with what are checked by the ops (csrc/prepare/checks.h).
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
@@ -130,6 +131,16 @@ def _recon(name: str, value: Any) -> Any:
     return value
 
 
+def _posteriors(name: str, value: Any) -> Any:
+    if hasattr(value, "log_ratio"):
+        return _posterior(name, value)
+    if not isinstance(value, tuple | list) or not value:
+        raise refusal(name, "a Posterior from rsample, or a sequence of them", value)
+    for i, item in enumerate(value):
+        _posterior(f"{name} {i}", item)
+    return value
+
+
 def _posterior(name: str, value: Any) -> Any:
     fields = ("z", "kl", "log_ratio", "mu", "logvar")
     for field in fields:
@@ -156,7 +167,14 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
     return tuple(size(f"every number of {name}", n) for n in value)
 
 
+def _batch_dims(name: str, value: Any) -> int:
+    if count(name, value) > 2:
+        raise ValueError(f"{name} must be 1 or 2; got {value}")
+    return int(value)
+
+
 _floats = _tensor(*FLOATS)
+_number = number(expected="a float or a 0-d tensor")
 _data = _tensor(*FLOATS, torch.uint8, torch.bool, *reference.COUNTS)  # the likelihood takes a part of them
 _mask = _tensor(*FLOATS, torch.uint8, torch.bool)
 _text = instance(str, "a str")
@@ -179,13 +197,21 @@ TABLE: dict[str, Check] = {
     "observed": instance(Tensor, "a bool torch.Tensor"),
     "recon": _recon,
     "posterior": _posterior,
+    "bound_loss.posterior": _posteriors,
+    "bound_loss.kl_weight": _either(_scalar, number(math.isfinite, "finite", "a float or a 0-d tensor")),
     "kept": _kept,
     "likelihood": one_of(LIKELIHOODS),
     "reduction": one_of(REDUCTIONS),
     **dict.fromkeys(("estimator", "objective", "proposal"), _text),  # their tables know the names
     "u": _either(_scalar, number(lambda value: 0 <= value < 1, "in [0, 1)", "a float or a 0-d tensor")),
-    "beta": _either(_scalar, number(expected="a float or a 0-d tensor")),
-    **dict.fromkeys((f"{name}.beta" for name in ("multi_sample_loss", "kept_loss", "estimator_weights")), number()),
+    "beta": _either(_scalar, _number),
+    **dict.fromkeys((f"{name}.beta" for name in ("elbo_loss", "VAE.loss")), _either(_floats, _number)),
+    **dict.fromkeys(
+        (f"{name}.beta" for name in ("multi_sample_loss", "bound_loss", "kept_loss", "estimator_weights")), number()
+    ),
+    **dict.fromkeys(("gaussian_kl.mask", "kl_mask"), _tensor(torch.bool)),
+    "reduce": _flag,
+    "batch_dims": _batch_dims,
     "alpha": number(),
     "free_bits": not_negative,
     **dict.fromkeys(("num_samples", "chunk_size", "keep"), count),

@@ -5,6 +5,7 @@ Sizes: B batch, K samples, M latent dimensions, D data dimensions (all event dim
 Half and bfloat16 inputs: arithmetic, sums and returned losses are float32, gradients have the input's type.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast, overload
 
 import torch
@@ -26,10 +27,10 @@ class Posterior(NamedTuple):
     """Samples of q(z | x) with what the losses need of them."""
 
     z: Tensor  # [K?, B, *latent]
-    kl: Tensor  # [B]: KL(q || prior)
+    kl: Tensor  # [B], or [K, B] with batch_dims=2: KL(q || prior)
     log_ratio: Tensor  # [K?, B]: log p(z) - log q(z | x)
-    mu: Tensor  # [B, *latent]: as given
-    logvar: Tensor  # [B, *latent]: as given
+    mu: Tensor  # [B, *latent], or [K, B, *latent] with batch_dims=2: as given
+    logvar: Tensor  # likewise
     prior_mu: Tensor | None  # as given
     prior_logvar: Tensor | None  # as given
     # [2, K, B] zeros, for `multi_sample_loss`. The "gradient" that an estimator sends back for them are the factors by
@@ -60,6 +61,7 @@ class ElboOptions(LossOptions, total=False):
     prior_logvar: Tensor | None
     beta: float | Tensor
     free_bits: float
+    kl_mask: Tensor | None
 
 
 class MultiSampleOptions(LossOptions, total=False):
@@ -145,6 +147,7 @@ def rsample(
     generator: torch.Generator | None = None,
     eps: Tensor | None = None,
     first_sample: int = 0,
+    batch_dims: int = 1,
 ) -> Posterior:
     """Reparameterized samples of a diagonal Gaussian, with their KL and log ratio, in one pass.
 
@@ -160,6 +163,9 @@ def rsample(
         generator: the source of the seed; torch's default one if None.
         eps: [K?, B, *latent]. The noise, in place of a seed; the result is then that of plain PyTorch on this noise.
         first_sample: index of the first of these K samples in a longer run that is drawn in chunks.
+        batch_dims: 2 for mu and logvar of [K, B, *latent], which differ per sample: the lower layer of a hierarchical
+            model, or a prior that depends on the sample of the layer above. Each is drawn from once; num_samples and
+            first_sample do not apply, and kl is [K, B].
 
     Returns:
         Posterior(z [K?, B, *latent] in mu's dtype, kl [B], log_ratio [K?, B], mu, logvar, prior_mu, prior_logvar,
@@ -173,6 +179,10 @@ def rsample(
     """
     p_mu = None if prior_mu is None else expand("prior_mu", prior_mu, mu.shape, "mu")
     p_logvar = None if prior_logvar is None else expand("prior_logvar", prior_logvar, mu.shape, "mu")
+    if batch_dims == 2:
+        return _rsample_each(mu, logvar, p_mu, p_logvar, num_samples, seed, generator, eps, first_sample)._replace(
+            mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar
+        )
     if eps is None:
         key = seed_tensor(seed, generator, mu.device)
     elif seed is not None or generator is not None:
@@ -187,6 +197,53 @@ def rsample(
     return Posterior(z, kl, log_ratio, mu, logvar, prior_mu, prior_logvar, None if num_samples is None else gates)
 
 
+def _rsample_each(
+    mu: Tensor,
+    logvar: Tensor,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    num_samples: int | None,
+    seed: int | Tensor | None,
+    generator: torch.Generator | None,
+    eps: Tensor | None,
+    first_sample: int,
+) -> Posterior:
+    """`rsample` of one draw for each of mu [K, B, *latent]: K and B are folded, and the draw's K is 1."""
+    if num_samples is not None:
+        raise ValueError(f"num_samples must be None with batch_dims=2: mu holds the K samples; got {num_samples}")
+    if first_sample:
+        raise ValueError(f"first_sample must be 0 with batch_dims=2; got {first_sample}")
+    if mu.dim() < 3 or logvar.shape != mu.shape:
+        raise ValueError(
+            "mu and logvar must both be [K, B, *latent] with batch_dims=2; "
+            f"got {tuple(mu.shape)} and {tuple(logvar.shape)}"
+        )
+    if eps is not None and eps.shape != mu.shape:
+        raise ValueError(f"eps must have the shape {tuple(mu.shape)} of mu; got {tuple(eps.shape)}")
+    flat = [None if t is None else t.flatten(0, 1) for t in (mu, logvar, prior_mu, prior_logvar, eps)]
+    assert flat[0] is not None and flat[1] is not None
+    noise = None if flat[4] is None else flat[4].unsqueeze(0)
+    drawn = rsample(
+        flat[0],
+        flat[1],
+        1,
+        prior_mu=flat[2],
+        prior_logvar=flat[3],
+        seed=seed,
+        generator=generator,
+        eps=noise,
+    )
+    lead = mu.shape[:2]
+    gates = None if drawn.gates is None else drawn.gates.view(2, *lead)
+    return drawn._replace(
+        z=drawn.z.view(mu.shape), kl=drawn.kl.view(lead), log_ratio=drawn.log_ratio.view(lead), gates=gates
+    )
+
+
+def _unmasked(t: Tensor | None, mask: Tensor) -> Tensor | None:
+    return None if t is None else torch.where(mask, t, 0)
+
+
 @checked
 def gaussian_kl(
     mu: Tensor,
@@ -195,6 +252,8 @@ def gaussian_kl(
     prior_logvar: Tensor | None = None,
     *,
     free_bits: float = 0.0,
+    mask: Tensor | None = None,
+    reduce: bool = True,
 ) -> Tensor:
     """KL divergence of a diagonal Gaussian from a diagonal Gaussian prior.
 
@@ -204,18 +263,29 @@ def gaussian_kl(
         mu, logvar: [B, *latent], a floating dtype.
         prior_mu, prior_logvar: broadcast to mu; N(0, I) without them.
         free_bits: floor lambda in nats for the batch mean of every dimension's KL; per datum, a dimension below it
-            counts lambda, so that the mean over B is sum_j max(lambda, mean_b KL_bj).
+            counts lambda, so that the mean over B is sum_j max(lambda, mean_b KL_bj). Not with a mask or reduce=False.
+        mask: bool, broadcasts to mu. Where it is False nothing is read, and the KL is 0: padding in sequences.
+        reduce: False for the KL of every dimension, for a capacity or weights of your own.
 
     Returns:
-        [B], in nats; float32, or float64 for float64 inputs.
+        [B], or [B, *latent] with reduce=False, in nats; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
+        ValueError, TypeError: shapes or dtypes that do not fit, free_bits with a mask or with reduce=False.
 
     Reference: Kingma & Welling 2014, app. B; free bits: Kingma et al. 2016, eq. 15.
     """
     p_mu = None if prior_mu is None else expand("prior_mu", prior_mu, mu.shape, "mu")
     p_logvar = None if prior_logvar is None else expand("prior_logvar", prior_logvar, mu.shape, "mu")
+    if (mask is not None or not reduce) and (_varies(free_bits) or free_bits > 0):
+        raise ValueError(f"free_bits must be 0 with a mask or with reduce=False; got {free_bits}")
+    if mask is not None:  # two standard normals have a KL of 0, whose gradient is 0
+        where = expand("mask", mask, mu.shape, "mu")
+        mu, logvar = torch.where(where, mu, 0), torch.where(where, logvar, 0)
+        p_mu, p_logvar = _unmasked(p_mu, where), _unmasked(p_logvar, where)
+    if not reduce:
+        call(_op.gaussian_kl.default, reference.gaussian_kl, mu.detach(), logvar.detach(), p_mu, p_logvar, 0.0)
+        return reference.kl_terms(mu, logvar, p_mu, p_logvar)
     if _varies(free_bits) and free_bits > 0:
         gaussian_kl(mu, logvar, p_mu, p_logvar, free_bits=0.0)  # checks the arguments; the compiler drops the result
         return reference.gaussian_kl(mu, logvar, p_mu, p_logvar, _as_tensor(free_bits, mu))
@@ -411,6 +481,7 @@ def elbo_loss(
     beta: float | Tensor = 1.0,
     free_bits: float = 0.0,
     mask: Tensor | None = None,
+    kl_mask: Tensor | None = None,
     reduction: str = "mean",
     return_parts: bool = False,
 ) -> Tensor | LossParts:
@@ -422,8 +493,10 @@ def elbo_loss(
         recon, x, likelihood, mask: as in `log_prob`. recon may carry K samples in front.
         mu, logvar: [B, *latent]. The encoder's output.
         prior_mu, prior_logvar: broadcast to mu, learned or not; N(0, I) without them.
-        beta: weight of the KL; a float or a 0-d tensor on the device (Higgins et al. 2017).
+        beta: weight of the KL; a float or a 0-d tensor on the device (Higgins et al. 2017), or a tensor that broadcasts
+            to [*latent], of one weight per dimension.
         free_bits: floor in nats for each dimension's mean KL; see `gaussian_kl`.
+        kl_mask: bool, broadcasts to mu: where it is False, the KL is 0; see `gaussian_kl`.
         reduction: "mean" (over B), "sum" or "none".
         return_parts: also return log p(x | z) and the KL (without beta and free bits) per datum.
 
@@ -441,6 +514,23 @@ def elbo_loss(
     Reference: Kingma & Welling 2014, eq. 10.
     """
     first, second, third = _parameters(recon, x)
+    per_dimension = isinstance(beta, Tensor) and beta.dim() > 0
+    if kl_mask is not None or per_dimension:  # the likelihood by the op, the KL beside it
+        if _varies(free_bits) or free_bits > 0:
+            raise ValueError(f"free_bits must be 0 with kl_mask or with a beta per dimension; got {free_bits}")
+        fit = elbo_loss(
+            *(recon, x, torch.zeros_like(mu), torch.zeros_like(logvar)),
+            likelihood=likelihood,
+            beta=0.0,
+            mask=mask,
+            reduction=reduction,
+            return_parts=True,
+        )
+        terms = gaussian_kl(mu, logvar, prior_mu, prior_logvar, mask=kl_mask, reduce=False)
+        if isinstance(beta, Tensor) and per_dimension:
+            beta = expand("beta", beta, terms.shape[1:], "one latent")
+        loss = fit.loss + reference.reduce((beta * terms).flatten(1).sum(1), reduction)
+        return LossParts(loss, fit.log_likelihood, terms.flatten(1).sum(1)) if return_parts else loss
     if torch.compiler.is_dynamo_compiling():
         if not isinstance(beta, Tensor) and _varies(beta):
             beta = _as_tensor(beta, first)
@@ -540,6 +630,25 @@ def iwae_loss(
     return LossParts(loss, log_likelihood, ordered_sum(log_ratio.to(log_likelihood.dtype)) / -log_ratio.shape[0])
 
 
+def steered(row: estimators.Estimator, name: str, posteriors: Sequence[Posterior]) -> Tensor | None:
+    """The gates [2, K, B] of the posteriors, as one tensor that gives each its gradient; None if none are needed."""
+    if row.is_gradient:
+        return None
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"estimator {name!r} has no forward-mode derivative: it is no gradient of its bound; take 'iwae' or 'elbo'"
+        )
+    found = [p.gates for p in posteriors if p.gates is not None]
+    if len(found) < len(posteriors):
+        raise ValueError(f"posterior must come from rsample for estimator {name!r}; this one has gates=None")
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+
+
+def mean_kl(posterior: Posterior) -> Tensor:
+    """The analytic KL [B]; a mean over K where it differs per sample."""
+    return posterior.kl.mean(0) if posterior.kl.dim() == 2 else posterior.kl
+
+
 @overload
 def multi_sample_loss(
     recon: Recon,
@@ -625,15 +734,7 @@ def multi_sample_loss(
             f"got log_ratio {tuple(log_ratio.shape)}"
         )
     row = estimators.estimator(estimator, log_ratio.shape[0], alpha=alpha, beta=beta, groups=groups)
-    gates = None if row.is_gradient else posterior.gates
-    if not row.is_gradient:
-        if gates is None:
-            raise ValueError(f"posterior must come from rsample for estimator {estimator!r}; this one has gates=None")
-        if forward_ad._current_level >= 0:
-            raise NotImplementedError(
-                f"estimator {estimator!r} has no forward-mode derivative: it is no gradient of its bound; "
-                "take 'iwae' or 'elbo'"
-            )
+    gates = steered(row, estimator, [posterior])
     args = first, x, log_ratio, gates, second, third, _mask(mask, x), likelihood
     if _varies(row.elbo_weight) or _varies(row.alpha):  # the likelihood by its op, the bound in plain PyTorch
         iwae = list(estimators.ESTIMATORS["iwae"].make())
@@ -646,7 +747,7 @@ def multi_sample_loss(
         loss, log_likelihood = call(
             _op.multi_sample_loss.default, reference.multi_sample_loss, *args, numbers, reduction
         )
-    return LossParts(loss, log_likelihood, posterior.kl) if return_parts else loss
+    return LossParts(loss, log_likelihood, mean_kl(posterior)) if return_parts else loss
 
 
 class ELBOLoss(torch.nn.Module, Generic[_Result]):

@@ -478,6 +478,12 @@ def multi_sample_weights(log_w: Tensor, estimator: Sequence[float]) -> tuple[Ten
     return bound(log_w, elbo_weight, alpha, int(groups)), weights, gates
 
 
+def minus_bound(log_w: Tensor, gates: Tensor | None, estimator: Sequence[float]) -> Tensor:
+    """Minus the bound [B] of log w [K, B] of an estimator (see `fastelbo.estimators`)."""
+    value, _, factors = multi_sample_weights(log_w, estimator)
+    return -value if gates is None else _Steered.apply(-value, gates, factors.to(gates.dtype))  # type: ignore
+
+
 def multi_sample_loss(
     recon: Tensor,
     x: Tensor,
@@ -492,11 +498,8 @@ def multi_sample_loss(
 ) -> tuple[Tensor, Tensor]:
     """Minus the bound of an estimator (see `fastelbo.estimators`) reduced over B; also log p [K, B]."""
     log_likelihood = log_prob(recon, x, second, third, mask, likelihood)
-    value, _, factors = multi_sample_weights(log_likelihood + log_ratio.to(log_likelihood.dtype), estimator)
-    loss = reduce(-value, reduction)
-    if gates is not None:
-        loss = _Steered.apply(loss, gates, factors.to(gates.dtype))  # type: ignore[no-untyped-call]
-    return loss, log_likelihood
+    log_w = log_likelihood + log_ratio.to(log_likelihood.dtype)
+    return reduce(minus_bound(log_w, gates, estimator), reduction), log_likelihood
 
 
 multi_sample_loss_forward = _with_gradients(multi_sample_loss, ("recon", "log_ratio", "gates", "second", "third"))

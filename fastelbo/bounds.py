@@ -1,0 +1,174 @@
+"""K-sample bounds on log p(x | z) from anywhere: a likelihood of your own, a sum of several, several latent layers.
+
+`multi_sample_loss` computes the same from the parameters of a built-in likelihood, in one pass over them. Both take the
+estimators and their coefficients from fastelbo/estimators.py and csrc/math/weights.h.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from fastelbo import estimators, reference
+from fastelbo._ops import call
+from fastelbo.arguments import checked
+from fastelbo.functional import LossParts, Posterior, mean_kl, steered
+
+_op = torch.ops.fastelbo
+
+
+class BoundOptions(TypedDict, total=False):
+    """Options of `bound_loss`."""
+
+    estimator: str
+    alpha: float
+    beta: float
+    groups: int
+    log_ratio: Tensor | None
+    kl_weight: float | Tensor
+    reduction: str
+
+
+class _MinusBound(torch.autograd.Function):
+    """Minus the bound [B] of log w [K, B]; the "gradient" of gates are their factors (csrc/math/estimator.h)."""
+
+    @staticmethod
+    def forward(log_w: Tensor, gates: Tensor | None, estimator: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+        bound, weights, factors = _op._multi_sample_weights(log_w, estimator)
+        return -bound, weights, factors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        log_w, gates, ctx.estimator = inputs
+        ctx.gates_dtype = None if gates is None else gates.dtype
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(log_w, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
+        log_w, weights, factors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient's own graph: weights and factors are functions of log w
+            _, weights, factors = _op._multi_sample_weights(log_w, ctx.estimator)
+        of_gates = None if ctx.gates_dtype is None else factors.to(ctx.gates_dtype)
+        return (-weights * grad).to(log_w.dtype), of_gates, None
+
+
+def _minus_bound(log_w: Tensor, gates: Tensor | None, estimator: list[float]) -> Tensor:
+    loss: Tensor = _MinusBound.apply(log_w, gates, estimator)[0]  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _added(name: str, t: Tensor, shape: torch.Size) -> Tensor:
+    if t.shape != shape:
+        raise ValueError(f"{name} must have the shape {tuple(shape)} of log_likelihood; got {tuple(t.shape)}")
+    return t
+
+
+@overload
+def bound_loss(
+    log_likelihood: Tensor,
+    posterior: Posterior | Sequence[Posterior],
+    *,
+    return_parts: Literal[False] = False,
+    **options: Unpack[BoundOptions],
+) -> Tensor: ...
+
+
+@overload
+def bound_loss(
+    log_likelihood: Tensor,
+    posterior: Posterior | Sequence[Posterior],
+    *,
+    return_parts: Literal[True],
+    **options: Unpack[BoundOptions],
+) -> LossParts: ...
+
+
+@overload
+def bound_loss(
+    log_likelihood: Tensor,
+    posterior: Posterior | Sequence[Posterior],
+    *,
+    return_parts: bool,
+    **options: Unpack[BoundOptions],
+) -> Tensor | LossParts: ...
+
+
+@checked
+def bound_loss(
+    log_likelihood: Tensor,
+    posterior: Posterior | Sequence[Posterior],
+    *,
+    estimator: str = "iwae",
+    alpha: float = 0.0,
+    beta: float = 0.5,
+    groups: int = 1,
+    log_ratio: Tensor | None = None,
+    kl_weight: float | Tensor = 1.0,
+    reduction: str = "mean",
+    return_parts: bool = False,
+) -> Tensor | LossParts:
+    """Minus a K-sample bound of any log p(x | z), with the gradient estimator of your choice.
+
+    log w_k = log p(x | z_k) + kl_weight [sum over the posteriors of their log ratios + log_ratio]_k; the bounds and
+    estimators are those of `multi_sample_loss`, which is this on a built-in likelihood.
+
+    Args:
+        log_likelihood: [K, B], a floating dtype. log p(x | z_k), from posterior.z: a likelihood of your own, or a sum
+            of several `log_prob`.
+        posterior: from `rsample` with num_samples or with batch_dims=2; or a sequence of them, one per latent layer.
+        estimator, alpha, beta, groups: as in `multi_sample_loss`.
+        log_ratio: [K, B], added to the log ratios of the posteriors: of a flow z = f(z_0), where the posterior is that
+            of z_0, log p(z) - log N(z_0; 0, I) + log |det df/dz_0|; of a mixture prior, log p(z) - log N(z; 0, I).
+        kl_weight: anneals the log ratios; a float or a 0-d tensor on the device. Not for "rws".
+        reduction: "mean" (over B), "sum" or "none".
+        return_parts: also return log p(x | z) and the analytic KL of the posteriors, summed.
+
+    Returns:
+        A scalar, or [B] with reduction="none", in nats: minus the bound, whatever the gradient. With return_parts,
+        LossParts(loss, log_likelihood [K, B], kl [B]); a KL [K, B] is averaged over K.
+
+    Raises:
+        ValueError, TypeError: unknown names, shapes that do not fit, groups that do not divide K, kl_weight with "rws".
+        NotImplementedError: "stl", "dreg" or "rws" in forward-mode AD.
+
+    Note:
+        "stl", "dreg" and "rws" scale the gradients that reach the posteriors' z and log_ratio. What `log_ratio` depends
+        on besides z (a prior, a flow) gets the gradient of the bound, as a decoder does.
+
+        In a lower layer whose mu and logvar depend on the z of a layer above, log q depends on that z. "stl" and "dreg"
+        drop the score with respect to mu and logvar, and with it this dependence: give it back in log_ratio, as minus
+        log q of the lower z, detached, under an encoder with detached parameters, minus its own value. Without it
+        "stl" is unbiased but varies where q is the posterior, and "dreg" is biased. In "dreg" the encoder of the lower
+        layer must take a second draw of the upper z with the same seed: the gradient of the first is scaled, and what
+        comes from the lower layer is scaled already. See examples/two_layers.py.
+
+    Reference: those of `multi_sample_loss`; annealing: Sonderby et al. 2016; several layers: Burda et al. 2016, sec. 3,
+        and Bauer & Mnih 2021, sec. 4.
+    """
+    posteriors: list[Posterior] = [posterior] if hasattr(posterior, "log_ratio") else list(posterior)  # type: ignore
+    if log_likelihood.dim() != 2:
+        raise ValueError(f"log_likelihood must be [K, B]; got {tuple(log_likelihood.shape)}")
+    shape, dtype = log_likelihood.shape, reference.compute_dtype(log_likelihood)
+    several = len(posteriors) > 1
+    ratio = None if log_ratio is None else _added("log_ratio", log_ratio, shape).to(dtype)
+    for i, p in enumerate(posteriors):
+        name = f"log_ratio of posterior {i}" if several else "log_ratio of posterior"
+        own = _added(name, p.log_ratio, shape).to(dtype)
+        ratio = own if ratio is None else ratio + own
+    assert ratio is not None
+    row = estimators.estimator(estimator, shape[0], alpha=alpha, beta=beta, groups=groups)
+    gates = steered(row, estimator, posteriors)
+    if isinstance(kl_weight, Tensor) or kl_weight != 1.0:
+        if estimator == "rws":
+            raise ValueError(f"kl_weight must be 1.0 with estimator 'rws', which anneals nothing; got {kl_weight}")
+        ratio = kl_weight * ratio
+        if gates is not None:  # of dreg: b = a (1 - kl_weight + kl_weight a), by the steps of Tucker et al. 2019, eq. 8
+            gates = torch.stack([kl_weight * gates[0], gates[1]])
+    numbers = [float(number) for number in row]
+    log_w = log_likelihood.to(dtype) + ratio
+    loss = reference.reduce(call(_minus_bound, reference.minus_bound, log_w, gates, numbers), reduction)
+    if not return_parts:
+        return loss
+    return LossParts(loss, log_likelihood, torch.stack([mean_kl(p) for p in posteriors]).sum(0))

@@ -22,7 +22,8 @@ from fastelbo.functional import (
     rsample,
 )
 from fastelbo.kept import Kept, estimator_weights, keep_samples, kept_loss, rsample_kept
-from fastelbo.marginal import LogMeanExp, MarginalEstimate
+from fastelbo.loading import load
+from fastelbo.marginal import ImportanceWeights, LogMeanExp, MarginalEstimate, importance_weights
 from fastelbo.ppca import PPCA, FitReport, ppca_log_prob
 from fastelbo.vae import VAE
 
@@ -36,6 +37,7 @@ __all__ = [
     "ELBOLoss",
     "FitReport",
     "IWAELoss",
+    "ImportanceWeights",
     "Kept",
     "LogMeanExp",
     "LossParts",
@@ -49,9 +51,11 @@ __all__ = [
     "estimator_weights",
     "gaussian_kl",
     "gaussian_log_prob",
+    "importance_weights",
     "iwae_loss",
     "keep_samples",
     "kept_loss",
+    "load",
     "log_mean_exp",
     "log_prob",
     "multi_sample_loss",

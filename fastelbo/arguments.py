@@ -167,6 +167,23 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
     return tuple(size(f"every number of {name}", n) for n in value)
 
 
+def _condition(name: str, value: Any) -> Any:
+    several = isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(t, Tensor) for t in value)
+    if not isinstance(value, Tensor) and not several:
+        raise refusal(name, "a tensor, or a tuple of tensors", value)
+    return tuple(value) if several else value
+
+
+def _prior(name: str, value: Any) -> Any:
+    if isinstance(value, nn.Module):
+        return value
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(t, Tensor) for t in value):
+        raise refusal(name, "an nn.Module, or a pair of tensors (mu, logvar)", value)
+    for t in value:
+        _floats(f"every tensor of {name}", t)
+    return value
+
+
 def _batch_dims(name: str, value: Any) -> int:
     if count(name, value) > 2:
         raise ValueError(f"{name} must be 1 or 2; got {value}")
@@ -223,6 +240,8 @@ TABLE: dict[str, Check] = {
     "return_parts": _flag,
     "VAE.sample.mean": _flag,
     **dict.fromkeys(("encoder", "decoder", "model"), _module),
+    "condition": _condition,
+    "prior": _prior,
     "latent_shape": _shape,
 }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastelbo import reference
-from fastelbo.arguments import checked
+from fastelbo.arguments import checked, refusal
 from fastelbo.functional import Posterior
 from fastelbo.marginal import LogMeanExp
 
@@ -27,6 +28,10 @@ class Diagnostics(NamedTuple):
     def collapsed(self) -> Tensor:
         """[*latent], bool: dimensions that are not active, since their mu hardly varies with x."""
         return ~(self.mu_variance > ACTIVE_VARIANCE)
+
+
+def _to(value: object, device: torch.device | str) -> object:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _ess(log_w: Tensor, batch: int) -> Tensor:
@@ -69,18 +74,56 @@ class DiagnosticsMeter:
         ).sum(0)
         mean = mu.mean(0)
         spread = (mu - mean).square().sum(0)
-        if self._count == 0:
-            self._kl, self._mean, self._spread = terms, mean, spread
-        else:  # Chan et al. 1983: sums of squares about a mean, joined without cancellation
-            total = self._count + count
-            step = mean - self._mean
-            self._kl = self._kl + terms
-            self._spread = self._spread + spread + step.square() * (self._count * count / total)
-            self._mean = self._mean + step * (count / total)
-        self._count += count
+        self._add(count, terms, mean, spread)
         if ess is not None:
             self._ess = ess if self._weighed == 0 else self._ess + ess
             self._weighed += count
+        return self
+
+    def _add(self, count: int, kl: Tensor, mean: Tensor, spread: Tensor) -> None:
+        if self._count == 0:
+            self._kl, self._mean, self._spread = kl, mean, spread
+        else:  # Chan et al. 1983: sums of squares about a mean, joined without cancellation
+            if kl.shape != self._kl.shape:
+                raise ValueError(f"latents must be of shape {tuple(self._kl.shape)}; got {tuple(kl.shape)}")
+            total = self._count + count
+            step = mean - self._mean
+            self._kl = self._kl + kl
+            self._spread = self._spread + spread + step.square() * (self._count * count / total)
+            self._mean = self._mean + step * (count / total)
+        self._count += count
+
+    def merge(self, other: DiagnosticsMeter) -> DiagnosticsMeter:
+        """Add the data that another meter has seen; the other does not change.
+
+        Raises:
+            ValueError, TypeError: latents of another shape; other is no DiagnosticsMeter.
+        """
+        if not isinstance(other, DiagnosticsMeter):
+            raise refusal("other", "a DiagnosticsMeter", other)
+        if other._count:
+            self._add(other._count, other._kl, other._mean, other._spread)
+        if other._weighed:
+            self._ess = other._ess if self._weighed == 0 else self._ess + other._ess
+            self._weighed += other._weighed
+        return self
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> DiagnosticsMeter:
+        """Add the data that the meters of all processes of a group have seen; every process ends with the same figures.
+
+        Args:
+            group: of `torch.distributed`; the default group if None. Every process of it must call this.
+        """
+        found: list[dict[str, object] | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(found, {name: _to(value, "cpu") for name, value in vars(self).items()}, group)
+        device = self._kl.device
+        total = DiagnosticsMeter()
+        for state in found:  # in the order of the processes: the same sums everywhere
+            assert state is not None
+            one = DiagnosticsMeter()
+            vars(one).update({name: _to(value, device) for name, value in state.items()})
+            total.merge(one)
+        vars(self).update(vars(total))
         return self
 
     def result(self) -> Diagnostics:

@@ -46,6 +46,13 @@ class LossParts(NamedTuple):
     kl: Tensor  # [B]
 
 
+class Prior(TypedDict, total=False):
+    """A prior as the functions take it; without entries, N(0, I)."""
+
+    prior_mu: Tensor
+    prior_logvar: Tensor
+
+
 class LossOptions(TypedDict, total=False):
     """Options of every loss."""
 

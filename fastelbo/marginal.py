@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -11,8 +11,10 @@ import torch
 from torch import Generator, Tensor
 
 from fastelbo.arguments import checked, refusal
-from fastelbo.functional import Recon, join_recon, log_prob, rsample, seed_tensor, split_recon
+from fastelbo.functional import Prior, Recon, expand, join_recon, log_prob, rsample, seed_tensor, split_recon
 from fastelbo.ordered import ordered_sum
+
+Condition = Tensor | tuple[Tensor, ...]  # what a model's modules take besides x or z; each tensor [B, ...]
 
 PROPOSALS = ("posterior", "prior")
 # Elements of recon that are decoded at a time. On a CPU few enough that they and the decoder's hidden layers stay in
@@ -114,9 +116,40 @@ class Model(Protocol):
 
     likelihood: str
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+    def encode(
+        self, x: Tensor, condition: Condition | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
-    def decode(self, z: Tensor) -> Recon: ...
+    def decode(self, z: Tensor, condition: Condition | None = None) -> Recon: ...
+
+    def _prior_parameters(self, condition: Condition | None = None) -> Prior: ...
+
+
+def given(condition: Condition | None) -> tuple[Condition, ...]:
+    """The further argument of a module, if there is one."""
+    return () if condition is None else (condition,)
+
+
+def _each(function: Callable[[Tensor], Tensor], condition: Condition | None) -> Condition | None:
+    if condition is None or isinstance(condition, Tensor):
+        return None if condition is None else function(condition)
+    return tuple(map(function, condition))
+
+
+def fold(condition: Condition | None, lead: tuple[int, ...]) -> Condition | None:
+    """The condition [B, ...] of latents whose leading dimensions, [B] or [K, B], are folded."""
+
+    def each(t: Tensor) -> Tensor:
+        if t.dim() == 0 or t.shape[0] != lead[-1]:
+            raise ValueError(f"condition must be [B, ...] with B={lead[-1]} from z; got {tuple(t.shape)}")
+        return t.expand(*lead, *t.shape[1:]).flatten(0, 1) if len(lead) == 2 else t
+
+    return _each(each, condition)
+
+
+def rows_of(condition: Condition | None, datum: Tensor) -> Condition | None:
+    """The condition of the data [n]."""
+    return _each(lambda t: t.index_select(0, datum), condition)
 
 
 def _expand_batch(recon: Recon, x: Tensor) -> Recon:
@@ -134,6 +167,48 @@ def pieces(x: Tensor, start: int, end: int) -> list[tuple[int, int]]:
     return list(pairwise(start + (end - start) * i // count for i in range(count + 1)))  # of nearly equal size
 
 
+def _weigh(
+    model: Model,
+    x: Tensor,
+    num_samples: int,
+    chunk_size: int | None,
+    proposal: str,
+    condition: Condition | None,
+    mask: Tensor | None,
+    seed: int | Tensor | None,
+    generator: Generator | None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Samples and their log weights, chunk by chunk: z [k, B, *latent] ([k, 1, ...] of one prior), log w [k, B]."""
+    if proposal not in PROPOSALS:
+        raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}; got {proposal!r}")
+    key = seed_tensor(seed, generator, x.device)
+    from_prior = proposal == "prior"
+    with torch.no_grad():
+        mu, logvar = model.encode(x, condition, mask=mask)
+        prior = model._prior_parameters(condition)
+        if from_prior:
+            # without a condition, the same samples for every datum: K of them are decoded, not K times B
+            like = mu if condition is not None else mu[:1]
+            mu = expand("prior_mu", prior.get("prior_mu", torch.zeros_like(like)), like.shape, "one latent")
+            logvar = expand("prior_logvar", prior.get("prior_logvar", torch.zeros_like(like)), like.shape, "one latent")
+            prior = {}
+
+    def weigh(first: int, count: int) -> tuple[Tensor, Tensor]:
+        drawn = rsample(mu, logvar, count, **prior, seed=key, first_sample=first)
+        recon = model.decode(drawn.z, condition)
+        if from_prior:
+            whole = recon if len(mu) == len(x) else _expand_batch(recon, x)
+            return drawn.z, log_prob(whole, x, likelihood=model.likelihood, mask=mask)
+        return drawn.z, log_prob(recon, x, likelihood=model.likelihood, mask=mask) + drawn.log_ratio
+
+    for start in range(0, num_samples, chunk := chunk_size or CHUNK):
+        end = min(start + chunk, num_samples)
+        with torch.no_grad():
+            found = [weigh(first, last - first) for first, last in pieces(x[: len(mu)], start, end)]
+            z, log_w = (torch.cat(parts) for parts in zip(*found, strict=True))
+        yield z, log_w
+
+
 @checked
 def log_weights(
     model: Model,
@@ -142,28 +217,61 @@ def log_weights(
     *,
     chunk_size: int | None = None,
     proposal: str = "posterior",
+    condition: Condition | None = None,
+    mask: Tensor | None = None,
     seed: int | Tensor | None = None,
     generator: Generator | None = None,
 ) -> Iterator[Tensor]:
     """The log importance weights of `VAE.log_marginal`, chunk by chunk: [k, B]. It explains the arguments."""
-    if proposal not in PROPOSALS:
-        raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}; got {proposal!r}")
-    key = seed_tensor(seed, generator, x.device)
-    with torch.no_grad():
-        mu, logvar = model.encode(x)
-        if proposal == "prior":  # the same samples for every datum: K of them are decoded, not K times B
-            mu = logvar = torch.zeros_like(mu[:1])
-
-    def weigh(first: int, count: int) -> Tensor:  # [count, B]
-        drawn = rsample(mu, logvar, count, seed=key, first_sample=first)
-        recon = model.decode(drawn.z)
-        if proposal == "prior":
-            return log_prob(_expand_batch(recon, x), x, likelihood=model.likelihood)
-        return log_prob(recon, x, likelihood=model.likelihood) + drawn.log_ratio
-
-    for start in range(0, num_samples, chunk := chunk_size or CHUNK):
-        end = min(start + chunk, num_samples)
-        with torch.no_grad():
-            parts = pieces(x[: len(mu)], start, end)
-            log_w = torch.cat([weigh(first, last - first) for first, last in parts])
+    for _, log_w in _weigh(model, x, num_samples, chunk_size, proposal, condition, mask, seed, generator):
         yield log_w
+
+
+class ImportanceWeights(NamedTuple):
+    """Samples of q(z | x) and their log importance weights."""
+
+    log_w: Tensor  # [K, B]: log p(x | z) + log p(z) - log q(z | x), nats
+    z: Tensor  # [K, B, *latent]
+
+    @property
+    def normalized(self) -> Tensor:
+        """[K, B], float64: w_k / sum_k w_k. sum_k normalized_k f(z_k) estimates E[f(z) | x]."""
+        return torch.softmax(self.log_w.double(), 0)
+
+
+@torch.no_grad()
+@checked
+def importance_weights(
+    model: Model,
+    x: Tensor,
+    num_samples: int,
+    *,
+    condition: Condition | None = None,
+    mask: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: Generator | None = None,
+) -> ImportanceWeights:
+    """K samples of q(z | x) with their weights, for estimates of your own: imputation, posterior expectations.
+
+    With w the normalized weights, sum_k w_k f(z_k) estimates E[f(z) | x]; of a part of x, where a mask leaves out the
+    rest: sum_k w_k E[x | z_k] imputes it (Mattei & Frellsen 2019, eq. 11). The decoder runs in pieces that fit the
+    cache; z of all samples is returned.
+
+    Args:
+        model: a `fastelbo.VAE`.
+        x: [B, *event], of a dtype that its `encode` takes.
+        num_samples: K.
+        condition, mask: see `fastelbo.VAE`.
+        seed, generator: the noise, as in `fastelbo.rsample`.
+
+    Returns:
+        ImportanceWeights(log_w [K, B], z [K, B, *latent]), with the normalized weights [K, B] as `normalized`.
+
+    Raises:
+        ValueError, TypeError: a number below 1; as in `VAE.encode` and `VAE.decode`.
+
+    Reference: Burda et al. 2016, eq. 8; Owen, Monte Carlo, ch. 9.2 (self-normalized importance sampling).
+    """
+    found = list(_weigh(model, x, num_samples, None, "posterior", condition, mask, seed, generator))
+    z, log_w = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return ImportanceWeights(log_w, z)

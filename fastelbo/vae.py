@@ -1,9 +1,12 @@
 """The variational autoencoder: any encoder and decoder around `rsample` and the losses."""
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, Unpack, overload
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastelbo import kept, likelihoods, reference
 from fastelbo.arguments import ORDINALS, checked
@@ -11,8 +14,10 @@ from fastelbo.estimators import ESTIMATORS, Estimator
 from fastelbo.functional import (
     LossParts,
     Posterior,
+    Prior,
     Recon,
     elbo_loss,
+    expand,
     gaussian_kl,
     join_recon,
     likelihood_mean,
@@ -23,7 +28,7 @@ from fastelbo.functional import (
     seed_tensor,
     split_recon,
 )
-from fastelbo.marginal import LogMeanExp, MarginalEstimate, log_weights, pieces
+from fastelbo.marginal import Condition, LogMeanExp, MarginalEstimate, fold, given, log_weights, pieces, rows_of
 from fastelbo.progress import progress
 
 # Every objective with the options that it reads; the others must keep their defaults.
@@ -40,11 +45,11 @@ class VAEOutput(NamedTuple):
     posterior: Posterior
 
 
-class VAEOptions(TypedDict, total=False):
-    """Options of `VAE.loss`."""
+class _Options(TypedDict, total=False):
+    """Options of `VAE.loss`, and of a call with an objective."""
 
-    objective: str
-    num_samples: int
+    condition: Condition | None
+    mask: Tensor | None
     beta: float | Tensor | None
     free_bits: float
     alpha: float
@@ -54,6 +59,25 @@ class VAEOptions(TypedDict, total=False):
     seed: int | Tensor | None
     generator: Generator | None
     eps: Tensor | None
+
+
+class VAEOptions(_Options, total=False):
+    """Options of `VAE.loss`."""
+
+    objective: str
+    num_samples: int
+
+
+class _ForwardOptions(TypedDict, total=False):
+    """What a call with an objective passes on to `VAE.loss` besides the arguments that every call takes."""
+
+    beta: float | Tensor | None
+    free_bits: float
+    alpha: float
+    groups: int
+    keep: int | Literal["auto"] | None
+    reduction: str
+    return_parts: bool
 
 
 def check_objective(
@@ -93,6 +117,7 @@ def objective_loss(
     alpha: float = 0.0,
     groups: int = 1,
     likelihood: str = "bernoulli",
+    mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> LossParts:
     """The loss of an objective by its name, on what `VAE.forward` returned; the arguments are those of `VAE.loss`."""
@@ -103,7 +128,10 @@ def objective_loss(
             x,
             posterior.mu,
             posterior.logvar,
+            prior_mu=posterior.prior_mu,
+            prior_logvar=posterior.prior_logvar,
             likelihood=likelihood,
+            mask=mask,
             beta=1.0 if beta is None else beta,
             free_bits=free_bits,
             reduction=reduction,
@@ -115,6 +143,7 @@ def objective_loss(
         x,
         posterior,
         likelihood=likelihood,
+        mask=mask,
         estimator=objective,
         alpha=alpha,
         beta=0.5 if beta is None else beta,
@@ -124,21 +153,57 @@ def objective_loss(
     )
 
 
+class _Pair(nn.Module):
+    """A prior of a mean and a log variance, which are parameters if they were given as such."""
+
+    def __init__(self, mu: Tensor, logvar: Tensor) -> None:
+        super().__init__()
+        for name, t in (("mu", mu), ("logvar", logvar)):
+            register = self.register_parameter if isinstance(t, nn.Parameter) else self.register_buffer
+            register(name, t)  # type: ignore[arg-type]
+
+    def forward(self, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
+        return self.mu, self.logvar  # type: ignore[return-value]
+
+
+def _check_nan(x: Tensor, mask: Tensor | None, loss: Tensor) -> None:
+    """Refuse NaN in x, where the loss tells of it. A CUDA device would have to be waited for: there it stays NaN."""
+    if torch.compiler.is_compiling() or loss.device.type != "cpu" or not x.is_floating_point():
+        return
+    if torch._C._are_functorch_transforms_active() or not loss.isnan().any():
+        return
+    missing = x.isnan()
+    if mask is not None:
+        missing = missing & (mask != 0)
+    if missing.any():
+        where = "" if mask is None else " where mask is not 0"
+        raise ValueError(f"x holds NaN in {int(missing.sum())} places{where}; give mask=~x.isnan() to leave them out")
+
+
 class VAE(nn.Module):
-    """Variational autoencoder: z ~ N(0, I), x ~ p(x | decoder(z)), q(z | x) = N(mu, diag exp(logvar)) from encoder(x).
+    """Variational autoencoder: z ~ p(z), x ~ p(x | decoder(z)), q(z | x) = N(mu, diag exp(logvar)) from encoder(x).
+
+    Every method takes a `condition`, such as a label: a tensor [B, ...] or a tuple of them. Encoder, decoder and a
+    prior module are given it as their second argument (the prior as its first), with K and B folded as in z. Methods
+    that read x take a `mask` as in `fastelbo.log_prob`: what it leaves out counts for nothing, and the encoder sees 0
+    there (the zero imputation of Mattei & Frellsen 2019).
+
+    Under DistributedDataParallel, call the wrapped model: `ddp(x, objective="iwae", num_samples=50)` is the loss.
 
     Args:
         encoder: a module x [B, *event] -> (mu, logvar), each [B, *latent], or one tensor that is halved on dim 1.
         decoder: a module z [B, *latent] -> recon [B, *event], or a tuple such as (mean, logvar) whose further tensors
             broadcast to the first: [B, *event], [*event], or 0-d for one learned variance.
         likelihood: a name of `fastelbo.log_prob`, which says what recon means.
+        prior: p(z) = N(mu_p, diag exp(logvar_p)): a pair of tensors or parameters (mu_p, logvar_p) that broadcast to
+            [B, *latent], or a module that returns one, called with the condition if there is one. None: N(0, I).
         latent_shape: the shape of one latent, without B. None: taken from the latest `encode`, so that only
-            `decode` and `sample` before any `encode` need it.
+            `decode` and `sample` before any `encode` need it. It travels in the state dict.
 
     Raises:
         ValueError: an unknown likelihood.
 
-    Reference: Kingma & Welling 2014.
+    Reference: Kingma & Welling 2014; conditions: Sohn et al. 2015.
     """
 
     @checked
@@ -148,11 +213,14 @@ class VAE(nn.Module):
         decoder: nn.Module,
         likelihood: str = "bernoulli",
         *,
+        prior: nn.Module | tuple[Tensor, Tensor] | None = None,
         latent_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
+        self.prior = prior if prior is None or isinstance(prior, nn.Module) else _Pair(*prior)
         self.latent_shape = latent_shape
+        self._wrapped = False  # by DistributedDataParallel
         self._auto: dict[tuple[object, ...], kept.AutoKeep] = {}  # of keep="auto", by objective
 
     def _like(self) -> Tensor:
@@ -164,11 +232,46 @@ class VAE(nn.Module):
             raise ValueError("latent_shape is not known yet: encode a batch first, or give VAE(..., latent_shape=(M,))")
         return self.latent_shape
 
+    def get_extra_state(self) -> Tensor:
+        """latent_shape, as int64; empty where it is not known."""
+        return torch.tensor(self.latent_shape or (), dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if len(state):
+            self.latent_shape = tuple(state.tolist())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", torch.empty(0, dtype=torch.int64))  # saved by an older version
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Sequence[str]:
+        """Read by DistributedDataParallel of the module that it wraps: so `loss` knows that it is wrapped."""
+        self._wrapped = True
+        names: Sequence[str] = self.__dict__.get("_ddp_ignored", ())
+        return names
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: Sequence[str]) -> None:
+        self.__dict__["_ddp_ignored"] = names
+
+    def _prior_parameters(self, condition: Condition | None = None) -> Prior:
+        """prior_mu and prior_logvar, as `fastelbo.rsample` and the losses take them; nothing for N(0, I)."""
+        if self.prior is None:
+            return {}
+        out = self.prior(*given(condition))
+        if not isinstance(out, tuple | list) or len(out) != 2 or not all(isinstance(t, Tensor) for t in out):
+            raise TypeError(f"prior must return a pair of tensors (mu, logvar); got {type(out).__name__}")
+        return {"prior_mu": out[0], "prior_logvar": out[1]}
+
     @checked
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, x: Tensor, condition: Condition | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Parameters of q(z | x) = N(mu, diag exp(logvar)).
 
         Args:
+            condition, mask: see `VAE`.
             x: [B, *event]; floating, uint8 (the encoder sees x / 255) or bool. Counts: floating, uint8, int16, int32
                 or int64; the encoder sees them as they are, in the model's dtype, and may begin with log1p.
 
@@ -183,7 +286,9 @@ class VAE(nn.Module):
         """
         if not x.is_floating_point():
             x = reference.read_data(x, self._like().dtype, likelihoods.get(self.likelihood).domain)
-        out = self.encoder(x)
+        if mask is not None:
+            x = x.masked_fill(expand("mask", mask, x.shape, "x") == 0, 0)
+        out = self.encoder(x, *given(condition))
         if isinstance(out, Tensor):
             if out.dim() < 2 or out.shape[1] % 2:
                 raise ValueError(
@@ -205,11 +310,12 @@ class VAE(nn.Module):
         return mu, logvar
 
     @checked
-    def decode(self, z: Tensor) -> Recon:
+    def decode(self, z: Tensor, condition: Condition | None = None) -> Recon:
         """Parameters of p(x | z). The decoder sees K and B folded into one batch dimension.
 
         Args:
             z: [B, *latent] or [K, B, *latent].
+            condition: see `VAE`.
 
         Returns:
             recon: [B, *event] or [K, B, *event], or a tuple of which that is the first tensor; a further one that
@@ -224,7 +330,7 @@ class VAE(nn.Module):
         if lead not in (1, 2) or tuple(z.shape[lead:]) != latent:
             raise ValueError(f"z must be [B, *latent] or [K, B, *latent] with latent={latent}; got {tuple(z.shape)}")
         batch = z.flatten(0, 1) if lead == 2 else z
-        out = self.decoder(batch)
+        out = self.decoder(batch, *given(fold(condition, z.shape[:lead])))
         several = isinstance(out, tuple | list) and 2 <= len(out) <= len(ORDINALS)
         if not isinstance(out, Tensor) and not (several and all(isinstance(t, Tensor) for t in out)):
             many, kind = isinstance(out, tuple | list), type(out).__name__
@@ -243,49 +349,102 @@ class VAE(nn.Module):
 
     if TYPE_CHECKING:
 
+        @overload
         def __call__(
             self,
             x: Tensor,
             num_samples: int | None = None,
             *,
+            condition: Condition | None = None,
+            mask: Tensor | None = None,
             seed: int | Tensor | None = None,
             generator: Generator | None = None,
             eps: Tensor | None = None,
         ) -> VAEOutput: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            num_samples: int = 1,
+            *,
+            objective: str,
+            return_parts: Literal[False] = False,
+            **options: Unpack[_Options],
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            num_samples: int = 1,
+            *,
+            objective: str,
+            return_parts: Literal[True],
+            **options: Unpack[_Options],
+        ) -> LossParts: ...
+
+        def __call__(self, x: Tensor, *args: object, **kwargs: object) -> object: ...
 
     def forward(
         self,
         x: Tensor,
         num_samples: int | None = None,
         *,
+        condition: Condition | None = None,
+        mask: Tensor | None = None,
         seed: int | Tensor | None = None,
         generator: Generator | None = None,
         eps: Tensor | None = None,
-    ) -> VAEOutput:
+        objective: str | None = None,
+        **options: Unpack[_ForwardOptions],
+    ) -> VAEOutput | Tensor | LossParts:
         """Encode, draw z = mu + exp(logvar / 2) eps, decode: everything that a loss needs.
 
         Args:
             x: [B, *event], of a dtype that `encode` takes.
             num_samples: K. None draws one sample without the K dimension.
+            condition, mask: see `VAE`. The output does not depend on mask, but for what the encoder sees.
             seed, generator, eps: the noise, as in `fastelbo.rsample`; torch's default generator without them.
+            objective: return the loss in place of the output: `loss` with these arguments and `options`. The way to
+                train under DistributedDataParallel, which synchronizes gradients of what is called through it.
 
         Returns:
-            VAEOutput(recon [K?, B, *event] or a tuple, posterior): posterior is what `fastelbo.rsample` returns.
+            VAEOutput(recon [K?, B, *event] or a tuple, posterior): posterior is what `fastelbo.rsample` returns. With
+            an objective, what `loss` returns.
 
         Raises:
-            ValueError, TypeError: as in `encode`, `decode` and `fastelbo.rsample`.
+            ValueError, TypeError: as in `encode`, `decode` and `fastelbo.rsample`; options without an objective.
 
         Reference: Kingma & Welling 2014, sec. 2.4.
         """
-        mu, logvar = self.encode(x)
-        posterior = rsample(mu, logvar, num_samples, seed=seed, generator=generator, eps=eps)
-        return VAEOutput(self.decode(posterior.z), posterior)
+        if objective is not None:
+            found: Tensor | LossParts = self.loss(
+                x,
+                objective=objective,
+                num_samples=1 if num_samples is None else num_samples,
+                condition=condition,
+                mask=mask,
+                seed=seed,
+                generator=generator,
+                eps=eps,
+                **options,
+            )
+            return found
+        if options:
+            raise TypeError(f"{', '.join(options)} has no effect without an objective: give one, or leave it out")
+        mu, logvar = self.encode(x, condition, mask=mask)
+        posterior = rsample(
+            mu, logvar, num_samples, **self._prior_parameters(condition), seed=seed, generator=generator, eps=eps
+        )
+        return VAEOutput(self.decode(posterior.z, condition), posterior)
 
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, condition: Condition | None = None, *, mask: Tensor | None = None) -> Tensor:
         """E[x | z = mu(x)]: the mean of the likelihood at the posterior mean; draws nothing.
 
         Args:
             x: [B, *event], of a dtype that `encode` takes.
+            condition, mask: see `VAE`. With a mask, what it leaves out is imputed.
 
         Returns:
             [B, *event], in the decoder's dtype; for uint8 data that are no counts, on the scale of x / 255.
@@ -293,15 +452,23 @@ class VAE(nn.Module):
         Raises:
             ValueError, TypeError: as in `encode` and `decode`.
         """
-        return likelihood_mean(self.decode(self.encode(x)[0]), self.likelihood)
+        return likelihood_mean(self.decode(self.encode(x, condition, mask=mask)[0], condition), self.likelihood)
 
     @torch.no_grad()
     @checked
-    def sample(self, n: int, *, mean: bool = False, generator: Generator | None = None) -> Tensor:
-        """Ancestral samples: z ~ N(0, I), then x ~ p(x | z).
+    def sample(
+        self,
+        n: int,
+        condition: Condition | None = None,
+        *,
+        mean: bool = False,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """Ancestral samples: z ~ p(z), then x ~ p(x | z).
 
         Args:
             n: how many.
+            condition: of n rows; see `VAE`.
             mean: return E[x | z] in place of the draw x, as pictures of prior samples usually do.
             generator: the source of the noise, on the model's device; torch's default one if None.
 
@@ -309,11 +476,13 @@ class VAE(nn.Module):
             [n, *event], in the decoder's dtype.
 
         Raises:
-            ValueError: `latent_shape` is not known yet.
+            ValueError: `latent_shape` is not known yet, or condition of another number of rows.
         """
         like = self._like()
         z = torch.randn(n, *self._latent_shape(), dtype=like.dtype, device=like.device, generator=generator)
-        recon = self.decode(z)
+        if prior := self._prior_parameters(condition):
+            z = prior["prior_mu"] + torch.exp(0.5 * prior["prior_logvar"]) * z
+        recon = self.decode(z, condition)
         if mean:
             return likelihood_mean(recon, self.likelihood)
         return likelihood_sample(recon, self.likelihood, generator=generator)
@@ -334,6 +503,8 @@ class VAE(nn.Module):
         *,
         objective: str = "elbo",
         num_samples: int = 1,
+        condition: Condition | None = None,
+        mask: Tensor | None = None,
         beta: float | Tensor | None = None,
         free_bits: float = 0.0,
         alpha: float = 0.0,
@@ -347,13 +518,14 @@ class VAE(nn.Module):
     ) -> Tensor | LossParts:
         """Minus a lower bound on log p(x), to be minimized; never averaged over D.
 
-        "elbo": -mean_k log p(x | z_k) + beta KL(q(z | x) || N(0, I)), the KL in closed form.
+        "elbo": -mean_k log p(x | z_k) + beta KL(q(z | x) || p(z)), the KL in closed form.
         "stl", "iwae", "dreg", "rws", "vr", "ciwae", "miwae": see `fastelbo.multi_sample_loss`.
 
         Args:
             x: [B, *event], of a dtype that `encode` takes; the loss reads uint8 as the encoder does.
             objective: a name above.
             num_samples: K. "elbo" draws a single sample without the K dimension.
+            condition, mask: see `VAE`. With a mask, log p(x | z) is that of what it leaves.
             beta: of "elbo", the weight of the KL (1 if None); of "ciwae", the weight of the ELBO (0.5 if None).
             free_bits: of "elbo", the floor in nats of every dimension's KL.
             alpha, groups: of "vr" and of "miwae".
@@ -376,11 +548,13 @@ class VAE(nn.Module):
             ValueError: an unknown objective, an option that the objective does not read or is not defined for.
             ValueError: keep with "elbo" or "stl", whose samples all weigh the same, with eps, or with a decoder whose
                 two runs differ: dropout, and batch norm in training mode.
+            ValueError: NaN in x that no mask leaves out, on the CPU; elsewhere the loss is NaN.
             ValueError, TypeError: as in `forward`, `fastelbo.elbo_loss` and `fastelbo.multi_sample_loss`.
 
         Reference: Kingma & Welling 2014, eq. 10; those of `fastelbo.multi_sample_loss`.
         """
         check_objective(objective, beta=beta, free_bits=free_bits, alpha=alpha, groups=groups)
+        self._warn_of_ddp()
         auto = None
         if keep is not None:
             if eps is not None:
@@ -398,9 +572,18 @@ class VAE(nn.Module):
             elif keep > num_samples:
                 raise ValueError(f"keep must be at most num_samples={num_samples}; got {keep}")
             if keep < num_samples:
-                parts = self._kept_loss(x, row, num_samples, keep, auto, reduction, seed, generator)
+                parts = self._kept_loss(x, condition, mask, row, num_samples, keep, auto, reduction, seed, generator)
+                _check_nan(x, mask, parts.loss)
                 return parts if return_parts else parts.loss
-        recon, posterior = self(x, draws(objective, num_samples), seed=seed, generator=generator, eps=eps)
+        recon, posterior = self(
+            x,
+            draws(objective, num_samples),
+            condition=condition,
+            mask=mask,
+            seed=seed,
+            generator=generator,
+            eps=eps,
+        )
         parts = objective_loss(
             objective,
             recon,
@@ -411,11 +594,24 @@ class VAE(nn.Module):
             alpha=alpha,
             groups=groups,
             likelihood=self.likelihood,
+            mask=mask,
             reduction=reduction,
         )
+        _check_nan(x, mask, parts.loss)
         if auto is not None and auto.due():
             auto.update(kept.weigh(parts.log_likelihood + posterior.log_ratio, row).a)
         return parts if return_parts else parts.loss
+
+    def _warn_of_ddp(self) -> None:
+        if not self._wrapped or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if DistributedDataParallel._active_ddp_module is None:
+            self._wrapped = False  # once
+            warnings.warn(
+                "loss was called on the module that DistributedDataParallel wraps, whose gradients are then not "
+                'synchronized: call the wrapper, ddp(x, objective="elbo", ...), which returns the same loss',
+                stacklevel=4,
+            )
 
     def _auto_keep(self, row: Estimator, num_samples: int) -> kept.AutoKeep:
         """What `keep="auto"` has seen of an objective's weights, for checkpoints: `state_dict`, `load_state_dict`."""
@@ -424,6 +620,8 @@ class VAE(nn.Module):
     def _kept_loss(
         self,
         x: Tensor,
+        condition: Condition | None,
+        mask: Tensor | None,
         row: Estimator,
         num_samples: int,
         keep: int,
@@ -434,13 +632,14 @@ class VAE(nn.Module):
     ) -> LossParts:
         """The loss of all samples, whose graph holds `keep` of them per datum."""
         kept.check_repeats(self.decoder)
-        mu, logvar = self.encode(x)
+        mu, logvar = self.encode(x, condition, mask=mask)
+        prior = self._prior_parameters(condition)
         key = seed_tensor(seed, generator, mu.device)
         log_p, log_ratio = [], []
         with torch.no_grad(), kept.autocast_cache_off():
             for first, last in pieces(x, 0, num_samples):
-                drawn = rsample(mu, logvar, last - first, seed=key, first_sample=first)
-                log_p.append(log_prob(self.decode(drawn.z), x, likelihood=self.likelihood))
+                drawn = rsample(mu, logvar, last - first, **prior, seed=key, first_sample=first)
+                log_p.append(log_prob(self.decode(drawn.z, condition), x, likelihood=self.likelihood, mask=mask))
                 log_ratio.append(drawn.log_ratio)
         log_likelihood = torch.cat(log_p)
         weights = kept.weigh(log_likelihood + torch.cat(log_ratio), row)
@@ -448,11 +647,12 @@ class VAE(nn.Module):
             auto.update(weights.a)
         if not torch.is_grad_enabled():
             loss = -weights.bound.to(log_likelihood.dtype)
-            return LossParts(reference.reduce(loss, reduction), log_likelihood, gaussian_kl(mu, logvar))
+            return LossParts(reference.reduce(loss, reduction), log_likelihood, gaussian_kl(mu, logvar, **prior))
         chosen = kept.select(weights.a, keep, generator=generator)
-        posterior = kept.rsample_kept(mu, logvar, chosen, seed=key)
-        recon = self.decode(posterior.z)
-        rows = log_prob(recon, x.index_select(0, chosen.datum), likelihood=self.likelihood)
+        posterior = kept.rsample_kept(mu, logvar, chosen, **prior, seed=key)
+        recon = self.decode(posterior.z, rows_of(condition, chosen.datum))
+        left = None if mask is None else expand("mask", mask, x.shape, "x").index_select(0, chosen.datum)
+        rows = log_prob(recon, x.index_select(0, chosen.datum), likelihood=self.likelihood, mask=left)
         loss = kept.loss_of(rows, posterior, chosen, weights, row)
         return LossParts(reference.reduce(loss, reduction), log_likelihood, posterior.kl)
 
@@ -463,15 +663,17 @@ class VAE(nn.Module):
         *,
         chunk_size: int | None = None,
         proposal: str = "posterior",
+        condition: Condition | None = None,
+        mask: Tensor | None = None,
         seed: int | Tensor | None = None,
         generator: Generator | None = None,
     ) -> MarginalEstimate:
         """Estimate log p(x) = log E_{z ~ r}[p(x | z) p(z) / r(z)] with K samples of the proposal r.
 
-        "posterior": r = q(z | x), importance sampling. "prior": r = p(z), plain Monte Carlo: the same K samples serve
-        all data, and the estimate falls off fast with the number of latent dimensions. Both are lower bounds in
-        expectation. The encoder runs once; the memory does not grow with K; no gradient is recorded. Modules run in the
-        mode they are in: call `eval()` first where that matters.
+        "posterior": r = q(z | x), importance sampling. "prior": r = p(z), plain Monte Carlo: without a condition, the
+        same K samples serve all data; the estimate falls off fast with the number of latent dimensions. Both are lower
+        bounds in expectation. The encoder runs once; the memory does not grow with K; no gradient is recorded. Modules
+        run in the mode they are in: call `eval()` first where that matters.
 
         Args:
             x: [B, *event], of a dtype that `encode` takes.
@@ -479,6 +681,7 @@ class VAE(nn.Module):
             chunk_size: at most so many samples per datum are decoded at a time; fewer where they would leave the cache.
                 The same seed draws the same samples for any chunk_size.
             proposal: "posterior" or "prior".
+            condition, mask: see `VAE`. With a mask, log p is that of what it leaves of x.
             seed, generator: the noise, as in `fastelbo.rsample`.
 
         Returns:
@@ -491,7 +694,15 @@ class VAE(nn.Module):
         """
         total = LogMeanExp()
         chunks = log_weights(
-            self, x, num_samples, chunk_size=chunk_size, proposal=proposal, seed=seed, generator=generator
+            self,
+            x,
+            num_samples,
+            chunk_size=chunk_size,
+            proposal=proposal,
+            condition=condition,
+            mask=mask,
+            seed=seed,
+            generator=generator,
         )
         for log_w in progress(chunks, "log p(x)", "sample", num_samples, len):
             total.update(log_w)

@@ -179,7 +179,7 @@ def _fit_ppca(args: argparse.Namespace) -> int:
         if (out / "checkpoint.pt").exists():
             return _interrupted(f"the model is in {out}, its pictures are not all there")
         return _interrupted("no model was written")
-    print(f"in {out}: metrics.csv, checkpoint.pt, {', '.join(path.name for path in made)}")
+    print(f"in {out}: metrics.csv, config.json, checkpoint.pt, {', '.join(path.name for path in made)}")
     return 0
 
 
@@ -231,7 +231,7 @@ def _fit_vae(args: argparse.Namespace) -> int:
         if (out / "checkpoint.pt").exists():
             return _interrupted(f"--resume --out {shlex.quote(str(out))} goes on after the last whole epoch")
         return _interrupted("no epoch was finished, so that there is nothing to resume")
-    print(f"in {out}: metrics.csv, checkpoint.pt, {', '.join(path.name for path in made)}")
+    print(f"in {out}: metrics.csv, config.json, checkpoint.pt, {', '.join(path.name for path in made)}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import io
+import json
 import os
 import secrets
 import signal
@@ -90,6 +91,15 @@ def csv_bytes(columns: Sequence[str], rows: Iterable[Mapping[str, float]], *, he
         writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
+
+
+def save_config(path: Path, kind: str, config: Mapping[str, Any]) -> None:
+    """Write the options of a run atomically, as JSON: for people, and for other programs.
+
+    Raises:
+        OSError: as `write`.
+    """
+    write(path, (json.dumps({"model": kind, **config}, indent=2) + "\n").encode())
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ class Run:
         self.model: PPCA | None = None
 
     def fit(self, out: Path, report: Callable[[Row], object]) -> None:
-        """All fits; writes out/metrics.csv and out/checkpoint.pt at the end, in which Ctrl-C waits.
+        """All fits; writes metrics.csv, config.json and checkpoint.pt at the end, in which Ctrl-C waits.
 
         Raises:
             ValueError: as `PPCA.fit`, for the first fit; beyond the rank of the data it stops.
@@ -82,6 +82,7 @@ class Run:
                 lowest, self.model = row["bic"], model
         with files.uninterrupted():
             files.write(out / "metrics.csv", files.csv_bytes(METRICS, self.rows, header=True))
+            files.save_config(out / "config.json", "ppca", asdict(config))
             self.save(out / "checkpoint.pt")
 
     def _measure(self, model: PPCA) -> Row:

@@ -456,7 +456,7 @@ def prepare(config: Config, out: Path, *, resume: bool = False) -> Trainer:
 
 
 def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | None = None) -> None:
-    """Run the epochs that are left; after each, append a row to out/metrics.csv and write out/checkpoint.pt.
+    """Write out/config.json and run the epochs that are left; each appends to metrics.csv and writes checkpoint.pt.
 
     A run that was interrupted and resumed ends with the same parameters and figures, bit for bit, as one that was not.
     Ctrl-C waits until both files are written. The caller locks the folder: `fastelbo.commands.files.locked`.
@@ -466,6 +466,7 @@ def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | Non
         OSError: a file cannot be written; both are those of the epoch before.
     """
     out.mkdir(parents=True, exist_ok=True)
+    files.save_config(out / "config.json", "vae", asdict(trainer.config))
     table = out / "metrics.csv"
     # the checkpoint decides: a row beyond it belongs to an epoch to be repeated
     files.write(table, files.csv_bytes(trainer.columns, trainer.history, header=True))

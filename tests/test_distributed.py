@@ -1,0 +1,127 @@
+"""DistributedDataParallel around a VAE, and figures of all processes: two processes with gloo."""
+
+import copy
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastelbo import VAE, DiagnosticsMeter, rsample
+
+B, D, M, K = 6, 8, 3, 5  # B data, a half for each process
+
+
+def run(worker: Callable[..., None], folder: Path, *args: object) -> list[object]:
+    """worker(rank, folder, *args) in two processes -> what each saved."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.start_processes(_start, (port, worker, str(folder), args), 2, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def _start(rank: int, port: int, worker: Callable[..., object], folder: str, args: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save(worker(rank, *args), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def new_model() -> VAE:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 2 * M))
+    prior = nn.Parameter(torch.randn(M)), nn.Parameter(torch.randn(M))
+    return VAE(encoder, nn.Linear(M, D), prior=prior).double()
+
+
+def _gradients(rank: int, x: Tensor, eps: Tensor, options: dict, accumulated: bool) -> list[Tensor]:
+    model = DistributedDataParallel(new_model())
+    mine = slice(3 * rank, 3 * rank + 3)
+    if accumulated:
+        with model.no_sync():
+            model(x[0, mine], eps=eps[0, ..., mine, :], **options).backward()
+        model(x[1, mine], eps=eps[1, ..., mine, :], **options).backward()
+    else:
+        model(x[0, mine], eps=eps[0, ..., mine, :], **options).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("objective", ["elbo", "dreg"])
+def test_gradients_are_those_of_the_whole_batch(tmp_path, objective, accumulated):
+    torch.manual_seed(1)
+    lead = () if objective == "elbo" else (K,)
+    x, eps = torch.rand(2, B, D).double(), torch.randn(2, *lead, B, M).double()
+    options = {"objective": objective, "num_samples": 1 if objective == "elbo" else K}
+    first, second = run(_gradients, tmp_path, x, eps, options, accumulated)
+    model = new_model()
+    for step in range(1 + accumulated):
+        model.loss(x[step], eps=eps[step], **options).backward()
+    for ours, theirs, p in zip(first, second, model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, p.grad, rtol=1e-12, atol=1e-15)
+
+
+def _warnings(rank: int) -> list[str]:
+    wrapped, alone, x = DistributedDataParallel(new_model()), new_model(), torch.rand(3, D).double()
+    found = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        wrapped(x, objective="elbo").backward()
+        alone.loss(x).backward()
+        copy.deepcopy(new_model()).loss(x)
+        with torch.no_grad():
+            wrapped.module.loss(x)
+        found.append([str(w.message) for w in told if "loss was called" in str(w.message)])
+        wrapped.module.loss(x)
+        wrapped.module.loss(x)
+        found.append([str(w.message) for w in told if "loss was called" in str(w.message)])
+    return found
+
+
+def test_a_loss_beside_the_wrapper_warns_once(tmp_path):
+    for right, wrong in run(_warnings, tmp_path):
+        assert right == [] and len(wrong) == 1 and 'ddp(x, objective="elbo", ...)' in wrong[0]
+
+
+def test_the_names_that_ddp_ignores():
+    model = new_model()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["decoder.bias"])
+    assert list(model._ddp_params_and_buffers_to_ignore) == ["decoder.bias"]
+
+
+def posterior(rows: slice):
+    torch.manual_seed(2)
+    mu, logvar = torch.randn(20, M, 2), torch.randn(20, M, 2)
+    return rsample(mu[rows], logvar[rows], 4, seed=1), torch.randn(4, 20)[:, rows]
+
+
+def _meter(rank: int) -> list[Tensor]:
+    meter = DiagnosticsMeter()
+    if rank == 0:
+        meter.update(*posterior(slice(0, 13))).update(*posterior(slice(13, 17)))
+    else:
+        meter.update(*posterior(slice(17, 20)))
+    return list(meter.all_reduce().result())
+
+
+def test_meters_of_all_processes(tmp_path):
+    whole = DiagnosticsMeter().update(*posterior(slice(0, 20)))
+    merged = DiagnosticsMeter().merge(DiagnosticsMeter()).merge(DiagnosticsMeter().update(*posterior(slice(0, 13))))
+    merged.merge(DiagnosticsMeter().update(*posterior(slice(13, 20))))
+    first, second = run(_meter, tmp_path)
+    for a, b, c, expected in zip(first, second, merged.result(), whole.result(), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(c, expected, rtol=1e-12, atol=0)
+    with pytest.raises(TypeError, match="other must be a DiagnosticsMeter; got int"):
+        merged.merge(3)
+    with pytest.raises(ValueError, match=r"latents must be of shape \(3, 2\); got \(2,\)"):
+        merged.merge(DiagnosticsMeter().update(rsample(torch.zeros(4, 2), torch.zeros(4, 2))))

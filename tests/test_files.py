@@ -96,7 +96,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         first.kill()
     assert first.returncode == 130
     assert error == f"interrupted: --resume --out {out} goes on after the last whole epoch\n"
-    assert names(out) == ["checkpoint.pt", "metrics.csv"]
+    assert names(out) == ["checkpoint.pt", "config.json", "metrics.csv"]
     assert epochs_of(out) == list(range(1, files.read_checkpoint(out)["epoch"] + 1))
 
 
@@ -119,7 +119,7 @@ def test_ctrl_c_while_a_checkpoint_is_written(tmp_path, model, function):
     run = child(["train", "--model", model, *options, "--out", tmp_path / "run"], signals)
     _, error = run.communicate(timeout=120)
     assert run.returncode == 130 and error.count("\n") == 1, error
-    assert names(tmp_path / "run") == ["checkpoint.pt", "metrics.csv"]
+    assert names(tmp_path / "run") == ["checkpoint.pt", "config.json", "metrics.csv"]
     state = files.read_checkpoint(tmp_path / "run")
     if model == "ppca":
         assert error == f"interrupted: the model is in {tmp_path / 'run'}, its pictures are not all there\n"
@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, model):
     _, error = run.communicate(timeout=120)
     assert run.returncode == 2
     assert error == f"fastelbo train: error: [Errno {errno.EFBIG}] File too large: '{out / 'checkpoint.pt'}'\n"
-    assert names(out) == ["metrics.csv"] and (out / "metrics.csv").read_bytes().endswith(b"\n")
+    assert set(names(out)) == {"config.json", "metrics.csv"} and (out / "metrics.csv").read_bytes().endswith(b"\n")
     assert model == "ppca" or epochs_of(out) == []
 
 
@@ -180,14 +180,14 @@ def test_a_disk_that_becomes_full_leaves_the_epoch_before(tmp_path, capsys, monk
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) == 4:  # metrics.csv, then checkpoints
+        if len(calls) == 5:  # config.json, metrics.csv, then checkpoints
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
     error = refused(capsys, "train", *SMALL, "--epochs", 5, "--out", tmp_path)
     assert f"No space left on device: '{tmp_path / 'checkpoint.pt'}'" in error
-    assert names(tmp_path) == ["checkpoint.pt", "metrics.csv"]
+    assert names(tmp_path) == ["checkpoint.pt", "config.json", "metrics.csv"]
     assert files.read_checkpoint(tmp_path)["epoch"] == 2 and epochs_of(tmp_path) == [1, 2]
     assert cli.main(["train", "--resume", "--out", str(tmp_path)]) == 0 and epochs_of(tmp_path) == [1, 2, 3, 4, 5]
 

@@ -142,7 +142,7 @@ def bound_loss(
         log q of the lower z, detached, under an encoder with detached parameters, minus its own value. Without it
         "stl" is unbiased but varies where q is the posterior, and "dreg" is biased. In "dreg" the encoder of the lower
         layer must take a second draw of the upper z with the same seed: the gradient of the first is scaled, and what
-        comes from the lower layer is scaled already. See examples/two_layers.py.
+        comes from the lower layer is scaled already. See examples/recipes/two_layers.py.
 
     Reference: those of `multi_sample_loss`; annealing: Sonderby et al. 2016; several layers: Burda et al. 2016, sec. 3,
         and Bauer & Mnih 2021, sec. 4.

@@ -2,7 +2,7 @@
 
 from typing import TypedDict, cast
 
-from fastelbo import _ops, reference
+from fastelbo import _ops, distributions, reference
 from fastelbo._ops import reference_mode
 from fastelbo.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
 from fastelbo.functional import (
@@ -43,6 +43,7 @@ __all__ = [
     "bernoulli_log_prob",
     "build_info",
     "diagnostics",
+    "distributions",
     "elbo_loss",
     "estimator_weights",
     "gaussian_kl",

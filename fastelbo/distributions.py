@@ -1,9 +1,14 @@
 """The likelihoods as torch Distributions whose log_prob is the fused one, and the KL between Gaussian distributions.
 
-They work in Pyro models at once: objects that are built after `import pyro` are Pyro's distributions too.
+Sizes: an event is the last `event_dims` dimensions, over which `log_prob` sums: batch_shape and event_shape are those
+of `torch.distributions.Independent(..., event_dims)`. Values are in nats.
 
-Sizes: an event is what `log_prob` sums over, the last `event_dims` dimensions; batch_shape is what is in front of it,
-as in `torch.distributions.Independent(..., event_dims)`. Values are in nats.
+- `log_prob(value)` takes what `fastelbo.log_prob` takes as x: fractional data, uint8 (x / 255, or counts) and integers
+  among it. A value [B, *event] counts for all K of a batch [K, B, *event], and is then read once.
+- `sample` draws by torch's default generator. `rsample` is that of `Gaussian` and `Laplace`.
+- `mean`, `variance`, `support`, `expand` and `validate_args` are as in torch.distributions.
+
+They work in Pyro models at once: objects that are built after `import pyro` are Pyro's distributions too.
 """
 
 import copyreg
@@ -134,11 +139,7 @@ class _Fused(Distribution):
         return self._draw(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value), summed over the event: [*sample, *batch] for value [*sample, *batch, *event].
-
-        value: what `fastelbo.log_prob` takes as x, uint8 and counts of integer types among it. Without its leading
-        dimensions it counts for all of the batch, and is then read once: x [B, D] under parameters [K, B, D].
-        """
+        """log p(value), summed over the event: [*sample, *batch] for value [*sample, *batch, *event]."""
         event, kind = self.event_shape, type(self).__name__
         if not isinstance(value, Tensor):
             raise refusal("value", "a torch.Tensor", value)
@@ -169,6 +170,13 @@ class _Fused(Distribution):
             recon.append(t.expand(shape + event).reshape(front + event) if shared is None else shared)
         x = value.expand(own + event).reshape(data, *event)
         return functional.log_prob(join_recon(*recon), x, likelihood=self.likelihood).reshape(shape)
+
+
+class _Reparameterized(_Fused):
+    has_rsample = True
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self._draw(sample_shape)
 
 
 def _full(name: str, value: Any, like: Tensor) -> Tensor:
@@ -231,18 +239,21 @@ class Bernoulli(_Fused):
 
     @lazy_property
     def logits(self) -> Tensor:
+        """log p - log(1 - p)."""
         return torch.logit(self._recon[0])
 
     @lazy_property
     def probs(self) -> Tensor:
+        """p, the mean."""
         return self.mean
 
     @property
     def variance(self) -> Tensor:
+        """p (1 - p)."""
         return self.mean * (1 - self.mean)
 
 
-class Gaussian(_Fused):
+class Gaussian(_Reparameterized):
     """Gaussian with diagonal covariance: -1/2 sum [(x - m)^2 exp(-lv) + lv + log 2 pi]; reparameterized.
 
     Args:
@@ -258,7 +269,6 @@ class Gaussian(_Fused):
     """
 
     arg_constraints: ClassVar = {"mean": constraints.real, "logvar": constraints.real}
-    has_rsample = True
 
     def __init__(
         self,
@@ -275,17 +285,16 @@ class Gaussian(_Fused):
 
     @lazy_property
     def logvar(self) -> Tensor:
+        """lv [*batch, *event]."""
         return torch.zeros_like(self.mean)
 
     @property
     def variance(self) -> Tensor:
+        """exp(lv)."""
         return torch.exp(self.logvar)
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return self._draw(sample_shape)
 
-
-class Laplace(_Fused):
+class Laplace(_Reparameterized):
     """Laplace: -sum [|x - m| exp(-s) + s + log 2], s the log scale; reparameterized.
 
     Args:
@@ -299,7 +308,6 @@ class Laplace(_Fused):
     """
 
     arg_constraints: ClassVar = {"mean": constraints.real, "log_scale": constraints.real}
-    has_rsample = True
 
     def __init__(
         self,
@@ -316,14 +324,13 @@ class Laplace(_Fused):
 
     @lazy_property
     def log_scale(self) -> Tensor:
+        """s [*batch, *event]."""
         return torch.zeros_like(self.mean)
 
     @property
     def variance(self) -> Tensor:
+        """2 exp(2 s)."""
         return 2 * torch.exp(2 * self.log_scale)
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return self._draw(sample_shape)
 
 
 class Poisson(_Fused):
@@ -344,6 +351,7 @@ class Poisson(_Fused):
 
     @property
     def variance(self) -> Tensor:
+        """exp(l)."""
         return self.mean
 
 
@@ -375,6 +383,7 @@ class NegativeBinomial(_Fused):
 
     @property
     def variance(self) -> Tensor:
+        """m + m^2 / theta."""
         return self.mean * (1 + torch.exp(self.log_mean - self.log_theta))
 
 
@@ -469,13 +478,14 @@ def gaussian_kl(q: Distribution, p: Distribution | None = None) -> Tensor:
     return functional.gaussian_kl(*(t.expand(batch + event).reshape(rows) for t in tensors)).reshape(batch)
 
 
-@register_kl(Gaussian, Gaussian)
-@register_kl(Gaussian, Normal)
-@register_kl(Normal, Gaussian)
-@register_kl(Gaussian, Independent)
-@register_kl(Independent, Gaussian)
 def _registered_kl(q: Distribution, p: Distribution) -> Tensor:
     try:
         return gaussian_kl(q, p)
     except TypeError:  # an Independent of something else
         raise NotImplementedError from None
+
+
+register_kl(Gaussian, Gaussian)(_registered_kl)
+for _other in (Normal, Independent):
+    register_kl(Gaussian, _other)(_registered_kl)
+    register_kl(_other, Gaussian)(_registered_kl)

@@ -1,20 +1,12 @@
 """The likelihoods as torch Distributions whose log_prob is the fused one, and the KL between Gaussian distributions.
 
-Sizes: an event is the last `event_dims` dimensions, over which `log_prob` sums: batch_shape and event_shape are those
-of `torch.distributions.Independent(..., event_dims)`. Values are in nats.
-
-- `log_prob(value)` takes what `fastelbo.log_prob` takes as x: fractional data, uint8 (x / 255, or counts) and integers
-  among it. A value [B, *event] counts for all K of a batch [K, B, *event], and is then read once.
-- `sample` draws by torch's default generator. `rsample` is that of `Gaussian` and `Laplace`.
-- `mean`, `variance`, `support`, `expand` and `validate_args` are as in torch.distributions.
-
 They work in Pyro models at once: objects that are built after `import pyro` are Pyro's distributions too.
 """
 
-import copyreg
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +20,7 @@ from fastelbo.functional import join_recon
 
 __all__ = [
     "Bernoulli",
+    "Fused",
     "Gaussian",
     "Laplace",
     "NegativeBinomial",
@@ -60,8 +53,12 @@ def _with_pyro(cls: type) -> type:
     return type(cls.__name__, (cls, mixin), body)
 
 
-class _Fused(Distribution):
-    """A likelihood of `fastelbo.log_prob`. Each parameter is an attribute of shape [*batch, *event]."""
+class Fused(Distribution):
+    """What the distributions of this module share: each is a likelihood of `fastelbo.log_prob`.
+
+    Sizes: an event is the last `event_dims` dimensions, over which `log_prob` sums. batch_shape and event_shape are
+    those of `torch.distributions.Independent(..., event_dims)`. Each parameter is an attribute [*batch, *event].
+    """
 
     likelihood: str
     _plain: ClassVar[type]  # of a class with Pyro's methods: the one without them
@@ -69,14 +66,14 @@ class _Fused(Distribution):
     # data share once, and sums its gradient.
     _recon: tuple[Tensor, ...]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "_Fused":
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Fused":
         if not torch.compiler.is_compiling() and hasattr(sys.modules.get(_PYRO), "TorchDistributionMixin"):
             cls = _with_pyro(cls)  # type: ignore[arg-type]
         return super().__new__(cls)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The class with Pyro's methods has no name of its own: the plain one is stored, and becomes it again."""
-        return copyreg.__newobj__, (getattr(self, "_plain", type(self)),), vars(self)  # type: ignore[attr-defined]
+        """The class with Pyro's methods has no name of its own: the plain one is stored."""
+        return _blank, (getattr(self, "_plain", type(self)),), vars(self)
 
     def _init(self, likelihood: str, *given: Any, event_dims: int, validate_args: bool | None) -> None:
         names = likelihoods.get(likelihood).parameters
@@ -107,7 +104,8 @@ class _Fused(Distribution):
             if name != "mean":  # a property of every distribution
                 setattr(self, name, t.expand(first.shape))
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "_Fused":
+    def expand(self, batch_shape: Sequence[int], _instance: "Fused | None" = None) -> "Fused":
+        """The same distribution with this batch_shape; no memory is allocated."""
         new = type(self).__new__(type(self)) if _instance is None else _instance
         batch_shape = torch.Size(batch_shape)
         first, *others = self._recon
@@ -115,31 +113,52 @@ class _Fused(Distribution):
         new._name_parameters()
         Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
-        return new  # type: ignore[no-any-return]
+        return new
 
-    def _constraint(self, of: int) -> Any:
+    def _constraint(self, of: int) -> constraints.Constraint:
         constraint, event_dims = _SUPPORTS[likelihoods.get(self.likelihood).domain][of], len(self.event_shape)
         return constraints.independent(constraint, event_dims) if event_dims else constraint
 
     @constraints.dependent_property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
+        """Where draws lie; `log_prob` also takes x between 0 and 1, and fractional counts."""
         return self._constraint(0)
 
     @property
     def mean(self) -> Tensor:
+        """E[x], [*batch, *event]."""
         return functional.likelihood_mean(join_recon(*self._recon), self.likelihood)
 
-    def _draw(self, sample_shape: Any) -> Tensor:
+    def _draw(self, sample_shape: Sequence[int]) -> Tensor:
         first, *others = self._recon
         shape = self._extended_shape(torch.Size(sample_shape))
         return likelihoods.get(self.likelihood).draw(None, first.expand(shape), *others)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """A draw [*sample, *batch, *event] by torch's default generator, not differentiable."""
+        return self._draw(sample_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """A draw that is differentiable in the parameters: of `Gaussian` and `Laplace`."""
+        if not self.has_rsample:
+            raise NotImplementedError(f"{type(self).__name__} draws no reparameterized samples: take sample")
         return self._draw(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value), summed over the event: [*sample, *batch] for value [*sample, *batch, *event]."""
+        """log p(value), summed over the event.
+
+        Args:
+            value: [*sample, *batch, *event], or what broadcasts to it in front of the event. What `fastelbo.log_prob`
+                takes as x: also fractional data, uint8 (x / 255, or counts) and counts of an integer type. Data
+                [B, *event] under parameters [K, B, *event] are read once.
+
+        Returns:
+            [*sample, *batch], in nats; float32, or float64 for float64 inputs.
+
+        Raises:
+            ValueError, TypeError: a shape or dtype that does not fit; with validate_args, data outside of the domain.
+        """
         event, kind = self.event_shape, type(self).__name__
         if not isinstance(value, Tensor):
             raise refusal("value", "a torch.Tensor", value)
@@ -172,11 +191,8 @@ class _Fused(Distribution):
         return functional.log_prob(join_recon(*recon), x, likelihood=self.likelihood).reshape(shape)
 
 
-class _Reparameterized(_Fused):
-    has_rsample = True
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return self._draw(sample_shape)
+def _blank(cls: type[Fused]) -> Fused:
+    return cls.__new__(cls)
 
 
 def _full(name: str, value: Any, like: Tensor) -> Tensor:
@@ -205,7 +221,7 @@ def _log_scale(of: str, name: str, other: Any, scale: Any, validate_args: bool |
 # The likelihoods.
 
 
-class Bernoulli(_Fused):
+class Bernoulli(Fused):
     """Bernoulli: x l - softplus(l), l the logit, summed over the event; x anywhere in [0, 1].
 
     Args:
@@ -253,7 +269,7 @@ class Bernoulli(_Fused):
         return self.mean * (1 - self.mean)
 
 
-class Gaussian(_Reparameterized):
+class Gaussian(Fused):
     """Gaussian with diagonal covariance: -1/2 sum [(x - m)^2 exp(-lv) + lv + log 2 pi]; reparameterized.
 
     Args:
@@ -269,6 +285,7 @@ class Gaussian(_Reparameterized):
     """
 
     arg_constraints: ClassVar = {"mean": constraints.real, "logvar": constraints.real}
+    has_rsample = True
 
     def __init__(
         self,
@@ -294,7 +311,7 @@ class Gaussian(_Reparameterized):
         return torch.exp(self.logvar)
 
 
-class Laplace(_Reparameterized):
+class Laplace(Fused):
     """Laplace: -sum [|x - m| exp(-s) + s + log 2], s the log scale; reparameterized.
 
     Args:
@@ -308,6 +325,7 @@ class Laplace(_Reparameterized):
     """
 
     arg_constraints: ClassVar = {"mean": constraints.real, "log_scale": constraints.real}
+    has_rsample = True
 
     def __init__(
         self,
@@ -333,7 +351,7 @@ class Laplace(_Reparameterized):
         return 2 * torch.exp(2 * self.log_scale)
 
 
-class Poisson(_Fused):
+class Poisson(Fused):
     """Poisson: sum [x l - exp(l) - lgamma(x + 1)], l the log rate; x may be fractional.
 
     Args:
@@ -355,7 +373,7 @@ class Poisson(_Fused):
         return self.mean
 
 
-class NegativeBinomial(_Fused):
+class NegativeBinomial(Fused):
     """Negative binomial of mean m = exp(log_mean) and variance m + m^2 / theta, as "nb" in `fastelbo.log_prob`.
 
     torch's total_count is theta, and its logits are log_mean - log_theta.
@@ -387,7 +405,7 @@ class NegativeBinomial(_Fused):
         return self.mean * (1 + torch.exp(self.log_mean - self.log_theta))
 
 
-class ZeroInflatedNegativeBinomial(_Fused):
+class ZeroInflatedNegativeBinomial(Fused):
     """Zero with probability sigmoid(zero_logits), else `NegativeBinomial`.
 
     Args:

@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ _positive = number(lambda value: value > 0, "positive", "a float or a torch.Tens
 _PYRO = "pyro.distributions.torch_distribution"  # looked up, never imported: Pyro is there if the user has imported it
 
 # of a domain: what is drawn, and what log_prob takes
-_SUPPORTS = {
+_DOMAINS: dict[likelihoods.Domain, tuple[constraints.Constraint, constraints.Constraint]] = {
     "[0, 1]": (constraints.boolean, constraints.unit_interval),
     "reals": (constraints.real, constraints.real),
     "counts": (constraints.nonnegative_integer, constraints.nonnegative),
@@ -66,7 +66,7 @@ class Fused(Distribution):
     # data share once, and sums its gradient.
     _recon: tuple[Tensor, ...]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Fused":
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         if not torch.compiler.is_compiling() and hasattr(sys.modules.get(_PYRO), "TorchDistributionMixin"):
             cls = _with_pyro(cls)  # type: ignore[arg-type]
         return super().__new__(cls)
@@ -104,7 +104,7 @@ class Fused(Distribution):
             if name != "mean":  # a property of every distribution
                 setattr(self, name, t.expand(first.shape))
 
-    def expand(self, batch_shape: Sequence[int], _instance: "Fused | None" = None) -> "Fused":
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """The same distribution with this batch_shape; no memory is allocated."""
         new = type(self).__new__(type(self)) if _instance is None else _instance
         batch_shape = torch.Size(batch_shape)
@@ -115,14 +115,11 @@ class Fused(Distribution):
         new._validate_args = self._validate_args
         return new
 
-    def _constraint(self, of: int) -> constraints.Constraint:
-        constraint, event_dims = _SUPPORTS[likelihoods.get(self.likelihood).domain][of], len(self.event_shape)
-        return constraints.independent(constraint, event_dims) if event_dims else constraint
-
     @constraints.dependent_property
     def support(self) -> constraints.Constraint:
         """Where draws lie; `log_prob` also takes x between 0 and 1, and fractional counts."""
-        return self._constraint(0)
+        support, event_dims = _DOMAINS[likelihoods.get(self.likelihood).domain][0], len(self.event_shape)
+        return constraints.independent(support, event_dims) if event_dims else support
 
     @property
     def mean(self) -> Tensor:
@@ -175,9 +172,9 @@ class Fused(Distribution):
             ) from None
         # bytes of [0, 1] are read as x / 255
         if self._validate_args and value.dtype not in (torch.uint8, torch.bool):
-            constraint = self._constraint(1)
-            if not torch._is_all_true(constraint.check(value)):
-                raise ValueError(f"value must be in the domain {constraint!r} of {kind}; got\n{value}")
+            domain = _DOMAINS[likelihoods.get(self.likelihood).domain][1]
+            if not torch._is_all_true(domain.check(value)):
+                raise ValueError(f"value must be in the domain {domain!r} of {kind}; got\n{value}")
         if shape[len(shape) - len(own) :] != own:  # it repeats inside of the batch
             own = shape
         repeats, data = shape[: len(shape) - len(own)], math.prod(own)

@@ -205,6 +205,36 @@ def test_compiled(case):
     compare(torch.compile(log_p, fullgraph=True)(x, *tensors), log_p(x, *tensors), tensors, retain=False)
 
 
+def test_compiled_for_any_size():
+    """The distribution is built, expanded and drawn from in the compiled function."""
+
+    def program(log_mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        px = fd.NegativeBinomial(log_mean, log_mean[0, 0], validate_args=False)
+        return px.expand([K, len(x)]).log_prob(x) + px.log_prob(x), px.mean + px.variance
+
+    torch.compiler.reset()
+    compiled = torch.compile(program, fullgraph=True)
+    for batch in (4, 5, 7, 9):
+        log_mean, x = normal(K, batch, D), counts(batch, D)
+        torch.testing.assert_close(compiled(log_mean, x), program(log_mean, x), rtol=1e-10, atol=1e-10)
+
+
+@every_case
+def test_no_data(case):
+    tensors = parameters(case, (0, D), (D,))
+    px = case.ours(*tensors, validate_args=True)
+    log_p = px.log_prob(case.data(K, 0, D))
+    assert log_p.shape == (K, 0) and px.sample((2,)).shape == (2, 0, D)
+    assert all((grad == 0).all() for grad in torch.autograd.grad(log_p.sum(), tensors))
+
+
+@every_case
+def test_vmap(case):
+    tensors, x = [t.detach() for t in parameters(case, (K, B, D))], case.data(K, B, D)
+    log_p = torch.func.vmap(lambda x, *tensors: case.ours(*tensors, validate_args=False).log_prob(x))(x, *tensors)
+    torch.testing.assert_close(log_p, case.ours(*tensors).log_prob(x), rtol=1e-10, atol=1e-10)
+
+
 def test_data_types():
     logits, log_rate = torch.randn(B, D), torch.randn(B, D)
     image, cells = torch.randint(0, 256, (B, D), dtype=torch.uint8), torch.randint(0, 9, (B, D))

@@ -232,6 +232,13 @@ def test_kl_with_pyro_s_distributions():
     torch.testing.assert_close(masked, expected * (torch.arange(B) < 2))
 
 
+def test_compiled_beside_pyro():
+    """torch.compile sees the plain class: what the compiled function returns is a tensor."""
+    log_p = torch.compile(lambda logits, x: fd.Bernoulli(logits, validate_args=False).log_prob(x), fullgraph=True)
+    logits, x = torch.randn(K, B, D), torch.rand(B, D)
+    torch.testing.assert_close(log_p(logits, x), fd.Bernoulli(logits).log_prob(x))
+
+
 def test_svi_learns_and_predictive_draws():
     vae, x = PyroVAE("nb"), data("nb")
     vae.ours = True

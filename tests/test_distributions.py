@@ -148,6 +148,14 @@ def test_log_prob(case, shapes, value):
 
 
 @every_case
+@pytest.mark.parametrize("shape", [(D, 1), (1, D), (D,)], ids=str)
+def test_as_many_data_as_elements(case, shape):
+    """A parameter of each datum is not taken for one of each element."""
+    tensors, x = parameters(case, (D, D), shape), case.data(D, D)
+    compare(case.ours(*tensors).log_prob(x), case.torch(*tensors).log_prob(x).sum(-1), tensors)
+
+
+@every_case
 @pytest.mark.parametrize("event_dims", [0, 2, 3])
 def test_event_dims(case, event_dims):
     tensors, x = parameters(case, (K, B, D), (B, 1), (D,)), case.data(2, K, B, D)

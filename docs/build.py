@@ -17,7 +17,7 @@ import pdoc.doc
 import pdoc.render
 
 import fastelbo
-from fastelbo import reference
+from fastelbo import distributions, reference
 
 HERE = Path(__file__).parent
 PROSE = ("concepts", "kept_samples")
@@ -85,7 +85,8 @@ def prose(name: str) -> pdoc.doc.Module:
 
 
 def build(out: Path) -> None:
-    pages = {**{name: prose(name) for name in PROSE}, "fastelbo": page(fastelbo), "fastelbo.reference": page(reference)}
+    pages = {name: prose(name) for name in PROSE}
+    pages |= {module.__name__: page(module) for module in (fastelbo, distributions, reference)}
     pdoc.render.configure(
         docformat="google",
         show_source=False,

@@ -2,7 +2,7 @@
 
 from typing import TypedDict, cast
 
-from fastelbo import _ops, reference
+from fastelbo import _ops, distributions, reference
 from fastelbo._ops import reference_mode
 from fastelbo.bounds import bound_loss
 from fastelbo.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
@@ -47,6 +47,7 @@ __all__ = [
     "bound_loss",
     "build_info",
     "diagnostics",
+    "distributions",
     "elbo_loss",
     "estimator_weights",
     "gaussian_kl",

@@ -24,6 +24,14 @@ assert_type(fastelbo.bernoulli_log_prob(recon, x), Tensor)
 assert_type(fastelbo.gaussian_log_prob(recon, x, 0.5), Tensor)
 assert_type(fastelbo.log_mean_exp(recon), Tensor)
 
+# distributions
+q = fastelbo.distributions.Gaussian(mu, scale=0.5)
+assert_type(q, fastelbo.distributions.Gaussian)
+assert_type(q.expand((5, 4)), fastelbo.distributions.Gaussian)
+assert_type(fastelbo.distributions.NegativeBinomial(recon, 0.5, event_dims=2).log_prob(x), Tensor)
+assert_type(q.rsample((5,)), Tensor)
+assert_type(fastelbo.distributions.gaussian_kl(q, torch.distributions.Normal(mu, 1.0)), Tensor)
+
 # losses: return_parts decides
 assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5), Tensor)
 assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5, return_parts=True), LossParts)

@@ -1,0 +1,283 @@
+"""fastelbo.distributions in Pyro's models, and fastelbo's losses against Pyro's. `make test-integrations` has Pyro."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pyro", reason="pyro-ppl is not installed: make test-integrations installs it")
+
+import pyro
+import pyro.distributions as dist
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.infer import MCMC, NUTS, SVI, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+
+import fastelbo
+from fastelbo import distributions as fd
+from fastelbo.functional import join_recon
+
+K, B, D, M = 4, 6, 7, 3
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    pyro.clear_param_store()
+    pyro.enable_validation(True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A VAE in Pyro, with Pyro's distributions or ours.
+
+Observed = Callable[..., dist.TorchDistribution]
+
+# likelihood: (our distribution, Pyro's, the number of parameters)
+OBSERVED: dict[str, tuple[Observed, Observed, int]] = {
+    "bernoulli": (fd.Bernoulli, lambda logits: dist.Bernoulli(logits=logits, validate_args=False), 1),
+    "gaussian": (fd.Gaussian, lambda m, lv: dist.Normal(m, torch.exp(0.5 * lv)), 2),
+    "laplace": (fd.Laplace, lambda m, s: dist.Laplace(m, torch.exp(s)), 2),
+    "poisson": (fd.Poisson, lambda log_rate: dist.Poisson(torch.exp(log_rate)), 1),
+    "nb": (fd.NegativeBinomial, lambda m, th: dist.NegativeBinomial(torch.exp(th), logits=m - th), 2),
+    "zinb": (
+        fd.ZeroInflatedNegativeBinomial,
+        lambda m, th, pi: dist.ZeroInflatedNegativeBinomial(torch.exp(th), logits=m - th, gate_logits=pi),
+        3,
+    ),
+}
+every_likelihood = pytest.mark.parametrize("likelihood", OBSERVED)
+
+
+class PyroVAE(nn.Module):
+    """p(z) = N(m, s^2), learned; q(z | x) and p(x | z) by linear maps. `ours`: whose distributions they are."""
+
+    def __init__(self, likelihood: str) -> None:
+        super().__init__()
+        self.likelihood, self.ours = likelihood, False
+        self.encoder = nn.Linear(D, 2 * M)
+        self.decoder = nn.Linear(M, D * OBSERVED[likelihood][2])
+        self.prior_mu, self.prior_logvar = (nn.Parameter(0.3 * torch.randn(M)) for _ in range(2))
+        self.double()
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.encoder(x).chunk(2, dim=-1)
+        return mu, logvar
+
+    def recon(self, z: Tensor) -> tuple[Tensor, ...]:
+        return self.decoder(z).chunk(OBSERVED[self.likelihood][2], dim=-1)
+
+    def gaussian(self, mu: Tensor, logvar: Tensor) -> dist.TorchDistribution:
+        return fd.Gaussian(mu, logvar) if self.ours else dist.Normal(mu, torch.exp(0.5 * logvar)).to_event(1)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("vae", self)
+        fused, plain, _ = OBSERVED[self.likelihood]
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.gaussian(self.prior_mu, self.prior_logvar))
+            px = fused(*self.recon(z)) if self.ours else plain(*self.recon(z)).to_event(1)
+            pyro.sample("x", px, obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("vae", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.gaussian(*self.posterior(x)))
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients that a loss has left; they are then zero again."""
+        grads = {name: p.grad.clone() for name, p in self.named_parameters()}
+        self.zero_grad()
+        return grads
+
+
+def data(likelihood: str) -> Tensor:
+    x = torch.rand(B, D, dtype=torch.float64)
+    return x if likelihood in ("bernoulli", "gaussian", "laplace") else torch.floor(4 * x)
+
+
+def by_pyro(vae: PyroVAE, elbo: pyro.infer.elbo.ELBO, x: Tensor, *, ours: bool) -> tuple[float, dict[str, Tensor]]:
+    vae.ours = ours
+    torch.manual_seed(7)
+    return elbo.loss_and_grads(vae.model, vae.guide, x), vae.gradients()
+
+
+def compare(one: tuple[object, dict[str, Tensor]], other: tuple[object, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert all(grad.abs().max() > 1e-3 for grad in one[1].values())
+
+
+ELBOS = {
+    "Trace_ELBO": Trace_ELBO(),
+    "Trace_ELBO of K": Trace_ELBO(num_particles=K, vectorize_particles=True, max_plate_nesting=1),
+    "TraceMeanField_ELBO": TraceMeanField_ELBO(),
+    "TraceMeanField_ELBO of K": TraceMeanField_ELBO(num_particles=K, vectorize_particles=True, max_plate_nesting=1),
+    "RenyiELBO of 0": RenyiELBO(alpha=0, num_particles=K, vectorize_particles=True, max_plate_nesting=1),
+    "RenyiELBO of 0.6": RenyiELBO(alpha=0.6, num_particles=K, vectorize_particles=True, max_plate_nesting=1),
+    "RenyiELBO by particle": RenyiELBO(alpha=0, num_particles=K),
+}
+
+
+@every_likelihood
+@pytest.mark.parametrize("elbo", ELBOS.values(), ids=ELBOS)
+def test_our_distributions_in_pyro_s_losses(likelihood, elbo):
+    vae, x = PyroVAE(likelihood), data(likelihood)
+    compare(by_pyro(vae, elbo, x, ours=True), by_pyro(vae, elbo, x, ours=False))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fastelbo's own losses, on the noise that Pyro draws.
+
+
+def of_fastelbo(vae: PyroVAE, x: Tensor, num_samples: int | None, loss: Callable[..., Tensor]):
+    torch.manual_seed(7)
+    mu, logvar = vae.posterior(x)
+    eps = torch.randn(*(() if num_samples is None else (num_samples,)), B, M, dtype=torch.float64)
+    prior = {"prior_mu": vae.prior_mu, "prior_logvar": vae.prior_logvar}
+    posterior = fastelbo.rsample(mu, logvar, num_samples, eps=eps, **prior)
+    value = loss(join_recon(*vae.recon(posterior.z)), x, posterior)
+    value.backward()
+    return value.item(), vae.gradients()
+
+
+@every_likelihood
+@pytest.mark.parametrize("alpha", [0.0, 0.6, -1.0])
+@pytest.mark.parametrize("ours", [False, True])
+def test_multi_sample_loss_is_renyi_elbo(likelihood, alpha, ours):
+    vae, x = PyroVAE(likelihood), data(likelihood)
+    options = {"likelihood": likelihood, "reduction": "sum"}
+    options |= {"estimator": "vr", "alpha": alpha} if alpha else {"estimator": "iwae"}
+    fused = of_fastelbo(vae, x, K, lambda recon, x, q: fastelbo.multi_sample_loss(recon, x, q, **options))
+    elbo = RenyiELBO(alpha=alpha, num_particles=K, vectorize_particles=True, max_plate_nesting=1)
+    compare(fused, by_pyro(vae, elbo, x, ours=ours))
+
+
+@every_likelihood
+@pytest.mark.parametrize("num_samples", [None, K])
+@pytest.mark.parametrize("ours", [False, True])
+def test_elbo_loss_is_trace_mean_field_elbo(likelihood, num_samples, ours):
+    vae, x = PyroVAE(likelihood), data(likelihood)
+
+    def loss(recon, x, q):
+        prior = {"prior_mu": q.prior_mu, "prior_logvar": q.prior_logvar}
+        return fastelbo.elbo_loss(recon, x, q.mu, q.logvar, **prior, likelihood=likelihood, reduction="sum")
+
+    elbo = TraceMeanField_ELBO(
+        num_particles=num_samples or 1, vectorize_particles=num_samples is not None, max_plate_nesting=1
+    )
+    compare(of_fastelbo(vae, x, num_samples, loss), by_pyro(vae, elbo, x, ours=ours))
+
+
+@every_likelihood
+def test_elbo_by_monte_carlo_is_trace_elbo(likelihood):
+    vae, x = PyroVAE(likelihood), data(likelihood)
+    options = {"likelihood": likelihood, "reduction": "sum", "estimator": "elbo"}
+    fused = of_fastelbo(vae, x, K, lambda recon, x, q: fastelbo.multi_sample_loss(recon, x, q, **options))
+    elbo = Trace_ELBO(num_particles=K, vectorize_particles=True, max_plate_nesting=1)
+    compare(fused, by_pyro(vae, elbo, x, ours=False))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What Pyro asks of a distribution.
+
+
+def test_objects_are_pyro_s_and_keep_their_class():
+    px = fd.Poisson(torch.zeros(B, D))
+    for one in (px, px.expand([K, B]), px.expand_by([K])):
+        assert isinstance(one, TorchDistributionMixin) and isinstance(one, fd.Poisson)
+    assert px.event_dim == 1 and px.shape((2,)) == (2, B, D) and px().shape == (B, D)
+    assert px.expand_by([K]).batch_shape == (K, B) and px.to_event(1).event_shape == (B, D)
+    assert px.to_event(1).log_prob(px()).shape == () and repr(px) == "Poisson(log_rate: torch.Size([6, 7]))"
+
+
+@pytest.mark.parametrize("kind", ["mask", "scale", "obs_mask", "subsample"])
+def test_masks_scales_and_plates(kind):
+    """The same program with Pyro's distributions gives the same log p, site by site."""
+    logits, x = torch.randn(B, D, dtype=torch.float64), data("bernoulli").round()
+    observed = torch.arange(B) % 2 == 0
+
+    def program(px):
+        if kind == "mask":
+            with pyro.plate("data", B):
+                pyro.sample("x", px.mask(observed), obs=x)
+        elif kind == "scale":
+            with pyro.plate("data", B), poutine.scale(scale=0.3):
+                pyro.sample("x", px, obs=x)
+        elif kind == "obs_mask":
+            with pyro.plate("data", B):
+                pyro.sample("x", px, obs=x, obs_mask=observed)
+        else:
+            with pyro.plate("data", 10 * B, subsample_size=B):
+                pyro.sample("x", px, obs=x)
+
+    sums = []
+    for px in (fd.Bernoulli(logits), dist.Bernoulli(logits=logits).to_event(1)):
+        torch.manual_seed(1)
+        sums.append(poutine.trace(program).get_trace(px).log_prob_sum())
+    torch.testing.assert_close(*sums, rtol=1e-10, atol=1e-10)
+
+
+def test_kl_with_pyro_s_distributions():
+    mu, spread = torch.randn(B, D), torch.rand(B, D) + 0.3
+    ours, theirs = fd.Gaussian(mu, scale=spread), dist.Normal(mu, spread).to_event(1)
+    prior = dist.Normal(torch.zeros(D), torch.ones(D)).to_event(1)
+    expected = torch.distributions.kl_divergence(theirs, prior)
+    for q in (ours, theirs):
+        torch.testing.assert_close(fd.gaussian_kl(q, prior), expected)
+        torch.testing.assert_close(torch.distributions.kl_divergence(q, fd.Gaussian(torch.zeros(D))), expected)
+    torch.testing.assert_close(torch.distributions.kl_divergence(ours, prior), expected)
+    masked = torch.distributions.kl_divergence(ours.mask(torch.arange(B) < 2), prior.expand([B]).mask(True))
+    torch.testing.assert_close(masked, expected * (torch.arange(B) < 2))
+
+
+def test_compiled_beside_pyro():
+    """torch.compile sees the plain class: what the compiled function returns is a tensor."""
+    log_p = torch.compile(lambda logits, x: fd.Bernoulli(logits, validate_args=False).log_prob(x), fullgraph=True)
+    logits, x = torch.randn(K, B, D), torch.rand(B, D)
+    torch.testing.assert_close(log_p(logits, x), fd.Bernoulli(logits).log_prob(x))
+
+
+def test_svi_learns_and_predictive_draws():
+    vae, x = PyroVAE("nb"), data("nb")
+    vae.ours = True
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 0.05}), TraceMeanField_ELBO())
+    losses = [svi.step(x) for _ in range(60)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    unobserved = poutine.uncondition(vae.model)
+    draws = Predictive(unobserved, guide=vae.guide, num_samples=5, return_sites=["x"])(x)["x"]
+    assert draws.shape == (5, B, D) and (draws == draws.round()).all() and (draws >= 0).all()
+
+
+def test_mcmc_with_a_latent_of_ours():
+    """z ~ N(0, I), x | z ~ N(z, I), x = 1: the posterior is N(1/2, I/2)."""
+
+    def model():
+        z = pyro.sample("z", fd.Gaussian(torch.zeros(2, dtype=torch.float64)))
+        pyro.sample("x", fd.Gaussian(z), obs=torch.ones(2, dtype=torch.float64))
+
+    mcmc = MCMC(NUTS(model, jit_compile=False), num_samples=300, warmup_steps=100, disable_progbar=True)
+    mcmc.run()
+    z = mcmc.get_samples()["z"]
+    assert (z.mean(0) - 0.5).abs().max() < 0.2 and (z.var(0) - 0.5).abs().max() < 0.2
+
+
+def test_a_pickle_is_read_with_and_without_pyro(tmp_path):
+    px, x = fd.Poisson(torch.randn(B, D)), data("poisson").float()
+    torch.save((px, x), tmp_path / "px.pt")
+    again, _ = torch.load(tmp_path / "px.pt", weights_only=False)
+    assert type(again) is type(px) and torch.equal(again.log_prob(x), px.log_prob(x))
+    program = f"""
+import sys, torch, fastelbo
+px, x = torch.load({str(tmp_path / "px.pt")!r}, weights_only=False)
+assert "pyro" not in sys.modules and type(px) is fastelbo.distributions.Poisson
+before = px.log_prob(x)
+import pyro
+after = fastelbo.distributions.Poisson(px.log_rate)  # of the class that was imported before Pyro
+assert isinstance(after, pyro.distributions.torch_distribution.TorchDistributionMixin)
+assert torch.equal(after.log_prob(x), before)
+pyro.poutine.trace(lambda: pyro.sample("x", after, obs=x)).get_trace()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,471 @@
+"""fastelbo.distributions against torch.distributions: log_prob, shapes, samples, moments, errors, and the KL."""
+
+import copy
+import pickle
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
+
+import pytest
+import torch
+import torch.distributions as td
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+import fastelbo
+from fastelbo import distributions as fd
+from fastelbo import functional
+from fastelbo.likelihoods import LIKELIHOODS
+
+K, B, D = 5, 4, 3
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def counts(*shape: int) -> Tensor:
+    return torch.randint(0, 5, shape).double()
+
+
+class ZeroInflated(td.Distribution):
+    """The mixture of zero and torch's NegativeBinomial, by its definition."""
+
+    arg_constraints: ClassVar = {}
+
+    def __init__(self, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> None:
+        self.counts, self.zero_logits = negative_binomial(log_mean, log_theta), zero_logits
+        super().__init__(torch.broadcast_shapes(self.counts.batch_shape, zero_logits.shape), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        nb = logsigmoid(-self.zero_logits) + self.counts.log_prob(value)
+        return torch.where(value == 0, torch.logaddexp(logsigmoid(self.zero_logits), nb), nb)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.counts.mean * torch.sigmoid(-self.zero_logits)
+
+    @property
+    def variance(self) -> Tensor:
+        second = (self.counts.variance + self.counts.mean.square()) * torch.sigmoid(-self.zero_logits)
+        return second - self.mean.square()
+
+
+def negative_binomial(log_mean: Tensor, log_theta: Tensor) -> td.NegativeBinomial:
+    return td.NegativeBinomial(log_theta.exp(), logits=log_mean - log_theta, validate_args=False)
+
+
+class Case(NamedTuple):
+    ours: Callable[..., td.Distribution]  # of parameters, with event_dims and validate_args
+    torch: Callable[..., td.Distribution]  # without event dimensions
+    parameters: list[Callable[..., Tensor]]  # of a shape
+    data: Callable[..., Tensor]  # of a shape
+    smooth: bool = True  # in x
+
+
+def unit(*shape: int) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64) * 0.9 + 0.05
+
+
+def scale(*shape: int) -> Tensor:
+    return unit(*shape) + 0.3
+
+
+CASES = {
+    "bernoulli": Case(fd.Bernoulli, lambda logits: td.Bernoulli(logits=logits, validate_args=False), [normal], unit),
+    "bernoulli_probs": Case(
+        lambda probs, **options: fd.Bernoulli(probs=probs, **options),
+        lambda probs: td.Bernoulli(probs, validate_args=False),
+        [unit],
+        unit,
+    ),
+    "gaussian": Case(fd.Gaussian, lambda m, lv: td.Normal(m, torch.exp(0.5 * lv)), [normal, normal], normal),
+    "gaussian of unit variance": Case(fd.Gaussian, lambda m: td.Normal(m, torch.ones_like(m)), [normal], normal),
+    "gaussian by scale": Case(
+        lambda m, s, **options: fd.Gaussian(m, scale=s, **options), td.Normal, [normal, scale], normal
+    ),
+    "laplace": Case(fd.Laplace, lambda m, s: td.Laplace(m, torch.exp(s)), [normal, normal], normal),
+    "laplace of unit scale": Case(fd.Laplace, lambda m: td.Laplace(m, torch.ones_like(m)), [normal], normal),
+    "laplace by scale": Case(
+        lambda m, s, **options: fd.Laplace(m, scale=s, **options), td.Laplace, [normal, scale], normal
+    ),
+    "poisson": Case(fd.Poisson, lambda log_rate: td.Poisson(log_rate.exp()), [normal], counts, smooth=False),
+    "nb": Case(fd.NegativeBinomial, negative_binomial, [normal, normal], counts, smooth=False),
+    "zinb": Case(fd.ZeroInflatedNegativeBinomial, ZeroInflated, [normal] * 3, counts, smooth=False),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def parameters(case: Case, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """One tensor for each parameter; the last shape is also that of those behind it."""
+    shapes += (shapes[-1],) * len(case.parameters)
+    return [make(*shape).requires_grad_() for make, shape in zip(case.parameters, shapes, strict=False)]
+
+
+def test_every_likelihood_has_a_distribution():
+    likelihoods = {case.ours(*parameters(case, (B, D))).likelihood for case in CASES.values()}
+    assert likelihoods == set(LIKELIHOODS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# log_prob.
+
+
+def compare(ours: Tensor, theirs: Tensor, inputs: Sequence[Tensor], *, retain: bool = True) -> None:
+    """Values and gradients, under a random upstream gradient. A compiled graph is not retained."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(theirs)
+    pairs = (torch.autograd.grad(log_p, inputs, upstream, retain_graph=retain) for log_p in (ours, theirs))
+    for mine, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+@every_case
+@pytest.mark.parametrize(
+    "value", [(B, D), (K, B, D), (2, K, B, D), (D,), (1, D), (2, 1, 1, D)], ids=lambda shape: f"value{len(shape)}"
+)
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(B, D)],
+        [(D,)],
+        [(K, B, D)],
+        [(B, D), (D,)],
+        [(B, D), ()],
+        [(K, B, D), (B, 1)],
+        [(1, D), (B, 1)],
+        [(D,), (B, D)],
+        [(K, 1, D), (1, D), (B, D)],
+    ],
+    ids=str,
+)
+def test_log_prob(case, shapes, value):
+    tensors, x = parameters(case, *shapes), case.data(*value)
+    ours, theirs = case.ours(*tensors), td.Independent(case.torch(*tensors), 1, validate_args=False)
+    assert ours.event_shape == (D,) and ours.batch_shape == theirs.batch_shape
+    compare(ours.log_prob(x), theirs.log_prob(x), tensors)
+    if case.smooth:
+        compare(ours.log_prob(x.requires_grad_()), theirs.log_prob(x), [x])
+
+
+@every_case
+@pytest.mark.parametrize("shape", [(D, 1), (1, D), (D,)], ids=str)
+def test_as_many_data_as_elements(case, shape):
+    """A parameter of each datum is not taken for one of each element."""
+    tensors, x = parameters(case, (D, D), shape), case.data(D, D)
+    compare(case.ours(*tensors).log_prob(x), case.torch(*tensors).log_prob(x).sum(-1), tensors)
+
+
+@every_case
+@pytest.mark.parametrize("event_dims", [0, 2, 3])
+def test_event_dims(case, event_dims):
+    tensors, x = parameters(case, (K, B, D), (B, 1), (D,)), case.data(2, K, B, D)
+    ours = case.ours(*tensors, event_dims=event_dims)
+    theirs = td.Independent(case.torch(*tensors), event_dims, validate_args=False)
+    assert (ours.batch_shape, ours.event_shape) == (theirs.batch_shape, theirs.event_shape)
+    compare(ours.log_prob(x), theirs.log_prob(x), tensors)
+    assert ours.support.event_dim == event_dims
+
+
+@every_case
+def test_independent_of_ours(case):
+    tensors, x = parameters(case, (K, B, D)), case.data(K, B, D)
+    fused, summed = case.ours(*tensors, event_dims=2), td.Independent(case.ours(*tensors), 1)
+    assert (fused.batch_shape, fused.event_shape) == (summed.batch_shape, summed.event_shape)
+    compare(fused.log_prob(x), summed.log_prob(x), tensors)
+
+
+@every_case
+def test_gradcheck(case):
+    inputs = parameters(case, (2, B, D), (D,), (B, 1))
+    if case.smooth:
+        inputs.append(case.data(B, D).requires_grad_())
+    x = inputs[-1] if case.smooth else case.data(B, D)
+    n = len(case.parameters)
+
+    def log_p(*tensors: Tensor) -> Tensor:
+        return case.ours(*tensors[:n], validate_args=False).log_prob(tensors[n] if case.smooth else x)
+
+    assert torch.autograd.gradcheck(log_p, inputs) and torch.autograd.gradgradcheck(log_p, inputs)
+
+
+def test_data_and_shared_parameters_are_read_once(monkeypatch):
+    seen = []
+
+    def log_prob(recon, x, **options):
+        seen.append([tuple(t.shape) for t in (*recon, x)])
+        return fastelbo.log_prob(recon, x, **options)
+
+    monkeypatch.setattr(functional, "log_prob", log_prob)
+    px = fd.ZeroInflatedNegativeBinomial(normal(K, B, D), normal(D), normal(1, 1, 1))
+    assert px.log_prob(counts(B, D)).shape == (K, B)
+    px.expand([2, K, B]).log_prob(counts(B, D))
+    assert seen == [[(K, B, D), (D,), (), (B, D)], [(2 * K, B, D), (D,), (), (B, D)]]
+
+
+@every_case
+def test_compiled(case):
+    tensors, x = parameters(case, (K, B, D), (D,), (B, 1)), case.data(B, D)
+
+    def log_p(x: Tensor, *tensors: Tensor) -> Tensor:
+        return case.ours(*tensors, validate_args=False).log_prob(x)
+
+    torch.compiler.reset()
+    compare(torch.compile(log_p, fullgraph=True)(x, *tensors), log_p(x, *tensors), tensors, retain=False)
+
+
+def test_compiled_for_any_size():
+    """The distribution is built, expanded and drawn from in the compiled function."""
+
+    def program(log_mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        px = fd.NegativeBinomial(log_mean, log_mean[0, 0], validate_args=False)
+        return px.expand([K, len(x)]).log_prob(x) + px.log_prob(x), px.mean + px.variance
+
+    torch.compiler.reset()
+    compiled = torch.compile(program, fullgraph=True)
+    for batch in (4, 5, 7, 9):
+        log_mean, x = normal(K, batch, D), counts(batch, D)
+        torch.testing.assert_close(compiled(log_mean, x), program(log_mean, x), rtol=1e-10, atol=1e-10)
+
+
+@every_case
+def test_no_data(case):
+    tensors = parameters(case, (0, D), (D,))
+    px = case.ours(*tensors, validate_args=True)
+    log_p = px.log_prob(case.data(K, 0, D))
+    assert log_p.shape == (K, 0) and px.sample((2,)).shape == (2, 0, D)
+    assert all((grad == 0).all() for grad in torch.autograd.grad(log_p.sum(), tensors))
+
+
+@every_case
+def test_vmap(case):
+    tensors, x = [t.detach() for t in parameters(case, (K, B, D))], case.data(K, B, D)
+    log_p = torch.func.vmap(lambda x, *tensors: case.ours(*tensors, validate_args=False).log_prob(x))(x, *tensors)
+    torch.testing.assert_close(log_p, case.ours(*tensors).log_prob(x), rtol=1e-10, atol=1e-10)
+
+
+def test_data_types():
+    logits, log_rate = torch.randn(B, D), torch.randn(B, D)
+    image, cells = torch.randint(0, 256, (B, D), dtype=torch.uint8), torch.randint(0, 9, (B, D))
+    expected = td.Independent(td.Bernoulli(logits=logits, validate_args=False), 1).log_prob(image / 255)
+    torch.testing.assert_close(fd.Bernoulli(logits).log_prob(image), expected)
+    torch.testing.assert_close(fd.Bernoulli(logits).log_prob(image > 9), fd.Bernoulli(logits).log_prob((image > 9) / 1))
+    torch.testing.assert_close(fd.Poisson(log_rate).log_prob(cells), fd.Poisson(log_rate).log_prob(cells.float()))
+    assert fd.Gaussian(logits.half()).log_prob(logits.half()).dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes, samples, moments.
+
+
+@every_case
+def test_expand(case):
+    tensors, x = parameters(case, (B, D), (D,), (B, 1)), case.data(B, D)
+    one = case.ours(*tensors, validate_args=False)
+    many = one.expand([K, B])
+    assert many.batch_shape == (K, B) and many.event_shape == (D,) and isinstance(many, type(one))
+    assert many._validate_args is False and case.ours(*tensors, validate_args=True).expand([K, B])._validate_args
+    assert many.sample((2,)).shape == (2, K, B, D) and many.mean.shape == many.variance.shape == (K, B, D)
+    assert all(getattr(many, name).shape == (K, B, D) for name in LIKELIHOODS[one.likelihood].parameters)
+    compare(many.log_prob(x), one.log_prob(x).expand(K, B), tensors)
+    with pytest.raises(RuntimeError):
+        one.expand([B + 1])
+
+
+@every_case
+def test_samples_and_moments(case):
+    tensors = parameters(case, (B, D), (D,), (1, D))
+    ours, theirs = case.ours(*tensors), case.torch(*tensors)
+    torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours.variance, theirs.variance, rtol=1e-10, atol=1e-10)
+
+    for shape in ((), (2,), (2, 3)):
+        x = ours.sample(shape)
+        assert x.shape == (*shape, B, D) and x.dtype == torch.float64 and not x.requires_grad
+        assert ours.log_prob(x).shape == (*shape, B) and ours.support.check(x).all()
+        with pytest.raises(NotImplementedError) if not ours.has_rsample else torch.no_grad():
+            ours.rsample(shape)
+
+    n = 100_000
+    x = ours.sample((n,))
+    assert ((x.mean(0) - ours.mean) / (ours.variance / n).sqrt()).abs().max() < 5
+    squares = (x - ours.mean).square()
+    assert ((squares.mean(0) - ours.variance) / (squares.std(0) / n**0.5)).abs().nan_to_num().max() < 5
+
+
+@pytest.mark.parametrize("case", [CASES["gaussian"], CASES["gaussian by scale"], CASES["laplace"]])
+def test_rsample_is_reparameterized(case):
+    """x = mean + scale noise: the gradient of sum(g x) is g, and g noise d scale."""
+    mean, second = parameters(case, (B, D), (D,))
+    q = case.ours(mean, second)
+    x = q.rsample((K,))
+    spread = case.torch(mean, second).scale
+    noise, g = ((x - mean) / spread).detach(), normal(K, B, D)
+    found = torch.autograd.grad((g * x).sum(), (mean, second))
+    expected = torch.autograd.grad((g * (mean + spread * noise)).sum(), (mean, second))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_same_seed_gives_torch_s_samples():
+    mean, spread = normal(B, D), scale(B, D)
+    for ours, theirs in (
+        (fd.Gaussian(mean, scale=spread), td.Normal(mean, spread)),
+        (fd.Bernoulli(mean), td.Bernoulli(logits=mean)),
+        (fd.Poisson(mean), td.Poisson(mean.exp())),
+    ):
+        torch.manual_seed(3)
+        mine = ours.sample((K,))
+        torch.manual_seed(3)
+        torch.testing.assert_close(mine, theirs.sample((K,)), rtol=1e-12, atol=1e-12)
+
+
+@every_case
+def test_copies(case):
+    tensors, x = [t.detach() for t in parameters(case, (B, D), (D,), ())], case.data(K, B, D)
+    one = case.ours(*tensors)
+    for other in (pickle.loads(pickle.dumps(one)), copy.copy(one), copy.deepcopy(one)):
+        assert type(other) is type(one) and repr(other) == repr(one)
+        assert torch.equal(other.log_prob(x), one.log_prob(x))
+
+
+def test_bernoulli_has_probs_and_logits():
+    logits = normal(B, D)
+    torch.testing.assert_close(fd.Bernoulli(logits).probs, torch.sigmoid(logits))
+    torch.testing.assert_close(fd.Bernoulli(probs=torch.sigmoid(logits)).logits, logits)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors.
+
+# torch.compile turns validation off for the process: where values are checked, that is asked for
+t, negative = torch.ones(B, D), -torch.ones(B, D)
+ERRORS = {
+    "neither": (lambda: fd.Bernoulli(), "Bernoulli takes logits or probs; got neither"),
+    "both": (lambda: fd.Bernoulli(t, probs=t), "Bernoulli takes logits or probs; got both"),
+    "a number": (lambda: fd.Bernoulli(0.5), "logits must be a torch.Tensor; got float"),
+    "integers": (lambda: fd.Poisson(t.long()), "log_rate must be float32, .*; got int64"),
+    "no number": (lambda: fd.NegativeBinomial(t, "a"), "log_theta must be a float or a torch.Tensor; got str"),
+    "shapes": (
+        lambda: fd.Gaussian(t, torch.ones(2)),
+        r"logvar must broadcast with the shape \(4, 3\) of mean; got \(2",
+    ),
+    "event_dims": (lambda: fd.Poisson(t, event_dims=3), "event_dims must be at most 2, .* of log_rate; got 3"),
+    "negative event_dims": (lambda: fd.Poisson(t, event_dims=-1), "event_dims must be at least 0; got -1"),
+    "scale by position": (lambda: fd.Gaussian(t, None, t), "positional argument"),
+    "two spreads": (lambda: fd.Gaussian(t, t, scale=t), "Gaussian takes logvar or scale, not both"),
+    "two scales": (lambda: fd.Laplace(t, 0.0, scale=2.0), "Laplace takes log_scale or scale, not both"),
+    "negative number": (lambda: fd.Gaussian(t, scale=-1.0), "scale must be positive; got -1.0"),
+    "negative scale": (lambda: fd.Gaussian(t, scale=negative, validate_args=True), "scale must be positive; got"),
+    "NaN": (
+        lambda: fd.Poisson(t * torch.nan, validate_args=True),
+        "Expected parameter log_rate .* to satisfy the constraint Real",
+    ),
+    "no probability": (lambda: fd.Bernoulli(probs=negative, validate_args=True), "Expected parameter probs .*Interval"),
+    "no tensor": (lambda: fd.Bernoulli(t).log_prob(1.0), "value must be a torch.Tensor; got float"),
+    "event": (
+        lambda: fd.Bernoulli(t).log_prob(t[:, :2]),
+        r"value must end in the event_shape \(3,\) of Bern.*\(4, 2\)",
+    ),
+    "0-d": (
+        lambda: fd.Bernoulli(t).log_prob(t[0, 0]),
+        r"value must end in the event_shape \(3,\) of Bernoulli; got \(\)",
+    ),
+    "batch": (
+        lambda: fd.Bernoulli(t).log_prob(t[:2]),
+        r"value must broadcast with the batch_shape \(4,\) of Bernoulli",
+    ),
+    "grey": (
+        lambda: fd.Bernoulli(t, validate_args=True).log_prob(2 * t),
+        "value must be in the domain .*Interval.* of Bernoulli; got",
+    ),
+    "negative count": (
+        lambda: fd.NegativeBinomial(t, t, validate_args=True).log_prob(negative),
+        "value must be in the domain .*of Neg",
+    ),
+    "NaN in x": (
+        lambda: fd.Gaussian(t, validate_args=True).log_prob(t * torch.nan),
+        "value must be in the domain .*Real.* of Gaussian",
+    ),
+    "integers as data": (lambda: fd.Gaussian(t).log_prob(t.long()), "x must be"),
+    "q": (lambda: fd.gaussian_kl(t, t), "q must be a Gaussian, a Normal or an Independent of them; got torch.Tensor"),
+    "p": (lambda: fd.gaussian_kl(fd.Gaussian(t), fd.Laplace(t)), "p must be a Gaussian, .*; got .*Laplace"),
+    "events": (
+        lambda: fd.gaussian_kl(fd.Gaussian(t), td.Normal(t, t)),
+        r"p must have the event_shape \(3,\) of q; got",
+    ),
+    "batches": (
+        lambda: fd.gaussian_kl(fd.Gaussian(t), fd.Gaussian(t[:3])),
+        r"p must broadcast with .*\(4,\) of q; got",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors(call, message):
+    with pytest.raises((ValueError, TypeError), match=f"(?s){message}"):
+        call()
+
+
+def test_nothing_is_checked_without_validate_args():
+    assert fd.Gaussian(t * torch.nan, validate_args=False).log_prob(t).isnan().all()
+    assert (fd.Poisson(t, validate_args=False).log_prob(negative) == -torch.inf).all()
+    assert fd.Gaussian(t, scale=negative, validate_args=False).log_prob(t).isnan().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The KL.
+
+
+def gaussian(mu: Tensor, spread: Tensor) -> fd.Gaussian:
+    return fd.Gaussian(mu, scale=spread)
+
+
+def independent(mu: Tensor, spread: Tensor) -> td.Independent:
+    return td.Independent(td.Normal(mu, spread), 1)
+
+
+KINDS = {
+    "ours": gaussian,
+    "torch": independent,
+    "Independent of ours": lambda mu, spread: td.Independent(fd.Gaussian(mu, scale=spread, event_dims=0), 1),
+}
+
+
+@pytest.mark.parametrize("p", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("q", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("shapes", [[(B, D)] * 2, [(B, D), (D,)], [(D,), (K, B, D)], [(K, 1, D), (B, D)]], ids=str)
+def test_kl(q, p, shapes):
+    inputs = [make(*shape).requires_grad_() for shape in shapes for make in (normal, scale)]
+    theirs = td.kl_divergence(independent(*inputs[:2]), independent(*inputs[2:]))
+    ours, other = q(*inputs[:2]), p(*inputs[2:])
+    compare(fd.gaussian_kl(ours, other), theirs, inputs)
+    compare(td.kl_divergence(ours, other), theirs, inputs)
+
+
+def test_kl_without_a_prior_and_without_an_event():
+    inputs = mu, spread = normal(B, D).requires_grad_(), scale(B, D).requires_grad_()
+    zeros, ones = torch.zeros_like(mu), torch.ones_like(mu)
+    compare(fd.gaussian_kl(gaussian(*inputs)), td.kl_divergence(independent(*inputs), independent(zeros, ones)), inputs)
+    theirs = td.kl_divergence(td.Normal(mu, spread), td.Normal(zeros, ones))
+    scalars = fd.Gaussian(mu, scale=spread, event_dims=0)
+    compare(fd.gaussian_kl(td.Normal(mu, spread)), theirs, inputs)
+    compare(td.kl_divergence(scalars, td.Normal(zeros, ones)), theirs, inputs)
+    compare(td.kl_divergence(td.Normal(mu, spread), fd.Gaussian(zeros, event_dims=0)), theirs, inputs)
+    compare(fd.gaussian_kl(fd.Gaussian(mu, event_dims=2)), 0.5 * mu.square().sum(), [mu])
+
+
+def test_kl_gradcheck_and_compiled():
+    inputs = [make(*shape).requires_grad_() for shape in ((B, D), (D,)) for make in (normal, scale)]
+
+    def kl(mu, spread, p_mu, p_spread):
+        q = fd.Gaussian(mu, scale=spread, validate_args=False)
+        return fd.gaussian_kl(q, td.Independent(td.Normal(p_mu, p_spread, validate_args=False), 1, validate_args=False))
+
+    assert torch.autograd.gradcheck(kl, inputs) and torch.autograd.gradgradcheck(kl, inputs)
+    torch.compiler.reset()
+    compare(torch.compile(kl, fullgraph=True)(*inputs), kl(*inputs), inputs, retain=False)
+
+
+def test_kl_of_others_is_not_implemented():
+    """By torch's contract: Pyro falls back on samples then."""
+    with pytest.raises(NotImplementedError):
+        td.kl_divergence(gaussian(t, t), td.Independent(td.Laplace(t, t), 1))

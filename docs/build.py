@@ -21,7 +21,7 @@ from fastelbo import distributions, reference
 
 HERE = Path(__file__).parent
 PROSE = ("concepts", "kept_samples")
-HOOKS = {"extra_repr"}  # called by torch, not by the user
+HOOKS = {"extra_repr", "get_extra_state", "set_extra_state"}  # called by torch, not by the user
 
 
 def markdown(docstring: str) -> str:

@@ -145,11 +145,17 @@ def of_fastelbo(vae: PyroVAE, x: Tensor, num_samples: int | None, loss: Callable
 @every_likelihood
 @pytest.mark.parametrize("alpha", [0.0, 0.6, -1.0])
 @pytest.mark.parametrize("ours", [False, True])
-def test_multi_sample_loss_is_renyi_elbo(likelihood, alpha, ours):
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_k_sample_losses_are_renyi_elbo(likelihood, alpha, ours, by_parts):
     vae, x = PyroVAE(likelihood), data(likelihood)
-    options = {"likelihood": likelihood, "reduction": "sum"}
-    options |= {"estimator": "vr", "alpha": alpha} if alpha else {"estimator": "iwae"}
-    fused = of_fastelbo(vae, x, K, lambda recon, x, q: fastelbo.multi_sample_loss(recon, x, q, **options))
+    options = {"reduction": "sum"} | ({"estimator": "vr", "alpha": alpha} if alpha else {"estimator": "iwae"})
+
+    def loss(recon, x, q):
+        if by_parts:
+            return fastelbo.bound_loss(fastelbo.log_prob(recon, x, likelihood=likelihood), q, **options)
+        return fastelbo.multi_sample_loss(recon, x, q, likelihood=likelihood, **options)
+
+    fused = of_fastelbo(vae, x, K, loss)
     elbo = RenyiELBO(alpha=alpha, num_particles=K, vectorize_particles=True, max_plate_nesting=1)
     compare(fused, by_pyro(vae, elbo, x, ours=ours))
 

@@ -121,7 +121,7 @@ CASES = [
     ("prior_mu", r(4, 5).double(), ("gaussian_kl", "rsample"), TypeError, ["prior_mu", "float64", "mu"]),
     ("free_bits", -0.1, ("gaussian_kl", "elbo_loss"), ValueError, ["free_bits", "-0.1"]),
     ("free_bits", float("nan"), ("gaussian_kl", "elbo_loss"), ValueError, ["free_bits", "nan"]),
-    ("beta", torch.ones(4), ("elbo_loss",), ValueError, ["beta", "0-d", "(4,)"]),
+    ("beta", torch.ones(4), ("elbo_loss",), ValueError, ["beta", "(5,)", "one latent", "(4,)"]),
     ("beta", torch.tensor(1), ("elbo_loss",), TypeError, ["beta", "float32", "int64"]),
     ("log_ratio", r(4, 3), ("iwae_loss",), ValueError, ["log_ratio", "(3, 4)", "(4, 3)"]),
     ("log_ratio", r(4), ("iwae_loss",), ValueError, ["log_ratio", "(3, 4)", "(4,)"]),

@@ -1,6 +1,7 @@
 """Training and the command: figures, files, resuming, and errors of one line."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from fastelbo import PPCA, kept
 from fastelbo.commands import cli, evaluate, pictures, train
+from fastelbo.commands import ppca as commands_ppca
 from fastelbo.commands.data import counts_model, load
 from fastelbo.commands.ppca import METRICS as METRICS_OF_PPCA
 from fastelbo.commands.train import LATENT_METRICS, METRICS, Config, Trainer
@@ -192,17 +194,68 @@ def test_free_bits_and_beta_reach_the_loss():
 
 def test_collapse_is_named_with_its_epoch(tmp_path, capsys):
     """A KL of weight 100 leaves nothing of q; free bits keep it."""
-    arguments = ["train", "--latent-dim", "3", "--hidden", "16", "--epochs", "4"]
+    arguments = ["train", "--latent-dim", "3", "--hidden", "16", "--epochs", "8"]
     assert cli.main([*arguments, "--beta", "100", "--beta-warmup", "4", "--lr", "0.01", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     history = rows(tmp_path)
     since = train.collapses(history)
     assert set(since) == {0, 1, 2} and history[-1]["active_units"] == 0
-    named = [line for line in lines if "posterior collapse" in line]
-    assert named and named[-1].startswith("at the end: ") and f"since epoch {max(since.values())}" in named[-1]
-    for epoch in set(since.values()):  # said when it happens, not only at the end
-        after = next(i for i, line in enumerate(lines) if line.startswith(f"epoch {epoch}/"))
+    named = [i for i, line in enumerate(lines) if "posterior collapse" in line]
+    assert lines[named[-1]].startswith("at the end: ") and f"since epoch {max(since.values())}" in lines[named[-1]]
+    assert all("--free-bits" in lines[i] for i in named)
+    fifth = next(i for i, line in enumerate(lines) if line.startswith("epoch 5/"))
+    for epoch in set(since.values()):  # said when it happens, after the warm-up and the first epochs
+        after = max(fifth, next(i for i, line in enumerate(lines) if line.startswith(f"epoch {epoch}/")))
         assert "posterior collapse" in lines[after + 1]
+    assert min(named) > fifth and min(since.values()) < 5
+
+
+def test_the_first_epochs_are_no_collapse(tmp_path, capsys):
+    assert cli.main(["train", "--epochs", "2", "--hidden", "16", "--lr", "1e-5", "--out", str(tmp_path)]) == 0
+    assert rows(tmp_path)[-1]["active_units"] < 8 and "collapse" not in capsys.readouterr().out
+    assert cli.main(["train", "--resume", "--out", str(tmp_path)]) == 0
+    assert "nothing to train: all 2 epochs are done; --epochs N trains up to epoch N" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["vae", "ppca"])
+def test_samples(tmp_path, capsys, model):
+    small = ["--epochs", "1", "--hidden", "16"] if model == "vae" else []
+    assert cli.main(["train", "--model", model, *small, "--latent-dim", "2", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    for name, extra in (("a", []), ("b", []), ("c", ["--seed", "1"]), ("d", ["--mean"])):
+        if (model, name) != ("ppca", "d"):
+            assert cli.main(["sample", str(tmp_path), "--n", "5", "--out", str(tmp_path / f"{name}.npy"), *extra]) == 0
+            assert f"{name}.npy: 5 samples of shape" in capsys.readouterr().out
+    a, b, c = (np.load(tmp_path / f"{name}.npy") for name in "abc")
+    assert a.shape == ((5, 8, 8) if model == "vae" else (5, 64))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+    if model == "vae":
+        assert set(np.unique(a)) == {0, 1} and 0 < np.load(tmp_path / "d.npy").min() < 1
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["sample", str(tmp_path), "--mean"])
+        assert stopped.value.code == 2 and "mean has no effect with a PPCA" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["sample", str(tmp_path), "--n", "0"])
+    assert stopped.value.code == 2 and "must be at least 1; got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["vae", "ppca"])
+def test_evaluate_for_programs(tmp_path, capsys, model):
+    small = ["--epochs", "1", "--hidden", "16"] if model == "vae" else []
+    assert cli.main(["train", "--model", model, *small, "--latent-dim", "2", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path), "--samples", "50"]) == 0
+    text = capsys.readouterr().out
+    assert cli.main(["evaluate", str(tmp_path), "--samples", "50", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert f"{found['log_prob']:.4f}" in text and f"{found['data_error']:.4f}" in text and found["data"] == "digits"
+
+
+def test_the_largest_number_of_components_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands_ppca, "ladder", lambda limit: iter((1, 2)))
+    assert cli.main(["train", "--model", "ppca", "--out", str(tmp_path)]) == 0
+    assert "kept: 2 components, the lowest BIC, which is the largest number tried" in capsys.readouterr().out
 
 
 def test_collapses_follow_the_history():

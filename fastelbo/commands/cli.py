@@ -1,6 +1,7 @@
-"""The `fastelbo` command: train a small VAE or fit a PPCA, evaluate one that was trained, print what was built."""
+"""The `fastelbo` command: train a small VAE or fit a PPCA, evaluate or sample one, print what was built."""
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -11,6 +12,8 @@ from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 import fastelbo
 from fastelbo.commands import data, evaluate, files, options, ppca, train
@@ -24,6 +27,7 @@ from fastelbo.ppca.model import METHODS
 from fastelbo.vae import OBJECTIVES
 
 MODELS = ("vae", "ppca")
+SETTLED = 5  # epochs before which a dimension that is not active yet is no collapse
 TRAIN_EXTRA = ("numpy", "sklearn", "matplotlib", "tqdm")
 
 
@@ -41,7 +45,7 @@ _keep.__name__ = 'int or "auto"'  # as argparse names it in errors
 
 def _parser() -> _Parser:
     parser = _Parser("fastelbo", description="Fused losses for latent-variable models.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,sample,info}")
     commands.add_parser("info", help="print what was built, for bug reports")
     training = commands.add_parser(
         "train",
@@ -95,6 +99,18 @@ def _parser() -> _Parser:
     evaluation.add_argument("--samples", type=int, default=5000, metavar="K", help="samples per datum (default: 5000)")
     evaluation.add_argument("--chunk-size", type=int, metavar="K", help="at most so many samples in memory at a time")
     evaluation.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the noise (default: 0)")
+    evaluation.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    sampling = commands.add_parser(
+        "sample",
+        help="draw data from a trained model",
+        description="Draw x from a trained model, z from its prior, and write them to an .npy file.",
+        allow_abbrev=False,
+    )
+    sampling.add_argument("checkpoint", type=Path, metavar="RUN", help="the folder of a run, or a checkpoint.pt")
+    sampling.add_argument("--n", type=int, default=64, metavar="N", help="how many (default: 64)")
+    sampling.add_argument("--mean", action="store_true", help="the mean of p(x | z) in place of a draw")
+    sampling.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the draws (default: 0)")
+    sampling.add_argument("--out", type=Path, default=Path("samples.npy"), metavar="FILE", help="default: samples.npy")
     return parser
 
 
@@ -116,7 +132,10 @@ def _collapse(since: dict[int, int]) -> str:
     named = "; ".join(
         f"{', '.join(str(d) for d, e in sorted(since.items()) if e == n)} since epoch {n}" for n in epochs
     )
-    return f"posterior collapse (held-out variance of mu at most {ACTIVE_VARIANCE}) in latent dimensions {named}"
+    return (
+        f"posterior collapse (held-out variance of mu at most {ACTIVE_VARIANCE}) in latent dimensions {named}; "
+        "--beta-warmup, --free-bits or a smaller --latent-dim may help"
+    )
 
 
 def _options(args: argparse.Namespace, config: type) -> dict[str, Any]:
@@ -173,7 +192,9 @@ def _fit_ppca(args: argparse.Namespace) -> int:
             )
         assert run.model is not None
         if len(run.rows) > 1:
-            print(f"kept: {run.model.n_components} components, the lowest BIC")
+            largest = run.model.n_components == run.rows[-1]["components"]
+            more = ", which is the largest number tried: more may be better" if largest else ""
+            print(f"kept: {run.model.n_components} components, the lowest BIC{more}")
         made = pictures.save_ppca(run.model, run.data, run.rows, out)
     except KeyboardInterrupt:
         if (out / "checkpoint.pt").exists():
@@ -208,18 +229,23 @@ def _fit_vae(args: argparse.Namespace) -> int:
     )
     if trainer.history:
         print(f"resumed after epoch {len(trainer.history)}")
+    if len(trainer.history) >= config.epochs:
+        print(f"nothing to train: all {config.epochs} epochs are done; --epochs N trains up to epoch N")
     collapsed = train.collapses(trainer.history)
+    told: set[int] = set()
 
     def report(row: Metrics) -> None:
         nonlocal collapsed
         print(_line(row, config), flush=True)
-        before, collapsed = collapsed, train.collapses([row], collapsed)
-        if collapsed.keys() - before.keys():
+        collapsed = train.collapses([row], collapsed)
+        settled = row["epoch"] >= max(SETTLED, config.beta_warmup + 1)
+        if settled and collapsed.keys() - told:
+            told.update(collapsed)
             print(_collapse(collapsed), flush=True)
 
     try:
         train.fit(trainer, out, report)
-        if collapsed:
+        if collapsed and config.epochs >= SETTLED:
             print(f"at the end: {_collapse(collapsed)}")
         made = pictures.save_all(trainer.model, dataset, trainer.history, out)
         if all(path.stem != "reconstructions" for path in made):
@@ -269,12 +295,18 @@ def _evaluate(args: argparse.Namespace) -> int:
             raise ValueError(f"data must be of shape {event} as in training; got {tuple(dataset.held_out.shape[1:])}")
         if isinstance(model, PPCA):
             mean, error = ppca.evaluate(model, dataset.held_out)
+            if args.json:
+                print(json.dumps({"data": name, "log_prob": mean, "data_error": error}))
+                return 0
             print(
                 f"{name}: {len(dataset.held_out)} held-out data, PPCA with {model.n_components} components; nats per "
                 f"datum\nlog p(x)         {mean:10.4f}  exactly; standard error {error:.4f} by the choice of data"
             )
             return 0
         found = evaluate.evaluate(model, dataset.held_out, args.samples, seed=args.seed, chunk_size=args.chunk_size)
+    if args.json:
+        print(json.dumps({"data": name, "samples": args.samples, "epoch": epoch, **found._asdict()}))
+        return 0
     print(
         f"{name}: {len(dataset.held_out)} held-out data, "
         f"{args.samples} samples each, after epoch {epoch}; nats per datum\n"
@@ -288,6 +320,29 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sample(args: argparse.Namespace) -> int:
+    if find_spec("numpy") is None:
+        print("fastelbo sample needs numpy: pip install fastelbo[train]", file=sys.stderr)
+        return 2
+    import numpy as np
+
+    with _refusing(args):
+        options.check(num_samples=args.n, seed=args.seed)
+        model = fastelbo.load(args.checkpoint)
+        generator = torch.Generator().manual_seed(args.seed)
+        if isinstance(model, PPCA):
+            if args.mean:
+                raise ValueError("mean has no effect with a PPCA: leave it out")
+            drawn = model.sample(args.n, generator=generator)
+        else:
+            drawn = model.sample(args.n, mean=args.mean, generator=generator)
+        content = io.BytesIO()
+        np.save(content, drawn.numpy())
+        files.write(args.out, content.getvalue())
+    print(f"{args.out}: {args.n} samples of shape {tuple(drawn.shape[1:])}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command -> its exit status: 0, 1 (training diverged), 2 (bad arguments), 130 (interrupted)."""
     parser = _parser()
@@ -296,6 +351,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(fastelbo.build_info(), indent=2, default=str))
         return 0
     try:
-        return _evaluate(args) if args.command == "evaluate" else _train(args)
+        return {"evaluate": _evaluate, "sample": _sample, "train": _train}[args.command](args)
     except KeyboardInterrupt:
         return _interrupted("nothing was written")

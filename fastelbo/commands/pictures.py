@@ -100,19 +100,19 @@ def curves(history: Sequence[Metrics], path: Path) -> Path:
     return _save(figure, path)
 
 
-def reconstructions(model: VAE, x: Tensor, path: Path, columns: int = 10) -> Path | None:
-    """Data beside E[x | z = mu(x)], tile by tile; None where the data are no images."""
-    x = x[: columns * columns]
+def reconstructions(model: VAE, x: Tensor, path: Path, columns: int = 16, rows: int = 4) -> Path | None:
+    """Data above E[x | z = mu(x)], pair by pair; None where the data are no images."""
+    x = x[: len(x) // columns * columns or len(x)][: columns * rows]
     domain = likelihoods.get(model.likelihood).domain
     with torch.no_grad():
         originals, rebuilt = as_images(x, domain), as_images(model.reconstruct(x), domain)
     if originals is None or rebuilt is None:
         return None
+    pairs = [row for two in zip(originals.split(columns), rebuilt.split(columns), strict=True) for row in two]
     figure = Figure(figsize=(8, 4.2), layout="constrained")
-    titles = ("Held-out data", "Reconstructions: mean of p(x | z) at the posterior mean")
-    for axes, images, title in zip(figure.subplots(1, 2), (originals, rebuilt), titles, strict=True):
-        _show(axes, images, columns, _limits(originals))
-        axes.set_title(title, fontsize=10, loc="left")
+    axes = figure.subplots()
+    _show(axes, torch.cat(pairs), min(columns, len(x)), _limits(originals))
+    axes.set_title("Held-out data, each above its reconstruction: mean of p(x | z) at mu", fontsize=10, loc="left")
     return _save(figure, path)
 
 

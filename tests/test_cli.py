@@ -523,3 +523,83 @@ def test_a_ppca_run_is_not_overwritten_nor_resumed(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main(again)
         assert message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules, networks, precision.
+
+
+def test_cosine_schedule(tmp_path):
+    trainer = run(Config(**SMALL, lr_schedule="cosine", lr=0.01), tmp_path)
+    steps = 26  # of 1617 digits, 64 at a time
+    for step in (0, 1, steps, 4 * steps - 1):
+        assert trainer.lr(step) == pytest.approx(0.005 * (1 + np.cos(np.pi * step / (4 * steps))))
+    assert trainer.lr(0) == 0.01 and trainer.lr(4 * steps) == 0
+    assert trainer.optimizer.param_groups[0]["lr"] == trainer.lr(4 * steps - 1)
+    with pytest.raises(ValueError, match="keeps its options; changed: epochs 4 -> 6"):
+        train.prepare(Config(**{**SMALL, "epochs": 6}, lr_schedule="cosine", lr=0.01), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("options", [{"lr_schedule": "cosine"}, {"net": "conv"}, {"amp": "bf16"}], ids=str)
+def test_a_resumed_run_of_these_equals_an_uninterrupted_one(tmp_path, options):
+    config = Config(**SMALL, **options)
+    whole = run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", stop_after=2)
+    parts = run(config, tmp_path / "parts", resume=True)
+    assert untimed(parts.history) == untimed(whole.history)
+    for ours, theirs in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert whole.history[-1]["held_out_elbo"] > whole.history[0]["held_out_elbo"]
+
+
+def test_patience(tmp_path, capsys, monkeypatch):
+    bounds = iter([-9.0, -7.0, -8.0, -7.0, -7.5, -1.0])
+    real = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {**real(self), "held_out_bound": next(bounds)})
+    options = ["--epochs", "9", "--hidden", "16", "--latent-dim", "2", "--patience", "3"]
+    assert cli.main(["train", *options, "--out", str(tmp_path)]) == 0
+    assert "stopped: no better held-out bound in 3 epochs; best.pt is epoch 2" in capsys.readouterr().out
+    assert [row["epoch"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+    states = [torch.load(tmp_path / name, weights_only=True) for name in ("best.pt", "checkpoint.pt")]
+    assert [state["epoch"] for state in states] == [2, 5]
+    assert cli.main(["evaluate", str(tmp_path / "best.pt"), "--samples", "10"]) == 0
+    assert "after epoch 2" in capsys.readouterr().out
+    assert cli.main(["train", "--resume", "--out", str(tmp_path)]) == 0, "a run that has stopped stays so"
+    assert [row["epoch"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 12), (3, 8, 8)], ids=str)
+@pytest.mark.parametrize("likelihood", ["bernoulli", "bernoulli_probs", "gaussian"])
+def test_convolutions(shape, likelihood):
+    model = train.build_model(shape, 3, 32, likelihood, "conv")
+    x = torch.rand(5, *shape)
+    assert model.loss(x).isfinite() and model.reconstruct(x).shape == x.shape and model.sample(2).shape == (2, *shape)
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) == 2
+
+
+@pytest.mark.parametrize(
+    "shape, likelihood, message",
+    [
+        ((64,), "bernoulli", r"net 'conv' takes images .*; got \(64,\)"),
+        ((2, 8, 8), "bernoulli", r"of 1 or 3 channels.*; got \(2, 8, 8\)"),
+        ((10, 8), "bernoulli", r"multiples of 4; got \(10, 8\)"),
+        ((8, 8), "nb", "net 'conv' takes no counts; got likelihood 'nb'"),
+    ],
+)
+def test_what_convolutions_do_not_take(shape, likelihood, message):
+    with pytest.raises(ValueError, match=message):
+        train.build_model(shape, 3, 32, likelihood, "conv")
+
+
+def test_half_precision_in_the_steps_alone():
+    seen = []
+    trainer = Trainer(Config(**SMALL, amp="bf16"))
+    trainer.model.decoder.register_forward_hook(
+        lambda module, args, out: seen.append((torch.is_grad_enabled(), out.dtype))
+    )
+    row = trainer.run_epoch()
+    assert {dtype for grad, dtype in seen if grad} == {torch.bfloat16}
+    assert {dtype for grad, dtype in seen if not grad} == {torch.float32}
+    plain = Trainer(Config(**SMALL)).run_epoch()
+    assert row["train_elbo"] == pytest.approx(plain["train_elbo"], rel=0.01)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())

@@ -79,6 +79,16 @@ def _parser() -> _Parser:
     option("--epochs", "epochs", "passes over the training data", type=int, metavar="N")
     option("--batch-size", "batch_size", "B, data per step", type=int, metavar="B")
     option("--lr", "lr", "Adam's step size", type=float, metavar="LR")
+    option("--lr-schedule", "lr_schedule", "of the step size over all epochs", choices=train.LR_SCHEDULES)
+    option(
+        "--patience",
+        "patience",
+        "stop after N epochs without a better held-out bound; best.pt holds the best epoch",
+        type=int,
+        metavar="N",
+    )
+    option("--net", "net", "dense layers, or convolutions for images", choices=train.NETS)
+    option("--amp", "amp", "autocast of the training steps", choices=train.AMP)
     training.add_argument("--method", choices=METHODS, help="of ppca: the closed form (default), or EM")
     option("--seed", "seed", "of weights, batches and noise", type=int, metavar="SEED")
     option("--impl", "impl", "the kernels, or plain PyTorch", choices=IMPLS)
@@ -245,6 +255,8 @@ def _fit_vae(args: argparse.Namespace) -> int:
 
     try:
         train.fit(trainer, out, report)
+        if len(trainer.history) < config.epochs:
+            print(f"stopped: no better held-out bound in {config.patience} epochs; best.pt is epoch {trainer.best}")
         if collapsed and config.epochs >= SETTLED:
             print(f"at the end: {_collapse(collapsed)}")
         made = pictures.save_all(trainer.model, dataset, trainer.history, out)

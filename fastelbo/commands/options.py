@@ -8,7 +8,9 @@ from fastelbo.arguments import count, integer, keep, number, size
 _weight = number(lambda value: 0 <= value < math.inf, "finite and at least 0")
 
 CHECKS = {
-    **dict.fromkeys(("num_samples", "chunk_size", "groups", "latent_dim", "hidden", "epochs", "batch_size"), count),
+    **dict.fromkeys(
+        ("num_samples", "chunk_size", "groups", "latent_dim", "hidden", "epochs", "batch_size", "patience"), count
+    ),
     "keep": keep,
     "beta": _weight,
     "beta_warmup": size,

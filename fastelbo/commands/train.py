@@ -26,7 +26,9 @@ from fastelbo.progress import progress
 from fastelbo.vae import VAE, VAEOutput, check_objective, draws, objective_loss
 
 IMPLS = ("fused", "reference")
-_impl = one_of(IMPLS)
+LR_SCHEDULES = ("constant", "cosine")
+NETS = ("mlp", "conv")
+AMP = ("bf16",)
 FIGURES = ("bound", "elbo", "log_likelihood", "kl")  # nats per datum; bound is the objective's own, minus the loss
 COST_METRICS = ("ms_per_step", "loss_share", "kept_share")
 METRICS = ("epoch", *(f"{split}_{f}" for split in ("train", "held_out") for f in FIGURES), *COST_METRICS)
@@ -74,12 +76,18 @@ class Config:
     epochs: int = 50
     batch_size: int = 64
     lr: float = 2e-3
+    lr_schedule: str = "constant"
+    patience: int | None = None  # epochs without a better held-out bound after which to stop
+    net: str = "mlp"
+    amp: str | None = None  # autocast of the training steps
     seed: int = 0
     impl: str = "fused"
 
     def __post_init__(self) -> None:
         options.check(**asdict(self))
-        _impl("impl", self.impl)
+        for name, names in (("impl", IMPLS), ("lr_schedule", LR_SCHEDULES), ("net", NETS), ("amp", AMP)):
+            if (value := getattr(self, name)) is not None:
+                one_of(names)(name, value)
         check_objective(self.objective, beta=self.beta, free_bits=self.free_bits, alpha=self.alpha, groups=self.groups)
         if self.beta_warmup and self.objective != "elbo":
             raise ValueError(f"beta_warmup has no effect with objective {self.objective!r}: leave it out")
@@ -127,8 +135,30 @@ class LearnedDispersion(nn.Module):
         return log_mean, self.log_theta, *zero_logits
 
 
-def build_model(event: tuple[int, ...], latent_dim: int, hidden: int, likelihood: str) -> VAE:
-    """A VAE with two hidden layers on either side, for data of any event shape.
+def _convolutional(event: tuple[int, ...], latent_dim: int, hidden: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """Encoder and decoder of two convolutions of stride 2, with half and all of `hidden` / 4 channels."""
+    channels, height, width = event if len(event) == 3 else (1, *event) if len(event) == 2 else (0, 0, 0)
+    if channels not in (1, 3) or height % 4 or width % 4:
+        raise ValueError(
+            f"net 'conv' takes images [H, W] or [C, H, W] of 1 or 3 channels, H and W multiples of 4; got {event}"
+        )
+    last, first = max(hidden // 4, 2), max(hidden // 8, 1)
+    inner = (last, height // 4, width // 4)
+    encoder = nn.Sequential(
+        *(nn.Flatten(), nn.Unflatten(1, (channels, height, width))),
+        *(nn.Conv2d(channels, first, 4, 2, 1), nn.ReLU(), nn.Conv2d(first, last, 4, 2, 1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(math.prod(inner), 2 * latent_dim)),
+    )
+    decoder = nn.Sequential(
+        *(nn.Linear(latent_dim, math.prod(inner)), nn.ReLU(), nn.Unflatten(1, inner)),
+        *(nn.ConvTranspose2d(last, first, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(first, channels, 4, 2, 1)),
+        *(nn.Flatten(), nn.Unflatten(1, event)),
+    )
+    return encoder, decoder
+
+
+def build_model(event: tuple[int, ...], latent_dim: int, hidden: int, likelihood: str, net: str = "mlp") -> VAE:
+    """A VAE with two hidden layers on either side, dense ones for data of any event shape.
 
     Of counts the encoder sees log1p(x), and the decoder gives every parameter but log_theta, one number per element of
     the event, whatever z.
@@ -138,7 +168,13 @@ def build_model(event: tuple[int, ...], latent_dim: int, hidden: int, likelihood
     def layers(first: int, last: int) -> list[nn.Module]:
         return [nn.Linear(first, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, last)]
 
-    encoder = nn.Sequential(nn.Flatten(), *layers(size, 2 * latent_dim))
+    if net == "conv":
+        if row.domain == "counts":
+            raise ValueError(f"net 'conv' takes no counts; got likelihood {likelihood!r}")
+        encoder, decoder = _convolutional(event, latent_dim, hidden)
+    else:
+        encoder = nn.Sequential(nn.Flatten(), *layers(size, 2 * latent_dim))
+        decoder = nn.Sequential(*layers(latent_dim, size), nn.Unflatten(1, event))
     if row.domain == "counts":
         encoder.insert(0, Log1p())
     if "log_theta" in row.parameters:
@@ -146,7 +182,6 @@ def build_model(event: tuple[int, ...], latent_dim: int, hidden: int, likelihood
         decoder = nn.Sequential(*layers(latent_dim, outputs * size), nn.Unflatten(1, (outputs, *event)))
         decoder.append(LearnedDispersion(event))
         return VAE(encoder, decoder, likelihood, latent_shape=(latent_dim,))
-    decoder = nn.Sequential(*layers(latent_dim, size), nn.Unflatten(1, event))
     if likelihood == "bernoulli_probs":
         decoder.append(nn.Sigmoid())
     elif len(row.parameters) > 1:
@@ -206,7 +241,7 @@ class Trainer:
         event = tuple(self.data.train.shape[1:])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = build_model(event, config.latent_dim, config.hidden, self.data.likelihood)
+            self.model = build_model(event, config.latent_dim, config.hidden, self.data.likelihood, config.net)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)
         self._auto = self.model._auto_keep(config.kept_row(), config.num_samples) if config.keep == "auto" else None
@@ -230,9 +265,32 @@ class Trainer:
         latents = range(self.config.latent_dim)
         return (*METRICS, *LATENT_METRICS, *(f"kl_{j}" for j in latents), *(f"mu_variance_{j}" for j in latents))
 
+    @property
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self.data.train) / self.config.batch_size)
+
+    def lr(self, step: int) -> float:
+        """Adam's step size in a step of the whole run, from 0: "cosine" falls to 0 (Loshchilov & Hutter 2017)."""
+        if self.config.lr_schedule == "constant":
+            return self.config.lr
+        return self.config.lr * 0.5 * (1 + math.cos(math.pi * step / (self.config.epochs * self._steps_per_epoch)))
+
+    @property
+    def best(self) -> int:
+        """The epoch of the best held-out bound so far; 0 before the first."""
+        return max(range(1, len(self.history) + 1), key=lambda n: self.history[n - 1]["held_out_bound"], default=0)
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are done, or `patience` of them were no better than one before."""
+        patience = self.config.patience
+        return len(self.history) >= self.config.epochs or (
+            patience is not None and len(self.history) - self.best >= patience
+        )
+
     def beta(self, step: int) -> float | None:
         """The KL's weight in a step, counted from 0 over the whole run."""
-        warmup = self.config.beta_warmup * math.ceil(len(self.data.train) / self.config.batch_size)
+        warmup = self.config.beta_warmup * self._steps_per_epoch
         if step >= warmup:
             return self.config.beta
         return (1.0 if self.config.beta is None else self.config.beta) * step / warmup
@@ -285,7 +343,8 @@ class Trainer:
         noise: Noise = {} if self.config.keep else self._noise(x, self.generator)
         with self._impl():
             start = time.perf_counter()
-            parts = self._loss(x, noise, beta)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.amp == "bf16"):
+                parts = self._loss(x, noise, beta)
             loss = parts.loss.item()
             if not math.isfinite(loss):
                 raise Diverged(f"loss is {loss} in epoch {len(self.history) + 1}: try a smaller lr")
@@ -312,6 +371,8 @@ class Trainer:
         for step, batch in enumerate(progress(batches, label, "step", len(batches)), start):
             x = train[batch]
             kept_shares.append(self.kept_share)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr(step)
             totals += _totals(self.step(x, self.beta(step)), len(x))
         seconds = statistics.median(self.step_times[first_step:])
         loss_share = self.loss_time(train[: self.config.batch_size]) / seconds
@@ -398,10 +459,12 @@ class Trainer:
             ValueError: a damaged file, another config (epochs may differ), data that changed.
         """
         state, ours = files.read_checkpoint(out), asdict(self.config)
-        differing = [k for k, v in ours.items() if k != "epochs" and state["config"].get(k) != v]
+        free = set() if self.config.lr_schedule == "cosine" else {"epochs"}  # which the schedule depends on
+        differing = [k for k, v in ours.items() if k not in free and state["config"].get(k) != v]
         if differing:
             changes = ", ".join(f"{k} {state['config'].get(k)!r} -> {ours[k]!r}" for k in differing)
-            raise ValueError(f"a resumed run keeps its options besides epochs; changed: {changes}")
+            besides = " besides epochs" if free else ""
+            raise ValueError(f"a resumed run keeps its options{besides}; changed: {changes}")
         data.check_unchanged(self.config.data, self.data, state["data"])
         with files.reading(out / "checkpoint.pt", files.CHECKPOINT):
             self.model.load_state_dict(state["model"])
@@ -434,7 +497,8 @@ def model_of(state: dict[str, Any]) -> VAE:
     """The model of a checkpoint. Where the two do not fit, what torch raises: see `fastelbo.commands.files.reading`."""
     config = Config(**state["config"])
     with torch.device("meta"):  # memory is taken by what is in the checkpoint, not by the sizes that it names
-        model = build_model(tuple(state["data"]["shape"][1:]), config.latent_dim, config.hidden, str(config.likelihood))
+        event, likelihood = tuple(state["data"]["shape"][1:]), str(config.likelihood)
+        model = build_model(event, config.latent_dim, config.hidden, likelihood, config.net)
     model.load_state_dict(state["model"], assign=True)
     return model
 
@@ -470,10 +534,12 @@ def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | Non
     table = out / "metrics.csv"
     # the checkpoint decides: a row beyond it belongs to an epoch to be repeated
     files.write(table, files.csv_bytes(trainer.columns, trainer.history, header=True))
-    while len(trainer.history) < trainer.config.epochs:
+    while not trainer.done:
         row = trainer.run_epoch()
         line = files.csv_bytes(trainer.columns, [row], header=False)
         with files.uninterrupted(), files.appended(table, line):
+            if trainer.config.patience is not None and trainer.best == len(trainer.history):
+                trainer.save(out / "best.pt")
             trainer.save(out / "checkpoint.pt")
         if on_epoch is not None:
             on_epoch(row)

@@ -603,3 +603,38 @@ def test_half_precision_in_the_steps_alone():
     plain = Trainer(Config(**SMALL)).run_epoch()
     assert row["train_elbo"] == pytest.approx(plain["train_elbo"], rel=0.01)
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options from a file.
+
+
+def test_options_from_a_file(tmp_path, capsys):
+    (tmp_path / "run.toml").write_text('objective = "iwae"\nnum_samples = 3\nhidden = 16\nlatent_dim = 2\nepochs = 1\n')
+    arguments = ["train", "--config", str(tmp_path / "run.toml"), "--seed", "5", "--latent-dim", "3"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    state = torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)
+    expected = {"objective": "iwae", "num_samples": 3, "hidden": 16, "latent_dim": 3, "epochs": 1, "seed": 5}
+    assert {name: state["config"][name] for name in expected} == expected
+    assert cli.main(["train", "--config", str(tmp_path / "a/config.json"), "--out", str(tmp_path / "b")]) == 0
+    assert untimed(rows(tmp_path / "a")) == untimed(rows(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("run.toml", "objectiv = 'iwae'", "run.toml has no option objectiv: there are model, data, objective"),
+        ("run.toml", "objective = ", "run.toml is damaged, or no TOML file"),
+        ("run.json", "[1, 2]", "run.json is damaged, or no JSON file"),
+        ("run.toml", "epochs = 'many'", "epochs must be an int; got str"),
+        ("run.toml", "model = 'ppca'", "run.toml is of another model"),
+        ("none.toml", None, "No such file"),
+    ],
+)
+def test_bad_files_of_options(tmp_path, capsys, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--config", str(tmp_path / name), "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1

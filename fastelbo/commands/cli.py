@@ -92,6 +92,12 @@ def _parser() -> _Parser:
     training.add_argument("--method", choices=METHODS, help="of ppca: the closed form (default), or EM")
     option("--seed", "seed", "of weights, batches and noise", type=int, metavar="SEED")
     option("--impl", "impl", "the kernels, or plain PyTorch", choices=IMPLS)
+    training.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a TOML file of options, or the config.json of a run; flags go first",
+    )
     training.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
     training.add_argument(
         "--resume", action="store_true", default=False, help="continue the run in DIR, with its options"
@@ -149,8 +155,14 @@ def _collapse(since: dict[int, int]) -> str:
 
 
 def _options(args: argparse.Namespace, config: type) -> dict[str, Any]:
-    """The arguments that were set and are fields of the config."""
-    found = {field.name: getattr(args, field.name) for field in fields(config) if field.name in args}
+    """The arguments that were set and are fields of the config, over those of the file `--config`."""
+    names = [field.name for field in fields(config)]
+    found: dict[str, Any] = {}
+    if "config" in args:
+        found = files.read_config(args.config, ["model", *names])
+        if found.pop("model", args.model) != args.model:
+            raise ValueError(f"{args.config} is of another model: give --model as there")
+    found |= {name: getattr(args, name) for name in names if name in args}
     if "data" in found and found["data"] not in BUILT_IN:
         found["data"] = str(Path(found["data"]).resolve())  # a run may be resumed from another folder
     return found
@@ -177,7 +189,7 @@ def _fit_ppca(args: argparse.Namespace) -> int:
     from fastelbo.commands import pictures
 
     out: Path = args.out
-    mine = {field.name for field in fields(PPCAConfig)} | {"out", "model", "command"}
+    mine = {field.name for field in fields(PPCAConfig)} | {"out", "model", "command", "config"}
     with _refusing(args):
         foreign = [name for name, value in vars(args).items() if name not in mine and value is not False]
         if foreign or args.resume:
@@ -218,8 +230,8 @@ def _fit_vae(args: argparse.Namespace) -> int:
     from fastelbo.commands import pictures
 
     out: Path = args.out
-    changes = _options(args, Config)
     with _refusing(args):
+        changes = _options(args, Config)
         if "method" in args:
             raise ValueError("method has no effect with model 'vae': leave it out")
         config = Config()

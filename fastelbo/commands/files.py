@@ -8,8 +8,9 @@ import os
 import secrets
 import signal
 import threading
+import tomllib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,23 @@ def save_config(path: Path, kind: str, config: Mapping[str, Any]) -> None:
         OSError: as `write`.
     """
     write(path, (json.dumps({"model": kind, **config}, indent=2) + "\n").encode())
+
+
+def read_config(path: Path, names: Collection[str]) -> dict[str, Any]:
+    """The options in a TOML file, or in the config.json of a run; null is an option that is not set.
+
+    Raises:
+        OSError: the system cannot read it.
+        ValueError: it is damaged, or has an option that is not among the names.
+    """
+    kind = "JSON" if path.suffix == ".json" else "TOML"
+    with path.open("rb") as file, reading(path, f"{kind} file"):
+        found: dict[str, Any] = json.load(file) if kind == "JSON" else tomllib.load(file)
+        if not isinstance(found, dict):
+            raise ValueError("no table of options")
+    if foreign := [name for name in found if name not in names]:
+        raise ValueError(f"{path} has no option {', '.join(foreign)}: there are {', '.join(names)}")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

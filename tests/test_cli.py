@@ -177,9 +177,10 @@ def test_beta_rises_step_by_step():
     assert [trainer.beta(step) for step in range(6)] == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
     assert Trainer(Config(**SMALL)).beta(0) is None
     x = trainer.data.train[:5]
-    parts = trainer.step(x, 0.5)
-    expected = (0.5 * parts.kl - parts.log_likelihood).mean()
-    torch.testing.assert_close(parts.loss, expected)
+    totals = trainer.step(x, 0.5)
+    bound, _, log_likelihood, kl = totals.tolist()
+    assert bound == pytest.approx(log_likelihood - 0.5 * kl, rel=1e-6)
+    assert trainer.step_losses == [pytest.approx(-bound / 5, rel=1e-6)]
 
 
 def test_free_bits_and_beta_reach_the_loss():
@@ -189,7 +190,7 @@ def test_free_bits_and_beta_reach_the_loss():
             for drop in ((), ("free_bits", "beta"))
         )
         x = plain.data.train[:64]
-        assert changed.step(x, changed.beta(0)).loss != plain.step(x, plain.beta(0)).loss, options
+        assert changed.step(x, changed.beta(0))[0] != plain.step(x, plain.beta(0))[0], options
 
 
 def test_collapse_is_named_with_its_epoch(tmp_path, capsys):
@@ -638,3 +639,39 @@ def test_bad_files_of_options(tmp_path, capsys, name, content, message):
         cli.main(["train", "--config", str(tmp_path / name), "--out", str(tmp_path / "out")])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--objective", "dreg", "--samples", "3", "--batch-size", "101", "--lr-schedule", "cosine"]],
+    ids=str,
+)
+def test_two_processes_train_what_one_does(tmp_path, options):
+    """1617 = 16 x 101 + 1: the last batch has one datum, and a process has none of it."""
+    arguments = ["train", "--epochs", "2", "--hidden", "16", "--latent-dim", "2", *options]
+    assert cli.main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastelbo"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *arguments, "--out", str(tmp_path / "two")], text=True, capture_output=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert sum(line.startswith("epoch ") for line in done.stdout.splitlines()) == 2
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        for name in ("train_bound", "held_out_bound", "held_out_kl", "kl_0", "mu_variance_1"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
+    models = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("one", "two")]
+    for name, t in models[0].items():
+        torch.testing.assert_close(models[1][name], t, rtol=1e-3, atol=1e-4)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    done = subprocess.run(
+        [*command, "train", "--objective", "iwae", "--samples", "4", "--keep", "2", "--out", str(tmp_path / "no")],
+        text=True,
+        capture_output=True,
+        env=environment,
+    )
+    assert done.returncode != 0 and "keep takes one process" in done.stderr

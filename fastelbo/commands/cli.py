@@ -7,13 +7,14 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 import fastelbo
 from fastelbo.commands import data, evaluate, files, options, ppca, train
@@ -267,6 +268,8 @@ def _fit_vae(args: argparse.Namespace) -> int:
 
     try:
         train.fit(trainer, out, report)
+        if trainer.rank:
+            return 0
         if len(trainer.history) < config.epochs:
             print(f"stopped: no better held-out bound in {config.patience} epochs; best.pt is epoch {trainer.best}")
         if collapsed and config.epochs >= SETTLED:
@@ -290,12 +293,28 @@ def _train(args: argparse.Namespace) -> int:
     if missing:
         print(f"fastelbo train needs {', '.join(missing)}: pip install fastelbo[train]", file=sys.stderr)
         return 2
-    with _refusing(args):
-        processes = os.environ.get("WORLD_SIZE", "1")
-        if processes.isdecimal() and int(processes) > 1:
-            raise ValueError(f"training takes one process; torchrun, by WORLD_SIZE, started {processes}")
-    with _refusing(args, (OSError,)), files.locked(args.out):
-        return _fit_ppca(args) if args.model == "ppca" else _fit_vae(args)
+    with _refusing(args), _processes(args) as rank:
+        # the first process writes, and prints what there is to say
+        locked = files.locked(args.out) if rank == 0 else nullcontext()
+        quiet = nullcontext() if rank == 0 else redirect_stdout(io.StringIO())
+        with _refusing(args, (OSError,)), locked, quiet:
+            return _fit_ppca(args) if args.model == "ppca" else _fit_vae(args)
+
+
+@contextmanager
+def _processes(args: argparse.Namespace) -> Iterator[int]:
+    """The process group that torchrun asks for -> the rank of this process; 0 without one."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal() or int(count) < 2:
+        yield 0
+        return
+    if args.model == "ppca":
+        raise ValueError(f"model 'ppca' takes one process here; torchrun, by WORLD_SIZE, started {count}")
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastelbo import kept, likelihoods, reference, reference_mode
@@ -231,9 +232,18 @@ class Trainer:
     Two runs that differ in `impl` alone see the same initial weights, batches and noise. The global generator is left
     as it was. The seed of the noise is drawn for each step; the reference is handed the noise itself, made outside the
     timed part, so that its step times hold what plain PyTorch needs and nothing else. With `keep`, both get the seed.
+
+    In a process group, every process takes its rows of each batch, with the noise that one process would give them, and
+    the gradients are added up: all hold the same parameters, those of one process on whole batches up to rounding.
     """
 
     def __init__(self, config: Config) -> None:
+        parallel = dist.is_available() and dist.is_initialized()
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+        if self.processes > 1 and config.keep is not None:
+            raise ValueError(
+                f"keep takes one process: the samples of a batch are chosen together; got {self.processes}"
+            )
         self.data = data.load(config.data, config.likelihood)
         self.config = replace(config, likelihood=self.data.likelihood)
         self._draws = draws(config.objective, config.num_samples)
@@ -252,12 +262,25 @@ class Trainer:
     def _impl(self) -> AbstractContextManager[None]:
         return reference_mode() if self.config.impl == "reference" else nullcontext()
 
-    def _noise(self, x: Tensor, generator: torch.Generator) -> Noise:
+    def _noise(self, x: Tensor, generator: torch.Generator, rows: slice | None = None) -> Noise:
+        """Of the data x, or of some rows of it."""
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
-        if self._seeded:
+        if self._seeded and rows is None:
             return {"seed": seed}
         shape = (*(() if self._draws is None else (self._draws,)), len(x), self.config.latent_dim)
-        return {"eps": reference.normal(seed, shape).float()}
+        return {"eps": reference.normal(seed, shape).float()[..., rows or slice(None), :]}
+
+    def _rows(self, x: Tensor) -> slice | None:
+        """This process's share of a batch; None if it is alone."""
+        if self.processes == 1:
+            return None
+        return slice(len(x) * self.rank // self.processes, len(x) * (self.rank + 1) // self.processes)
+
+    def _add_up(self, *tensors: Tensor) -> None:
+        """Replace each by its sum over the processes."""
+        if self.processes > 1:
+            for t in tensors:
+                dist.all_reduce(t)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -338,22 +361,40 @@ class Trainer:
         keep = self._auto.keep if self._auto is not None else self.config.keep
         return keep / self.config.num_samples if isinstance(keep, int) else 1.0
 
-    def step(self, x: Tensor, beta: float | None = None) -> LossParts:
-        """One step of the optimizer on the batch x [B, *event]; beta: see `VAE.loss`."""
-        noise: Noise = {} if self.config.keep else self._noise(x, self.generator)
+    def step(self, x: Tensor, beta: float | None = None) -> Tensor:
+        """One step of the optimizer on the batch x [B, *event] -> `_totals`; beta: see `VAE.loss`."""
+        rows = self._rows(x)
+        noise: Noise = {} if self.config.keep else self._noise(x, self.generator, rows)
+        mine, parts = x if rows is None else x[rows], None
         with self._impl():
             start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.amp == "bf16"):
-                parts = self._loss(x, noise, beta)
-            loss = parts.loss.item()
+            self.optimizer.zero_grad()
+            total = torch.zeros(())
+            if len(mine):
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.config.amp == "bf16"):
+                    parts = self._loss(mine, noise, beta)
+                share = parts.loss * (len(mine) / len(x))
+                share.backward()  # type: ignore[no-untyped-call]
+                total = share.detach()
+            self._add_up(total, *self._gradients())
+            loss = total.item()
             if not math.isfinite(loss):
                 raise Diverged(f"loss is {loss} in epoch {len(self.history) + 1}: try a smaller lr")
             self.step_losses.append(loss)
-            self.optimizer.zero_grad()
-            parts.loss.backward()
             self.optimizer.step()
             self.step_times.append(time.perf_counter() - start)
-        return parts
+        totals = torch.zeros(4, dtype=torch.float64) if parts is None else _totals(parts, len(mine))
+        self._add_up(totals)
+        return totals
+
+    def _gradients(self) -> list[Tensor]:
+        """Of all parameters, if there are several processes to add them up."""
+        if self.processes == 1:
+            return []
+        for p in self.model.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def run_epoch(self) -> Metrics:
         """One pass over the training part, then the held-out part: a row for the history.
@@ -373,7 +414,7 @@ class Trainer:
             kept_shares.append(self.kept_share)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr(step)
-            totals += _totals(self.step(x, self.beta(step)), len(x))
+            totals += self.step(x, self.beta(step))
         seconds = statistics.median(self.step_times[first_step:])
         loss_share = self.loss_time(train[: self.config.batch_size]) / seconds
         row = {"epoch": len(self.history) + 1} | _means("train", totals, len(train)) | self.evaluate()
@@ -516,6 +557,8 @@ def prepare(config: Config, out: Path, *, resume: bool = False) -> Trainer:
         trainer.restore(out)
     elif (out / "checkpoint.pt").exists():
         raise FileExistsError(f"{out} already holds a run: resume it, or write to another directory")
+    if trainer.processes > 1:
+        dist.barrier()  # all have read the folder before one writes there
     return trainer
 
 
@@ -530,6 +573,10 @@ def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | Non
         OSError: a file cannot be written; both are those of the epoch before.
     """
     out.mkdir(parents=True, exist_ok=True)
+    if trainer.rank:  # the first process writes
+        while not trainer.done:
+            trainer.run_epoch()
+        return
     files.save_config(out / "config.json", "vae", asdict(trainer.config))
     table = out / "metrics.csv"
     # the checkpoint decides: a row beyond it belongs to an epoch to be repeated

@@ -221,6 +221,7 @@ class VAE(nn.Module):
         self.prior = prior if prior is None or isinstance(prior, nn.Module) else _Pair(*prior)
         self.latent_shape = latent_shape
         self._wrapped = False  # by DistributedDataParallel
+        self._looked = False  # whether a first output of the decoder was looked at
         self._auto: dict[tuple[object, ...], kept.AutoKeep] = {}  # of keep="auto", by objective
 
     def _like(self) -> Tensor:
@@ -584,6 +585,7 @@ class VAE(nn.Module):
             generator=generator,
             eps=eps,
         )
+        self._look(recon)
         parts = objective_loss(
             objective,
             recon,
@@ -601,6 +603,24 @@ class VAE(nn.Module):
         if auto is not None and auto.due():
             auto.update(kept.weigh(parts.log_likelihood + posterior.log_ratio, row).a)
         return parts if return_parts else parts.loss
+
+    def _look(self, recon: Recon) -> None:
+        """Warn of a first output that looks like probabilities where logits are due. On a CUDA device nobody waits."""
+        if self._looked or torch.compiler.is_compiling():
+            return
+        self._looked = True
+        logits = split_recon(recon)[0].detach()
+        if self.likelihood != "bernoulli" or logits.device.type != "cpu" or logits.numel() < 64:
+            return
+        if torch._C._are_functorch_transforms_active():
+            return
+        low, high = logits.aminmax()
+        if 0 <= low < high <= 1:
+            warnings.warn(
+                f"every number that the decoder returned is in [0, 1], from {low:.3g} to {high:.3g}, as if it were a "
+                "probability; likelihood 'bernoulli' takes logits: leave out the sigmoid, or take 'bernoulli_probs'",
+                stacklevel=4,
+            )
 
     def _warn_of_ddp(self) -> None:
         if not self._wrapped or torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -652,6 +672,7 @@ class VAE(nn.Module):
         posterior = kept.rsample_kept(mu, logvar, chosen, **prior, seed=key)
         recon = self.decode(posterior.z, rows_of(condition, chosen.datum))
         left = None if mask is None else expand("mask", mask, x.shape, "x").index_select(0, chosen.datum)
+        self._look(recon)
         rows = log_prob(recon, x.index_select(0, chosen.datum), likelihood=self.likelihood, mask=left)
         loss = kept.loss_of(rows, posterior, chosen, weights, row)
         return LossParts(reference.reduce(loss, reduction), log_likelihood, posterior.kl)

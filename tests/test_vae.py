@@ -2,6 +2,7 @@
 
 import sys
 import types
+import warnings
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -497,3 +498,24 @@ def test_files_that_do_not_fit(tmp_path):
     np.savez(tmp_path / "two.npz", a=np.zeros((3, 2)), b=np.zeros((3, 2)))
     with pytest.raises(ValueError, match="it holds a, b"):
         data.load(str(tmp_path / "two.npz"))
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "iwae", "num_samples": 8, "keep": 4}], ids=str)
+def test_probabilities_given_as_logits_are_said_once(options):
+    x = torch.rand(8, 16)
+    decoders = {
+        "sigmoid": nn.Sequential(nn.Linear(2, 16), nn.Sigmoid()),
+        "logits": nn.Linear(2, 16),
+        "zeros": nn.Sequential(nn.Linear(2, 16), nn.Threshold(1e9, 0.0)),
+    }
+    for name, decoder in decoders.items():
+        for likelihood in ("bernoulli", "bernoulli_probs"):
+            if (name, likelihood) == ("logits", "bernoulli_probs"):
+                continue
+            model = VAE(nn.Linear(16, 4), decoder, likelihood)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                model.loss(x, **options), model.loss(x, **options)
+            found = [str(w.message) for w in told]
+            assert len(found) == ((name, likelihood) == ("sigmoid", "bernoulli")), (name, found)
+            assert all("takes logits: leave out the sigmoid, or take 'bernoulli_probs'" in text for text in found)

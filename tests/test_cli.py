@@ -624,7 +624,11 @@ def test_options_from_a_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("run.toml", "objectiv = 'iwae'", "run.toml has no option objectiv: there are model, data, objective"),
+        (
+            "run.toml",
+            "objectiv = 'iwae'",
+            "run.toml has no option objectiv: there are model, data, test_data, objective",
+        ),
         ("run.toml", "objective = ", "run.toml is damaged, or no TOML file"),
         ("run.json", "[1, 2]", "run.json is damaged, or no JSON file"),
         ("run.toml", "epochs = 'many'", "epochs must be an int; got str"),
@@ -675,3 +679,56 @@ def test_two_processes_train_what_one_does(tmp_path, options):
         env=environment,
     )
     assert done.returncode != 0 and "keep takes one process" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data that are split already.
+
+
+@pytest.fixture
+def splits(tmp_path) -> Path:
+    """Like Keras's mnist.npz, and the same arrays in files of their own."""
+    numbers = np.random.default_rng(0)
+    arrays = {f"x_{part}": numbers.integers(0, 256, (n, 8, 8), np.uint8) for part, n in (("train", 40), ("test", 12))}
+    labels = {f"y_{part}": numbers.integers(0, 10, n) for part, n in (("train", 40), ("test", 12))}
+    np.savez(tmp_path / "mnist.npz", **arrays, **labels)
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    return tmp_path
+
+
+def test_a_file_that_is_split_already(splits, capsys):
+    with np.load(splits / "mnist.npz") as arrays:
+        for found in (
+            load(str(splits / "mnist.npz")),
+            load(str(splits / "x_train.npy"), test_data=str(splits / "x_test.npy")),
+            load(str(splits / "x_train.npy"), test_data=str(splits / "mnist.npz")),
+        ):
+            assert np.array_equal(found.train, arrays["x_train"]) and np.array_equal(found.held_out, arrays["x_test"])
+        found = load(str(splits / "mnist.npz"))
+        assert np.array_equal(found.train_labels, arrays["y_train"]) and found.likelihood == "bernoulli"
+        assert np.array_equal(found.held_out_labels, arrays["y_test"])
+    small = ["--epochs", "1", "--hidden", "16", "--latent-dim", "2"]
+    for name, options in (("a", ["mnist.npz"]), ("b", ["x_train.npy", "--test-data", str(splits / "x_test.npy")])):
+        data, *others = options
+        out = splits / name
+        assert cli.main(["train", "--data", str(splits / data), *others, *small, "--out", str(out)]) == 0
+        assert "40 training and 12 held-out data of shape (8, 8)" in capsys.readouterr().out
+        assert cli.main(["evaluate", str(out), "--samples", "10"]) == 0
+        assert ": 12 held-out data" in capsys.readouterr().out
+    assert untimed(rows(splits / "a")) == untimed(rows(splits / "b"))
+    np.save(splits / "x_test.npy", np.zeros((12, 8, 8), np.uint8))
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(splits / "b"), "--samples", "10"])
+    assert "are not what the run was trained on; changed: content" in capsys.readouterr().err
+
+
+def test_held_out_data_of_another_kind(splits):
+    for other in (np.zeros((5, 8, 9), np.uint8), np.zeros((5, 8, 8), np.float32)):
+        np.save(splits / "other.npy", other)
+        with pytest.raises(
+            ValueError, match=r"held-out data must be like the training data, uint8 of shape \(8, 8\); th"
+        ):
+            load(str(splits / "x_train.npy"), test_data=str(splits / "other.npy"))
+    with pytest.raises(ValueError, match=r"test_data must be an \.npy, \.npz or \.h5ad file; got 'digits'"):
+        load("digits", test_data="digits")

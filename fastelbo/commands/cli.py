@@ -66,6 +66,7 @@ def _parser() -> _Parser:
     training.add_argument("--model", choices=MODELS, default="vae", help="default: vae")
     built_in = ", ".join(f"{name} (generated)" if row.generated else name for name, row in BUILT_IN.items())
     option("--data", "data", f"{built_in}, or an .npy, .npz or .h5ad file of arrays [N, ...]", metavar="DATA")
+    option("--test-data", "test_data", "a file of held-out data; by default a tenth of --data", metavar="FILE")
     option("--objective", "objective", "what is maximized", choices=OBJECTIVES)
     option("--samples", "num_samples", "K, samples per datum", type=int, metavar="K")
     option("--beta", "beta", "elbo: weight of the KL (1); ciwae: weight of the ELBO (0.5)", type=float, metavar="BETA")
@@ -164,8 +165,9 @@ def _options(args: argparse.Namespace, config: type) -> dict[str, Any]:
         if found.pop("model", args.model) != args.model:
             raise ValueError(f"{args.config} is of another model: give --model as there")
     found |= {name: getattr(args, name) for name in names if name in args}
-    if "data" in found and found["data"] not in BUILT_IN:
-        found["data"] = str(Path(found["data"]).resolve())  # a run may be resumed from another folder
+    for name in ("data", "test_data"):
+        if name in found and found[name] not in BUILT_IN:
+            found[name] = str(Path(found[name]).resolve())  # a run may be resumed from another folder
     return found
 
 
@@ -326,14 +328,14 @@ def _evaluate(args: argparse.Namespace) -> int:
         saved = files.read_checkpoint(args.checkpoint)
         is_ppca = saved["model_kind"] == "ppca"
         with files.reading(args.checkpoint, files.CHECKPOINT):
-            trained = str(saved["config"]["data"])
+            trained, test_data = str(saved["config"]["data"]), saved["config"].get("test_data")
             likelihood = None if is_ppca else str(saved["config"]["likelihood"])
             event, epoch = tuple(saved["data"]["shape"][1:]), None if is_ppca else int(saved["epoch"])
             model = ppca.model_of(saved) if is_ppca else train.model_of(saved)
-        name = trained if args.data is None else args.data
-        dataset = data.load(name, likelihood or "gaussian", missing=is_ppca)
+        name, test_data = (trained, test_data) if args.data is None else (args.data, None)
+        dataset = data.load(name, likelihood or "gaussian", test_data=test_data, missing=is_ppca)
         if args.data is None:
-            data.check_unchanged(name, dataset, saved["data"])
+            data.check_unchanged(test_data or name, dataset, saved["data"])
         if event != tuple(dataset.held_out.shape[1:]):
             raise ValueError(f"data must be of shape {event} as in training; got {tuple(dataset.held_out.shape[1:])}")
         if isinstance(model, PPCA):

@@ -178,7 +178,19 @@ def _annotated(path: Path) -> tuple[Tensor, Tensor | None]:
         return _as_tensor(X.toarray() if hasattr(X, "toarray") else X), None
 
 
-def _file(path: Path) -> tuple[Tensor, Tensor | None]:
+PARTS = ("_train", "_test")  # how Keras names the arrays of an .npz file that is split already: x_train, y_train, ...
+
+
+def _is_split(path: Path) -> bool:
+    """Whether an .npz file holds x_train and x_test."""
+    if path.suffix != ".npz":
+        return False
+    with path.open("rb") as file, files.reading(path, ".npz file of plain arrays"), ZipFile(file) as archive:
+        return {f"x{part}.npy" for part in PARTS} <= set(archive.namelist())
+
+
+def _file(path: Path, part: str = "") -> tuple[Tensor, Tensor | None]:
+    """x and labels; of a file that is split already, those of a part."""
     import numpy as np
 
     kind = f"{path.suffix} file of plain arrays"
@@ -188,7 +200,8 @@ def _file(path: Path) -> tuple[Tensor, Tensor | None]:
             with files.reading(path, kind):
                 archive = stack.enter_context(ZipFile(file))
                 members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename[-4:] == ".npy"}
-            wanted = [_chosen(list(members), path), *(name for name in members if name == "y")]
+            chosen = f"x{part}" if part else _chosen(list(members), path)
+            wanted = [chosen, *(name for name in members if name == f"y{part}")]
             with files.reading(path, kind):  # no other member is decompressed
                 x, *labelled = [_Array(stack.enter_context(archive.open(members[name]))) for name in wanted]
             labels = labelled[0] if labelled else None
@@ -235,8 +248,18 @@ def _check_values(x: Tensor, likelihood: str, missing: bool) -> None:
         raise ValueError(f"data must be counts, at least 0, for likelihood {likelihood!r}; the lowest is {low:.4g}")
 
 
+def _from_path(path: Path, part: str = "") -> tuple[Tensor, Tensor | None]:
+    return _annotated(path) if path.suffix == ".h5ad" else _file(path, part)
+
+
 def load(
-    name: str, likelihood: str | None = None, *, held_out: float = 0.1, seed: int = 0, missing: bool = False
+    name: str,
+    likelihood: str | None = None,
+    *,
+    test_data: str | None = None,
+    held_out: float = 0.1,
+    seed: int = 0,
+    missing: bool = False,
 ) -> Dataset:
     """Load a data set and split it, always in the same way for the same seed.
 
@@ -244,9 +267,11 @@ def load(
         name: "digits" (8 x 8 images in [0, 1], labels), "patches" (8 x 8 patches of photographs, normalized), "counts"
             (generated: see `counts_model`), or the path of a file. An .npy or .npz file: an array [N, *event],
             floating, bool, uint8 (x / 255 where the likelihood is not one of counts) or other integers (counts); of an
-            .npz file the array x, and labels y where there are any. An .h5ad file of AnnData: its matrix X.
+            .npz file the array x, and labels y where there are any. An .npz file with x_train and x_test, such as
+            Keras's mnist.npz, is split as it says. An .h5ad file of AnnData: its matrix X.
         likelihood: "bernoulli" if None, but "gaussian" for patches and for floating data outside [0, 1], and "nb" for
             integers besides uint8 and for whole numbers in an .h5ad file.
+        test_data: the path of a file of the held-out part; all of `name` is then trained on.
         held_out: the fraction of the data that is held out; at least one datum on either side.
         seed: of the split.
         missing: floating data may hold any value, NaN for missing cells too.
@@ -256,25 +281,38 @@ def load(
             that are not finite or outside the likelihood's range; an .h5ad file without anndata to read it.
         OSError: no file of that name, or the system cannot read it.
     """
+    test: tuple[Tensor, Tensor | None] | None = None
+    domain: Domain
     if name in BUILT_IN:
         (x, labels), domain = BUILT_IN[name].read(), BUILT_IN[name].domain
     elif (path := Path(name)).suffix in FILES:
-        annotated = path.suffix == ".h5ad"
-        x, labels = _annotated(path) if annotated else _file(path)
-        domain = _domain(x, annotated)
+        split = _is_split(path)
+        x, labels = _from_path(path, PARTS[0] if split else "")
+        test = _from_path(path, PARTS[1]) if split and test_data is None else None
+        domain = _domain(x, path.suffix == ".h5ad")
     else:
         raise ValueError(f"data must be one of {', '.join(BUILT_IN)}, or an .npy, .npz or .h5ad file; got {name!r}")
+    if test_data is not None:
+        if (path := Path(test_data)).suffix not in FILES:
+            raise ValueError(f"test_data must be an .npy, .npz or .h5ad file; got {test_data!r}")
+        test = _from_path(path, PARTS[1] if _is_split(path) else "")
     likelihood = likelihoods.DEFAULTS[domain] if likelihood is None else likelihood
     _check_values(x, likelihood, missing)
+    if test is not None:
+        if test[0].shape[1:] != x.shape[1:] or test[0].dtype != x.dtype:
+            what = [f"{t.dtype} of shape {tuple(t.shape[1:])}".removeprefix("torch.") for t in (x, test[0])]
+            raise ValueError(f"held-out data must be like the training data, {what[0]}; they are {what[1]}")
+        _check_values(test[0], likelihood, missing)
+        return Dataset(x, test[0], labels, test[1], likelihood)
 
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1; got {held_out}")
     count = min(max(round(held_out * len(x)), 1), len(x) - 1)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    test, train = order[:count], order[count:]
+    held, train = order[:count], order[count:]
     if labels is None:
-        return Dataset(x[train], x[test], None, None, likelihood)
-    return Dataset(x[train], x[test], labels[train], labels[test], likelihood)
+        return Dataset(x[train], x[held], None, None, likelihood)
+    return Dataset(x[train], x[held], labels[train], labels[held], likelihood)
 
 
 def fingerprint(name: str, dataset: Dataset) -> dict[str, Any]:

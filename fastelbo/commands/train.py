@@ -63,6 +63,7 @@ class Config:
     """Everything that determines a run, besides the number of threads."""
 
     data: str = "digits"  # see `fastelbo.commands.data.load`
+    test_data: str | None = None  # likewise
     objective: str = "elbo"
     num_samples: int = 1  # K
     beta: float | None = None  # see `VAE.loss`
@@ -244,7 +245,7 @@ class Trainer:
             raise ValueError(
                 f"keep takes one process: the samples of a batch are chosen together; got {self.processes}"
             )
-        self.data = data.load(config.data, config.likelihood)
+        self.data = data.load(config.data, config.likelihood, test_data=config.test_data)
         self.config = replace(config, likelihood=self.data.likelihood)
         self._draws = draws(config.objective, config.num_samples)
         self._seeded = config.impl == "fused" or config.keep is not None
@@ -476,7 +477,7 @@ class Trainer:
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Of the data: see `fastelbo.commands.data.fingerprint`."""
-        return data.fingerprint(self.config.data, self.data)
+        return data.fingerprint(self.config.test_data or self.config.data, self.data)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint atomically; the history is not part of it."""
@@ -506,7 +507,7 @@ class Trainer:
             changes = ", ".join(f"{k} {state['config'].get(k)!r} -> {ours[k]!r}" for k in differing)
             besides = " besides epochs" if free else ""
             raise ValueError(f"a resumed run keeps its options{besides}; changed: {changes}")
-        data.check_unchanged(self.config.data, self.data, state["data"])
+        data.check_unchanged(self.config.test_data or self.config.data, self.data, state["data"])
         with files.reading(out / "checkpoint.pt", files.CHECKPOINT):
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -627,7 +627,7 @@ def test_options_from_a_file(tmp_path, capsys):
         (
             "run.toml",
             "objectiv = 'iwae'",
-            "run.toml has no option objectiv: there are model, data, test_data, objective",
+            "run.toml has no option objectiv: there are model, data, test_data",
         ),
         ("run.toml", "objective = ", "run.toml is damaged, or no TOML file"),
         ("run.json", "[1, 2]", "run.json is damaged, or no JSON file"),

@@ -37,6 +37,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+EXAMPLES = """\
+examples:
+  fastelbo train --objective iwae --samples 50 --keep 8
+  fastelbo train --data mnist.npz --net conv --epochs 20 --patience 3 --out runs/mnist
+  fastelbo train --config runs/mnist/config.json --seed 1 --out runs/again
+  fastelbo train --model ppca --data patches
+  torchrun --nproc-per-node 2 -m fastelbo train --data mnist.npz
+"""
+
+
 def _keep(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
@@ -51,8 +61,10 @@ def _parser() -> _Parser:
     training = commands.add_parser(
         "train",
         help="train a small VAE, or fit a PPCA, with pictures",
-        description="Train a small dense VAE, or fit probabilistic PCA. Writes metrics.csv, checkpoint.pt and "
-        "pictures. --model ppca takes --data, --latent-dim, --method, --seed and --out alone.",
+        description="Train a small VAE, or fit probabilistic PCA. Writes metrics.csv, config.json, checkpoint.pt and\n"
+        "pictures. --model ppca takes --data, --latent-dim, --method, --seed, --config and --out alone.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # a resumed run must tell which options were set
         allow_abbrev=False,
     )

@@ -743,7 +743,7 @@ def multi_sample_loss(
     row = estimators.estimator(estimator, log_ratio.shape[0], alpha=alpha, beta=beta, groups=groups)
     gates = steered(row, estimator, [posterior])
     args = first, x, log_ratio, gates, second, third, _mask(mask, x), likelihood
-    if _varies(row.elbo_weight) or _varies(row.alpha):  # the likelihood by its op, the bound in plain PyTorch
+    if gates is None and (_varies(row.elbo_weight) or _varies(row.alpha)):  # the bound in plain PyTorch
         iwae = list(estimators.ESTIMATORS["iwae"].make())
         call(_op.multi_sample_loss.default, reference.multi_sample_loss, *args, iwae, reduction)  # as in gaussian_kl
         log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)

@@ -284,7 +284,7 @@ def gaussian_kl(
     """
     p_mu = None if prior_mu is None else expand("prior_mu", prior_mu, mu.shape, "mu")
     p_logvar = None if prior_logvar is None else expand("prior_logvar", prior_logvar, mu.shape, "mu")
-    if (mask is not None or not reduce) and (_varies(free_bits) or free_bits > 0):
+    if (mask is not None or not reduce) and free_bits > 0:
         raise ValueError(f"free_bits must be 0 with a mask or with reduce=False; got {free_bits}")
     if mask is not None:  # two standard normals have a KL of 0, whose gradient is 0
         where = expand("mask", mask, mu.shape, "mu")
@@ -523,7 +523,7 @@ def elbo_loss(
     first, second, third = _parameters(recon, x)
     per_dimension = isinstance(beta, Tensor) and beta.dim() > 0
     if kl_mask is not None or per_dimension:  # the likelihood by the op, the KL beside it
-        if _varies(free_bits) or free_bits > 0:
+        if free_bits > 0:
             raise ValueError(f"free_bits must be 0 with kl_mask or with a beta per dimension; got {free_bits}")
         fit = elbo_loss(
             *(recon, x, torch.zeros_like(mu), torch.zeros_like(logvar)),

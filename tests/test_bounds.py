@@ -482,3 +482,22 @@ def test_exports(function):
     args = (torch.randn(B, M), torch.randn(B, M), torch.randn(M, M), torch.tensor([5]))
     program = torch.export.export(Module(), args)
     torch.testing.assert_close(program.module()(*args), function(*args))
+
+
+def dreg_of_a_likelihood(mu: Tensor, logvar: Tensor, weights: Tensor, seed: Tensor) -> Tensor:
+    q = rsample(mu, logvar, 4, seed=seed)
+    return fastelbo.multi_sample_loss(q.z @ weights, torch.sigmoid(mu.detach()), q, estimator="dreg")
+
+
+@pytest.mark.parametrize("function", [bound_of_two_layers, masked_elbo, dreg_of_a_likelihood])
+def test_compiles_with_dynamic_shapes(function):
+    """dynamic=True makes inputs of the graph also of the numbers that are the functions' defaults."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    seed = torch.tensor([5])
+    for batch in (B, 2):
+        inputs = [torch.randn(n, M, requires_grad=True) for n in (batch, batch, M)]
+        results = [
+            [loss, *torch.autograd.grad(loss, inputs)] for loss in (f(*inputs, seed) for f in (function, compiled))
+        ]
+        assert_close(*results)

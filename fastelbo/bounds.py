@@ -55,6 +55,8 @@ class _MinusBound(torch.autograd.Function):
 
 
 def _minus_bound(log_w: Tensor, gates: Tensor | None, estimator: list[float]) -> Tensor:
+    if torch._C._are_functorch_transforms_active():  # only checked: an autograd.Function does not run below torch.func
+        return -_op._multi_sample_weights(log_w, estimator)[0]  # type: ignore[no-any-return]
     loss: Tensor = _MinusBound.apply(log_w, gates, estimator)[0]  # type: ignore[no-untyped-call]
     return loss
 

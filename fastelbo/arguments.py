@@ -215,7 +215,10 @@ TABLE: dict[str, Check] = {
     "recon": _recon,
     "posterior": _posterior,
     "bound_loss.posterior": _posteriors,
-    "bound_loss.kl_weight": _either(_scalar, number(math.isfinite, "finite", "a float or a 0-d tensor")),
+    # not math.isfinite: torch's compiler takes no number that varies as its argument
+    "bound_loss.kl_weight": _either(
+        _scalar, number(lambda value: -math.inf < value < math.inf, "finite", "a float or a 0-d tensor")
+    ),
     "kept": _kept,
     "likelihood": one_of(LIKELIHOODS),
     "reduction": one_of(REDUCTIONS),

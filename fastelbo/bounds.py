@@ -13,7 +13,7 @@ from torch import Tensor
 from fastelbo import estimators, reference
 from fastelbo._ops import call
 from fastelbo.arguments import checked
-from fastelbo.functional import LossParts, Posterior, mean_kl, steered
+from fastelbo.functional import LossParts, Posterior, mean_kl, steered, varies
 
 _op = torch.ops.fastelbo
 
@@ -168,9 +168,13 @@ def bound_loss(
         ratio = kl_weight * ratio
         if gates is not None:  # of dreg: b = a (1 - kl_weight + kl_weight a), by the steps of Tucker et al. 2019, eq. 8
             gates = torch.stack([kl_weight * gates[0], gates[1]])
-    numbers = [float(number) for number in row]
     log_w = log_likelihood.to(dtype) + ratio
-    loss = reference.reduce(call(_minus_bound, reference.minus_bound, log_w, gates, numbers), reduction)
+    if gates is None and (varies(row.elbo_weight) or varies(row.alpha)):
+        minus_bound = -reference.bound(log_w, row.elbo_weight, row.alpha, row.groups)
+    else:
+        numbers = [float(number) for number in row]
+        minus_bound = call(_minus_bound, reference.minus_bound, log_w, gates, numbers)
+    loss = reference.reduce(minus_bound, reduction)
     if not return_parts:
         return loss
     return LossParts(loss, log_likelihood, torch.stack([mean_kl(p) for p in posteriors]).sum(0))

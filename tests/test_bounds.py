@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 
 import fastelbo
@@ -501,3 +502,43 @@ def test_compiles_with_dynamic_shapes(function):
             [loss, *torch.autograd.grad(loss, inputs)] for loss in (f(*inputs, seed) for f in (function, compiled))
         ]
         assert_close(*results)
+
+
+@pytest.mark.parametrize("estimator", ["vr", "ciwae", "iwae", "dreg"])
+def test_annealed_numbers_compile_once(estimator):
+    """kl_weight, alpha and beta are inputs of the graph, once they have changed."""
+
+    def step(mu: Tensor, number: float) -> Tensor:
+        q = rsample(mu, 0.1 * mu, 4, seed=1)
+        options = {"vr": {"alpha": number}, "ciwae": {"beta": number}}.get(estimator, {"kl_weight": number})
+        return bound_loss(-q.z.square().sum(-1), q, estimator=estimator, **options)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for number in (0.1, 0.2, 0.3, 0.4, 0.6):
+        mu = torch.randn(B, M, requires_grad=True)
+        results = [[loss, *torch.autograd.grad(loss, mu)] for loss in (f(mu, number) for f in (step, compiled))]
+        assert_close(*results)
+    assert counter.frame_count <= 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch.func.
+
+
+@pytest.mark.parametrize("estimator", ["iwae", "stl", "dreg"])
+def test_bound_under_torch_func(estimator):
+    weights, eps = torch.randn(4, B), torch.randn(4, B, M)
+
+    def loss(mu: Tensor) -> Tensor:
+        q = rsample(mu, 0.1 * mu, 4, eps=eps)
+        return bound_loss(-weights * q.z.square().sum(-1), q, estimator=estimator, kl_weight=0.3)
+
+    mu = torch.randn(5, B, M, requires_grad=True)
+    expected = torch.stack([torch.autograd.grad(loss(one), one)[0] for one in mu.unbind()])
+    assert_close([torch.func.vmap(torch.func.grad(loss))(mu)], [expected])
+    assert_close([torch.func.vmap(loss)(mu)], [torch.stack([loss(one) for one in mu])])
+    if estimator == "iwae":
+        _, tangent = torch.func.jvp(loss, (mu[0],), (torch.ones_like(mu[0]),))
+        assert_close([tangent], [expected[0].sum()])

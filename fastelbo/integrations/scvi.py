@@ -1,4 +1,4 @@
-"""scvi-tools' SCVI with its losses computed by fastelbo. One import changes:
+"""scvi-tools' SCVI and PEAKVI with their losses computed by fastelbo. One import changes:
 
     from fastelbo.integrations.scvi import SCVI  # was: from scvi.model import SCVI
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from scvi import REGISTRY_KEYS, model
 from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from scvi.module import VAE
+from scvi.module import PEAKVAE, VAE
 from scvi.module._constants import MODULE_KEYS
 from scvi.module.base import LossOutput, auto_move_data
 from scvi.nn import DecoderSCVI
@@ -24,7 +24,7 @@ from torch.distributions.utils import lazy_property
 import fastelbo
 from fastelbo.functional import Recon, join_recon
 
-__all__ = ["SCVI", "FusedVAE"]
+__all__ = ["PEAKVI", "SCVI", "FusedPEAKVAE", "FusedVAE"]
 
 EPS = 1e-8  # scvi adds it to a mean before it takes the logarithm
 
@@ -266,3 +266,42 @@ class SCVI(model.SCVI):  # type: ignore[misc]
     """scvi.model.SCVI with `FusedVAE` as its module. It has scvi's name, by which scvi recognizes saved models."""
 
     _module_cls = FusedVAE
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Peaks: open or closed, one probability per cell and region.
+
+
+class FusedPEAKVAE(PEAKVAE):  # type: ignore[misc]
+    """scvi.module.PEAKVAE whose log-likelihood and KL are computed by fastelbo: the same loss and gradients.
+
+    As scvi's, the loss of B cells is B times the sum of their reconstruction losses, plus kl_weight times the sum of
+    their KL: the KL counts 1 / B of what it does in the ELBO.
+
+    Reference: Ashuach et al. 2022.
+    """
+
+    def get_reconstruction_loss(self, p: Tensor, d: Tensor | int, f: Tensor | int, x: Tensor) -> Tensor:
+        """-log p(x > 0) [B], of the probabilities p d f [B, G]."""
+        return -fastelbo.log_prob(p * d * f, x > 0, likelihood="bernoulli_probs")
+
+    def loss(
+        self,
+        tensors: dict[str, Tensor],
+        inference_outputs: dict[str, Any],
+        generative_outputs: dict[str, Any],
+        kl_weight: Tensor | float = 1.0,
+    ) -> LossOutput:
+        """As scvi's."""
+        qz, d, p = inference_outputs["qz"], inference_outputs["d"], generative_outputs["px"]
+        f = 1 if self.region_factors is None else torch.sigmoid(self.region_factors)
+        reconstruction = self.get_reconstruction_loss(p, d, f, tensors[REGISTRY_KEYS.X_KEY])
+        kl = fastelbo.gaussian_kl(qz.loc, 2 * torch.log(qz.scale))
+        loss = (reconstruction.sum() + kl * kl_weight).sum()
+        return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=kl)
+
+
+class PEAKVI(model.PEAKVI):  # type: ignore[misc]
+    """scvi.model.PEAKVI with `FusedPEAKVAE` as its module. It has scvi's name, by which scvi recognizes saved models."""
+
+    _module_cls = FusedPEAKVAE

@@ -25,7 +25,8 @@ class PartsMixin:
                 ...
                 return self.log_parts(fastelbo.elbo_loss(recon, x, mu, logvar, return_parts=True))
 
-    Means over batches of different sizes are weighted by the number of data; over processes they are averaged.
+    Means over batches of different sizes are weighted by the number of data. Outside "train" they are averaged over
+    processes, too.
     """
 
     def log_parts(self, parts: LossParts, stage: str = "train", **options: Any) -> Tensor:

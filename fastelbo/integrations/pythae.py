@@ -19,7 +19,7 @@ import fastelbo
 from fastelbo import LossParts
 from fastelbo.likelihoods import LOG_2PI
 
-__all__ = ["IWAE", "VAMP", "VAE", "BetaVAE"]
+__all__ = ["IWAE", "VAE", "VAMP", "BetaVAE"]
 
 LIKELIHOODS = {"bce": "bernoulli_probs", "mse": "gaussian"}  # of Pythae's reconstruction_loss
 

@@ -302,6 +302,6 @@ class FusedPEAKVAE(PEAKVAE):  # type: ignore[misc]
 
 
 class PEAKVI(model.PEAKVI):  # type: ignore[misc]
-    """scvi.model.PEAKVI with `FusedPEAKVAE` as its module. It has scvi's name, by which scvi recognizes saved models."""
+    """scvi.model.PEAKVI with `FusedPEAKVAE` as its module, and with its name, by which scvi recognizes saved models."""
 
     _module_cls = FusedPEAKVAE

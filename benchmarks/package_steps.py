@@ -127,7 +127,7 @@ def of_pyro(num_particles: int, leave: bool) -> Steps:
             with pyro.plate("data", B):
                 z = pyro.sample("z", gaussian(torch.zeros(20), torch.zeros(20)))
                 logits = nets["decoder"](z)
-                px = fd.Bernoulli(logits) if fused else dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
+                px = fd.Bernoulli(logits) if fused else dist.Bernoulli(logits=logits).to_event(1)
                 pyro.sample("x", px, obs=x)
 
         def guide() -> None:

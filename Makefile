@@ -31,7 +31,7 @@ test: .venv/built .venv/dev
 	$(VENV) pytest -n auto --maxprocesses 8
 
 test-integrations: .venv/built .venv-integrations/base
-	.venv-integrations/bin/python -m pytest tests/integrations
+	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/integrations
 
 # Not among them: the text of an error that names the class of the module, and tests that need leidenalg or captum.
 test-scvi: .venv/built .venv-integrations/base build/scvi-tools

@@ -5,7 +5,9 @@
 Fails on a warning, on a public name without a docstring, and on a `fastelbo.name` that does not exist.
 """
 
+import ast
 import inspect
+import pkgutil
 import re
 import sys
 import types
@@ -20,7 +22,8 @@ import fastelbo
 from fastelbo import distributions, reference
 
 HERE = Path(__file__).parent
-PROSE = ("concepts", "kept_samples")
+PROSE = ("concepts", "adapters", "kept_samples")
+RECIPES = HERE.parent / "examples" / "recipes"
 HOOKS = {"extra_repr", "get_extra_state", "set_extra_state"}  # called by torch, not by the user
 
 
@@ -76,16 +79,27 @@ def page(module: types.ModuleType) -> pdoc.doc.Module:
 def prose(name: str) -> pdoc.doc.Module:
     text = (HERE / f"{name}.md").read_text()
     for public_name in re.findall(r"`fastelbo\.([\w.]+)", text):
-        target = fastelbo
-        for part in public_name.split("."):
-            target = getattr(target, part)  # AttributeError: the page speaks of a name that does not exist
+        pkgutil.resolve_name(f"fastelbo.{public_name}")  # an error: the page speaks of a name that does not exist
     module = types.ModuleType(name, text)
     module.__docformat__ = "markdown"
     return pdoc.doc.Module(module)
 
 
+def recipes() -> pdoc.doc.Module:
+    """The programs of examples/recipes, each below its docstring."""
+    text = "# Recipes\n\nEach program runs in under a minute on data that packages bundle.\n"
+    for path in sorted(RECIPES.glob("*.py")):
+        source = path.read_text()
+        docstring = ast.get_docstring(ast.parse(source)) or ""
+        code = source.split('"""', 2)[2].strip()
+        text += f"\n## {path.stem}\n\n{markdown(docstring)}\n\n```python\n{code}\n```\n"
+    module = types.ModuleType("recipes", text)
+    module.__docformat__ = "markdown"
+    return pdoc.doc.Module(module)
+
+
 def build(out: Path) -> None:
-    pages = {name: prose(name) for name in PROSE}
+    pages = {name: prose(name) for name in PROSE} | {"recipes": recipes()}
     pages |= {module.__name__: page(module) for module in (fastelbo, distributions, reference)}
     pdoc.render.configure(
         docformat="google",

@@ -1,6 +1,9 @@
 """The API reference: docs/build.py shows every public name, and refuses what it cannot show."""
 
+import os
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -48,6 +51,46 @@ def test_a_public_name_without_a_docstring_is_refused() -> None:
     module.Undocumented, module.__all__ = Undocumented, ["Undocumented"]
     with pytest.raises(ValueError, match=r"need a docstring: .*Undocumented\.method"):
         build.page(module)
+
+
+def test_the_recipes_are_a_page(site: Path) -> None:
+    page = (site / "recipes.html").read_text()
+    for recipe in (build.HERE.parent / "examples/recipes").glob("*.py"):
+        assert f'id="{recipe.stem}"' in page, recipe.stem
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The code of README.md and of the pages. That of docs/adapters.md, which needs other packages, and the line on
+# scvi-tools run in tests/integrations/test_adapters_page.py.
+
+README = re.findall(r"```python\n(.*?)```", (build.HERE.parent / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_the_script_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(README[0])
+    env = os.environ | {"PYTHONPATH": str(build.HERE.parent)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    elbo, log_p = map(float, re.findall(r"-\d+\.\d+", done.stdout))
+    assert -30 < elbo < log_p + 0.2 and log_p < -20
+
+
+def test_the_snippets_of_the_readme_run() -> None:
+    x = torch.rand(40, 6)
+    encoder, decoder = torch.nn.Linear(6, 4), torch.nn.Linear(2, 6)
+    mu, logvar = encoder(x).chunk(2, 1)
+    space = {"torch": torch, "F": torch.nn.functional, "fastelbo": fastelbo, "x": x, "mu": mu, "logvar": logvar}
+    space |= {"logits": decoder(mu), "model": fastelbo.VAE(encoder, decoder)}
+    _, before, multi_sample, scvi, ppca = README
+    exec(before, space)
+    torch.testing.assert_close(fastelbo.elbo_loss(space["logits"], x, mu, logvar), space["loss"])
+    exec(multi_sample, space)
+    assert space["recon"].shape == (50, 40, 6) and space["estimate"].log_prob.shape == (40,)
+    assert "fastelbo.integrations.scvi" in scvi
+    wide, mu, logvar = torch.randn(200, 20), torch.randn(200, 16), torch.randn(200, 16)
+    space |= {"x": wide, "mu": mu, "logvar": logvar}
+    exec(ppca, space)
+    assert space["z"].shape == (200, 16) and torch.equal(space["full"], wide)
 
 
 def run_page(name: str) -> dict[str, object]:

@@ -69,6 +69,8 @@ def test_lightning() -> None:
 
 def test_scvi() -> None:
     space = run("scvi-tools")
+    (line,) = re.findall(r"```python\n(from fastelbo.integrations.scvi .*)", (ROOT / "README.md").read_text())
+    exec(line)
     assert space["SCVI"]._module_cls.__name__ == "FusedVAE" and space["PEAKVI"]._module_cls.__name__ == "FusedPEAKVAE"
 
 

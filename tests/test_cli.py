@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastelbo
 from fastelbo import PPCA, kept
 from fastelbo.commands import cli, evaluate, pictures, train
 from fastelbo.commands import ppca as commands_ppca
@@ -551,6 +552,50 @@ def test_a_resumed_run_of_these_equals_an_uninterrupted_one(tmp_path, options):
     for ours, theirs in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert whole.history[-1]["held_out_elbo"] > whole.history[0]["held_out_elbo"]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"fastelbo {fastelbo.__version__}\n"
+
+
+def test_device(tmp_path, capsys, monkeypatch):
+    """What a GPU would change is chosen here, and not run."""
+    assert run(Config(**SMALL, device="cpu"), tmp_path / "cpu").device == torch.device("cpu")
+    resumed = train.prepare(Config(**SMALL), tmp_path / "cpu", resume=True)  # device="auto": it may be another machine
+    assert len(resumed.history) == SMALL["epochs"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "--device", "cuda", "--out", str(tmp_path / "cuda")])
+    assert "device must be 'cpu' or 'auto' here" in capsys.readouterr().err
+    assert train.device_of("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train.device_of("auto") == train.device_of("cuda") == torch.device("cuda")
+    assert train.device_of("cpu") == train.device_of("auto", processes=2) == torch.device("cpu")
+    with pytest.raises(ValueError, match="device must be 'cpu' with several processes; got 'cuda' and 2"):
+        train.device_of("cuda", processes=2)
+
+
+def test_tensorboard(tmp_path, capsys, monkeypatch):
+    """Every figure of every epoch; those of an epoch that is repeated replace the earlier ones."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["--hidden", "16", "--latent-dim", "2", "--logger", "tensorboard", "--out", str(tmp_path / "run")]
+    assert cli.main(["train", "--epochs", "2", *options]) == 0
+    assert cli.main(["train", "--epochs", "3", "--resume", *options[-4:]]) == 0
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    table = rows(tmp_path / "run")
+    assert set(events.Tags()["scalars"]) == set(table[0]) - {"epoch"}
+    for name in ("train_elbo", "held_out_kl", "mu_variance_1"):
+        scalars = events.Scalars(name)
+        assert [event.step for event in scalars] == [1, 2, 3]
+        assert [event.value for event in scalars] == pytest.approx([row[name] for row in table], rel=1e-6)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "tensorboard" else True)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", *options[:-1], str(tmp_path / "other")])
+    assert "pip install tensorboard" in capsys.readouterr().err
 
 
 def test_patience(tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ from fastelbo.ppca.model import METHODS
 from fastelbo.vae import OBJECTIVES
 
 MODELS = ("vae", "ppca")
+LOGGERS = ("tensorboard",)
 SETTLED = 5  # epochs before which a dimension that is not active yet is no collapse
 TRAIN_EXTRA = ("numpy", "sklearn", "matplotlib", "tqdm")
 
@@ -56,6 +57,7 @@ _keep.__name__ = 'int or "auto"'  # as argparse names it in errors
 
 def _parser() -> _Parser:
     parser = _Parser("fastelbo", description="Fused losses for latent-variable models.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"fastelbo {fastelbo.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,evaluate,sample,info}")
     commands.add_parser("info", help="print what was built, for bug reports")
     training = commands.add_parser(
@@ -103,6 +105,7 @@ def _parser() -> _Parser:
     )
     option("--net", "net", "dense layers, or convolutions for images", choices=train.NETS)
     option("--amp", "amp", "autocast of the training steps", choices=train.AMP)
+    option("--device", "device", "auto is cuda where torch sees a GPU", choices=train.DEVICES)
     training.add_argument("--method", choices=METHODS, help="of ppca: the closed form (default), or EM")
     option("--seed", "seed", "of weights, batches and noise", type=int, metavar="SEED")
     option("--impl", "impl", "the kernels, or plain PyTorch", choices=IMPLS)
@@ -111,6 +114,9 @@ def _parser() -> _Parser:
         type=Path,
         metavar="FILE",
         help="a TOML file of options, or the config.json of a run; flags go first",
+    )
+    training.add_argument(
+        "--logger", choices=LOGGERS, help="also write every figure there, into DIR; needs pip install tensorboard"
     )
     training.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
     training.add_argument(
@@ -241,6 +247,25 @@ def _fit_ppca(args: argparse.Namespace) -> int:
     return 0
 
 
+def _logger(args: argparse.Namespace, epochs: int) -> Callable[[Metrics], None] | None:
+    """Writes a row of figures as scalars into the folder of the run; those of epochs after `epochs` are dropped."""
+    if "logger" not in args:
+        return None
+    if find_spec("tensorboard") is None:
+        raise ValueError("logger 'tensorboard' needs the package of that name: pip install tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(args.out), purge_step=epochs + 1)
+
+    def write(row: Metrics) -> None:
+        for name, value in row.items():
+            if name != "epoch":
+                writer.add_scalar(name, value, int(row["epoch"]))
+        writer.flush()
+
+    return write
+
+
 def _fit_vae(args: argparse.Namespace) -> int:
     from fastelbo.commands import pictures
 
@@ -257,12 +282,14 @@ def _fit_vae(args: argparse.Namespace) -> int:
             with files.reading(out / "checkpoint.pt", files.CHECKPOINT):
                 config = Config(**saved["config"])
         trainer = train.prepare(replace(config, **changes), out, resume=args.resume)
+        log = None if trainer.rank else _logger(args, len(trainer.history))
     config, dataset = trainer.config, trainer.data
     if config.data in BUILT_IN and (source := BUILT_IN[config.data].generated):
         print(f"{config.data}: generated, not measured: {source}")
     print(
         f"{config.data}: {len(dataset.train)} training and {len(dataset.held_out)} held-out data of shape "
-        f"{tuple(dataset.train.shape[1:])}, likelihood {config.likelihood}; {config.impl}; figures in nats per datum"
+        f"{tuple(dataset.train.shape[1:])}, likelihood {config.likelihood}; {config.impl} on {trainer.device}; "
+        "figures in nats per datum"
     )
     if trainer.history:
         print(f"resumed after epoch {len(trainer.history)}")
@@ -274,6 +301,8 @@ def _fit_vae(args: argparse.Namespace) -> int:
     def report(row: Metrics) -> None:
         nonlocal collapsed
         print(_line(row, config), flush=True)
+        if log is not None:
+            log(row)
         collapsed = train.collapses([row], collapsed)
         settled = row["epoch"] >= max(SETTLED, config.beta_warmup + 1)
         if settled and collapsed.keys() - told:
@@ -288,7 +317,7 @@ def _fit_vae(args: argparse.Namespace) -> int:
             print(f"stopped: no better held-out bound in {config.patience} epochs; best.pt is epoch {trainer.best}")
         if collapsed and config.epochs >= SETTLED:
             print(f"at the end: {_collapse(collapsed)}")
-        made = pictures.save_all(trainer.model, dataset, trainer.history, out)
+        made = pictures.save_all(trainer.model.cpu(), dataset, trainer.history, out)
         if all(path.stem != "reconstructions" for path in made):
             print(f"no pictures of data and samples: {tuple(dataset.train.shape[1:])} is not the shape of an image")
     except train.Diverged as error:

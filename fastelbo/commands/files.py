@@ -168,7 +168,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             if broken := archive.testzip():
                 raise ValueError(f"{broken} has another check sum")
         file.seek(0)
-        state: dict[str, Any] = torch.load(file, weights_only=True)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         missing = [name for name, kind in CONTENT.items() if not isinstance(state.get(name), kind)]
         if missing:
             raise ValueError(f"without {', '.join(missing)}")

@@ -30,6 +30,7 @@ IMPLS = ("fused", "reference")
 LR_SCHEDULES = ("constant", "cosine")
 NETS = ("mlp", "conv")
 AMP = ("bf16",)
+DEVICES = ("auto", "cpu", "cuda")
 FIGURES = ("bound", "elbo", "log_likelihood", "kl")  # nats per datum; bound is the objective's own, minus the loss
 COST_METRICS = ("ms_per_step", "loss_share", "kept_share")
 METRICS = ("epoch", *(f"{split}_{f}" for split in ("train", "held_out") for f in FIGURES), *COST_METRICS)
@@ -82,12 +83,14 @@ class Config:
     patience: int | None = None  # epochs without a better held-out bound after which to stop
     net: str = "mlp"
     amp: str | None = None  # autocast of the training steps
+    device: str = "auto"  # "cuda" where there is one, else "cpu"
     seed: int = 0
     impl: str = "fused"
 
     def __post_init__(self) -> None:
         options.check(**asdict(self))
-        for name, names in (("impl", IMPLS), ("lr_schedule", LR_SCHEDULES), ("net", NETS), ("amp", AMP)):
+        choices = {"impl": IMPLS, "lr_schedule": LR_SCHEDULES, "net": NETS, "amp": AMP, "device": DEVICES}
+        for name, names in choices.items():
             if (value := getattr(self, name)) is not None:
                 one_of(names)(name, value)
         check_objective(self.objective, beta=self.beta, free_bits=self.free_bits, alpha=self.alpha, groups=self.groups)
@@ -105,6 +108,15 @@ class Config:
         """The row of the objective; a ValueError for one that keeps no samples."""
         beta = 0.5 if self.beta is None else self.beta
         return kept.row_of(self.objective, self.num_samples, alpha=self.alpha, beta=beta, groups=self.groups)
+
+
+def device_of(name: str, processes: int = 1) -> torch.device:
+    """The device of a run. ValueError: "cuda" where there is none, or with several processes."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'cpu' or 'auto' here: torch sees no CUDA device")
+    if name == "cuda" and processes > 1:
+        raise ValueError(f"device must be 'cpu' with several processes; got 'cuda' and {processes}")
+    return torch.device("cuda" if name != "cpu" and processes == 1 and torch.cuda.is_available() else "cpu")
 
 
 class LearnedScale(nn.Module):
@@ -196,7 +208,7 @@ def _totals(parts: LossParts, batch: int) -> Tensor:
     fit = parts.log_likelihood.detach().double()
     fit = (fit.mean(0) if fit.dim() == 2 else fit).sum()
     kl = parts.kl.detach().double().sum()
-    return torch.stack([-parts.loss.detach().double() * batch, fit - kl, fit, kl])
+    return torch.stack([-parts.loss.detach().double() * batch, fit - kl, fit, kl]).cpu()
 
 
 def _log_w(parts: LossParts, posterior: Posterior) -> Tensor:
@@ -228,7 +240,9 @@ def _means(split: str, totals: Tensor, count: int) -> Metrics:
 
 
 class Trainer:
-    """One run: model, optimizer, and the generator that every batch order and every noise comes from.
+    """One run: model, optimizer, and the generator that every batch order and every noise comes from, on the CPU.
+
+    The data stay there; batches go to the device of the model.
 
     Two runs that differ in `impl` alone see the same initial weights, batches and noise. The global generator is left
     as it was. The seed of the noise is drawn for each step; the reference is handed the noise itself, made outside the
@@ -245,6 +259,7 @@ class Trainer:
             raise ValueError(
                 f"keep takes one process: the samples of a batch are chosen together; got {self.processes}"
             )
+        self.device = device_of(config.device, self.processes)
         self.data = data.load(config.data, config.likelihood, test_data=config.test_data)
         self.config = replace(config, likelihood=self.data.likelihood)
         self._draws = draws(config.objective, config.num_samples)
@@ -253,6 +268,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = build_model(event, config.latent_dim, config.hidden, self.data.likelihood, config.net)
+        self.model.to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)
         self._auto = self.model._auto_keep(config.kept_row(), config.num_samples) if config.keep == "auto" else None
@@ -267,9 +283,22 @@ class Trainer:
         """Of the data x, or of some rows of it."""
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
         if self._seeded and rows is None:
-            return {"seed": seed}
+            return {"seed": seed.to(self.device)}
         shape = (*(() if self._draws is None else (self._draws,)), len(x), self.config.latent_dim)
-        return {"eps": reference.normal(seed, shape).float()[..., rows or slice(None), :]}
+        return {"eps": reference.normal(seed, shape).float()[..., rows or slice(None), :].to(self.device)}
+
+    def _device_generator(self) -> torch.Generator:
+        """For what draws on the device; on the CPU the run's own."""
+        if self.device.type == "cpu":
+            return self.generator
+        seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def _now(self) -> float:
+        """Seconds, once the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _rows(self, x: Tensor) -> slice | None:
         """This process's share of a batch; None if it is alone."""
@@ -339,7 +368,7 @@ class Trainer:
             num_samples=config.num_samples,
             keep=config.keep,
             return_parts=True,
-            generator=self.generator,
+            generator=self._device_generator(),
             **self._options(beta),
         )
 
@@ -368,11 +397,12 @@ class Trainer:
         noise: Noise = {} if self.config.keep else self._noise(x, self.generator, rows)
         mine, parts = x if rows is None else x[rows], None
         with self._impl():
-            start = time.perf_counter()
+            start = self._now()
+            mine = mine.to(self.device)
             self.optimizer.zero_grad()
-            total = torch.zeros(())
+            total = torch.zeros((), device=self.device)
             if len(mine):
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.config.amp == "bf16"):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
                     parts = self._loss(mine, noise, beta)
                 share = parts.loss * (len(mine) / len(x))
                 share.backward()  # type: ignore[no-untyped-call]
@@ -383,7 +413,7 @@ class Trainer:
                 raise Diverged(f"loss is {loss} in epoch {len(self.history) + 1}: try a smaller lr")
             self.step_losses.append(loss)
             self.optimizer.step()
-            self.step_times.append(time.perf_counter() - start)
+            self.step_times.append(self._now() - start)
         totals = torch.zeros(4, dtype=torch.float64) if parts is None else _totals(parts, len(mine))
         self._add_up(totals)
         return totals
@@ -434,7 +464,8 @@ class Trainer:
         meter = DiagnosticsMeter()
         count = len(self.data.held_out)
         with self._impl():
-            for x in self.data.held_out.split(math.ceil(evaluate.BATCH / self.config.num_samples)):
+            for rows in self.data.held_out.split(math.ceil(evaluate.BATCH / self.config.num_samples)):
+                x = rows.to(self.device)
                 output = self.model(x, self._draws, **self._noise(x, generator))
                 parts = self._objective(x, output, self.config.beta)
                 totals += _totals(parts, len(x))
@@ -452,7 +483,7 @@ class Trainer:
 
         They run on leaves that hold what encoder and decoder give for the batch x [B, *event].
         """
-        config, seconds = self.config, []
+        config, seconds, x = self.config, [], x.to(self.device)
         noise = self._noise(x, torch.Generator().manual_seed(0))
         with self._impl():
             with torch.no_grad():
@@ -463,7 +494,7 @@ class Trainer:
             rows = [t.flatten(0, 1)[: keep * len(x)] if some and t.dim() == full[0].dim() else t for t in full]
             leaves = tuple(t.clone().requires_grad_() for t in rows)
             for _ in range(repeats):
-                start = time.perf_counter()
+                start = self._now()
                 if some:
                     recon, seed = join_recon(*full), noise["seed"]
                     loss, z = self._kept_loss(x, mu, logvar, recon, join_recon(*leaves), keep, seed)
@@ -471,7 +502,7 @@ class Trainer:
                     drawn = rsample(mu, logvar, self._draws, **noise)
                     loss, z = self._objective(x, VAEOutput(join_recon(*leaves), drawn), config.beta).loss, drawn.z
                 torch.autograd.grad([loss, z], [mu, logvar, *leaves], [None, torch.ones_like(z)])
-                seconds.append(time.perf_counter() - start)
+                seconds.append(self._now() - start)
         return statistics.median(seconds)
 
     @cached_property
@@ -501,11 +532,11 @@ class Trainer:
             ValueError: a damaged file, another config (epochs may differ), data that changed.
         """
         state, ours = files.read_checkpoint(out), asdict(self.config)
-        free = set() if self.config.lr_schedule == "cosine" else {"epochs"}  # which the schedule depends on
+        free = {"device"} if self.config.lr_schedule == "cosine" else {"device", "epochs"}  # the schedule depends on it
         differing = [k for k, v in ours.items() if k not in free and state["config"].get(k) != v]
         if differing:
             changes = ", ".join(f"{k} {state['config'].get(k)!r} -> {ours[k]!r}" for k in differing)
-            besides = " besides epochs" if free else ""
+            besides = " besides epochs" if "epochs" in free else ""
             raise ValueError(f"a resumed run keeps its options{besides}; changed: {changes}")
         data.check_unchanged(self.config.test_data or self.config.data, self.data, state["data"])
         with files.reading(out / "checkpoint.pt", files.CHECKPOINT):

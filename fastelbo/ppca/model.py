@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,11 +68,25 @@ def _kind(X: Any) -> str:
     return f"{type(X).__name__} of {X.dtype}" if hasattr(X, "dtype") else type(X).__name__
 
 
-def _fit_batches(X: Any, method: str) -> fit.Batches:
+def weighted(x: Tensor, sample_weight: Any) -> fit.Batch:
+    """The rows of x whose weight is not 0, and their weights [n], float64."""
+    w = sample_weight if isinstance(sample_weight, Tensor) else _from_numpy(sample_weight)
+    if w.shape != x.shape[:1]:
+        raise ValueError(f"sample_weight must be [N] with N={len(x)} from X; got {tuple(w.shape)}")
+    w = w.detach().to(x.device, torch.float64)
+    if not bool((w.isfinite() & (w >= 0)).all()):
+        raise ValueError("sample_weight must be finite and at least 0")
+    return (x, w) if bool(w.all()) else (x[w > 0], w[w > 0])
+
+
+def _fit_batches(X: Any, method: str, sample_weight: Any) -> fit.Batches:
     """X, an array or an iterable of batches, as a function that starts a new pass over the data."""
     if _is_array(X):
         x = _tensor(X, "X").detach()
-        return lambda: [x]
+        rows = (x, None) if sample_weight is None else weighted(x, sample_weight)
+        return lambda: [rows]
+    if sample_weight is not None:
+        raise TypeError(f"sample_weight must be None unless X is one array; X is {type(X).__name__}")
     if not isinstance(X, Iterable) or isinstance(X, str | bytes):
         raise TypeError(f"X must be a tensor, an array, or an iterable of batches; got {type(X).__name__}")
     if method == "em" and iter(X) is X:
@@ -80,7 +95,7 @@ def _fit_batches(X: Any, method: str) -> fit.Batches:
             f"got the iterator {type(X).__name__}, which can be read only once"
         )
 
-    def batches() -> Iterator[Tensor]:
+    def batches() -> Iterator[fit.Batch]:
         D = None
         for batch in X:
             # a DataLoader of a TensorDataset gives lists: data, and labels
@@ -88,7 +103,7 @@ def _fit_batches(X: Any, method: str) -> fit.Batches:
             D = x.shape[1] if D is None else D
             if x.shape[1] != D:
                 raise ValueError(f"every batch of X must be [n, {D}], as the first one; got {tuple(x.shape)}")
-            yield x
+            yield x, None
 
     return batches
 
@@ -392,6 +407,7 @@ class PPCA(nn.Module):
         tol: float = 1e-6,
         group: ProcessGroup | None = None,
         generator: Generator | None = None,
+        sample_weight: Array | None = None,
     ) -> PPCA:
         """Maximum likelihood; W gets orthogonal columns, longest first, whatever the method.
 
@@ -404,9 +420,13 @@ class PPCA(nn.Module):
             group: a torch.distributed group, such as `torch.distributed.group.WORLD`, whose processes hold a part of
                 the rows each, or none. All get the same parameters.
             generator: of the start of "em", on the CPU; torch's default one if None.
+            sample_weight: [N], at least 0, if X is one array: a row of weight 2 counts as two equal rows.
 
         Returns:
             self, with a new `fit_report`.
+
+        Warns:
+            RuntimeWarning: "em" did not converge, with what to do.
 
         Raises:
             ValueError: a shape, NaN or infinity where it is not allowed, fewer than 2 rows, M not less than D or than
@@ -416,6 +436,21 @@ class PPCA(nn.Module):
 
         Reference: Tipping & Bishop 1999, sec. 3.2, app. B.
         """
+        found = self._fit(X, method, max_iter, tol, group, generator, sample_weight)
+        if not found.report.converged:
+            warnings.warn(fit.advice(found), RuntimeWarning, stacklevel=3)  # beyond the frame of no_grad
+        return self
+
+    def _fit(
+        self,
+        X: Any,
+        method: str,
+        max_iter: int,
+        tol: float,
+        group: ProcessGroup | None,
+        generator: Generator | None,
+        sample_weight: Any,
+    ) -> fit.Fit:
         _method("method", method)
         max_iter, tol = arguments.count("max_iter", max_iter), arguments.not_negative("tol", tol)
         if generator is not None:
@@ -423,13 +458,13 @@ class PPCA(nn.Module):
         seen: list[torch.dtype] = []
         over = fit.Group(group)
         with over.together():
-            source = _fit_batches(X, method)
+            source = _fit_batches(X, method, sample_weight)
 
-        def batches() -> Iterator[Tensor]:
-            for x in source():
+        def batches() -> Iterator[fit.Batch]:
+            for x, weight in source():
                 if x.dtype not in seen:
                     seen.append(x.dtype)
-                yield x
+                yield x, weight
 
         if method == "eig":
             found = fit.eig(batches, self.n_components, over)
@@ -437,9 +472,12 @@ class PPCA(nn.Module):
             found = fit.em(batches, self.n_components, over, max_iter=max_iter, tol=tol, generator=generator)
         double = over.largest(torch.float64 in seen)
         dtype = torch.float64 if double else torch.float32
+        self._take(found, dtype)
+        return found
+
+    def _take(self, found: fit.Fit, dtype: torch.dtype) -> None:
         self._set(found.W.to(dtype), found.b.to(dtype), found.log_sigma2.to(dtype))
         self.fit_report = found.report
-        return self
 
     def fit_transform(
         self,
@@ -450,7 +488,9 @@ class PPCA(nn.Module):
         tol: float = 1e-6,
         group: ProcessGroup | None = None,
         generator: Generator | None = None,
+        sample_weight: Array | None = None,
     ) -> _Array:
         """`fit`, then `transform` of the same X, which must be one array here."""
-        self.fit(X, method, max_iter=max_iter, tol=tol, group=group, generator=generator)
+        options: Any = {"max_iter": max_iter, "tol": tol, "group": group, "generator": generator}
+        self.fit(X, method, sample_weight=sample_weight, **options)
         return self.transform(X)

@@ -68,22 +68,26 @@ def _kind(X: Any) -> str:
     return f"{type(X).__name__} of {X.dtype}" if hasattr(X, "dtype") else type(X).__name__
 
 
-def weighted(x: Tensor, sample_weight: Any) -> fit.Batch:
-    """The rows of x whose weight is not 0, and their weights [n], float64."""
+def weighted(X: Any, sample_weight: Any) -> fit.Batch:
+    """The rows of X [N, D] whose weight is not 0, and their weights [n], float64; None is 1 each."""
+    x = _tensor(X, "X").detach()
+    if sample_weight is None:
+        return x, None
     w = sample_weight if isinstance(sample_weight, Tensor) else _from_numpy(sample_weight)
     if w.shape != x.shape[:1]:
         raise ValueError(f"sample_weight must be [N] with N={len(x)} from X; got {tuple(w.shape)}")
     w = w.detach().to(x.device, torch.float64)
     if not bool((w.isfinite() & (w >= 0)).all()):
         raise ValueError("sample_weight must be finite and at least 0")
+    if not bool(w.any()):
+        raise ValueError(f"sample_weight must have a weight that is not zero; all {len(w)} are")
     return (x, w) if bool(w.all()) else (x[w > 0], w[w > 0])
 
 
 def _fit_batches(X: Any, method: str, sample_weight: Any) -> fit.Batches:
     """X, an array or an iterable of batches, as a function that starts a new pass over the data."""
     if _is_array(X):
-        x = _tensor(X, "X").detach()
-        rows = (x, None) if sample_weight is None else weighted(x, sample_weight)
+        rows = weighted(X, sample_weight)
         return lambda: [rows]
     if sample_weight is not None:
         raise TypeError(f"sample_weight must be None unless X is one array; X is {type(X).__name__}")

@@ -1,9 +1,9 @@
 """Probabilistic PCA as a scikit-learn estimator. fastelbo itself does not import this module, nor scikit-learn.
 
-    from fastelbo.sklearn import PPCA
+from fastelbo.sklearn import PPCA
 
-    make_pipeline(StandardScaler(), PPCA(8)).fit(X).score(X)  # mean log p(x), nats
-    PPCA(8, method="em").fit(X_with_nan).impute(X_with_nan)
+make_pipeline(StandardScaler(), PPCA(8)).fit(X).score(X)  # mean log p(x), nats
+PPCA(8, method="em").fit(X_with_nan).impute(X_with_nan)
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
 
 from fastelbo.ppca import fit, model
+from fastelbo.ppca.fit import Moments
 
 if TYPE_CHECKING:
     from numpy.random import RandomState
@@ -51,10 +53,14 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
 
         GridSearchCV(PPCA(method="em"), {"n_components": [2, 4, 8, 12, 16]})
 
+    A floor of s2 helps more: 24 components with min_noise_variance=4 converge in 24 steps to an error of 10.3, and
+    values from 2 to 8 give at most 10.9. Cells that are hidden on purpose tell which one imputes best.
+
     Args:
         n_components: M, latent dimensions; less than D.
         method: "eig", the closed form, or "em", which also takes NaN for missing cells. See `fastelbo.PPCA.fit`.
         max_iter, tol: "em" ends after so many steps, or when less than tol nats per row seem left to gain.
+        min_noise_variance: the least s2, in units of the squared data.
         random_state: of the start of "em".
 
     Attributes:
@@ -77,12 +83,14 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         method: str = "eig",
         max_iter: int = 1000,
         tol: float = 1e-6,
+        min_noise_variance: float = 0.0,
         random_state: int | RandomState | None = None,
     ) -> None:
         self.n_components = n_components
         self.method = method
         self.max_iter = max_iter
         self.tol = tol
+        self.min_noise_variance = min_noise_variance
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Tags:
@@ -113,9 +121,13 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
             sklearn.exceptions.ConvergenceWarning: "em" did not converge, with what to do.
         """
         X = validate_data(self, X, dtype=DTYPES, ensure_min_samples=2, ensure_min_features=2, **self._finite())
+        rows, weight = model.weighted(X, sample_weight)
+        N, D = rows.shape
+        if self.method == "eig" and N > D:
+            return self._update(None, rows, weight)
         generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
         fitted = model.PPCA(self.n_components)
-        found = fitted._fit(X, self.method, self.max_iter, self.tol, None, generator, sample_weight)
+        found = fitted._fit(X, self.method, self.max_iter, self.tol, self._least(), None, generator, sample_weight)
         if not found.report.converged:
             warnings.warn(fit.advice(found), ConvergenceWarning, stacklevel=2)
         return self._set(fitted, None)
@@ -124,8 +136,8 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
     def partial_fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> PPCA:
         """The fit of all rows of this call and of those before it, exactly; for method "eig".
 
-        It keeps the D by D scatter matrix in between, and takes O(N D^2 + D^3). `fit` keeps none: it starts anew, and
-        no `partial_fit` can follow it.
+        The D by D scatter matrix is kept in between, as by a `fit` of more than D rows, from which this may go on too.
+        A call takes O(N D^2 + D^3).
 
         Args:
             X: [N, D], without NaN; of the first call, with a rank above n_components.
@@ -133,24 +145,35 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
             sample_weight: as of `fit`.
 
         Raises:
-            ValueError: as `fit`; after `fit`. The estimator is then as before.
+            ValueError: as `fit`; after a `fit` of at most D rows. The estimator is then as before.
         """
         first = not hasattr(self, "model_")
         if not first and self._moments is None:
-            raise ValueError("partial_fit cannot follow fit, which keeps no sums: begin with partial_fit, on a clone")
+            raise ValueError(
+                f"partial_fit cannot go on from a fit of at most D={self.n_features_in_} rows, which keeps no scatter "
+                "matrix: let a clone begin with partial_fit"
+            )
         X = validate_data(self, X, dtype=DTYPES, reset=first, ensure_min_features=2 if first else 1)
-        D = X.shape[1]
-        moments = fit.Moments(D, torch.device("cpu"), scatter=True) if first else deepcopy(self._moments)
-        moments.update(*model.weighted(X, sample_weight))
-        double = np.float64 in (X.dtype, X.dtype if first else self.mean_.dtype)
+        return self._update(None if first else self._moments, *model.weighted(X, sample_weight))
+
+    def _update(self, before: Moments | None, rows: Tensor, weight: Tensor | None) -> PPCA:
+        """The fit of the rows, and of those that the moments are of."""
+        dtype = rows.dtype
+        if before is not None:
+            dtype = torch.promote_types(dtype, self.model_._parameters_()[0].dtype)
+        moments = deepcopy(before) or Moments(rows.shape[1], rows.device, scatter=True)
+        moments.update(rows, weight)
         fitted = model.PPCA(self.n_components)
-        fitted._take(fit.of_moments(moments, self.n_components), torch.float64 if double else torch.float32)
+        fitted._take(fit.of_moments(moments, fitted.n_components, self._least()), dtype)
         return self._set(fitted, moments)
+
+    def _least(self) -> float:
+        return model.not_negative("min_noise_variance", self.min_noise_variance)  # type: ignore[no-any-return]
 
     def _finite(self) -> dict[str, object]:
         return {"ensure_all_finite": "allow-nan" if self.method == "em" else True}
 
-    def _set(self, fitted: model.PPCA, moments: fit.Moments | None) -> PPCA:
+    def _set(self, fitted: model.PPCA, moments: Moments | None) -> PPCA:
         W, b, log_sigma2 = (t.detach().numpy() for t in fitted._parameters_())
         lengths = np.linalg.norm(W, axis=0)
         report = fitted.fit_report

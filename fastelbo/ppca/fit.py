@@ -50,18 +50,20 @@ class FitReport(NamedTuple):
     method: str  # "eig" or "em"
     rows: int  # N
     converged: bool  # "eig" always
-    # mean log p(x) per row in nats, weighted as the rows are, of the parameters before every step and at the end; of "eig", at the end alone
+    # mean log p(x) per row in nats, with the rows' weights: of the parameters before every step and at the end; of
+    # "eig", at the end alone
     log_likelihood: tuple[float, ...]
 
 
 def advice(found: Fit) -> str:
     """What to do about a fit that did not converge."""
     history = found.report.log_likelihood
-    rose = f": log p(x) rose by {history[-1] - history[-2]:.1e} nats per row in the last" if len(history) > 1 else ""
+    steps = len(history) - 1
+    rose = f": log p(x) rose by {history[-1] - history[-2]:.1e} nats per row in the last one" if steps else ""
     return (
-        f"EM did not converge in {len(history) - 1} steps{rose}. Raise max_iter or tol. If cells are missing, first try "
-        f"fewer components: {found.W.shape[1]} may fit noise (sigma2 is {float(found.log_sigma2.exp()):.2g}), "
-        "which the log p(x) of rows that were held out tells"
+        f"EM did not converge in {steps} steps{rose}. Raise max_iter or tol. If cells are missing, first try fewer "
+        f"components than these {found.W.shape[1]}, or a floor of sigma2, which is {float(found.log_sigma2.exp()):.2g}: "
+        "too many components fit noise, and log p(x) of held-out rows is then lower"
     )
 
 
@@ -229,13 +231,14 @@ def canonical(W: Tensor) -> Tensor:
     return W * torch.where(W.gather(0, W.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
 
 
-def _log_likelihood(eigenvalues: Tensor, s2: Tensor, D: int) -> float:
-    """Mean log p(x) at the maximum, from the M largest eigenvalues: the exponent's mean is -D / 2 there."""
-    M = len(eigenvalues)
-    return float(-0.5 * (D * (LOG_2PI + 1) + torch.log(eigenvalues).sum() + (D - M) * torch.log(s2)))
+def _log_likelihood(values: Tensor, rest: Tensor, s2: Tensor, D: int) -> float:
+    """Mean log p(x) of the best W for s2, from the M largest eigenvalues and the sum of the others."""
+    top = values.maximum(s2)
+    log_det = torch.log(top).sum() + (D - len(top)) * torch.log(s2)
+    return float(-0.5 * (D * LOG_2PI + log_det + (values / top).sum() + rest / s2))
 
 
-def of_moments(moments: Moments, n_components: int) -> Fit:
+def of_moments(moments: Moments, n_components: int, min_sigma2: float) -> Fit:
     """The closed form: s2 is the mean of the D - M smallest eigenvalues of the covariance, W = U (Lambda - s2 I)^1/2.
 
     Reference: Tipping & Bishop 1999, eq. 7 and 8.
@@ -246,19 +249,20 @@ def of_moments(moments: Moments, n_components: int) -> Fit:
     values, vectors = torch.linalg.eigh(moments.scatter / moments.count)
     values = values.flip(0).clamp_min(0)
     _check_count(N, _rank(values, N, D), n_components)
-    return _closed_form(values, vectors.flip(1)[:, :n_components], moments.mean, N)
+    return _closed_form(values, vectors.flip(1)[:, :n_components], moments.mean, N, min_sigma2)
 
 
-def _closed_form(values: Tensor, top: Tensor, mean: Tensor, N: int) -> Fit:
-    """Of the eigenvalues in falling order, of which those that are 0 may be left out, and the first M vectors [D, M]."""
+def _closed_form(values: Tensor, top: Tensor, mean: Tensor, N: int, min_sigma2: float) -> Fit:
+    """Of the eigenvalues, falling, without those that are 0 if need be, and of the first M vectors [D, M]."""
     D, M = top.shape
-    s2 = values[M:].sum() / (D - M)
+    rest = values[M:].sum()
+    s2 = (rest / (D - M)).clamp_min(min_sigma2)
     W = canonical(top * torch.sqrt((values[:M] - s2).clamp_min(0)))
-    log_likelihood = _log_likelihood(values[:M], s2, D)
+    log_likelihood = _log_likelihood(values[:M], rest, s2, D)
     return Fit(W, mean, torch.log(s2), FitReport("eig", N, True, (log_likelihood,)))
 
 
-def eig(batches: Batches, n_components: int, group: Group) -> Fit:
+def eig(batches: Batches, n_components: int, group: Group, min_sigma2: float) -> Fit:
     """The closed form, over batches and processes.
 
     With more than D rows the D by D covariance is summed over the batches; else the rows are kept, in their dtype, and
@@ -292,7 +296,7 @@ def eig(batches: Batches, n_components: int, group: Group) -> Fit:
             for batch in kept:
                 moments.update(*batch)
         moments.reduce(group)
-        fit = of_moments(moments, n_components)
+        fit = of_moments(moments, n_components, min_sigma2)
     else:
         double = group.largest(any(rows.dtype == torch.float64 for rows, _ in kept))
         dtype = torch.float64 if double else torch.float32
@@ -301,7 +305,7 @@ def eig(batches: Batches, n_components: int, group: Group) -> Fit:
         longest = group.largest(len(local))
         X, w = group.gather(local, longest), group.gather(weights[:, None], longest).flatten()
         values, top, mean = _small_gram(X, w, n_components)
-        fit = _closed_form(values, top, mean, N)
+        fit = _closed_form(values, top, mean, N, min_sigma2)
     group.same(*fit[:3])
     return fit
 
@@ -334,8 +338,8 @@ def _small_gram(X: Tensor, w: Tensor, n_components: int) -> tuple[Tensor, Tensor
 
 
 class _Sums:
-    """Of complete rows r = x - b, for a basis Z [D, L] of orthonormal columns: the weighted sums of e c', c c' and |e|^2,
-    where c = Z'r and e = r - Z c."""
+    """Of complete rows r = x - b, for a basis Z [D, L] of orthonormal columns: the weighted sums of e c', c c' and
+    |e|^2, where c = Z'r and e = r - Z c."""
 
     def __init__(self, Z: Tensor, b: Tensor) -> None:
         self.Z, self.b = Z, b
@@ -357,7 +361,9 @@ class _Sums:
         self.second += (coords if weight is None else coords * w[:, None]).mT @ coords
 
 
-def _complete(batches: Batches, W: Tensor, b: Tensor, count: Count, n_components: int, group: Group) -> Iterator[Step]:
+def _complete(
+    batches: Batches, W: Tensor, b: Tensor, count: Count, n_components: int, min_sigma2: float, group: Group
+) -> Iterator[Step]:
     """Of the subspaces that steps reach, the best parameters.
 
     The M step of EM turns span W into span S W, S the covariance of the data. Given the span, the scale of W and s2 are
@@ -382,10 +388,10 @@ def _complete(batches: Batches, W: Tensor, b: Tensor, count: Count, n_components
         _check_count(count.rows, _rank(values, count.rows, D), M)
         # s2 is the mean over the directions that are left; of those in the span too where they are below it
         s2 = torch.stack([values[k:].sum() / (D - k) for k in range(M + 1)])
-        s2 = s2[(values[:M] > s2[1:]).sum()]
-        top = values[:M].maximum(s2)
+        s2 = s2[(values[:M] > s2[1:]).sum()].clamp_min(min_sigma2)
+        lengths = torch.sqrt((values[:M] - s2).clamp_min(0))
         U = sums.Z @ vectors
-        yield _log_likelihood(top, s2, D), (U * torch.sqrt(top - s2), b, torch.log(s2))
+        yield _log_likelihood(values[:M], values[M:].sum(), s2, D), (U * lengths, b, torch.log(s2))
         W = torch.cat([U, sums.cross @ vectors, sums.Z[:, M:] @ vectors[M:]], 1)
 
 
@@ -434,7 +440,14 @@ class _MissingSums:
 
 
 def _incomplete(
-    batches: Batches, W: Tensor, b: Tensor, log_sigma2: Tensor, count: Count, floor: Tensor, group: Group
+    batches: Batches,
+    W: Tensor,
+    b: Tensor,
+    log_sigma2: Tensor,
+    count: Count,
+    min_sigma2: float,
+    floor: Tensor,
+    group: Group,
 ) -> Iterator[Step]:
     """Two steps of parameter-expanded EM, and an extrapolation of them wherever log p(x) does not fall by it.
 
@@ -442,12 +455,14 @@ def _incomplete(
     1998.
     """
 
+    least = math.log(min_sigma2) if min_sigma2 > 0 else -math.inf
+
     def step(parameters: Parameters) -> tuple[float, Parameters]:
         sums = _MissingSums(*parameters)
         for piece in _read(batches, group):
             sums.update(*piece)
-        found = sums.step(group)
-        return float(sums.log_prob) / count.weight, found
+        W, b, log_s2 = sums.step(group)
+        return float(sums.log_prob) / count.weight, (W, b, log_s2.clamp_min(least))
 
     def change(new: Parameters, old: Parameters) -> Parameters:
         return new[0] - old[0], new[1] - old[1], new[2] - old[2]
@@ -457,7 +472,7 @@ def _incomplete(
         moved = (p[0].square().sum() + p[1].square().sum()) * torch.exp(-log_s2)
         return math.sqrt(float(moved + 0.5 * len(b) * p[2].square()))
 
-    first: Parameters = (W, b, log_sigma2)
+    first: Parameters = (W, b, log_sigma2.clamp_min(least))
     before, second = step(first)
     yield before, first
     while True:
@@ -468,8 +483,8 @@ def _incomplete(
         v = change(change(third, second), r)
         far = max(length(r, third[2]) / max(length(v, third[2]), 1e-300), 1.0)
         trial = tuple(p + 2 * far * dp + far**2 * ddp for p, dp, ddp in zip(first, r, v, strict=True))
-        value, after = step((trial[0], trial[1], trial[2]))
-        first, second = (trial[0], trial[1], trial[2]), after
+        first = (trial[0], trial[1], trial[2].clamp_min(least))
+        value, second = step(first)
         if not value >= middle:
             first = third
             value, second = step(third)
@@ -541,6 +556,7 @@ def em(
     *,
     max_iter: int,
     tol: float,
+    min_sigma2: float,
     generator: torch.Generator | None,
 ) -> Fit:
     """Expectation maximization, accelerated, O(N D M) per step; with missing cells O(N D M^2).
@@ -558,9 +574,9 @@ def em(
     group.same(W, b, variance)
     if missing:
         floor = torch.log(variance) + math.log(D * torch.finfo(torch.float64).eps)
-        steps = _incomplete(batches, W, b, torch.log(variance / 2), count, floor, group)
+        steps = _incomplete(batches, W, b, torch.log(variance / 2), count, min_sigma2, floor, group)
     else:
-        steps = _complete(batches, W, b, count, n_components, group)
+        steps = _complete(batches, W, b, count, n_components, min_sigma2, group)
     history: list[float] = []
     converged = False
     for value, found in progress(islice(steps, max_iter + 1), "EM", "step", max_iter + 1):

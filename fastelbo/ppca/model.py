@@ -16,7 +16,7 @@ from fastelbo.functional import gaussian_kl
 from fastelbo.likelihoods import LOG_2PI
 from fastelbo.ppca import fit, missing
 from fastelbo.ppca.density import ppca_log_prob
-from fastelbo.ppca.fit import FitReport
+from fastelbo.ppca.fit import Fit, FitReport
 from fastelbo.reference import compute_dtype, ppca_qr, read_data
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ METHODS = ("eig", "em")
 # the kind of an array: what a method returns is of the kind that it was called with
 _Array = TypeVar("_Array", Tensor, "npt.NDArray[Any]")
 _method = arguments.one_of(METHODS)
+not_negative = arguments.number(lambda value: 0 <= value < math.inf, "at least 0 and finite")
 
 
 def _is_array(X: Any) -> bool:
@@ -409,6 +410,7 @@ class PPCA(nn.Module):
         *,
         max_iter: int = 1000,
         tol: float = 1e-6,
+        min_sigma2: float = 0.0,
         group: ProcessGroup | None = None,
         generator: Generator | None = None,
         sample_weight: Array | None = None,
@@ -421,6 +423,8 @@ class PPCA(nn.Module):
             method: "eig", the closed form, takes one pass: O(N D^2) with more than D rows, O(N^2 D) else. "em" takes
                 O(N D M) per step, with missing cells O(N D M^2) and D M^2 / 2 sums in memory.
             max_iter, tol: "em" ends after so many steps, or when less than tol nats per row seem left to gain.
+            min_sigma2: the least s2, in units of the squared data. Where cells are missing, it keeps components from
+                fitting the noise of the few cells that a row has, as fewer of them would.
             group: a torch.distributed group, such as `torch.distributed.group.WORLD`, whose processes hold a part of
                 the rows each, or none. All get the same parameters.
             generator: of the start of "em", on the CPU; torch's default one if None.
@@ -440,7 +444,7 @@ class PPCA(nn.Module):
 
         Reference: Tipping & Bishop 1999, sec. 3.2, app. B.
         """
-        found = self._fit(X, method, max_iter, tol, group, generator, sample_weight)
+        found = self._fit(X, method, max_iter, tol, min_sigma2, group, generator, sample_weight)
         if not found.report.converged:
             warnings.warn(fit.advice(found), RuntimeWarning, stacklevel=3)  # beyond the frame of no_grad
         return self
@@ -451,12 +455,14 @@ class PPCA(nn.Module):
         method: str,
         max_iter: int,
         tol: float,
+        min_sigma2: float,
         group: ProcessGroup | None,
         generator: Generator | None,
         sample_weight: Any,
-    ) -> fit.Fit:
+    ) -> Fit:
         _method("method", method)
         max_iter, tol = arguments.count("max_iter", max_iter), arguments.not_negative("tol", tol)
+        min_sigma2 = not_negative("min_sigma2", min_sigma2)
         if generator is not None:
             arguments.generator("generator", generator)
         seen: list[torch.dtype] = []
@@ -471,15 +477,16 @@ class PPCA(nn.Module):
                 yield x, weight
 
         if method == "eig":
-            found = fit.eig(batches, self.n_components, over)
+            found = fit.eig(batches, self.n_components, over, min_sigma2)
         else:
-            found = fit.em(batches, self.n_components, over, max_iter=max_iter, tol=tol, generator=generator)
+            options: Any = {"max_iter": max_iter, "tol": tol, "min_sigma2": min_sigma2, "generator": generator}
+            found = fit.em(batches, self.n_components, over, **options)
         double = over.largest(torch.float64 in seen)
         dtype = torch.float64 if double else torch.float32
         self._take(found, dtype)
         return found
 
-    def _take(self, found: fit.Fit, dtype: torch.dtype) -> None:
+    def _take(self, found: Fit, dtype: torch.dtype) -> None:
         self._set(found.W.to(dtype), found.b.to(dtype), found.log_sigma2.to(dtype))
         self.fit_report = found.report
 
@@ -490,11 +497,12 @@ class PPCA(nn.Module):
         *,
         max_iter: int = 1000,
         tol: float = 1e-6,
+        min_sigma2: float = 0.0,
         group: ProcessGroup | None = None,
         generator: Generator | None = None,
         sample_weight: Array | None = None,
     ) -> _Array:
         """`fit`, then `transform` of the same X, which must be one array here."""
-        options: Any = {"max_iter": max_iter, "tol": tol, "group": group, "generator": generator}
-        self.fit(X, method, sample_weight=sample_weight, **options)
+        options: Any = {"max_iter": max_iter, "tol": tol, "min_sigma2": min_sigma2, "sample_weight": sample_weight}
+        self.fit(X, method, group=group, generator=generator, **options)
         return self.transform(X)

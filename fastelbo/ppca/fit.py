@@ -62,8 +62,8 @@ def advice(found: Fit) -> str:
     rose = f": log p(x) rose by {history[-1] - history[-2]:.1e} nats per row in the last one" if steps else ""
     return (
         f"EM did not converge in {steps} steps{rose}. Raise max_iter or tol. If cells are missing, first try fewer "
-        f"components than these {found.W.shape[1]}, or a floor of sigma2, which is {float(found.log_sigma2.exp()):.2g}: "
-        "too many components fit noise, and log p(x) of held-out rows is then lower"
+        f"components than {found.W.shape[1]}, or a floor of sigma2, here {float(found.log_sigma2.exp()):.2g}: too many "
+        "components fit noise, and log p(x) of held-out rows is then lower"
     )
 
 

@@ -69,7 +69,7 @@ def _kind(X: Any) -> str:
     return f"{type(X).__name__} of {X.dtype}" if hasattr(X, "dtype") else type(X).__name__
 
 
-def weighted(X: Any, sample_weight: Any) -> fit.Batch:
+def weighted(X: object, sample_weight: object) -> fit.Batch:
     """The rows of X [N, D] whose weight is not 0, and their weights [n], float64; None is 1 each."""
     x = _tensor(X, "X").detach()
     if sample_weight is None:

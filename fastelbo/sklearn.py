@@ -43,7 +43,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
 
     What differs from `sklearn.decomposition.PCA`: `transform` gives the posterior mean E[z | x], in units of the prior
     N(0, I) and shrunk towards 0 by the noise, and not the projection on `components_`. Variances are those of maximum
-    likelihood, which divide by N and not by N - 1.
+    likelihood: they divide by N, not N - 1, and s2 is the mean over D - M directions, also of fewer rows than columns.
 
     Overfitting: with missing cells, too many components fit the noise of the few cells that each row has, and EM takes
     long. Of scikit-learn's digits (1,797 rows, D = 64) with 60 % of the cells hidden, the mean squared error of the
@@ -191,8 +191,11 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
     # ------------------------------------------------------------------------------------------------------------------
     # The fitted model. Results are of the dtype of the data of the fit.
 
-    def _data(self, X: ArrayLike, **finite: object) -> Array:
+    def _fitted(self) -> model.PPCA:
         check_is_fitted(self)
+        return self.model_
+
+    def _data(self, X: ArrayLike, **finite: object) -> Array:
         found: Array = validate_data(self, X, dtype=self.mean_.dtype, reset=False, **(finite or self._finite()))
         return found
 
@@ -201,28 +204,26 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
 
         A fit by "eig" does this for missing cells too by `transform(impute(X))`, which is the same exactly.
         """
-        return self.model_.transform(self._data(X))
+        return self._fitted().transform(self._data(X))
 
     def inverse_transform(self, X: ArrayLike) -> Array:
         """E[x | z] = W z + b. X: z [N, M] -> [N, D]."""
-        check_is_fitted(self)
-        return self.model_.inverse_transform(check_array(X, dtype=self.mean_.dtype))
+        return self._fitted().inverse_transform(check_array(X, dtype=self.mean_.dtype))
 
     def impute(self, X: ArrayLike) -> Array:
         """X [N, D] with every NaN replaced by its expectation given the row's other cells, whatever the method."""
-        return self.model_.impute(self._data(X, ensure_all_finite="allow-nan"))
+        return self._fitted().impute(self._data(X, ensure_all_finite="allow-nan"))
 
     def score_samples(self, X: ArrayLike) -> Array:
         """log p(x), nats; of a row with NaN cells, log p of its other cells. X: [N, D], for "em" with NaN -> [N]."""
-        return self.model_.log_prob(self._data(X))
+        return self._fitted().log_prob(self._data(X))
 
     def score(self, X: ArrayLike, y: None = None) -> float:
         """The mean of log p(x) over the rows, nats. X: as of `score_samples`."""
-        return self.model_.score(self._data(X))
+        return self._fitted().score(self._data(X))
 
     def get_covariance(self) -> Array:
         """W W' + s2 I [D, D]: the covariance of p(x)."""
-        check_is_fitted(self)
-        W = self.model_._parameters_()[0].detach().numpy()
+        W = self._fitted()._parameters_()[0].detach().numpy()
         covariance: Array = W @ W.T + self.noise_variance_ * np.eye(len(W), dtype=W.dtype)
         return covariance

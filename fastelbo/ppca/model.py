@@ -248,7 +248,7 @@ class PPCA(nn.Module):
         if torch.compiler.is_compiling() or not x.is_floating_point() or not bool(found.isnan().any()):
             return found
         rows = x.isnan().any(1)
-        exact = ppca_log_prob(x[rows], *self._parameters_(), observed=~x[rows].isnan())
+        exact = missing.log_prob(x[rows], *self._parameters_(), ~x[rows].isnan())
         # complete rows go through the op anew: a gradient of 0 times NaN is NaN
         complete = ppca_log_prob(x[~rows], *self._parameters_())
         return torch.zeros_like(found).index_put((rows,), exact).index_put((~rows,), complete)

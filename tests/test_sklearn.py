@@ -212,18 +212,16 @@ def test_weights_are_repeated_rows(N, D, method, missing):
         )
 
 
-def test_weights_that_are_refused():
+def test_a_wrong_weight_or_floor_is_refused():
     X = data()
-    for weight, message in [
-        (np.ones(7), r"sample_weight must be \[N\] with N=200"),
-        (-np.ones(200), "sample_weight must be finite and at least 0"),
-        (np.full(200, np.nan), "sample_weight must be finite"),
-        (np.zeros(200), "sample_weight must have a weight that is not zero"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            PPCA(2).fit(X, sample_weight=weight)
-    with pytest.raises(TypeError, match="sample_weight must be None unless X is one array; X is list"):
-        fastelbo.PPCA(2).fit([torch.randn(9, 4)], sample_weight=torch.ones(9))
+    with pytest.raises(ValueError, match="sample_weight must be finite and at least 0"):
+        PPCA(2).fit(X, sample_weight=-np.ones(200))
+    for method in ("eig", "em"):
+        with pytest.raises(ValueError, match="min_noise_variance must be at least 0 and finite; got -1"):
+            PPCA(2, method=method, min_noise_variance=-1.0).fit(X)
+    m = PPCA(2, min_noise_variance=7.0).fit(X)
+    assert m.noise_variance_ == pytest.approx(7.0)
+    assert_same(m, PPCA(2, min_noise_variance=7.0).partial_fit(X[:50]).partial_fit(X[50:]), 1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,12 +19,14 @@ import pdoc.doc
 import pdoc.render
 
 import fastelbo
+import fastelbo.sklearn
 from fastelbo import distributions, reference
 
 HERE = Path(__file__).parent
 PROSE = ("concepts", "adapters", "kept_samples")
 RECIPES = HERE.parent / "examples" / "recipes"
-HOOKS = {"extra_repr", "get_extra_state", "set_extra_state"}  # called by torch, not by the user
+# called by torch, not by the user; and what scikit-learn adds to an estimator
+HOOKS = {"extra_repr", "get_extra_state", "set_extra_state", "set_fit_request", "set_partial_fit_request"}
 
 
 def markdown(docstring: str) -> str:
@@ -100,7 +102,7 @@ def recipes() -> pdoc.doc.Module:
 
 def build(out: Path) -> None:
     pages = {name: prose(name) for name in PROSE} | {"recipes": recipes()}
-    pages |= {module.__name__: page(module) for module in (fastelbo, distributions, reference)}
+    pages |= {module.__name__: page(module) for module in (fastelbo, distributions, reference, fastelbo.sklearn)}
     pdoc.render.configure(
         docformat="google",
         show_source=False,

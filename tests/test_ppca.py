@@ -306,6 +306,21 @@ def test_missing_cells_of_complete_rows_change_nothing():
     torch.testing.assert_close(every, m.log_prob(x), rtol=1e-12, atol=0)
 
 
+def test_arrays_with_missing_cells_do_not_load_the_compiler_of_torch():
+    """Its import takes a second. Recomputation for the gradient needs it, and an array has no gradient."""
+    code = """
+import sys, numpy, fastelbo
+x = numpy.random.randn(20, 6)
+x[0, 0] = numpy.nan
+m = fastelbo.PPCA(2).fit(x, "em")
+m.log_prob(x), m.transform(x), m.impute(x), m.score(x), m.posterior(x)
+assert m.W.requires_grad
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_missing_cells_have_gradients_of_their_own_rows_alone():
     m, x = model(8, 3), torch.randn(10, 8, dtype=F64)
     gaps = x.clone()

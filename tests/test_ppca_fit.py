@@ -188,7 +188,8 @@ def test_em_with_missing_cells_ends_at_a_maximum(N, D, M, share, sigma):
 
 
 def test_em_says_when_it_did_not_converge():
-    m = PPCA(10).fit(data(500, 200, 5), "em", max_iter=3)
+    with pytest.warns(RuntimeWarning, match=r"did not converge in 3 steps: log p\(x\) rose by 1.4e-01 nats per row"):
+        m = PPCA(10).fit(data(500, 200, 5), "em", max_iter=3)
     assert not m.fit_report.converged and len(m.fit_report.log_likelihood) == 4
 
 
@@ -196,7 +197,8 @@ def test_a_fall_of_the_likelihood_ends_em_at_the_best_step(monkeypatch):
     x = data(50, 6, 2)
     steps = [(value, (x[i : i + 1].T, x[i], x[i, 0])) for i, value in enumerate((-9.0, -7.0, -8.0, -3.0))]
     monkeypatch.setattr(fit, "_complete", lambda *_: iter(steps))
-    m = PPCA(1).fit(x, "em")
+    with pytest.warns(RuntimeWarning, match="did not converge"):
+        m = PPCA(1).fit(x, "em")
     assert m.fit_report.log_likelihood == (-9.0, -7.0) and not m.fit_report.converged
     assert torch.equal(m.b, x[1])
 
@@ -207,6 +209,63 @@ def test_em_with_as_many_components_as_the_rank(N, rank, more):
     x = data(N, 20, rank, sigma=0.0)
     with pytest.raises(ValueError, match=rf"n_components must be less than the rank {rank + (more and N == 5)} "):
         PPCA(rank + more).fit(x, "em")
+
+
+@pytest.mark.parametrize("N, D", [(200, 8), (15, 40)])
+@pytest.mark.parametrize("method, missing", [("eig", False), ("em", False), ("em", True)])
+def test_a_floor_of_sigma2_gives_the_maximum_above_it(N, D, method, missing):
+    """There, W and b are stationary, and a larger sigma2 is worse. A floor that is below sigma2 changes nothing."""
+    x = gaps(data(N, D, 3), 0.2) if missing else data(N, D, 3)
+
+    def fitted(floor: float) -> PPCA:
+        g = torch.Generator().manual_seed(0)
+        return PPCA(3).fit(x, method, min_sigma2=floor, tol=1e-12, max_iter=5000, generator=g)
+
+    free = fitted(0.0)
+    s2 = free.log_sigma2.exp().item()
+    same_model(fitted(0.5 * s2), free, 0.0)
+    m = fitted(4 * s2)
+    assert m.fit_report.converged and m.log_sigma2.exp().item() == pytest.approx(4 * s2, rel=1e-12)
+    assert all(b >= a - 1e-9 for a, b in pairwise(m.fit_report.log_likelihood))
+    assert m.fit_report.log_likelihood[-1] == pytest.approx(mean_log_prob(m, x), rel=1e-9)
+    W, b, log_sigma2 = torch.autograd.grad(m.log_prob(x).mean(), list(m.parameters()))
+    assert max(W.abs().max(), b.abs().max()) < (1e-10 if method == "eig" else 1e-4)
+    assert log_sigma2 < -0.1
+    for other in (PPCA(3).fit(x, method, min_sigma2=floor) for floor in (3.9 * s2, 4.1 * s2)):
+        assert (other.fit_report.log_likelihood[-1] > m.fit_report.log_likelihood[-1]) == (
+            other.log_sigma2 < m.log_sigma2
+        )
+
+
+@pytest.mark.parametrize("N, D", [(200, 6), (10, 30)])
+@pytest.mark.parametrize("method, missing", [("eig", False), ("em", False), ("em", True)])
+def test_weights_are_repeated_rows(N, D, method, missing):
+    x = gaps(data(N, D, 2), 0.1) if missing else data(N, D, 2)
+    weight = torch.randint(0, 4, (N,))
+    options = {"tol": 1e-12, "max_iter": 3000}
+    a, b = (
+        PPCA(2).fit(t, method, sample_weight=w, generator=torch.Generator().manual_seed(0), **options)
+        for t, w in ((x, weight), (x.repeat_interleave(weight, 0), None))
+    )
+    same_model(a, b, 1e-9, 1e-9) if method == "eig" else same_model(a, b, 1e-5, 1e-5)
+    assert a.fit_report.rows == (weight > 0).sum() and b.fit_report.rows == weight.sum()
+    assert a.fit_report.log_likelihood[-1] == pytest.approx(b.fit_report.log_likelihood[-1], rel=1e-9)
+
+
+def test_bad_floors_and_weights():
+    x = data(20, 4, 1)
+    with pytest.raises(ValueError, match="min_sigma2 must be at least 0 and finite; got -1"):
+        PPCA(1).fit(x, min_sigma2=-1.0)
+    for weight, message in [
+        (torch.ones(7), r"sample_weight must be \[N\] with N=20 from X; got \(7,\)"),
+        (-torch.ones(20), "sample_weight must be finite and at least 0"),
+        (torch.full((20,), math.nan), "sample_weight must be finite"),
+        (torch.zeros(20), "sample_weight must have a weight that is not zero; all 20 are"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            PPCA(1).fit(x, sample_weight=weight)
+    with pytest.raises(TypeError, match="sample_weight must be None unless X is one array; X is list"):
+        PPCA(1).fit([x], sample_weight=torch.ones(20))
 
 
 def test_em_is_reproducible():

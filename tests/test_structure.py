@@ -90,7 +90,7 @@ def _public_functions(body: list[ast.stmt], prefix: str = "") -> list[tuple[str,
     return found
 
 
-API = ["diagnostics", "distributions", "functional", "marginal", "ppca.density", "ppca.model", "vae"]
+API = ["diagnostics", "distributions", "functional", "marginal", "ppca.density", "ppca.model", "sklearn", "vae"]
 
 
 @pytest.mark.parametrize("module", ["fastelbo", *(f"fastelbo.{name}" for name in API)])

@@ -26,7 +26,8 @@ from fastelbo.reference import read_data
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-Batches = Callable[[], Iterable[Tensor]]  # a new pass over the data at every call
+Batch = tuple[Tensor, Tensor | None]  # rows [n, D], and their weights [n], float64, positive; None is 1 each
+Batches = Callable[[], Iterable[Batch]]  # a new pass over the data at every call
 Parameters = tuple[Tensor, Tensor, Tensor]  # W, b, log s2; float64
 Step = tuple[float, Parameters]  # mean log p(x) per row, and the parameters that have it
 PIECE_ELEMENTS = 1 << 24  # of the data, converted to float64 at a time
@@ -49,8 +50,28 @@ class FitReport(NamedTuple):
     method: str  # "eig" or "em"
     rows: int  # N
     converged: bool  # "eig" always
-    # mean log p(x) per row in nats, of the parameters before every step and at the end; of "eig", at the end alone
+    # mean log p(x) per row in nats, with the rows' weights: of the parameters before every step and at the end; of
+    # "eig", at the end alone
     log_likelihood: tuple[float, ...]
+
+
+def advice(found: Fit) -> str:
+    """What to do about a fit that did not converge."""
+    history = found.report.log_likelihood
+    steps = len(history) - 1
+    rose = f": log p(x) rose by {history[-1] - history[-2]:.1e} nats per row in the last one" if steps else ""
+    return (
+        f"EM did not converge in {steps} steps{rose}. Raise max_iter or tol. If cells are missing, first try fewer "
+        f"components than {found.W.shape[1]}, or a floor of sigma2, here {float(found.log_sigma2.exp()):.2g}: too many "
+        "components fit noise, and log p(x) of held-out rows is then lower"
+    )
+
+
+class Count(NamedTuple):
+    """How many rows there are, and the sum of their weights."""
+
+    rows: int
+    weight: float
 
 
 class RankError(ValueError):
@@ -114,45 +135,53 @@ class Group:
         return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def _pieces(x: Tensor) -> Iterator[Tensor]:
-    """x [n, D] in pieces of rows that are small in float64."""
-    if len(x):
-        yield from x.split(max(1, PIECE_ELEMENTS // max(1, x.shape[1])))
+def _pieces(x: Tensor, weight: Tensor | None) -> Iterator[Batch]:
+    """x [n, D] and its weights in pieces of rows that are small in float64."""
+    size = max(1, PIECE_ELEMENTS // max(1, x.shape[1]))
+    for start in range(0, len(x), size):
+        yield x[start : start + size], None if weight is None else weight[start : start + size]
 
 
-def _read(batches: Batches, group: Group) -> Iterator[Tensor]:
+def _read(batches: Batches, group: Group) -> Iterator[Batch]:
     """One pass over the data."""
     with group.together():
-        for x in batches():
-            yield from _pieces(x)
+        for batch in batches():
+            yield from _pieces(*batch)
+
+
+def _weights(x: Tensor, weight: Tensor | None) -> Tensor:
+    return torch.ones(len(x), dtype=torch.float64, device=x.device) if weight is None else weight
 
 
 class Moments:
-    """Number of rows, mean and, where it is asked for, scatter matrix about the mean, of batches and of processes."""
+    """Rows, sum of their weights, mean and, where it is asked for, scatter matrix about the mean, of batches and of
+    processes."""
 
     def __init__(self, D: int, device: torch.device, scatter: bool = False) -> None:
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.rows, self.count = torch.zeros(2, dtype=torch.float64, device=device)
         self.mean = torch.zeros(D, dtype=torch.float64, device=device)
         self.square = torch.zeros((), dtype=torch.float64, device=device)  # trace of the scatter matrix
         self.scatter = torch.zeros(D, D, dtype=torch.float64, device=device) if scatter else None
 
-    def update(self, x: Tensor) -> None:
-        for piece in _pieces(x):
+    def update(self, x: Tensor, weight: Tensor | None = None) -> None:
+        for piece, w in _pieces(x, weight):
             r = read_data(piece, torch.float64)
-            mean = r.mean(0)
-            r = r - mean
-            count = self.count + len(r)
-            delta, weight = mean - self.mean, self.count * len(r) / count
-            self.mean = self.mean + delta * (len(r) / count)
-            self.square = self.square + r.square().sum() + weight * delta.square().sum()
+            n = len(r) if w is None else w.sum()
+            mean = r.mean(0) if w is None else w @ r / n
+            r = r - mean if w is None else (r - mean) * w.sqrt()[:, None]
+            count = self.count + n
+            delta, both = mean - self.mean, self.count * n / count
+            self.mean = self.mean + delta * (n / count)
+            self.square = self.square + r.square().sum() + both * delta.square().sum()
             if self.scatter is not None:
-                self.scatter.addmm_(r.mT, r).addr_(weight * delta, delta)
+                self.scatter.addmm_(r.mT, r).addr_(both * delta, delta)
             self.count = count
+            self.rows = self.rows + len(r)
 
     def reduce(self, group: Group) -> None:
         """In place: the moments of the rows of all processes."""
         ours, mean = self.count.clone(), self.count * self.mean
-        group.sum(self.count, mean)
+        group.sum(self.rows, self.count, mean)
         mean /= self.count.clamp_min(1)
         delta = self.mean - mean
         self.square += ours * delta.square().sum()
@@ -202,34 +231,59 @@ def canonical(W: Tensor) -> Tensor:
     return W * torch.where(W.gather(0, W.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
 
 
-def _log_likelihood(eigenvalues: Tensor, s2: Tensor, D: int) -> float:
-    """Mean log p(x) at the maximum, from the M largest eigenvalues: the exponent's mean is -D / 2 there."""
-    M = len(eigenvalues)
-    return float(-0.5 * (D * (LOG_2PI + 1) + torch.log(eigenvalues).sum() + (D - M) * torch.log(s2)))
+def _log_likelihood(values: Tensor, rest: Tensor, s2: Tensor, D: int) -> float:
+    """Mean log p(x) of the best W for s2, from the M largest eigenvalues and the sum of the others."""
+    top = values.maximum(s2)
+    log_det = torch.log(top).sum() + (D - len(top)) * torch.log(s2)
+    return float(-0.5 * (D * LOG_2PI + log_det + (values / top).sum() + rest / s2))
 
 
-def eig(batches: Batches, n_components: int, group: Group) -> Fit:
+def of_moments(moments: Moments, n_components: int, min_sigma2: float) -> Fit:
     """The closed form: s2 is the mean of the D - M smallest eigenvalues of the covariance, W = U (Lambda - s2 I)^1/2.
+
+    Reference: Tipping & Bishop 1999, eq. 7 and 8.
+    """
+    assert moments.scatter is not None
+    N, D = int(moments.rows), len(moments.mean)
+    check_components(n_components, D)
+    values, vectors = torch.linalg.eigh(moments.scatter / moments.count)
+    values = values.flip(0).clamp_min(0)
+    _check_count(N, _rank(values, N, D), n_components)
+    return _closed_form(values, vectors.flip(1)[:, :n_components], moments.mean, N, min_sigma2)
+
+
+def _closed_form(values: Tensor, top: Tensor, mean: Tensor, N: int, min_sigma2: float) -> Fit:
+    """Of the eigenvalues, falling, without those that are 0 if need be, and of the first M vectors [D, M]."""
+    D, M = top.shape
+    rest = values[M:].sum()
+    s2 = (rest / (D - M)).clamp_min(min_sigma2)
+    W = canonical(top * torch.sqrt((values[:M] - s2).clamp_min(0)))
+    log_likelihood = _log_likelihood(values[:M], rest, s2, D)
+    return Fit(W, mean, torch.log(s2), FitReport("eig", N, True, (log_likelihood,)))
+
+
+def eig(batches: Batches, n_components: int, group: Group, min_sigma2: float) -> Fit:
+    """The closed form, over batches and processes.
 
     With more than D rows the D by D covariance is summed over the batches; else the rows are kept, in their dtype, and
     the N by N Gram matrix gives the same eigenvalues.
 
-    Reference: Tipping & Bishop 1999, eq. 7 and 8; Gram matrix: Bishop 2006, sec. 12.1.4.
+    Reference: Gram matrix: Bishop 2006, sec. 12.1.4.
     """
-    kept: list[Tensor] = []  # rows, as long as they are at most D
+    kept: list[Batch] = []  # rows, as long as they are at most D
     moments: Moments | None = None
     first, count = None, 0
     with group.together():
-        for x in batches():
+        for x, weight in batches():
             _check_finite(x, '"eig"; "em" takes NaN for missing cells')
             first = x if first is None else first
             count += len(x)
             if moments is None and count <= x.shape[1]:
-                kept.append(x)
+                kept.append((x, weight))
                 continue
             moments = moments or Moments(x.shape[1], x.device, scatter=True)
-            for rows in (*kept, x):
-                moments.update(rows)
+            for batch in (*kept, (x, weight)):
+                moments.update(*batch)
             kept.clear()
     D, device = _features(first, group)
     check_components(n_components, D)
@@ -239,25 +293,19 @@ def eig(batches: Batches, n_components: int, group: Group) -> Fit:
     if N > D:
         if moments is None:
             moments = Moments(D, device, scatter=True)
-            for rows in kept:
-                moments.update(rows)
+            for batch in kept:
+                moments.update(*batch)
         moments.reduce(group)
-        assert moments.scatter is not None
-        values, vectors = torch.linalg.eigh(moments.scatter / N)
-        mean, top = moments.mean, vectors.flip(1)[:, :n_components]
-        values = values.flip(0).clamp_min(0)
-        rank = _rank(values, N, D)
-        _check_count(N, rank, n_components)
+        fit = of_moments(moments, n_components, min_sigma2)
     else:
-        double = group.largest(any(rows.dtype == torch.float64 for rows in kept))
+        double = group.largest(any(rows.dtype == torch.float64 for rows, _ in kept))
         dtype = torch.float64 if double else torch.float32
-        local = torch.cat([read_data(r, dtype) for r in kept] or [torch.zeros(0, D, dtype=dtype, device=device)])
-        X = group.gather(local, group.largest(len(local)))
-        values, top, mean = _small_gram(X, n_components)
-    s2 = values[n_components:].sum() / (D - n_components)
-    W = canonical(top * torch.sqrt((values[:n_components] - s2).clamp_min(0)))
-    log_likelihood = _log_likelihood(values[:n_components], s2, D)
-    fit = Fit(W, mean, torch.log(s2), FitReport("eig", N, True, (log_likelihood,)))
+        local = torch.cat([read_data(r, dtype) for r, _ in kept] or [torch.zeros(0, D, dtype=dtype, device=device)])
+        weights = torch.cat([_weights(*batch) for batch in kept] or [total.new_zeros(0)])
+        longest = group.largest(len(local))
+        X, w = group.gather(local, longest), group.gather(weights[:, None], longest).flatten()
+        values, top, mean = _small_gram(X, w, n_components)
+        fit = _closed_form(values, top, mean, N, min_sigma2)
     group.same(*fit[:3])
     return fit
 
@@ -266,30 +314,32 @@ def _rank(values: Tensor, N: int, D: int) -> int:
     return int((values > values[0] * max(N, D) * torch.finfo(torch.float64).eps).sum()) if values[0] > 0 else 0
 
 
-def _small_gram(X: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues of the covariance of X [N, D], N <= D, that can be other than 0; its first M vectors; the mean."""
+def _small_gram(X: Tensor, w: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues of the covariance of X [N, D] with weights w [N], N <= D, that can be other than 0; its first M
+    vectors; the mean."""
     N, D = X.shape
     size = max(1, PIECE_ELEMENTS // max(1, N))
-    mean = torch.cat([part.double().mean(0) for part in X.split(size, 1)])
+    share = w / w.sum()
+    mean = torch.cat([share @ part.double() for part in X.split(size, 1)])
 
     def centered() -> Iterator[Tensor]:
         for part, center in zip(X.split(size, 1), mean.split(size), strict=True):
-            yield part.double() - center
+            yield (part.double() - center) * share.sqrt()[:, None]
 
     gram = torch.zeros(N, N, dtype=torch.float64, device=X.device)
     for r in centered():
         gram.addmm_(r, r.mT)
-    values, vectors = torch.linalg.eigh(gram / max(N, 1))
+    values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)[:, :n_components]
     rank = _rank(values, N, D) if N else 0
     _check_count(N, rank, n_components)
-    scale = 1 / torch.sqrt(N * values[:n_components])
+    scale = 1 / torch.sqrt(values[:n_components])
     return values, torch.cat([r.mT @ vectors * scale for r in centered()]), mean
 
 
 class _Sums:
-    """Of complete rows r = x - b, for a basis Z [D, L] of orthonormal columns: sum e c', sum c c' and sum |e|^2, where
-    c = Z'r and e = r - Z c."""
+    """Of complete rows r = x - b, for a basis Z [D, L] of orthonormal columns: the weighted sums of e c', c c' and
+    |e|^2, where c = Z'r and e = r - Z c."""
 
     def __init__(self, Z: Tensor, b: Tensor) -> None:
         self.Z, self.b = Z, b
@@ -297,20 +347,23 @@ class _Sums:
         self.second = Z.new_zeros(Z.shape[1], Z.shape[1])
         self.rest = Z.new_zeros(())
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, weight: Tensor | None) -> None:
         """Three passes over x [n, D], in its own dtype."""
+        w = _weights(x, weight)
         coords, square = call(_op._ppca_project.default, reference.ppca_project, x, self.Z, self.b)
         rest = call(_op._ppca_rest.default, reference.ppca_rest, x, self.Z, self.b, coords, square)
-        ones, cross_alone = torch.ones_like(square), [False, True, False]
+        cross_alone = [False, True, False]
         residual = _op._ppca_residual.default, reference.ppca_residual
-        _, cross, _ = call(*residual, x, self.Z, self.b, coords, coords, ones, cross_alone)
+        _, cross, _ = call(*residual, x, self.Z, self.b, coords, coords, w, cross_alone)
         assert cross is not None
-        self.rest += rest.sum()
+        self.rest += w @ rest
         self.cross += cross
-        self.second += coords.mT @ coords
+        self.second += (coords if weight is None else coords * w[:, None]).mT @ coords
 
 
-def _complete(batches: Batches, W: Tensor, b: Tensor, N: int, n_components: int, group: Group) -> Iterator[Step]:
+def _complete(
+    batches: Batches, W: Tensor, b: Tensor, count: Count, n_components: int, min_sigma2: float, group: Group
+) -> Iterator[Step]:
     """Of the subspaces that steps reach, the best parameters.
 
     The M step of EM turns span W into span S W, S the covariance of the data. Given the span, the scale of W and s2 are
@@ -325,26 +378,26 @@ def _complete(batches: Batches, W: Tensor, b: Tensor, N: int, n_components: int,
         basis, _, _ = call(_op._ppca_factor.default, reference.ppca_factor, W, W.new_zeros(()))
         sums = _Sums(basis, b)
         for piece in _read(batches, group):
-            sums.update(piece)
+            sums.update(*piece)
         group.sum(sums.cross, sums.second, sums.rest)
-        second = sums.second / N
+        second = sums.second / count.weight
         vectors = torch.linalg.eigh(second)[1].flip(1)
         # not eigh's values, whose errors are those of the largest: near the end, the rest of the span holds little
         values = (vectors * (second @ vectors)).sum(0).clamp_min(0)
-        values, vectors = torch.cat([values, sums.rest.reshape(1) / N]), vectors[:, :M]
-        _check_count(N, _rank(values, N, D), M)
+        values, vectors = torch.cat([values, sums.rest.reshape(1) / count.weight]), vectors[:, :M]
+        _check_count(count.rows, _rank(values, count.rows, D), M)
         # s2 is the mean over the directions that are left; of those in the span too where they are below it
         s2 = torch.stack([values[k:].sum() / (D - k) for k in range(M + 1)])
-        s2 = s2[(values[:M] > s2[1:]).sum()]
-        top = values[:M].maximum(s2)
+        s2 = s2[(values[:M] > s2[1:]).sum()].clamp_min(min_sigma2)
+        lengths = torch.sqrt((values[:M] - s2).clamp_min(0))
         U = sums.Z @ vectors
-        yield _log_likelihood(top, s2, D), (U * torch.sqrt(top - s2), b, torch.log(s2))
+        yield _log_likelihood(values[:M], values[M:].sum(), s2, D), (U * lengths, b, torch.log(s2))
         W = torch.cat([U, sums.cross @ vectors, sums.Z[:, M:] @ vectors[M:]], 1)
 
 
 class _MissingSums:
-    """Of rows with missing cells, for every column d: the normal equations of its row of W and of b; and the first two
-    moments of z."""
+    """Of rows with missing cells, weighted, for every column d: the normal equations of its row of W and of b; and the
+    first two moments of z."""
 
     def __init__(self, W: Tensor, b: Tensor, log_sigma2: Tensor) -> None:
         self.W, self.b, self.log_s2 = W, b, log_sigma2
@@ -356,21 +409,22 @@ class _MissingSums:
         self.z = W.new_zeros(len(self.i))  # sum over n that have any cell of E[(z, 1) (z, 1)']
         self.log_prob, self.cells = (torch.zeros_like(log_sigma2) for _ in range(2))
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, weight: Tensor | None) -> None:
         M = self.W.shape[1]
-        for part in x.split(max(16, (1 << 21) // (M * M))):
+        size = max(16, (1 << 21) // (M * M))
+        for part, w in zip(x.split(size), _weights(x, weight).split(size), strict=True):
             observed = ~part.isnan()
             found = missing.rows(part, self.W, self.b, self.log_s2, observed)
             z = torch.cat([found.mean, found.mean.new_ones(len(part), 1)], 1)
             second = z.unsqueeze(2) * z.unsqueeze(1)
             second[:, :M, :M] += torch.exp(self.log_s2) * torch.cholesky_inverse(found.factor)
             second = second[:, self.i, self.j]
-            cells = observed.double()
+            cells = observed * w[:, None]
             self.A += cells.mT @ second
-            self.z += observed.any(1).double() @ second
-            self.S += found.centered.mT @ z
-            self.squares += found.centered.square().sum(0)
-            self.log_prob += found.log_prob.sum()
+            self.z += (observed.any(1) * w) @ second
+            self.S += found.centered.mT @ (z * w[:, None])
+            self.squares += w @ found.centered.square()
+            self.log_prob += w @ found.log_prob
             self.cells += cells.sum()
 
     def step(self, group: Group) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,7 +440,14 @@ class _MissingSums:
 
 
 def _incomplete(
-    batches: Batches, W: Tensor, b: Tensor, log_sigma2: Tensor, N: int, floor: Tensor, group: Group
+    batches: Batches,
+    W: Tensor,
+    b: Tensor,
+    log_sigma2: Tensor,
+    count: Count,
+    min_sigma2: float,
+    floor: Tensor,
+    group: Group,
 ) -> Iterator[Step]:
     """Two steps of parameter-expanded EM, and an extrapolation of them wherever log p(x) does not fall by it.
 
@@ -394,12 +455,14 @@ def _incomplete(
     1998.
     """
 
+    least = math.log(min_sigma2) if min_sigma2 > 0 else -math.inf
+
     def step(parameters: Parameters) -> tuple[float, Parameters]:
         sums = _MissingSums(*parameters)
         for piece in _read(batches, group):
-            sums.update(piece)
-        found = sums.step(group)
-        return float(sums.log_prob) / N, found
+            sums.update(*piece)
+        W, b, log_s2 = sums.step(group)
+        return float(sums.log_prob) / count.weight, (W, b, log_s2.clamp_min(least))
 
     def change(new: Parameters, old: Parameters) -> Parameters:
         return new[0] - old[0], new[1] - old[1], new[2] - old[2]
@@ -409,31 +472,31 @@ def _incomplete(
         moved = (p[0].square().sum() + p[1].square().sum()) * torch.exp(-log_s2)
         return math.sqrt(float(moved + 0.5 * len(b) * p[2].square()))
 
-    first: Parameters = (W, b, log_sigma2)
+    first: Parameters = (W, b, log_sigma2.clamp_min(least))
     before, second = step(first)
     yield before, first
     while True:
         if not min(first[2], second[2]) > floor:  # NaN too
-            _check_count(N, W.shape[1], W.shape[1])
+            _check_count(count.rows, W.shape[1], W.shape[1])
         middle, third = step(second)
         r = change(second, first)
         v = change(change(third, second), r)
         far = max(length(r, third[2]) / max(length(v, third[2]), 1e-300), 1.0)
         trial = tuple(p + 2 * far * dp + far**2 * ddp for p, dp, ddp in zip(first, r, v, strict=True))
-        value, after = step((trial[0], trial[1], trial[2]))
-        first, second = (trial[0], trial[1], trial[2]), after
+        first = (trial[0], trial[1], trial[2].clamp_min(least))
+        value, second = step(first)
         if not value >= middle:
             first = third
             value, second = step(third)
         yield value, first
 
 
-def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, int, bool]:
+def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, Count, bool]:
     """Of observed cells: mean [D], mean variance, rows; and whether cells are missing."""
     first, missing = None, False
     moments: Moments | None = None
     with group.together():
-        for x in batches():
+        for x, weight in batches():
             first = x if first is None else first
             moments = moments or Moments(x.shape[1], x.device)
             if x.is_floating_point():
@@ -441,34 +504,38 @@ def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, int, 
                 if x.isinf().any():
                     raise ValueError('X must be finite or NaN (a missing cell) for method "em"; it holds infinity')
             if not missing:
-                moments.update(x)
+                moments.update(x, weight)
     D, device = _features(first, group)
     moments = moments or Moments(D, device)
     if not group.largest(missing):
         moments.reduce(group)
-        return moments.mean, moments.square / (moments.count * D).clamp_min(1), int(moments.count), False
+        count = Count(int(moments.rows), float(moments.count))
+        return moments.mean, moments.square / (moments.count * D), count, False
     # a second pass, by column; sums about the first row's values, where there are any
-    count, mean, square = (torch.zeros(D, dtype=torch.float64, device=device) for _ in range(3))
-    rows = torch.zeros((), dtype=torch.float64, device=device)
-    for piece in _read(batches, group):
+    seen, mean, square = (torch.zeros(D, dtype=torch.float64, device=device) for _ in range(3))
+    rows, weights = torch.zeros(2, dtype=torch.float64, device=device)
+    tiny = torch.finfo(torch.float64).tiny
+    for piece, weight in _read(batches, group):
+        w = _weights(piece, weight)
         rows += len(piece)
-        cells = (~piece.isnan()).double()
+        weights += w.sum()
+        cells = ~piece.isnan() * w[:, None]
         n = cells.sum(0)
         r = torch.nan_to_num(read_data(piece, torch.float64))
-        local = r.sum(0) / n.clamp_min(1)
+        local = (r * cells).sum(0) / n.clamp_min(tiny)
         square += ((r - local).square() * cells).sum(0)
-        delta, total = local - mean, (count + n).clamp_min(1)
-        square += delta.square() * count * n / total
+        delta, total = local - mean, (seen + n).clamp_min(tiny)
+        square += delta.square() * seen * n / total
         mean += delta * n / total
-        count += n
-    sums, ours = count * mean, count.clone()
-    group.sum(count, sums, rows)
-    if (never := torch.nonzero(count == 0).flatten().tolist()) != []:
+        seen += n
+    sums, ours = seen * mean, seen.clone()
+    group.sum(seen, sums, rows, weights)
+    if (never := torch.nonzero(seen == 0).flatten().tolist()) != []:
         raise ValueError(f"X must have an observed cell in every column; none in {', '.join(map(str, never))}")
-    center = sums / count
+    center = sums / seen
     square += ours * (mean - center).square()
     group.sum(square)
-    return center, square.sum() / count.sum(), int(rows), True
+    return center, square.sum() / seen.sum(), Count(int(rows), float(weights)), True
 
 
 def _settled(history: list[float], tol: float) -> bool:
@@ -489,6 +556,7 @@ def em(
     *,
     max_iter: int,
     tol: float,
+    min_sigma2: float,
     generator: torch.Generator | None,
 ) -> Fit:
     """Expectation maximization, accelerated, O(N D M) per step; with missing cells O(N D M^2).
@@ -496,19 +564,19 @@ def em(
     It ends when less than `tol` nats per row seem left to gain. log p(x) never falls from one step to the next but by
     rounding; should it, the step before is the result, and the report says that it did not converge.
     """
-    b, variance, N, missing = _column_means(batches, group)
+    b, variance, count, missing = _column_means(batches, group)
     D = len(b)
     check_components(n_components, D)
-    rank = 0 if float(variance) <= 0 else n_components + 1  # no more is known before the fit
-    _check_count(N, rank, n_components)
+    rank = n_components + 1 if float(variance) > 0 else 0  # no more is known before the fit
+    _check_count(count.rows, rank, n_components)
     W = torch.randn(D, n_components if missing else min(3 * n_components, D), dtype=torch.float64, generator=generator)
     W = W.to(b.device) * torch.sqrt(variance / (2 * n_components))
     group.same(W, b, variance)
     if missing:
         floor = torch.log(variance) + math.log(D * torch.finfo(torch.float64).eps)
-        steps = _incomplete(batches, W, b, torch.log(variance / 2), N, floor, group)
+        steps = _incomplete(batches, W, b, torch.log(variance / 2), count, min_sigma2, floor, group)
     else:
-        steps = _complete(batches, W, b, N, n_components, group)
+        steps = _complete(batches, W, b, count, n_components, min_sigma2, group)
     history: list[float] = []
     converged = False
     for value, found in progress(islice(steps, max_iter + 1), "EM", "step", max_iter + 1):
@@ -520,6 +588,6 @@ def em(
         best = found
         if converged := _settled(history, tol):
             break
-    fit = Fit(canonical(best[0]), *best[1:], FitReport("em", N, converged, tuple(history)))
+    fit = Fit(canonical(best[0]), *best[1:], FitReport("em", count.rows, converged, tuple(history)))
     group.same(*fit[:3])
     return fit

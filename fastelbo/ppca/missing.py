@@ -43,9 +43,10 @@ def _grams(observed: Tensor, W: Tensor) -> Tensor:
 
     total = observed.new_zeros(len(observed), len(i))
     size = max(1, PIECE_ELEMENTS // len(i))
+    # computed again in the backward, so that only W itself is kept; the first checkpoint imports torch's compiler
+    again = W.requires_grad and torch.is_grad_enabled()
     for cells, part in zip(observed.split(size, 1), W.split(size), strict=True):
-        # computed again in the backward: only W itself is kept
-        total = total + (checkpoint(piece, cells, part, use_reentrant=False) if W.requires_grad else piece(cells, part))
+        total = total + (checkpoint(piece, cells, part, use_reentrant=False) if again else piece(cells, part))
     return total[:, where]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +16,7 @@ from fastelbo.functional import gaussian_kl
 from fastelbo.likelihoods import LOG_2PI
 from fastelbo.ppca import fit, missing
 from fastelbo.ppca.density import ppca_log_prob
-from fastelbo.ppca.fit import FitReport
+from fastelbo.ppca.fit import Fit, FitReport
 from fastelbo.reference import compute_dtype, ppca_qr, read_data
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ METHODS = ("eig", "em")
 # the kind of an array: what a method returns is of the kind that it was called with
 _Array = TypeVar("_Array", Tensor, "npt.NDArray[Any]")
 _method = arguments.one_of(METHODS)
+not_negative = arguments.number(lambda value: 0 <= value < math.inf, "at least 0 and finite")
 
 
 def _is_array(X: Any) -> bool:
@@ -67,11 +69,29 @@ def _kind(X: Any) -> str:
     return f"{type(X).__name__} of {X.dtype}" if hasattr(X, "dtype") else type(X).__name__
 
 
-def _fit_batches(X: Any, method: str) -> fit.Batches:
+def weighted(X: object, sample_weight: object) -> fit.Batch:
+    """The rows of X [N, D] whose weight is not 0, and their weights [n], float64; None is 1 each."""
+    x = _tensor(X, "X").detach()
+    if sample_weight is None:
+        return x, None
+    w = sample_weight if isinstance(sample_weight, Tensor) else _from_numpy(sample_weight)
+    if w.shape != x.shape[:1]:
+        raise ValueError(f"sample_weight must be [N] with N={len(x)} from X; got {tuple(w.shape)}")
+    w = w.detach().to(x.device, torch.float64)
+    if not bool((w.isfinite() & (w >= 0)).all()):
+        raise ValueError("sample_weight must be finite and at least 0")
+    if not bool(w.any()):
+        raise ValueError(f"sample_weight must have a weight that is not zero; all {len(w)} are")
+    return (x, w) if bool(w.all()) else (x[w > 0], w[w > 0])
+
+
+def _fit_batches(X: Any, method: str, sample_weight: Any) -> fit.Batches:
     """X, an array or an iterable of batches, as a function that starts a new pass over the data."""
     if _is_array(X):
-        x = _tensor(X, "X").detach()
-        return lambda: [x]
+        rows = weighted(X, sample_weight)
+        return lambda: [rows]
+    if sample_weight is not None:
+        raise TypeError(f"sample_weight must be None unless X is one array; X is {type(X).__name__}")
     if not isinstance(X, Iterable) or isinstance(X, str | bytes):
         raise TypeError(f"X must be a tensor, an array, or an iterable of batches; got {type(X).__name__}")
     if method == "em" and iter(X) is X:
@@ -80,7 +100,7 @@ def _fit_batches(X: Any, method: str) -> fit.Batches:
             f"got the iterator {type(X).__name__}, which can be read only once"
         )
 
-    def batches() -> Iterator[Tensor]:
+    def batches() -> Iterator[fit.Batch]:
         D = None
         for batch in X:
             # a DataLoader of a TensorDataset gives lists: data, and labels
@@ -88,7 +108,7 @@ def _fit_batches(X: Any, method: str) -> fit.Batches:
             D = x.shape[1] if D is None else D
             if x.shape[1] != D:
                 raise ValueError(f"every batch of X must be [n, {D}], as the first one; got {tuple(x.shape)}")
-            yield x
+            yield x, None
 
     return batches
 
@@ -228,7 +248,7 @@ class PPCA(nn.Module):
         if torch.compiler.is_compiling() or not x.is_floating_point() or not bool(found.isnan().any()):
             return found
         rows = x.isnan().any(1)
-        exact = ppca_log_prob(x[rows], *self._parameters_(), observed=~x[rows].isnan())
+        exact = missing.log_prob(x[rows], *self._parameters_(), ~x[rows].isnan())
         # complete rows go through the op anew: a gradient of 0 times NaN is NaN
         complete = ppca_log_prob(x[~rows], *self._parameters_())
         return torch.zeros_like(found).index_put((rows,), exact).index_put((~rows,), complete)
@@ -390,8 +410,10 @@ class PPCA(nn.Module):
         *,
         max_iter: int = 1000,
         tol: float = 1e-6,
+        min_sigma2: float = 0.0,
         group: ProcessGroup | None = None,
         generator: Generator | None = None,
+        sample_weight: Array | None = None,
     ) -> PPCA:
         """Maximum likelihood; W gets orthogonal columns, longest first, whatever the method.
 
@@ -401,12 +423,18 @@ class PPCA(nn.Module):
             method: "eig", the closed form, takes one pass: O(N D^2) with more than D rows, O(N^2 D) else. "em" takes
                 O(N D M) per step, with missing cells O(N D M^2) and D M^2 / 2 sums in memory.
             max_iter, tol: "em" ends after so many steps, or when less than tol nats per row seem left to gain.
+            min_sigma2: the least s2, in units of the squared data. Where cells are missing, it keeps components from
+                fitting the noise of the few cells that a row has, as fewer of them would.
             group: a torch.distributed group, such as `torch.distributed.group.WORLD`, whose processes hold a part of
                 the rows each, or none. All get the same parameters.
             generator: of the start of "em", on the CPU; torch's default one if None.
+            sample_weight: [N], at least 0, if X is one array: a row of weight 2 counts as two equal rows.
 
         Returns:
             self, with a new `fit_report`.
+
+        Warns:
+            RuntimeWarning: "em" did not converge, with what to do.
 
         Raises:
             ValueError: a shape, NaN or infinity where it is not allowed, fewer than 2 rows, M not less than D or than
@@ -416,30 +444,51 @@ class PPCA(nn.Module):
 
         Reference: Tipping & Bishop 1999, sec. 3.2, app. B.
         """
+        found = self._fit(X, method, max_iter, tol, min_sigma2, group, generator, sample_weight)
+        if not found.report.converged:
+            warnings.warn(fit.advice(found), RuntimeWarning, stacklevel=3)  # beyond the frame of no_grad
+        return self
+
+    def _fit(
+        self,
+        X: Any,
+        method: str,
+        max_iter: int,
+        tol: float,
+        min_sigma2: float,
+        group: ProcessGroup | None,
+        generator: Generator | None,
+        sample_weight: Any,
+    ) -> Fit:
         _method("method", method)
         max_iter, tol = arguments.count("max_iter", max_iter), arguments.not_negative("tol", tol)
+        min_sigma2 = not_negative("min_sigma2", min_sigma2)
         if generator is not None:
             arguments.generator("generator", generator)
         seen: list[torch.dtype] = []
         over = fit.Group(group)
         with over.together():
-            source = _fit_batches(X, method)
+            source = _fit_batches(X, method, sample_weight)
 
-        def batches() -> Iterator[Tensor]:
-            for x in source():
+        def batches() -> Iterator[fit.Batch]:
+            for x, weight in source():
                 if x.dtype not in seen:
                     seen.append(x.dtype)
-                yield x
+                yield x, weight
 
         if method == "eig":
-            found = fit.eig(batches, self.n_components, over)
+            found = fit.eig(batches, self.n_components, over, min_sigma2)
         else:
-            found = fit.em(batches, self.n_components, over, max_iter=max_iter, tol=tol, generator=generator)
+            options: Any = {"max_iter": max_iter, "tol": tol, "min_sigma2": min_sigma2, "generator": generator}
+            found = fit.em(batches, self.n_components, over, **options)
         double = over.largest(torch.float64 in seen)
         dtype = torch.float64 if double else torch.float32
+        self._take(found, dtype)
+        return found
+
+    def _take(self, found: Fit, dtype: torch.dtype) -> None:
         self._set(found.W.to(dtype), found.b.to(dtype), found.log_sigma2.to(dtype))
         self.fit_report = found.report
-        return self
 
     def fit_transform(
         self,
@@ -448,9 +497,12 @@ class PPCA(nn.Module):
         *,
         max_iter: int = 1000,
         tol: float = 1e-6,
+        min_sigma2: float = 0.0,
         group: ProcessGroup | None = None,
         generator: Generator | None = None,
+        sample_weight: Array | None = None,
     ) -> _Array:
         """`fit`, then `transform` of the same X, which must be one array here."""
-        self.fit(X, method, max_iter=max_iter, tol=tol, group=group, generator=generator)
+        options: Any = {"max_iter": max_iter, "tol": tol, "min_sigma2": min_sigma2, "sample_weight": sample_weight}
+        self.fit(X, method, group=group, generator=generator, **options)
         return self.transform(X)

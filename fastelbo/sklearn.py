@@ -1,0 +1,229 @@
+"""Probabilistic PCA as a scikit-learn estimator. fastelbo itself does not import this module, nor scikit-learn.
+
+from fastelbo.sklearn import PPCA
+
+make_pipeline(StandardScaler(), PPCA(8)).fit(X).score(X)  # mean log p(x), nats
+PPCA(8, method="em").fit(X_with_nan).impute(X_with_nan)
+"""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from fastelbo.ppca import fit, model
+from fastelbo.ppca.fit import Moments
+
+if TYPE_CHECKING:
+    from numpy.random import RandomState
+    from numpy.typing import ArrayLike, NDArray
+    from sklearn.utils import Tags
+
+    Array = NDArray[np.floating]
+
+__all__ = ["PPCA"]
+
+DTYPES = (np.float64, np.float32)
+
+
+class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """Probabilistic PCA, x = W z + b + e with z ~ N(0, I) and e ~ N(0, s2 I): `fastelbo.PPCA` as an estimator.
+
+    X is an array or a table [N, D] of numbers; integers are read as they are, uint8 too. float32 stays float32.
+
+    What differs from `sklearn.decomposition.PCA`: `transform` gives the posterior mean E[z | x], in units of the prior
+    N(0, I) and shrunk towards 0 by the noise, and not the projection on `components_`. Variances are those of maximum
+    likelihood: they divide by N, not N - 1, and s2 is the mean over D - M directions, also of fewer rows than columns.
+
+    Overfitting: with missing cells, too many components fit the noise of the few cells that each row has, and EM takes
+    long. Of scikit-learn's digits (1,797 rows, D = 64) with 60 % of the cells hidden, the mean squared error of the
+    cells that `impute` fills in is 18.9 with the means of the columns, 12.8 with 12 components, 14.7 with 16, and 34.2
+    with 24 after 200 steps without convergence, while log p(x) of the rows of the fit rises all along: -63.8, -61.7,
+    -54.5. That of held-out rows tells: -65.5, -64.8, -225 (5 folds). So choose the number by it, which is `score`:
+
+        GridSearchCV(PPCA(method="em"), {"n_components": [2, 4, 8, 12, 16]})
+
+    A floor of s2 helps more: 24 components with min_noise_variance=4 converge in 24 steps to an error of 10.3, and
+    values from 2 to 8 give at most 10.9. Cells that are hidden on purpose tell which one imputes best.
+
+    Args:
+        n_components: M, latent dimensions; less than D.
+        method: "eig", the closed form, or "em", which also takes NaN for missing cells. See `fastelbo.PPCA.fit`.
+        max_iter, tol: "em" ends after so many steps, or when less than tol nats per row seem left to gain.
+        min_noise_variance: the least s2, in units of the squared data.
+        random_state: of the start of "em".
+
+    Attributes:
+        components_: [M, D], orthonormal rows, longest column of W first, the largest entry of each positive, as
+            scikit-learn's. A row is 0 if its component has no more variance than the noise.
+        explained_variance_: [M], of the data along each component: |W_m|^2 + s2.
+        noise_variance_: s2.
+        mean_: [D], b.
+        n_components_, n_features_in_, feature_names_in_: M, D, and the names of the columns of a table.
+        n_iter_: steps of "em"; 1 for "eig".
+        model_: the `fastelbo.PPCA`, for what it offers beyond: posterior, samples, ELBO.
+
+    Reference: Tipping & Bishop 1999.
+    """
+
+    def __init__(
+        self,
+        n_components: int = 1,
+        *,
+        method: str = "eig",
+        max_iter: int = 1000,
+        tol: float = 1e-6,
+        min_noise_variance: float = 0.0,
+        random_state: int | RandomState | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.method = method
+        self.max_iter = max_iter
+        self.tol = tol
+        self.min_noise_variance = min_noise_variance
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = self.method == "em"
+        tags.transformer_tags.preserves_dtype = [dtype.__name__ for dtype in DTYPES]
+        return tags
+
+    @property
+    def _n_features_out(self) -> int:
+        return len(self.components_)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Fitting.
+
+    def fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> PPCA:
+        """Maximum likelihood.
+
+        Args:
+            X: [N, D], N at least 2; NaN is a missing cell for method "em".
+            y: ignored.
+            sample_weight: [N], at least 0: a row of weight 2 counts as two equal rows. None is 1 each.
+
+        Raises:
+            ValueError: NaN for method "eig", infinity, fewer than 2 rows, n_components not less than the rank.
+
+        Warns:
+            sklearn.exceptions.ConvergenceWarning: "em" did not converge, with what to do.
+        """
+        X = validate_data(self, X, dtype=DTYPES, ensure_min_samples=2, ensure_min_features=2, **self._finite())
+        rows, weight = model.weighted(X, sample_weight)
+        N, D = rows.shape
+        if self.method == "eig" and N > D:
+            return self._update(None, rows, weight)
+        generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
+        fitted = model.PPCA(self.n_components)
+        found = fitted._fit(X, self.method, self.max_iter, self.tol, self._least(), None, generator, sample_weight)
+        if not found.report.converged:
+            warnings.warn(fit.advice(found), ConvergenceWarning, stacklevel=2)
+        return self._set(fitted, None)
+
+    @available_if(lambda self: self.method == "eig")  # type: ignore[untyped-decorator]
+    def partial_fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> PPCA:
+        """The fit of all rows of this call and of those before it, exactly; for method "eig".
+
+        The D by D scatter matrix is kept in between, as by a `fit` of more than D rows, from which this may go on too.
+        A call takes O(N D^2 + D^3).
+
+        Args:
+            X: [N, D], without NaN; of the first call, with a rank above n_components.
+            y: ignored.
+            sample_weight: as of `fit`.
+
+        Raises:
+            ValueError: as `fit`; after a `fit` of at most D rows. The estimator is then as before.
+        """
+        first = not hasattr(self, "model_")
+        if not first and self._moments is None:
+            raise ValueError(
+                f"partial_fit cannot go on from a fit of at most D={self.n_features_in_} rows, which keeps no scatter "
+                "matrix: let a clone begin with partial_fit"
+            )
+        X = validate_data(self, X, dtype=DTYPES, reset=first, ensure_min_features=2 if first else 1)
+        return self._update(None if first else self._moments, *model.weighted(X, sample_weight))
+
+    def _update(self, before: Moments | None, rows: Tensor, weight: Tensor | None) -> PPCA:
+        """The fit of the rows, and of those that the moments are of."""
+        dtype = rows.dtype
+        if before is not None:
+            dtype = torch.promote_types(dtype, self.model_._parameters_()[0].dtype)
+        moments = deepcopy(before) or Moments(rows.shape[1], rows.device, scatter=True)
+        moments.update(rows, weight)
+        fitted = model.PPCA(self.n_components)
+        fitted._take(fit.of_moments(moments, fitted.n_components, self._least()), dtype)
+        return self._set(fitted, moments)
+
+    def _least(self) -> float:
+        return model.not_negative("min_noise_variance", self.min_noise_variance)  # type: ignore[no-any-return]
+
+    def _finite(self) -> dict[str, object]:
+        return {"ensure_all_finite": "allow-nan" if self.method == "em" else True}
+
+    def _set(self, fitted: model.PPCA, moments: Moments | None) -> PPCA:
+        W, b, log_sigma2 = (t.detach().numpy() for t in fitted._parameters_())
+        lengths = np.linalg.norm(W, axis=0)
+        report = fitted.fit_report
+        assert report is not None
+        self.model_ = fitted
+        self._moments = moments
+        self.components_ = np.divide(W, lengths, out=np.zeros_like(W), where=lengths > 0).T
+        self.noise_variance_ = float(np.exp(log_sigma2))
+        self.explained_variance_ = lengths**2 + self.noise_variance_
+        self.mean_ = b
+        self.n_components_ = len(lengths)
+        self.n_iter_ = max(1, len(report.log_likelihood) - 1)
+        return self
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The fitted model. Results are of the dtype of the data of the fit.
+
+    def _fitted(self) -> model.PPCA:
+        check_is_fitted(self)
+        return self.model_
+
+    def _data(self, X: ArrayLike, **finite: object) -> Array:
+        found: Array = validate_data(self, X, dtype=self.mean_.dtype, reset=False, **(finite or self._finite()))
+        return found
+
+    def transform(self, X: ArrayLike) -> Array:
+        """The posterior mean E[z | x]. X: [N, D], for "em" with NaN for missing cells -> [N, M].
+
+        A fit by "eig" does this for missing cells too by `transform(impute(X))`, which is the same exactly.
+        """
+        return self._fitted().transform(self._data(X))
+
+    def inverse_transform(self, X: ArrayLike) -> Array:
+        """E[x | z] = W z + b. X: z [N, M] -> [N, D]."""
+        return self._fitted().inverse_transform(check_array(X, dtype=self.mean_.dtype))
+
+    def impute(self, X: ArrayLike) -> Array:
+        """X [N, D] with every NaN replaced by its expectation given the row's other cells, whatever the method."""
+        return self._fitted().impute(self._data(X, ensure_all_finite="allow-nan"))
+
+    def score_samples(self, X: ArrayLike) -> Array:
+        """log p(x), nats; of a row with NaN cells, log p of its other cells. X: [N, D], for "em" with NaN -> [N]."""
+        return self._fitted().log_prob(self._data(X))
+
+    def score(self, X: ArrayLike, y: None = None) -> float:
+        """The mean of log p(x) over the rows, nats. X: as of `score_samples`."""
+        return self._fitted().score(self._data(X))
+
+    def get_covariance(self) -> Array:
+        """W W' + s2 I [D, D]: the covariance of p(x)."""
+        W = self._fitted()._parameters_()[0].detach().numpy()
+        covariance: Array = W @ W.T + self.noise_variance_ * np.eye(len(W), dtype=W.dtype)
+        return covariance

@@ -3,6 +3,7 @@
 # make bench         compares with eager PyTorch, torch.compile and other packages, in under 10 minutes
 # make bench-quick   a part of the benchmarks, in about 40 seconds
 # make docs          API reference and concepts, as web pages in build/docs
+# make wheels        a wheel in dist for the torch in .venv, tried outside of this folder
 # make cuda-build    builds everything for CUDA in .venv-cuda, without a GPU; prints registers and spills of every kernel
 # make sanitize      C++ tests and tests of the ops under sanitizers, on every instruction set; 10 minutes on 2 cores
 # make test-integrations  tests of fastelbo.integrations, with the packages themselves, in .venv-integrations
@@ -19,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV = . .venv/bin/activate &&
 CPP_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: demo test test-integrations test-scvi sanitize bench bench-quick docs cuda-build lint format clean
+.PHONY: demo test test-integrations test-scvi sanitize bench bench-quick docs wheels cuda-build lint format clean
 
 demo: .venv/built
 	$(VENV) python examples/demo.py
@@ -54,6 +55,12 @@ bench-quick: .venv/built .venv/bench
 
 docs: .venv/built .venv/dev
 	$(VENV) python docs/build.py
+
+wheels: .venv/built
+	rm -rf build/wheel
+	$(VENV) pip wheel --no-build-isolation --no-deps -w dist .
+	$(VENV) pip install --no-deps --target build/wheel dist/fastelbo-*.whl
+	$(VENV) cd build/wheel && grep "Requires-Dist: torch" fastelbo-*.dist-info/METADATA && python -m fastelbo info
 
 # Installs a CUDA build of torch (5.5 GB) in .venv-cuda and builds a copy of the sources, so that .venv does not change.
 cuda-build:

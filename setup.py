@@ -53,6 +53,18 @@ def cuda_obstacle(sources: list[str]) -> str | None:
     return None if nvcc == wanted.split(".")[0] else f"nvcc is CUDA {nvcc}, torch is CUDA {wanted}"
 
 
+def requirement() -> str:
+    """A wheel needs the minor version of torch that its library was built against; the sources build with others."""
+    oldest, built = "torch>=2.11", "torch=={}.{}.*".format(*torch.__version__.split(".")[:2])
+    return oldest if "sdist" in sys.argv else built
+
+
+def description() -> str:
+    """README.md for a package index, where the files that it links to are not: their links become text."""
+    text = re.sub(r"^!\[[^\]]*\]\([^)]*\)\n+", "", (ROOT / "README.md").read_text(), flags=re.MULTILINE)  # pictures
+    return re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]+\)", r"\1", text)
+
+
 class Build(BuildExtension):
     """Keeps the objects between builds, also under pip, so that ninja compiles only what has changed."""
 
@@ -88,6 +100,9 @@ if not obstacle:
     include_dirs += [str(toolkit / "include"), str(beside_torch / "include")]
     library_dirs += [str(toolkit / "lib64"), str(beside_torch / "lib")]
 setup(
+    install_requires=[requirement()],
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=[
         (CppExtension if obstacle else CUDAExtension)(
             "fastelbo._C",

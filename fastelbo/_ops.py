@@ -1,10 +1,16 @@
 """The compiled library: loads it, calls its ops or their twins, and gives its backward ops their derivatives."""
 
+import json
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
@@ -13,19 +19,36 @@ from torch.autograd import forward_ad
 from fastelbo import reference
 
 _R = TypeVar("_R")
-_REBUILD = "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
+_PIP = "pip install --no-build-isolation --force-reinstall --no-deps"
+
+
+def _rebuild() -> str:
+    """The command that builds this version again, from where it was installed from."""
+    try:
+        installed = distribution("fastelbo")
+    except PackageNotFoundError:
+        return f"{_PIP} . (in the folder of fastelbo's sources)"
+    url = json.loads(installed.read_text("direct_url.json") or "{}").get("url", "")
+    folder = url2pathname(urlsplit(url).path) if url.startswith("file:") else ""
+    if Path(folder, "setup.py").is_file():
+        return f"{_PIP} {shlex.quote(folder)}"
+    return f"{_PIP} --no-binary fastelbo fastelbo=={installed.version}"
+
 
 if find_spec("fastelbo._C") is None:
-    raise ImportError("fastelbo's compiled library is not built here; build it: pip install --no-build-isolation .")
+    raise ImportError(f"fastelbo's compiled library is not built here; build it: {_rebuild()}")
 try:
     from fastelbo import _C as _C
 except ImportError as error:
-    raise ImportError(f"fastelbo was not built against this PyTorch ({torch.__version__}); {_REBUILD}") from error
+    raise ImportError(
+        f"fastelbo was not built against this PyTorch ({torch.__version__}); rebuild it: {_rebuild()}"
+    ) from error
 
 _BUILT_AGAINST = _C.build_info()["torch"]
 if torch.__version__.split(".")[:2] != _BUILT_AGAINST.split(".")[:2]:
     raise ImportError(
-        f"fastelbo was built against PyTorch {_BUILT_AGAINST}, but this is PyTorch {torch.__version__}; {_REBUILD}"
+        f"fastelbo was built against PyTorch {_BUILT_AGAINST}, but this is PyTorch {torch.__version__}; "
+        f"rebuild it: {_rebuild()}"
     )
 
 KERNEL_DEVICES = frozenset(["cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])])

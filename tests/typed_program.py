@@ -45,6 +45,18 @@ assert_type(fastelbo.multi_sample_loss(recon, x, posterior, return_parts=True), 
 fastelbo.elbo_loss(recon, x, mu, logvar, groups=2)  # type: ignore[call-overload]
 fastelbo.elbo_loss(recon, x, mu, logvar, beta="1")  # type: ignore[call-overload]
 
+assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=mu[0], kl_mask=mu > 0), Tensor)
+assert_type(fastelbo.gaussian_kl(mu, logvar, mask=mu > 0, reduce=False), Tensor)
+assert_type(fastelbo.bound_loss(recon, posterior, estimator="dreg", kl_weight=0.5), Tensor)
+assert_type(fastelbo.bound_loss(recon, [posterior, posterior], log_ratio=recon, return_parts=True), LossParts)
+
+# kept samples
+kept = fastelbo.keep_samples(recon, 2, u=0.5)
+assert_type(kept, fastelbo.Kept)
+assert_type(fastelbo.rsample_kept(mu, logvar, kept, seed=0), Posterior)
+assert_type(fastelbo.kept_loss(recon, posterior, kept, recon, estimator="iwae"), Tensor)
+fastelbo.keep_samples(recon, keep="two")  # type: ignore[arg-type]
+
 # losses as modules
 assert_type(fastelbo.ELBOLoss(beta=2.0)(recon, x, mu, logvar), Tensor)
 assert_type(fastelbo.ELBOLoss("gaussian", return_parts=True)(recon, x, mu, logvar), LossParts)
@@ -64,6 +76,38 @@ assert_type(vae.log_marginal(x, 100), MarginalEstimate)
 assert_type(vae.sample(3, mean=True, generator=torch.Generator()), Tensor)
 assert_type(fastelbo.diagnostics(posterior).kl, Tensor)
 vae.loss(x, generator=3)  # type: ignore[call-overload]
+with_prior = fastelbo.VAE(nn.Linear(3, 4), nn.Linear(2, 3), prior=(mu, logvar), latent_shape=(2,))
+assert_type(with_prior.loss(x, condition=(x, mu), mask=x > 0, keep="auto", objective="iwae", num_samples=9), Tensor)
+assert_type(with_prior(x, objective="iwae", num_samples=9, return_parts=True), LossParts)
+assert_type(with_prior.reconstruct(x, mask=x > 0), Tensor)
+weights = fastelbo.importance_weights(vae, x, 10, mask=x > 0)
+assert_type(weights.normalized, Tensor)
+assert_type(fastelbo.load("runs/train"), fastelbo.VAE | fastelbo.PPCA)
+meter = fastelbo.DiagnosticsMeter()
+assert_type(meter.merge(fastelbo.DiagnosticsMeter()), fastelbo.DiagnosticsMeter)
+assert_type(meter.result(), fastelbo.Diagnostics)
+
+# a misspelt option is found
+fastelbo.rsample(mu, logvar, num_sample=5)  # type: ignore[call-arg]
+fastelbo.gaussian_kl(mu, logvar, free_bit=0.1)  # type: ignore[call-arg]
+fastelbo.log_prob(recon, x, likelyhood="gaussian")  # type: ignore[call-arg]
+fastelbo.log_mean_exp(recon, axis=0)  # type: ignore[call-arg]
+fastelbo.elbo_loss(recon, x, mu, logvar, klmask=mu)  # type: ignore[call-overload]
+fastelbo.iwae_loss(recon, x, posterior.log_ratio, reduce="sum")  # type: ignore[call-overload]
+fastelbo.multi_sample_loss(recon, x, posterior, estimater="dreg")  # type: ignore[call-overload]
+fastelbo.bound_loss(recon, posterior, kl_wight=0.5)  # type: ignore[call-overload]
+fastelbo.keep_samples(recon, 2, estimater="iwae")  # type: ignore[call-arg]
+fastelbo.importance_weights(vae, x, 10, masks=x)  # type: ignore[call-arg]
+fastelbo.VAE(nn.Linear(3, 4), nn.Linear(2, 3), priors=None)  # type: ignore[call-arg]
+vae.loss(x, num_sample=5)  # type: ignore[call-overload]
+vae(x, objektive="iwae")  # type: ignore[call-overload]
+vae.log_marginal(x, 100, chunksize=10)  # type: ignore[call-arg]
+vae.sample(3, means=True)  # type: ignore[call-arg]
+fastelbo.PPCA(2, feature=3)  # type: ignore[call-arg]
+fastelbo.PPCA(2).fit(x, tolerance=1e-3)  # type: ignore[call-arg]
+fastelbo.ELBOLoss(betas=2.0)  # type: ignore[call-overload]
+fastelbo.distributions.Gaussian(mu, scales=0.5)  # type: ignore[call-arg]
+misspelt = posterior.zs  # type: ignore[attr-defined]
 
 # arrays in, arrays out
 array: npt.NDArray[np.float32] = np.zeros((4, 3), np.float32)

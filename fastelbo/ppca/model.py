@@ -423,8 +423,8 @@ class PPCA(nn.Module):
             method: "eig", the closed form, takes one pass: O(N D^2) with more than D rows, O(N^2 D) else. "em" takes
                 O(N D M) per step, with missing cells O(N D M^2) and D M^2 / 2 sums in memory.
             max_iter, tol: "em" ends after so many steps, or when less than tol nats per row seem left to gain.
-            min_sigma2: the least s2, in units of the squared data. Where cells are missing, it keeps components from
-                fitting the noise of the few cells that a row has, as fewer of them would.
+            min_sigma2: the least s2, in units of the squared data. With missing cells, it keeps many components from
+                fitting the noise of the few cells that a row has; `fastelbo.sklearn.PPCA` has an example in figures.
             group: a torch.distributed group, such as `torch.distributed.group.WORLD`, whose processes hold a part of
                 the rows each, or none. All get the same parameters.
             generator: of the start of "em", on the CPU; torch's default one if None.

@@ -1,5 +1,5 @@
 # make demo          trains a VAE on handwritten digits with the fused loss and with plain PyTorch, side by side
-# make test          C++ tests, then Python tests
+# make test          C++ tests, then Python tests; TORCH=2.11.0: with that torch, in build/torch-2.11.0
 # make bench         compares with eager PyTorch, torch.compile and other packages, in under 10 minutes
 # make bench-quick   a part of the benchmarks, in about 40 seconds
 # make docs          API reference and concepts, as web pages in build/docs
@@ -25,11 +25,22 @@ CPP_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu"
 demo: .venv/built
 	$(VENV) python examples/demo.py
 
+ifneq ($(TORCH),)
+# In a copy of the sources with an environment of its own: .venv and the library here stay.
+COPY = build/torch-$(TORCH)
+test:
+	mkdir -p $(COPY)
+	cp -rpu $(filter-out build dist, $(wildcard *)) .clang-format $(COPY)
+	rm -rf $(COPY)/fastelbo/_C*.so
+	sed -i 's/^torch==.*/torch==$(TORCH)/' $(COPY)/requirements.txt
+	$(MAKE) -C $(COPY) test TORCH=
+else
 test: .venv/built .venv/dev
 	$(VENV) cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$$(which python)
 	$(VENV) cmake --build build/cmake
 	$(VENV) ctest --test-dir build/cmake --output-on-failure
 	$(VENV) pytest -n auto --maxprocesses 8
+endif
 
 test-integrations: .venv/built .venv-integrations/base
 	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/integrations

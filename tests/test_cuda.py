@@ -138,6 +138,128 @@ def test_graphs_replay_with_fresh_noise():
     assert len(set(losses)) == 3 and not torch.equal(grads[0], grads[1])
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Graphs of whole training steps of a VAE. A seed that is a tensor is read at every replay; without one, torch's
+# generator advances with every replay.
+
+OBJECTIVES = {
+    "elbo": {"objective": "elbo"},
+    "iwae": {"objective": "iwae", "num_samples": 6},
+    "dreg": {"objective": "dreg", "num_samples": 6},
+    "kept samples": {"objective": "iwae", "num_samples": 12, "keep": 3},
+}
+every_objective = pytest.mark.parametrize("objective", OBJECTIVES)
+
+
+class Loss(torch.nn.Module):
+    """What is captured: data and seed -> the loss of a VAE with two hidden layers."""
+
+    def __init__(self, objective: str, device: str = "cuda") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        encoder = torch.nn.Sequential(torch.nn.Linear(784, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2 * 8))
+        decoder = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 784))
+        self.vae = fastelbo.VAE(encoder, decoder, latent_shape=(8,)).to(device)
+        self.options = OBJECTIVES[objective]
+
+    def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
+        return self.vae.loss(x, seed=seed, **self.options)
+
+
+def batches(n: int, device: str = "cuda") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(32, 784, generator=generator).to(device) for _ in range(n)]
+
+
+def seeds(n: int, device: str = "cuda") -> list[Tensor]:
+    return [torch.tensor([7 + i], device=device) for i in range(n)]
+
+
+def losses_and_gradients(loss: torch.nn.Module, module: torch.nn.Module, device: str = "cuda") -> list[Tensor]:
+    """Of three batches with seeds of their own, by `loss`, whose parameters are those of `module`."""
+    found = []
+    for x, seed in zip(batches(3, device), seeds(3, device), strict=True):
+        module.zero_grad()
+        value = loss(x, seed)
+        value.backward()
+        found += [value.detach().clone(), *(p.grad.clone() for p in module.parameters())]
+    return found
+
+
+def assert_same(results: list[Tensor], expected: list[Tensor]) -> None:
+    for a, e in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5 * max(1.0, e.abs().max().item()))
+
+
+@every_objective
+def test_make_graphed_callables(objective):
+    expected = losses_and_gradients(module := Loss(objective), module)
+    module = Loss(objective)
+    graphed = torch.cuda.make_graphed_callables(module, (batches(1)[0], seeds(1)[0]))
+    assert_same(losses_and_gradients(graphed, module), expected)
+
+
+@every_objective
+def test_compile_with_graphs(objective):
+    expected = losses_and_gradients(module := Loss(objective), module)
+    module = Loss(objective)
+    compiled = torch.compile(module, mode="reduce-overhead")
+
+    def loss(x: Tensor, seed: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(x, seed)
+
+    for _ in range(3):  # compiles, warms up, captures
+        results = losses_and_gradients(loss, module)
+    assert_same(results, expected)
+
+
+@every_objective
+def test_graph_of_a_whole_step(objective):
+    """Forward, backward and Adam in one graph: the parameters of eager steps; without a seed, fresh noise."""
+
+    def prepared(lr: float) -> tuple[Loss, torch.optim.Optimizer, Tensor]:
+        module = Loss(objective)
+        return module, torch.optim.Adam(module.parameters(), lr, capturable=True), batches(1)[0]
+
+    def captured(module: Loss, optimizer: torch.optim.Optimizer, x: Tensor, seed: Tensor | None):
+        def step() -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            loss = module(x, seed)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step()
+        return step, graph, loss
+
+    states = []
+    for replay in (False, True):
+        module, optimizer, x = prepared(1e-2)
+        seed = seeds(1)[0]
+        step, graph, _ = captured(module, optimizer, x, seed)
+        for data, number in zip(batches(4), seeds(4), strict=True):
+            x.copy_(data), seed.copy_(number)
+            graph.replay() if replay else step()
+        states.append([p.detach().clone() for p in module.parameters()])
+    assert_same(states[1], states[0])
+
+    _, graph, loss = captured(*prepared(0.0), None)
+    losses = []
+    for _ in range(4):
+        graph.replay()
+        losses.append(loss.item())
+    assert len(set(losses)) == 4
+
+
 def test_compiled_step():
     inputs = step_inputs()
 

@@ -222,7 +222,7 @@ def test_module_form():
 
 @every_dtype
 def test_log_mean_exp(dtype):
-    for shape in ((5,), (5, 3), (1, 4), (2, 3, 4), (600, 2), (3, 0), (5000,), (2, 1030, 3)):
+    for shape in ((5,), (5, 3), (1, 4), (2, 3, 4), (600, 2), (3, 0), (5000,), (2, 1030, 3), (300, 33), (2, 7, 70)):
         for dim in range(-len(shape), len(shape)):
             if shape[dim]:
                 log_w = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_()

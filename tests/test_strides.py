@@ -71,6 +71,28 @@ def test_layouts(likelihood, layout, dtype):
                 check(iwae(name, "sum"), *laid, ratio, label=f"iwae sum, {chosen[:6]}")
 
 
+@pytest.mark.parametrize("x_dtype", [None, torch.float32, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=LIKELIHOOD_IDS)
+def test_rows_of_whole_vectors(likelihood, dtype, x_dtype):
+    """Rows that CUDA kernels read eight elements at a time, and rows that start off such a boundary."""
+    name = likelihood[0]
+    if x_dtype == torch.bool and name in ("poisson", "nb", "zinb"):
+        pytest.skip("bool holds no counts")
+    for shape in ((9, 8), (2, 24), (1, 4104)):
+        mu, logvar = (torch.randn(shape[0], 3, dtype=dtype, requires_grad=True) for _ in range(2))
+        for samples in (None, 3):
+            recon, x, second, third = draw(likelihood, shape, samples, dtype, x_dtype)
+            drawn = recon, x.detach(), second, third
+            off = [None if t is None else F.pad(t.detach(), (1, 7))[..., 1:-7] for t in drawn]
+            off = [t if t is None or i == 1 else t.requires_grad_() for i, t in enumerate(off)]
+            for given in (drawn, off):
+                check(elbo(name, "mean"), *given, None, mu, logvar, label=f"elbo {shape}, {samples}")
+                if samples:
+                    ratio = torch.randn(3, shape[0], dtype=dtype).requires_grad_()
+                    check(iwae(name, "mean"), *given, None, ratio, label=f"iwae {shape}")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_those_of_contiguous_inputs_to_the_bit(layout):
     mu, logvar = (torch.randn(5, 1, 4, 2, requires_grad=True) for _ in range(2))

@@ -31,6 +31,15 @@ class OnDeviceOf {
 #endif
 };
 
+// Of the current device. The host has few, so that small tests meet both sides of a choice.
+inline int64_t multiprocessors() {
+#if defined(FASTELBO_HOST_CUDA)
+  return 2;
+#else
+  return at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+#endif
+}
+
 inline at::Tensor doubles(const at::Tensor& like, at::IntArrayRef shape) {
   return at::empty(shape, like.options().dtype(at::kDouble));
 }

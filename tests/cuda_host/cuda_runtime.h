@@ -40,6 +40,12 @@ struct alignas(16) float4 {
 struct alignas(16) double2 {
   double x, y;
 };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(8) ushort4 {
   uint16_t x, y, z, w;
 };
@@ -210,6 +216,13 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   if (mask != 0xffffffffu) cuda_host::fail("shuffles of part of a warp are not supported");
   return cuda_host::shuffle(value, cuda_host::block().current ^ lanes);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int lanes) {
+  if (mask != 0xffffffffu) cuda_host::fail("shuffles of part of a warp are not supported");
+  const int self = cuda_host::block().current, from = self + lanes;
+  return cuda_host::shuffle(value, from / cuda_host::kWarp == self / cuda_host::kWarp ? from : self);
 }
 
 inline unsigned atomicAdd(unsigned* p, unsigned value) {

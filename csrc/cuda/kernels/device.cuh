@@ -143,11 +143,75 @@ __device__ void store4(const View& v, int64_t row, int64_t i, int n, const T* fr
   }
 }
 
-// Whether rows of D elements of this view can be read and written as aligned groups of four float32.
-inline bool is_plain(const View& v, int64_t D) {
-  return !v || (v.dtype == DType::f32 && v.ndim == 1 && v.stride[0] == 1 && D % 4 == 0 && v.stride_k % 4 == 0 &&
-                v.stride_b % 4 == 0 && reinterpret_cast<uintptr_t>(v.data) % 16 == 0);
+// Bytes per element of what a Run holds; else 0.
+inline constexpr int run_size(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return 4;
+    case DType::bf16:
+    case DType::f16: return 2;
+    case DType::u8:
+    case DType::b8: return 1;
+    default: return 0;
+  }
 }
+
+// Whether rows of D elements of this view can be read and written in runs.
+inline bool is_plain(const View& v, int64_t D) {
+  const int size = run_size(v.dtype);
+  return !v || (size != 0 && v.ndim == 1 && v.stride[0] == 1 && D % 8 == 0 && v.stride_k % 8 == 0 &&
+                v.stride_b % 8 == 0 && reinterpret_cast<uintptr_t>(v.data) % (size == 1 ? 8 : 16) == 0);
+}
+
+// Eight neighbours of a row, half by half: a word of 16 bytes for all of them in 16 bits (of 8 bytes in 8), and for
+// each half in float32. `half` is 0, then 1, and a constant once its loop is unrolled; branches on the dtype are the
+// same in all threads.
+struct Run {
+  uint32_t words[4];
+
+  // Elements at + 4 half to at + 4 half + 3.
+  __device__ void read(const View& v, int64_t at, int half, float* to) {
+    const int size = run_size(v.dtype);
+    const char* p = static_cast<const char*>(v.data) + (at + (size == 4 ? 4 * half : 0)) * size;
+    if (size == 1) {
+      if (half == 0) {
+        const uint2 w = *reinterpret_cast<const uint2*>(p);
+        words[0] = w.x, words[1] = w.y;
+      }
+      const ByteScale<float> scale = byte_scale(v.unit, 0.f);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[j] = scaled_byte(float(words[half] >> 8 * j & 0xff), scale);
+      return;
+    }
+    if (size == 4 || half == 0) {
+      const uint4 w = *reinterpret_cast<const uint4*>(p);
+      words[0] = w.x, words[1] = w.y, words[2] = w.z, words[3] = w.w;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint16_t bits = uint16_t(words[2 * half + j / 2] >> 16 * (j % 2));
+      to[j] = size == 4                ? bits_to<float>(words[j])
+              : v.dtype == DType::bf16 ? to_float(BFloat16{bits})
+                                       : to_float(Half{bits});
+    }
+  }
+  // The same elements, of a floating dtype; those of 16 bits reach memory with the second half.
+  __device__ void write(const View& v, int64_t at, int half, const float* from) {
+    const bool whole = v.dtype == DType::f32;
+    if (whole) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) words[j] = bits_to<uint32_t>(from[j]);
+    } else {
+      const auto bits = [&](float f) {
+        return uint32_t(v.dtype == DType::bf16 ? to_bfloat16(f).bits : to_half(f).bits);
+      };
+      words[2 * half] = bits(from[0]) | bits(from[1]) << 16;
+      words[2 * half + 1] = bits(from[2]) | bits(from[3]) << 16;
+      if (half == 0) return;
+    }
+    char* p = static_cast<char*>(v.data) + (whole ? (at + 4 * half) * 4 : at * 2);
+    *reinterpret_cast<uint4*>(p) = uint4{words[0], words[1], words[2], words[3]};
+  }
+};
 
 // Elements [begin, end) of a row in pieces of up to four: first those in front of the leading tensor's alignment, then
 // whole fours, then what is left.

@@ -12,6 +12,8 @@
 namespace fastelbo::cuda {
 
 inline constexpr int kThreads = 256;         // of every block
+inline constexpr int kRowBlocks = 3;         // that a multiprocessor holds at a time, of a kernel on plain rows
+inline constexpr int64_t kBusy = 264;        // blocks that keep a large device busy: two for each of an H100's 132
 inline constexpr int64_t kMaxBlocks = 4096;  // beyond them, a block takes several work items
 
 // What a kernel whose blocks add up one number needs: the last block to finish adds the others' sums, in order.

@@ -129,39 +129,44 @@ __global__ void __launch_bounds__(kThreads, 2) samples_kept_backward_kernel(Kept
   }
 }
 
-// A block has 32 pieces of four columns and kSlices slices of the samples; a thread adds up its samples, then the
-// slices are added in order.
-constexpr int kSlices = kThreads / 32;
+// A block has kPieces pieces of four columns and a slice of the samples for each of its other threads; a thread adds up
+// its samples, then the slices are added in order.
 template <class T>
 struct Sums {
   T mu = 0, logvar = 0, prior_mu = 0, prior_logvar = 0;
 };
 
-template <class T>
+template <class T, int kPieces>
 __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBackwardParams p) {
-  __shared__ Sums<T> slices[kSlices][32];
-  const int piece = int(threadIdx.x) % 32, slice = int(threadIdx.x) / 32;
+  constexpr int kSlices = kThreads / kPieces;
+  __shared__ Sums<T> slices[kSlices][kPieces];
+  const int piece = int(threadIdx.x) % kPieces, slice = int(threadIdx.x) / kPieces;
   const uint64_t seed = p.seed ? uint64_t(*p.seed) : 0;
   const bool prior = p.grad.prior(), ratio = p.grad_log_ratio.data, gated = p.gate_path.data;
   const int64_t elements = p.q.B * p.q.D, pieces = (elements + 3) / 4;
-  for (int64_t base = int64_t(blockIdx.x) * 32; base < pieces; base += int64_t(gridDim.x) * 32) {
+  for (int64_t base = int64_t(blockIdx.x) * kPieces; base < pieces; base += int64_t(gridDim.x) * kPieces) {
     const int64_t first = 4 * (base + piece);
     const int n = elements - first < 4 ? int(elements - first > 0 ? elements - first : 0) : 4;
     Sums<T> sums[4];
-    for (int64_t k = slice; k < p.K && n > 0; k += kSlices) {
-      const int64_t index = (p.first_sample + k) * elements + first;  // a multiple of four more `skip`
-      const int skip = int(index & 3);
-      float noise[4] = {}, next[4] = {};
+    for (int64_t turn = 0; turn < p.K; turn += kSlices) {  // as many in every thread: they shuffle
+      const int64_t k = turn + slice;
+      float noise[4] = {};
       if (!p.eps) {
+        const int64_t index = (p.first_sample + k) * elements + first;  // a multiple of four more `skip`
+        const int skip = int(index & 3);
         normals(seed, uint64_t(index >> 2), noise);
-        if (skip) {
-          normals(seed, uint64_t(index >> 2) + 1, next);
+        if (elements & 3) {  // the numbers of two counters, of which the second is the next piece's first
+          float next[4];
+#pragma unroll
+          for (int s = 0; s < 4; ++s) next[s] = __shfl_down_sync(0xffffffffu, noise[s], 1);
+          if (skip && piece == kPieces - 1) normals(seed, uint64_t(index >> 2) + 1, next);
           for (int s = 0; s < skip; ++s) {  // in registers: an index that varies would put them in memory
             noise[0] = noise[1], noise[1] = noise[2], noise[2] = noise[3], noise[3] = next[0];
             next[0] = next[1], next[1] = next[2], next[2] = next[3];
           }
         }
       }
+      if (k >= p.K) continue;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (j >= n) continue;
@@ -247,9 +252,14 @@ void launch_samples(const SampleParams& p, void* log_ratio, void* kl, bool is_do
 }
 
 void launch_samples_backward(const SampleBackwardParams& p, bool is_double, cudaStream_t stream) {
-  const int64_t blocks = blocks_for((p.q.B * p.q.D + 3) / 4, 32);
-  is_double ? launch(samples_backward_kernel<double>, blocks, stream, p)
-            : launch(samples_backward_kernel<float>, blocks, stream, p);
+  const int64_t pieces = (p.q.B * p.q.D + 3) / 4;
+  const auto with = [&]<int kPieces>() {
+    const int64_t blocks = blocks_for(pieces, kPieces);
+    is_double ? launch(samples_backward_kernel<double, kPieces>, blocks, stream, p)
+              : launch(samples_backward_kernel<float, kPieces>, blocks, stream, p);
+  };
+  // few columns of many samples: more blocks, each with more slices. By shapes alone, as the order of the sums
+  pieces < 32 * kBusy&& p.K > 8 ? with.template operator()<8>() : with.template operator()<32>();
 }
 
 void launch_samples_kept(const KeptParams& p, void* log_ratio, bool is_double, cudaStream_t stream) {

@@ -12,7 +12,7 @@ namespace fastelbo::cuda {
 namespace {
 
 template <class L, int kCount, bool kGrads, bool kPlain, class T>
-__global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2) rows_kernel(RowsParams p, int g, int kl_g) {
+__global__ void __launch_bounds__(kThreads, (kBlocks<L, kCount, kPlain>)) rows_kernel(RowsParams p, int g, int kl_g) {
   const int64_t segs = segments(p.fit.D), fits = p.fit.K * p.fit.B * segs;
   const int per_block = kThreads / g, lane = int(threadIdx.x) % g, group = int(threadIdx.x) / g;
   double part = 0;

@@ -8,38 +8,34 @@ namespace fastelbo::cuda {
 
 // This thread's part of sum log p over elements [begin, end) of row (k, b); the gradients of full size are factor x
 // d log p. kCount parameters are given.
-// Bytes per element in float32: 4 read for every parameter, 4 for x, which the samples share; 4 written per gradient.
+// Bytes per element in float32, in words of 16: 4 read for every parameter, 4 for x, which the samples share; 4 written
+// per gradient.
 template <class L, int kCount, bool kGrads, bool kPlain, class T>
 __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t begin, int64_t end, T factor, int lane,
                            int g) {
   if constexpr (kPlain) {  // is_plain(p): what most training steps are
-    const auto row = [k, b](const View& v) { return static_cast<float*>(v.data) + row_of(v, k, b); };
-    const auto in = [row](const View& v) { return reinterpret_cast<const float4*>(row(v)); };
-    const auto out = [row](const View& v) { return v ? reinterpret_cast<float4*>(row(v)) : nullptr; };
-    const float4* __restrict__ first = in(p.parameter[0]);
-    const float4* __restrict__ second = kCount > 1 ? in(p.parameter[1]) : nullptr;
-    const float4* __restrict__ third = kCount > 2 ? in(p.parameter[2]) : nullptr;
-    const float4* __restrict__ x = in(p.x);
-    float4* __restrict__ d_first = kGrads ? out(p.grad[0]) : nullptr;
-    float4* __restrict__ d_second = kGrads && kCount > 1 ? out(p.grad[1]) : nullptr;
-    float4* __restrict__ d_third = kGrads && kCount > 2 ? out(p.grad[2]) : nullptr;
-    const float4 zero = make_float4(0, 0, 0, 0);
+    const auto at = [k, b](const View& v, int64_t i) { return row_of(v, k, b) + i; };
     float sum = 0;
-#pragma unroll 2
-    for (int i = int(begin / 4) + lane; i < int(end / 4); i += g) {
-      const float4 u = first[i], v = kCount > 1 ? second[i] : zero, w = kCount > 2 ? third[i] : zero, d = x[i];
-      const Terms<float> t0 = evaluate<L>(u.x, v.x, w.x, d.x), t1 = evaluate<L>(u.y, v.y, w.y, d.y),
-                         t2 = evaluate<L>(u.z, v.z, w.z, d.z), t3 = evaluate<L>(u.w, v.w, w.w, d.w);
-      sum += (t0.value + t1.value) + (t2.value + t3.value);
-      if (d_first) {
-        d_first[i] = make_float4(factor * t0.d_first, factor * t1.d_first, factor * t2.d_first, factor * t3.d_first);
-      }
-      if (d_second) {
-        d_second[i] =
-            make_float4(factor * t0.d_second, factor * t1.d_second, factor * t2.d_second, factor * t3.d_second);
-      }
-      if (d_third) {
-        d_third[i] = make_float4(factor * t0.d_third, factor * t1.d_third, factor * t2.d_third, factor * t3.d_third);
+    for (int64_t i = begin + 8 * lane; i < end; i += 8 * g) {
+      Run in[kCount], out[kCount], of_x;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float u[3][4] = {}, x[4], grad[3][4];
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) in[c].read(p.parameter[c], at(p.parameter[c], i), half, u[c]);
+        of_x.read(p.x, at(p.x, i), half, x);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Terms<float> t = evaluate<L>(u[0][j], u[1][j], u[2][j], x[j]);
+          sum += t.value;
+          grad[0][j] = factor * t.d_first, grad[1][j] = factor * t.d_second, grad[2][j] = factor * t.d_third;
+        }
+        if constexpr (kGrads) {
+#pragma unroll
+          for (int c = 0; c < kCount; ++c) {
+            if (p.grad[c]) out[c].write(p.grad[c], at(p.grad[c], i), half, grad[c]);
+          }
+        }
       }
     }
     return sum;
@@ -81,8 +77,12 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
   return sum;
 }
 
+// Blocks that a multiprocessor holds at a time: counts of several parameters need more registers than three leave.
+template <class L, int kCount, bool kPlain>
+inline constexpr int kBlocks = kPlain && !(kCount > 1 && L::kDomain == Domain::counts) ? kRowBlocks : 2;
+
 inline bool is_plain(const LogProbParams& p) {
-  bool plain = p.D < (int64_t(1) << 32) && is_plain(p.x, p.D) && !p.mask && !p.grad_x;
+  bool plain = is_plain(p.x, p.D) && !p.mask && !p.grad_x;
   for (int i = 0; i < p.count; ++i) plain &= is_plain(p.parameter[i], p.D) && is_plain(p.grad[i], p.D);
   return plain;
 }

@@ -34,7 +34,7 @@ struct Block {
 };
 
 template <class L, int kCount, bool kGrads, bool kPlain, class T>
-__global__ void __launch_bounds__(kThreads, kPlain ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, (kBlocks<L, kCount, kPlain>))
     multi_sample_kernel(MultiSampleParams p, Total total, int g) {
   const int64_t K = p.fit.K, B = p.fit.B, D = p.fit.D;
   const int per_block = kThreads / g, lane = int(threadIdx.x) % g, group = int(threadIdx.x) / g;
@@ -76,25 +76,55 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(MultiSampleParams p, To
   add_to_total<T>(total, losses);
 }
 
-// Of K numbers log_w[k * stride], by all threads of the block: their shift, and the sum of exp(log_w - shift).
-template <class T>
-__device__ LogMeanExp<double> accumulate(const T* log_w, int64_t stride, int64_t K) {
-  const double shift =
-      LogMeanExp<double>::shift_of(Block{}.max(K, [=](int64_t k) { return double(log_w[k * stride]); }));
-  return {shift, Block{}.sum(K, [=](int64_t k) { return exp_full(double(log_w[k * stride]) - shift); })};
-}
+// kColumns columns by a block, each by the threads whose number is the same modulo kColumns: those of a warp read
+// neighbouring columns.
+template <int kColumns>
+struct Columns {
+  static constexpr int kStep = kThreads / kColumns;  // threads of a column
+  __device__ int column() const { return int(threadIdx.x) % kColumns; }
+  __device__ int first() const { return int(threadIdx.x) / kColumns; }
+  template <class F>
+  __device__ double max(int64_t n, F f) const {
+    double largest = -__builtin_huge_val();
+    for (int64_t i = first(); i < n; i += kStep) largest = f(i) > largest ? f(i) : largest;
+    if constexpr (kColumns == 1) return block_max(largest);
+    return combined(largest, [](double a, double b) { return b > a ? b : a; });
+  }
+  template <class F>
+  __device__ double sum(int64_t n, F f) const {
+    double total = 0;
+    for (int64_t i = first(); i < n; i += kStep) total += f(i);
+    if constexpr (kColumns == 1) return group_sum(total, kThreads);
+    return combined(total, [](double a, double b) { return a + b; });
+  }
+  template <class F>
+  __device__ double combined(double value, F with) const {
+    __shared__ double parts[kThreads];
+    parts[threadIdx.x] = value;
+    __syncthreads();
+    value = parts[column()];
+    for (int s = 1; s < kStep; ++s) value = with(value, parts[s * kColumns + column()]);
+    __syncthreads();
+    return value;
+  }
+};
 
-// A block takes a column; with a gradient, the normalized weights times it.
-template <class T>
+// With a gradient, the normalized weights times it.
+template <class T, int kColumns>
 __global__ void __launch_bounds__(kThreads) log_mean_exp_kernel(LogMeanExpParams p, int64_t columns) {
-  for (int64_t column = blockIdx.x; column < columns; column += gridDim.x) {
+  const Columns<kColumns> team;
+  for (int64_t base = int64_t(blockIdx.x) * kColumns; base < columns; base += int64_t(gridDim.x) * kColumns) {
+    const int64_t column = base + team.column(), K = column < columns ? p.K : 0;
     const int64_t at = column / p.inner * p.stride_outer + column % p.inner * p.stride_inner;
     const T* log_w = static_cast<const T*>(p.log_w) + at;
-    const LogMeanExp<double> total = accumulate(log_w, p.stride_k, p.K);
-    if (p.out && threadIdx.x == 0) static_cast<T*>(p.out)[column] = T(total.value(p.K));
-    if (!p.grad_log_w) continue;
+    const double largest = team.max(K, [=](int64_t k) { return double(log_w[k * p.stride_k]); });
+    const double shift = LogMeanExp<double>::shift_of(largest);
+    const LogMeanExp<double> total{
+        shift, team.sum(K, [=](int64_t k) { return exp_full(double(log_w[k * p.stride_k]) - shift); })};
+    if (p.out && K && team.first() == 0) static_cast<T*>(p.out)[column] = T(total.value(p.K));
+    if (!p.grad_log_w || !K) continue;
     const double factor = double(static_cast<const T*>(p.grad)[column]) * total.weight_factor();
-    for (int64_t k = threadIdx.x; k < p.K; k += kThreads) {
+    for (int64_t k = team.first(); k < K; k += team.kStep) {
       const double w = exp_full(double(log_w[k * p.stride_k]) - total.shift);
       static_cast<T*>(p.grad_log_w)[at + k * p.stride_k] = T(factor * w);
     }
@@ -136,9 +166,14 @@ void launch_weigh(const MultiSampleParams& p, const Total& total, bool is_double
 }
 
 void launch_log_mean_exp(const LogMeanExpParams& p, int64_t columns, bool is_double, cudaStream_t stream) {
-  const int64_t blocks = blocks_for(columns, 1);
-  is_double ? launch(log_mean_exp_kernel<double>, blocks, stream, p, columns)
-            : launch(log_mean_exp_kernel<float>, blocks, stream, p, columns);
+  const auto with = [&]<int kColumns>() {
+    const int64_t blocks = blocks_for(columns, kColumns);
+    is_double ? launch(log_mean_exp_kernel<double, kColumns>, blocks, stream, p, columns)
+              : launch(log_mean_exp_kernel<float, kColumns>, blocks, stream, p, columns);
+  };
+  // neighbours in memory are columns: a warp reads 32 of them, unless that leaves most of the device without work
+  const bool side_by_side = p.stride_inner == 1 && p.inner >= 32 && (p.K <= kThreads || columns >= 16 * kBusy);
+  side_by_side ? with.template operator()<32>() : with.template operator()<1>();
 }
 
 void launch_scale(const View& p, int64_t n, DeviceScalar factor, cudaStream_t stream) {

@@ -439,6 +439,13 @@ CUDA_CASES = [
         **ON_CUDA,
     ),
     Case("ELBO Bernoulli [512 x 784]", "elbo_bernoulli", partial(bernoulli, 512, 784), quick=True, **ON_CUDA),
+    Case(
+        "ELBO zinb [1024 x 20000]",
+        "elbo_zinb",
+        partial(counts, "zinb", 1024, 20_000),
+        {"eager": 3.0, "compile": 1.2},
+        **ON_CUDA,
+    ),
     Case("IWAE K=50 B=512 D=784", "iwae", partial(iwae, 50, 512, 784), {"compile": 1.3}, **ON_CUDA),
     Case(
         "rsample K=50 B=4096 M=64",

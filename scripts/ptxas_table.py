@@ -14,6 +14,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,42 +34,59 @@ def lines(path: str) -> list[str]:
     return [line for line in (ROOT / path).read_text().splitlines() if line and not line.startswith("#")]
 
 
+class Kernel(NamedTuple):
+    """What ptxas says of one kernel."""
+
+    name: str  # without its arguments and the namespaces of the package
+    mangled: str
+    registers: int
+    shared: int  # bytes
+    spills: int  # bytes
+    main: bool  # of float32, which training steps run, in the plain layout
+
+
 def compile_one(source: str, arch: str, folder: str) -> str:
     includes = ["-I", str(ROOT / "csrc"), "-isystem", str(Path(torch.__file__).parent / "include")]
-    command = ["nvcc", *lines("csrc/nvcc_flags.txt"), f"-arch={arch}", "-Xptxas=-v", *includes]
-    target = f"{folder}/{Path(source).stem}.o"
-    done = subprocess.run([*command, "-c", str(ROOT / "csrc" / source), "-o", target], capture_output=True, text=True)
+    command = ["nvcc", *lines("csrc/nvcc_flags.txt"), f"-arch={arch}", "-Xptxas=-v", "-cubin", *includes]
+    target = f"{folder}/{Path(source).stem}.cubin"
+    done = subprocess.run([*command, str(ROOT / "csrc" / source), "-o", target], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{source}:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
+
+
+def compiled(arch: str, folder: str) -> list[Kernel]:
+    """All kernels, by name; their .cubin files are left in the folder."""
+    if not shutil.which("nvcc"):
+        sys.exit("nvcc is not on PATH")
+    sources = [source for source in lines("csrc/sources.txt") if source.endswith(".cu")]
+    with ThreadPoolExecutor(2) as pool:
+        output = "".join(pool.map(lambda source: compile_one(source, arch, folder), sources))
+    found = ENTRY.findall(output)
+    names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True).stdout
+    kernels = []
+    for name, (mangled, stores, loads, registers, rest) in zip(names.splitlines(), found, strict=True):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        short = re.sub(r"\(.*\)$", "", re.sub(r"fastelbo::(cuda::\(anonymous namespace\)::|baseline::)", "", name))
+        short = short.removeprefix("void ").replace("(bool)1", "true").replace("(bool)0", "false")
+        short = short.replace("(int)", "")
+        sizes = int(registers), int(shared[1]) if shared else 0, int(stores) + int(loads)
+        kernels.append(Kernel(short, mangled, *sizes, bool(MAIN.search(short))))
+    return sorted(kernels)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="registers, shared memory and spills of every CUDA kernel")
     parser.add_argument("--arch", default="sm_90")
     args = parser.parse_args()
-    if not shutil.which("nvcc"):
-        sys.exit("nvcc is not on PATH")
-    sources = [source for source in lines("csrc/sources.txt") if source.endswith(".cu")]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        output = "".join(pool.map(lambda source: compile_one(source, args.arch, folder), sources))
-    found = ENTRY.findall(output)
-    names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True).stdout
-    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = compiled(args.arch, folder)
     print(f"{'registers':>9}{'shared B':>9}{'spill B':>8}  kernel, {args.arch}")
-    rows = []
-    for name, (_, stores, loads, registers, rest) in zip(names.splitlines(), found, strict=True):
-        shared = re.search(r"(\d+) bytes smem", rest)
-        short = re.sub(r"\(.*\)$", "", re.sub(r"fastelbo::(cuda::\(anonymous namespace\)::|baseline::)", "", name))
-        short = short.removeprefix("void ").replace("(bool)1", "true").replace("(bool)0", "false")
-        spills = int(stores) + int(loads)
-        main_kernel = bool(MAIN.search(short))
-        bad += main_kernel and spills > 0
-        rows.append((short, int(registers), int(shared[1]) if shared else 0, spills, main_kernel))
-    for short, registers, shared_bytes, spills, main_kernel in sorted(rows):
-        print(f"{registers:9d}{shared_bytes:9d}{spills:8d}  {short}{'  (main)' if main_kernel else ''}")
-    mains = sum(row[4] for row in rows)
-    print(f"{len(rows)} kernels compiled for {args.arch}; of {mains} main ones {bad} spill")
+    for k in kernels:
+        print(f"{k.registers:9d}{k.shared:9d}{k.spills:8d}  {k.name}{'  (main)' if k.main else ''}")
+    mains = sum(k.main for k in kernels)
+    bad = sum(k.main and k.spills > 0 for k in kernels)
+    print(f"{len(kernels)} kernels compiled for {args.arch}; of {mains} main ones {bad} spill")
     return 1 if bad or not mains else 0
 
 

@@ -328,6 +328,8 @@ class _Calls(nn.Module):
 @pytest.mark.parametrize("option", [name for name in vars(_Calls) if name[0] != "_"])
 def test_numbers_that_change_from_call_to_call_need_no_new_graph(option, dtype):
     """torch compiles a float as a constant and, once it has changed, as a variable: two graphs for any values."""
+    if option == "vr" and torch.__version__ < "2.13":
+        pytest.skip("torch 2.11 compiles a graph for every alpha")
     calls = _Calls(5, 7).to(dtype)
     shapes = (K, 4, 5), (4, 5), (4, 7), (4, 7)
     inputs = [(0.7 * torch.randn(s)).to(dtype).requires_grad_(i != 1) for i, s in enumerate(shapes)]

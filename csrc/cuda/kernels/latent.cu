@@ -136,6 +136,23 @@ struct Sums {
   T mu = 0, logvar = 0, prior_mu = 0, prior_logvar = 0;
 };
 
+// What all samples of one element share.
+template <class T>
+struct Column {
+  int64_t b = 0, grad_z = 0, eps = 0, grad_eps = 0;  // the datum; where its first sample is in the views
+  T delta = 0, std = 0, inv_p = 0;
+
+  Column() = default;
+  __device__ Column(const SampleBackwardParams& p, int64_t at) : b(at / p.q.D) {
+    const int64_t i = at % p.q.D;
+    const Latent<T> l(p.q, b, i);
+    delta = l.delta, std = exp_full(T(0.5) * l.logvar), inv_p = l.inv_p;
+    if (p.grad_z) grad_z = row_of(p.grad_z, 0, b) + offset_of(p.grad_z, i);
+    if (p.eps) eps = row_of(p.eps, 0, b) + offset_of(p.eps, i);
+    if (p.grad_eps) grad_eps = row_of(p.grad_eps, 0, b) + offset_of(p.grad_eps, i);
+  }
+};
+
 template <class T, int kPieces>
 __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBackwardParams p) {
   constexpr int kSlices = kThreads / kPieces;
@@ -148,6 +165,11 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBac
     const int64_t first = 4 * (base + piece);
     const int n = elements - first < 4 ? int(elements - first > 0 ? elements - first : 0) : 4;
     Sums<T> sums[4];
+    Column<T> columns[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j < n) columns[j] = Column<T>(p, first + j);
+    }
     for (int64_t turn = 0; turn < p.K; turn += kSlices) {  // as many in every thread: they shuffle
       const int64_t k = turn + slice;
       float noise[4] = {};
@@ -170,17 +192,16 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBac
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         if (j >= n) continue;
-        const int64_t b = (first + j) / p.q.D, i = (first + j) % p.q.D;
-        const Latent<T> l(p.q, b, i);
-        const T e = p.eps ? load_at<T>(p.eps, row_of(p.eps, k, b) + offset_of(p.eps, i)) : T(noise[j]);
-        const T gz = p.grad_z ? load_at<T>(p.grad_z, row_of(p.grad_z, k, b) + offset_of(p.grad_z, i)) : T(0);
-        const T up = ratio ? row_number<T>(p.grad_log_ratio, k, b) : T(0), std = exp_full(T(0.5) * l.logvar);
+        const Column<T>& c = columns[j];
+        const T e = p.eps ? load_at<T>(p.eps, k * p.eps.stride_k + c.eps) : T(noise[j]);
+        const T gz = p.grad_z ? load_at<T>(p.grad_z, k * p.grad_z.stride_k + c.grad_z) : T(0);
+        const T up = ratio ? row_number<T>(p.grad_log_ratio, k, c.b) : T(0);
         SampleGrad<T> g;
         if (gated) {
-          const T path = 1 + row_number<T>(p.gate_path, k, b), score = 1 + row_number<T>(p.gate_score, k, b);
-          g = gated_sample_grad(gz, up, path, score, l.delta, std, l.inv_p, e);
+          const T path = 1 + row_number<T>(p.gate_path, k, c.b), score = 1 + row_number<T>(p.gate_score, k, c.b);
+          g = gated_sample_grad(gz, up, path, score, c.delta, c.std, c.inv_p, e);
         } else {
-          g = ratio ? sample_grad(gz, up, l.delta, std, l.inv_p, e) : sample_grad(gz, std, e);
+          g = ratio ? sample_grad(gz, up, c.delta, c.std, c.inv_p, e) : sample_grad(gz, c.std, e);
         }
         sums[j].mu += g.mu;
         sums[j].logvar += g.logvar;
@@ -188,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBac
           sums[j].prior_mu += g.prior_mu;
           sums[j].prior_logvar += g.prior_logvar;
         }
-        if (p.grad_eps) store_at<T>(p.grad_eps, row_of(p.grad_eps, k, b) + offset_of(p.grad_eps, i), g.eps);
+        if (p.grad_eps) store_at<T>(p.grad_eps, k * p.grad_eps.stride_k + c.grad_eps, g.eps);
       }
     }
 #pragma unroll

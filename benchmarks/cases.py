@@ -439,6 +439,13 @@ CUDA_CASES = [
         **ON_CUDA,
     ),
     Case("ELBO Bernoulli [512 x 784]", "elbo_bernoulli", partial(bernoulli, 512, 784), quick=True, **ON_CUDA),
+    Case(f"ELBO Bernoulli [1024 x {COLUMNS}], x uint8", "elbo_uint8", partial(uint8, 1024, COLUMNS), **ON_CUDA),
+    Case(
+        f"ELBO Bernoulli [1024 x {COLUMNS}], bfloat16",
+        "elbo_bernoulli",
+        lambda: bernoulli(1024, COLUMNS).to(torch.bfloat16),
+        **ON_CUDA,
+    ),
     Case(
         "ELBO zinb [1024 x 20000]",
         "elbo_zinb",

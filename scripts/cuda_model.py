@@ -292,9 +292,10 @@ def main() -> int:
     if args.csv:
         total: dict[str, float] = {}
         for case, of_card in found:
-            name = case.name.split(", ")[0]
-            if "a block per datum" not in case.name and "x uint8" not in case.name and "bfloat16" not in case.name:
-                total[name] = total.get(name, 0) + of_card[args.card].seconds
+            name = case.name
+            for launch in (", forward", ", backward", ", values", ", gradients"):  # of one case
+                name = name.removesuffix(launch)
+            total[name] = total.get(name, 0) + of_card[args.card].seconds
         print("", *beside(list(csv.DictReader(args.csv.open())), total), sep="\n")
     return 0
 

@@ -18,6 +18,7 @@ not taken. With --csv, the table says beside each case what `python -m benchmark
 import argparse
 import csv
 import heapq
+import json
 import math
 import re
 import shutil
@@ -275,11 +276,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="what the CUDA kernels should take, and what limits them")
     parser.add_argument("--csv", type=Path, help="measurements of python -m benchmarks --device cuda --out CSV")
     parser.add_argument("--card", choices=CARDS, default="H100 SXM", help="for --csv (default: H100 SXM)")
+    parser.add_argument("--code", type=Path, help="a file for what the compiled code says; read where it exists")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        kernels = {kernel.name: kernel for kernel in compiled("sm_90", folder)}
-        code = disassemble(folder)
-    work = {name: work_of(code[kernels[name].mangled]) for name in dict.fromkeys(case.kernel for case in CASES)}
+    if args.code and args.code.exists():
+        saved = json.loads(args.code.read_text())
+        kernels = {name: Kernel(*row[0]) for name, row in saved.items()}
+        work = {name: Work(*row[1]) for name, row in saved.items()}
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            kernels = {kernel.name: kernel for kernel in compiled("sm_90", folder)}
+            code = disassemble(folder)
+        work = {name: work_of(code[kernels[name].mangled]) for name in dict.fromkeys(case.kernel for case in CASES)}
+        if args.code:
+            args.code.write_text(json.dumps({name: (kernels[name], work[name]) for name in work}))
     work[FUSED] = Work(*map(sum, zip(work[VALUES], work[BERNOULLI], strict=True)))  # its two loops, one after the other
     found = table(kernels, work)
     print("instructions per element at least, of sm_90; per card: microseconds, % of a copy, what limits it\n")

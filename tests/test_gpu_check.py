@@ -104,11 +104,12 @@ def test_every_step_runs_on_the_host(tmp_path: Path) -> None:
         "python",
         f"""case "$*" in
   "setup.py build_ext --inplace") echo built ;;
+  "scripts/cuda_model.py --code "*/code.json) touch "$3" ;;
   "-m benchmarks "*) for out; do :; done; cp {measured} "$out"; echo "targets: 0 met, 0 missed" ;;
-  "scripts/cuda_model.py "*) "{sys.executable}" -c "
+  "scripts/cuda_model.py --code "*" --csv "*) "{sys.executable}" -c "
 import csv, sys; sys.path.insert(0, 'scripts'); import cuda_model
-assert sys.argv[4] in cuda_model.CARDS
-print(*cuda_model.beside(list(csv.DictReader(open(sys.argv[2]))), {{'ELBO zinb [1024 x 20000]': 0.0002}}), sep=chr(10))
+assert sys.argv[6] in cuda_model.CARDS and sys.argv[1] == '--code'
+print(*cuda_model.beside(list(csv.DictReader(open(sys.argv[4]))), {{'ELBO zinb [1024 x 20000]': 0.0002}}), sep=chr(10))
 " "${{@:2}}" ;;
   *) exec "{sys.executable}" "$@" ;;
 esac""",
@@ -127,6 +128,7 @@ esac""",
     ], done.stdout + done.stderr
     assert done.returncode == 0
     assert "measured    0.250 ms, predicted    0.200 ms" in done.stdout
-    limits = [int(line.split()[0]) for line in log.read_text().splitlines()]
-    assert sum(limits) <= 480
+    assert (out / "code.json").exists()
+    one_by_one = [line for line in log.read_text().splitlines() if "--csv" in line or "cuda_model.py" not in line]
+    assert len(one_by_one) == 6 and sum(int(line.split()[0]) for line in one_by_one) <= 480
     assert log.read_text().splitlines()[-1].endswith(f"--csv {out}/cuda.csv --card H200")

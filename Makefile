@@ -20,6 +20,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV = . .venv/bin/activate &&
 CPP_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
+# The sources in a folder of their own, without what is built. What is built there stays, and files keep their dates.
+define copy
+	mkdir -p $(1)
+	tar -cf - --exclude-vcs --exclude=./build --exclude=./dist --exclude=./runs --exclude='./.venv*' --exclude='*.so' \
+		--exclude='*.egg-info' --exclude=__pycache__ . | tar -xf - -C $(1)
+endef
+
 .PHONY: demo test test-integrations test-scvi sanitize bench bench-quick docs wheels cuda-build lint format clean
 
 demo: .venv/built
@@ -29,9 +36,7 @@ ifneq ($(TORCH),)
 # In a copy of the sources with an environment of its own: .venv and the library here stay.
 COPY = build/torch-$(TORCH)
 test:
-	mkdir -p $(COPY)
-	cp -rpu $(filter-out build dist, $(wildcard *)) .clang-format $(COPY)
-	rm -rf $(COPY)/fastelbo/_C*.so
+	$(call copy,$(COPY))
 	sed -i 's/^torch==.*/torch==$(TORCH)/' $(COPY)/requirements.txt
 	$(MAKE) -C $(COPY) test TORCH=
 else
@@ -69,17 +74,17 @@ docs: .venv/built .venv/dev
 
 wheels: .venv/built
 	rm -rf build/wheel
-	$(VENV) pip wheel --no-build-isolation --no-deps -w dist .
-	$(VENV) pip install --no-deps --target build/wheel dist/fastelbo-*.whl
-	$(VENV) cd build/wheel && grep "Requires-Dist: torch" fastelbo-*.dist-info/METADATA && python -m fastelbo info
+	$(VENV) pip wheel --no-build-isolation --no-deps -w build/wheel .
+	$(VENV) pip install --no-deps --target build/wheel/tried build/wheel/*.whl
+	$(VENV) cd build/wheel/tried && grep "Requires-Dist: torch" fastelbo-*.dist-info/METADATA && python -m fastelbo info
+	mkdir -p dist
+	cp build/wheel/*.whl dist
 
 # Installs a CUDA build of torch (5.5 GB) in .venv-cuda and builds a copy of the sources, so that .venv does not change.
 cuda-build:
 	test -d .venv-cuda || $(PYTHON) -m venv .venv-cuda
 	. .venv-cuda/bin/activate && pip install -r requirements-cuda.txt
-	mkdir -p build/cuda
-	cp -r csrc fastelbo tests setup.py pyproject.toml README.md LICENSE CHANGELOG.md build/cuda/
-	rm -f build/cuda/fastelbo/_C*.so
+	$(call copy,build/cuda)
 	. .venv-cuda/bin/activate && cd build/cuda && FASTELBO_CUDA=1 python setup.py build_ext --inplace
 	. .venv-cuda/bin/activate && cd build/cuda && python -m fastelbo info && python -m pytest -n auto \
 		tests/test_likelihood.py tests/test_latent.py tests/test_elbo.py tests/test_iwae.py tests/test_multi_sample.py

@@ -15,7 +15,7 @@ from torch.distributions import Normal
 
 import fastelbo
 from benchmarks.steps import Step
-from fastelbo.commands.train import build_model
+from fastelbo.commands.networks import build_model
 from fastelbo.estimators import ESTIMATORS
 
 LOG_2PI = math.log(2 * math.pi)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastelbo import estimators, reference
 from fastelbo._ops import call
 from fastelbo.arguments import checked
-from fastelbo.functional import LossParts, Posterior, mean_kl, steered, varies
+from fastelbo.functional import LossParts, Posterior, bound_varies, mean_kl, steered
 
 _op = torch.ops.fastelbo
 
@@ -169,7 +169,7 @@ def bound_loss(
         if gates is not None:  # of dreg: b = a (1 - kl_weight + kl_weight a), by the steps of Tucker et al. 2019, eq. 8
             gates = torch.stack([kl_weight * gates[0], gates[1]])
     log_w = log_likelihood.to(dtype) + ratio
-    if gates is None and (varies(row.elbo_weight) or varies(row.alpha)):
+    if bound_varies(row):
         minus_bound = -reference.bound(log_w, row.elbo_weight, row.alpha, row.groups)
     else:
         numbers = [float(number) for number in row]

@@ -80,15 +80,20 @@ class MultiSampleOptions(LossOptions, total=False):
     groups: int
 
 
-def varies(number: float) -> bool:
+def _varies(number: float) -> bool:
     """Whether `number` is an input of the graph that is being compiled: an op takes its numbers as constants of it."""
     return torch.compiler.is_dynamo_compiling() and not torch.fx.experimental.symbolic_shapes.has_static_value(number)
+
+
+def bound_varies(row: estimators.Estimator) -> bool:
+    """Whether a number of the bound is an input of the graph; then plain PyTorch computes the bound."""
+    return row.is_gradient and (_varies(row.elbo_weight) or _varies(row.alpha))
 
 
 def _as_tensor(number: float, like: Tensor) -> Tensor:
     """The number as a 0-d tensor, in the type in which `like` is computed."""
     dtype, device = reference.compute_dtype(like), like.device
-    if varies(number):  # torch's compiler reads such a number as a tensor in a product, as a constant in `full`
+    if _varies(number):  # torch's compiler reads such a number as a tensor in a product, as a constant in `full`
         return torch.ones((), dtype=dtype, device=device) * number
     return torch.full((), number, dtype=dtype, device=device)
 
@@ -293,7 +298,7 @@ def gaussian_kl(
     if not reduce:
         call(_op.gaussian_kl.default, reference.gaussian_kl, mu.detach(), logvar.detach(), p_mu, p_logvar, 0.0)
         return reference.kl_terms(mu, logvar, p_mu, p_logvar)
-    if varies(free_bits) and free_bits > 0:
+    if _varies(free_bits) and free_bits > 0:
         gaussian_kl(mu, logvar, p_mu, p_logvar, free_bits=0.0)  # checks the arguments; the compiler drops the result
         return reference.gaussian_kl(mu, logvar, p_mu, p_logvar, _as_tensor(free_bits, mu))
     return call(_op.gaussian_kl.default, reference.gaussian_kl, mu, logvar, p_mu, p_logvar, free_bits)
@@ -539,9 +544,9 @@ def elbo_loss(
         loss = fit.loss + reference.reduce((beta * terms).flatten(1).sum(1), reduction)
         return LossParts(loss, fit.log_likelihood, terms.flatten(1).sum(1)) if return_parts else loss
     if torch.compiler.is_dynamo_compiling():
-        if not isinstance(beta, Tensor) and varies(beta):
+        if not isinstance(beta, Tensor) and _varies(beta):
             beta = _as_tensor(beta, first)
-        if varies(free_bits) and free_bits > 0:  # the likelihood by the op, the KL with its floor beside it
+        if _varies(free_bits) and free_bits > 0:  # the likelihood by the op, the KL with its floor beside it
             options: ElboOptions = {"likelihood": likelihood, "mask": mask, "reduction": reduction}
             options |= {"prior_mu": prior_mu, "prior_logvar": prior_logvar, "beta": 0.0, "free_bits": 0.0}
             fit = elbo_loss(recon, x, mu, logvar, return_parts=True, **options)
@@ -743,7 +748,7 @@ def multi_sample_loss(
     row = estimators.estimator(estimator, log_ratio.shape[0], alpha=alpha, beta=beta, groups=groups)
     gates = steered(row, estimator, [posterior])
     args = first, x, log_ratio, gates, second, third, _mask(mask, x), likelihood
-    if gates is None and (varies(row.elbo_weight) or varies(row.alpha)):  # the bound in plain PyTorch
+    if bound_varies(row):
         iwae = list(estimators.ESTIMATORS["iwae"].make())
         call(_op.multi_sample_loss.default, reference.multi_sample_loss, *args, iwae, reduction)  # as in gaussian_kl
         log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)

@@ -172,7 +172,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         return self._set(fitted, moments)
 
     def _least(self) -> float:
-        return model.not_negative("min_noise_variance", self.min_noise_variance)  # type: ignore[no-any-return]
+        return model.variance("min_noise_variance", self.min_noise_variance)  # type: ignore[no-any-return]
 
     def _finite(self) -> dict[str, object]:
         return {"ensure_all_finite": "allow-nan" if self.method == "em" else True}

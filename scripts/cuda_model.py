@@ -193,11 +193,10 @@ def work_of(body: str) -> Work:
 
 def disassemble(folder: str) -> dict[str, str]:
     """Of all .cubin files in the folder: mangled name -> text."""
-    beside = Path(sysconfig.get_path("purelib")) / "nvidia/cu13/bin/nvdisasm"
-    tool = shutil.which("nvdisasm") or (str(beside) if beside.exists() else None)
+    installed = Path(sysconfig.get_path("purelib")) / "nvidia/cu13/bin/nvdisasm"
+    tool = shutil.which("nvdisasm") or shutil.which(installed)
     if tool is None:
         sys.exit("nvdisasm is not found: pip install nvidia-cuda-nvdisasm")
-    Path(tool).chmod(0o755) if tool == str(beside) else None
     found: dict[str, str] = {}
     for cubin in Path(folder).glob("*.cubin"):
         text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout

@@ -17,6 +17,7 @@ from fastelbo import PPCA, kept
 from fastelbo.commands import cli, evaluate, pictures, train
 from fastelbo.commands import ppca as commands_ppca
 from fastelbo.commands.data import counts_model, load
+from fastelbo.commands.networks import build_model
 from fastelbo.commands.ppca import METRICS as METRICS_OF_PPCA
 from fastelbo.commands.train import LATENT_METRICS, METRICS, Config, Trainer
 
@@ -617,7 +618,7 @@ def test_patience(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 12), (3, 8, 8)], ids=str)
 @pytest.mark.parametrize("likelihood", ["bernoulli", "bernoulli_probs", "gaussian"])
 def test_convolutions(shape, likelihood):
-    model = train.build_model(shape, 3, 32, likelihood, "conv")
+    model = build_model(shape, 3, 32, likelihood, "conv")
     x = torch.rand(5, *shape)
     assert model.loss(x).isfinite() and model.reconstruct(x).shape == x.shape and model.sample(2).shape == (2, *shape)
     assert sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) == 2
@@ -634,7 +635,7 @@ def test_convolutions(shape, likelihood):
 )
 def test_what_convolutions_do_not_take(shape, likelihood, message):
     with pytest.raises(ValueError, match=message):
-        train.build_model(shape, 3, 32, likelihood, "conv")
+        build_model(shape, 3, 32, likelihood, "conv")
 
 
 def test_half_precision_in_the_steps_alone():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import ROOT, code_of
 
 import fastelbo
 from docs import build
@@ -55,7 +56,7 @@ def test_a_public_name_without_a_docstring_is_refused() -> None:
 
 def test_the_recipes_are_a_page(site: Path) -> None:
     page = (site / "recipes.html").read_text()
-    for recipe in (build.HERE.parent / "examples/recipes").glob("*.py"):
+    for recipe in (ROOT / "examples/recipes").glob("*.py"):
         assert f'id="{recipe.stem}"' in page, recipe.stem
 
 
@@ -63,12 +64,12 @@ def test_the_recipes_are_a_page(site: Path) -> None:
 # The code of README.md and of the pages. That of docs/adapters.md, which needs other packages, and the line on
 # scvi-tools run in tests/integrations/test_adapters_page.py.
 
-README = re.findall(r"```python\n(.*?)```", (build.HERE.parent / "README.md").read_text(), flags=re.DOTALL)
+README = code_of((ROOT / "README.md").read_text())
 
 
 def test_the_script_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(README[0])
-    env = os.environ | {"PYTHONPATH": str(build.HERE.parent)}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     elbo, log_p = map(float, re.findall(r"-\d+\.\d+", done.stdout))
@@ -96,7 +97,7 @@ def test_the_snippets_of_the_readme_run() -> None:
 def run_page(name: str) -> dict[str, object]:
     """What the code of a page leaves behind."""
     space: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", (build.HERE / f"{name}.md").read_text(), flags=re.DOTALL):
+    for block in code_of((build.HERE / f"{name}.md").read_text()):
         exec(block, space)
     return space
 

@@ -210,7 +210,7 @@ class Pair(torch.nn.Module):
 
 MEMORY = """
 import resource, sys, torch
-from fastelbo.commands.train import build_model
+from fastelbo.commands.networks import build_model
 torch.manual_seed(0)
 model, x = build_model((8, 8), 8, 64, "bernoulli"), torch.rand(4, 8, 8)
 model.log_marginal(x, 10_000, chunk_size=500)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import fastelbo
-from fastelbo.commands import data, evaluate, files, options, ppca, train
+from fastelbo.commands import data, evaluate, files, networks, options, ppca, train
 from fastelbo.commands.data import BUILT_IN
 from fastelbo.commands.ppca import PPCAConfig
 from fastelbo.commands.train import IMPLS, Config, Metrics
@@ -103,7 +103,7 @@ def _parser() -> _Parser:
         type=int,
         metavar="N",
     )
-    option("--net", "net", "dense layers, or convolutions for images", choices=train.NETS)
+    option("--net", "net", "dense layers, or convolutions for images", choices=networks.NETS)
     option("--amp", "amp", "autocast of the training steps", choices=train.AMP)
     option("--device", "device", "auto is cuda where torch sees a GPU", choices=train.DEVICES)
     training.add_argument("--method", choices=METHODS, help="of ppca: the closed form (default), or EM")

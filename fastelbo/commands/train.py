@@ -1,4 +1,4 @@
-"""Training a small dense VAE: reproducible, resumable, and timed. `fastelbo train` is this module with arguments."""
+"""Training a small VAE: reproducible, resumable, and timed. `fastelbo train` is this module with arguments."""
 
 import csv
 import json
@@ -15,11 +15,12 @@ from typing import Any, Literal, TypedDict
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastelbo import kept, likelihoods, reference, reference_mode
+from fastelbo import kept, reference, reference_mode
 from fastelbo.arguments import one_of
 from fastelbo.commands import data, evaluate, files, options
+from fastelbo.commands.networks import NETS, build_model
 from fastelbo.diagnostics import ACTIVE_VARIANCE, DiagnosticsMeter
 from fastelbo.estimators import Estimator, estimator
 from fastelbo.functional import LossParts, Posterior, Recon, join_recon, log_prob, rsample, split_recon
@@ -28,7 +29,6 @@ from fastelbo.vae import VAE, VAEOutput, check_objective, draws, objective_loss
 
 IMPLS = ("fused", "reference")
 LR_SCHEDULES = ("constant", "cosine")
-NETS = ("mlp", "conv")
 AMP = ("bf16",)
 DEVICES = ("auto", "cpu", "cuda")
 FIGURES = ("bound", "elbo", "log_likelihood", "kl")  # nats per datum; bound is the objective's own, minus the loss
@@ -117,90 +117,6 @@ def device_of(name: str, processes: int = 1) -> torch.device:
     if name == "cuda" and processes > 1:
         raise ValueError(f"device must be 'cpu' with several processes; got 'cuda' and {processes}")
     return torch.device("cuda" if name != "cpu" and processes == 1 and torch.cuda.is_available() else "cpu")
-
-
-class LearnedScale(nn.Module):
-    """Pairs the decoder's mean with one learned 0-d log variance or log scale (Rybkin et al. 2021, sigma-VAE)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(()))
-
-    def forward(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        return mean, self.log_scale
-
-
-class Log1p(nn.Module):
-    """log(1 + x): counts as an encoder takes them."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.log1p(x)
-
-
-class LearnedDispersion(nn.Module):
-    """The decoder's [B, n, *event] as n tensors, with a learned log_theta [*event] behind the first."""
-
-    def __init__(self, event: tuple[int, ...]) -> None:
-        super().__init__()
-        self.log_theta = nn.Parameter(torch.zeros(event))
-
-    def forward(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        log_mean, *zero_logits = outputs.unbind(1)
-        return log_mean, self.log_theta, *zero_logits
-
-
-def _convolutional(event: tuple[int, ...], latent_dim: int, hidden: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """Encoder and decoder of two convolutions of stride 2, with half and all of `hidden` / 4 channels."""
-    channels, height, width = event if len(event) == 3 else (1, *event) if len(event) == 2 else (0, 0, 0)
-    if channels not in (1, 3) or height % 4 or width % 4:
-        raise ValueError(
-            f"net 'conv' takes images [H, W] or [C, H, W] of 1 or 3 channels, H and W multiples of 4; got {event}"
-        )
-    last, first = max(hidden // 4, 2), max(hidden // 8, 1)
-    inner = (last, height // 4, width // 4)
-    encoder = nn.Sequential(
-        *(nn.Flatten(), nn.Unflatten(1, (channels, height, width))),
-        *(nn.Conv2d(channels, first, 4, 2, 1), nn.ReLU(), nn.Conv2d(first, last, 4, 2, 1), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(math.prod(inner), 2 * latent_dim)),
-    )
-    decoder = nn.Sequential(
-        *(nn.Linear(latent_dim, math.prod(inner)), nn.ReLU(), nn.Unflatten(1, inner)),
-        *(nn.ConvTranspose2d(last, first, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(first, channels, 4, 2, 1)),
-        *(nn.Flatten(), nn.Unflatten(1, event)),
-    )
-    return encoder, decoder
-
-
-def build_model(event: tuple[int, ...], latent_dim: int, hidden: int, likelihood: str, net: str = "mlp") -> VAE:
-    """A VAE with two hidden layers on either side, dense ones for data of any event shape.
-
-    Of counts the encoder sees log1p(x), and the decoder gives every parameter but log_theta, one number per element of
-    the event, whatever z.
-    """
-    size, row = math.prod(event), likelihoods.get(likelihood)
-
-    def layers(first: int, last: int) -> list[nn.Module]:
-        return [nn.Linear(first, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, last)]
-
-    if net == "conv":
-        if row.domain == "counts":
-            raise ValueError(f"net 'conv' takes no counts; got likelihood {likelihood!r}")
-        encoder, decoder = _convolutional(event, latent_dim, hidden)
-    else:
-        encoder = nn.Sequential(nn.Flatten(), *layers(size, 2 * latent_dim))
-        decoder = nn.Sequential(*layers(latent_dim, size), nn.Unflatten(1, event))
-    if row.domain == "counts":
-        encoder.insert(0, Log1p())
-    if "log_theta" in row.parameters:
-        outputs = len(row.parameters) - 1
-        decoder = nn.Sequential(*layers(latent_dim, outputs * size), nn.Unflatten(1, (outputs, *event)))
-        decoder.append(LearnedDispersion(event))
-        return VAE(encoder, decoder, likelihood, latent_shape=(latent_dim,))
-    if likelihood == "bernoulli_probs":
-        decoder.append(nn.Sigmoid())
-    elif len(row.parameters) > 1:
-        decoder.append(LearnedScale())
-    return VAE(encoder, decoder, likelihood, latent_shape=(latent_dim,))
 
 
 def _totals(parts: LossParts, batch: int) -> Tensor:

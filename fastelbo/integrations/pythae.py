@@ -97,9 +97,9 @@ class _Fused:
 
         Reference: Burda et al. 2016, eq. 8.
         """
+        model = fastelbo.VAE(_Encoder(self.encoder), _Decoder(self.decoder, data.shape[1:]), self._likelihood)
         total = 0.0
         for x in data.split(batch_size):
-            model = fastelbo.VAE(_Encoder(self.encoder), _Decoder(self.decoder, x.shape[1:]), self._likelihood)
             log_w, z = fastelbo.importance_weights(model, x, n_samples)
             log_w = torch.stack([row + self._log_prior_ratio(of_row) for row, of_row in zip(log_w, z, strict=True)])
             total += fastelbo.log_mean_exp(log_w, 0).double().sum().item()

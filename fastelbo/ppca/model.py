@@ -30,7 +30,7 @@ METHODS = ("eig", "em")
 # the kind of an array: what a method returns is of the kind that it was called with
 _Array = TypeVar("_Array", Tensor, "npt.NDArray[Any]")
 _method = arguments.one_of(METHODS)
-not_negative = arguments.number(lambda value: 0 <= value < math.inf, "at least 0 and finite")
+variance = arguments.number(lambda value: 0 <= value < math.inf, "at least 0 and finite")
 
 
 def _is_array(X: Any) -> bool:
@@ -462,7 +462,7 @@ class PPCA(nn.Module):
     ) -> Fit:
         _method("method", method)
         max_iter, tol = arguments.count("max_iter", max_iter), arguments.not_negative("tol", tol)
-        min_sigma2 = not_negative("min_sigma2", min_sigma2)
+        min_sigma2 = variance("min_sigma2", min_sigma2)
         if generator is not None:
             arguments.generator("generator", generator)
         seen: list[torch.dtype] = []

@@ -2,12 +2,11 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from pages import ROOT, code_of
 
-ROOT = Path(__file__).parent.parent.parent
 NEEDS = {
     "A script in plain PyTorch": (),
     "Pythae": ("pythae",),
@@ -19,10 +18,7 @@ NEEDS = {
     "PyTorch Geometric": ("torch_geometric",),
 }
 _, *PARTS = re.split(r"^## (.+)\n", (ROOT / "docs/adapters.md").read_text(), flags=re.MULTILINE)
-SECTIONS = {
-    title: re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    for title, text in zip(PARTS[::2], PARTS[1::2], strict=True)
-}
+SECTIONS = {title: code_of(text) for title, text in zip(PARTS[::2], PARTS[1::2], strict=True)}
 
 
 def run(title: str) -> dict:
@@ -69,7 +65,7 @@ def test_lightning() -> None:
 
 def test_scvi() -> None:
     space = run("scvi-tools")
-    (line,) = re.findall(r"```python\n(from fastelbo.integrations.scvi .*)", (ROOT / "README.md").read_text())
+    (line,) = (code for code in code_of((ROOT / "README.md").read_text()) if code.startswith("from fastelbo.integr"))
     exec(line)
     assert space["SCVI"]._module_cls.__name__ == "FusedVAE" and space["PEAKVI"]._module_cls.__name__ == "FusedPEAKVAE"
 

@@ -94,10 +94,20 @@ __global__ void __launch_bounds__(kThreads, 2) samples_kept_kernel(KeptParams p,
   }
 }
 
+// Of one element of sample (k, b), drawn with noise e: its gradients from grad_z (gz) and from the log ratio.
+template <class T, class P>
+__device__ SampleGrad<T> grad_of_sample(const P& p, int64_t k, int64_t b, T gz, T delta, T std, T inv_p, T e) {
+  if (!p.grad_log_ratio.data && !p.gate_path.data) return sample_grad(gz, std, e);
+  const T up = p.grad_log_ratio.data ? row_number<T>(p.grad_log_ratio, k, b) : T(0);
+  if (!p.gate_path.data) return sample_grad(gz, up, delta, std, inv_p, e);
+  const T path = 1 + row_number<T>(p.gate_path, k, b), score = 1 + row_number<T>(p.gate_score, k, b);
+  return gated_sample_grad(gz, up, path, score, delta, std, inv_p, e);
+}
+
 // A thread takes one element of a datum, and adds up its rows in their order.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) samples_kept_backward_kernel(KeptBackwardParams p) {
-  const bool prior = p.grad.prior(), ratio = p.grad_log_ratio.data, gated = p.gate_path.data;
+  const bool prior = p.grad.prior(), ratio = p.grad_log_ratio.data;
   const int64_t elements = p.q.B * p.q.D;
   for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < elements; at += int64_t(gridDim.x) * kThreads) {
     const int64_t b = at / p.q.D, i = at % p.q.D;
@@ -111,14 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2) samples_kept_backward_kernel(Kept
       const int s = int(index & 3);  // no index that varies: it would put the numbers in memory
       const T e = s == 0 ? noise[0] : s == 1 ? noise[1] : s == 2 ? noise[2] : noise[3];
       const T gz = p.grad_z ? load_at<T>(p.grad_z, row_of(p.grad_z, 0, row) + offset_of(p.grad_z, i)) : T(0);
-      const T up = ratio ? row_number<T>(p.grad_log_ratio, 0, row) : T(0);
-      SampleGrad<T> g;
-      if (gated) {
-        const T path = 1 + row_number<T>(p.gate_path, 0, row), score = 1 + row_number<T>(p.gate_score, 0, row);
-        g = gated_sample_grad(gz, up, path, score, l.delta, std, l.inv_p, e);
-      } else {
-        g = ratio ? sample_grad(gz, up, l.delta, std, l.inv_p, e) : sample_grad(gz, std, e);
-      }
+      const SampleGrad<T> g = grad_of_sample(p, 0, row, gz, l.delta, std, l.inv_p, e);
       mu += g.mu, logvar += g.logvar;
       if (ratio && prior) prior_mu += g.prior_mu, prior_logvar += g.prior_logvar;
     }
@@ -159,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBac
   __shared__ Sums<T> slices[kSlices][kPieces];
   const int piece = int(threadIdx.x) % kPieces, slice = int(threadIdx.x) / kPieces;
   const uint64_t seed = p.seed ? uint64_t(*p.seed) : 0;
-  const bool prior = p.grad.prior(), ratio = p.grad_log_ratio.data, gated = p.gate_path.data;
+  const bool prior = p.grad.prior(), ratio = p.grad_log_ratio.data;
   const int64_t elements = p.q.B * p.q.D, pieces = (elements + 3) / 4;
   for (int64_t base = int64_t(blockIdx.x) * kPieces; base < pieces; base += int64_t(gridDim.x) * kPieces) {
     const int64_t first = 4 * (base + piece);
@@ -195,14 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBac
         const Column<T>& c = columns[j];
         const T e = p.eps ? load_at<T>(p.eps, k * p.eps.stride_k + c.eps) : T(noise[j]);
         const T gz = p.grad_z ? load_at<T>(p.grad_z, k * p.grad_z.stride_k + c.grad_z) : T(0);
-        const T up = ratio ? row_number<T>(p.grad_log_ratio, k, c.b) : T(0);
-        SampleGrad<T> g;
-        if (gated) {
-          const T path = 1 + row_number<T>(p.gate_path, k, c.b), score = 1 + row_number<T>(p.gate_score, k, c.b);
-          g = gated_sample_grad(gz, up, path, score, c.delta, c.std, c.inv_p, e);
-        } else {
-          g = ratio ? sample_grad(gz, up, c.delta, c.std, c.inv_p, e) : sample_grad(gz, c.std, e);
-        }
+        const SampleGrad<T> g = grad_of_sample(p, k, c.b, gz, c.delta, c.std, c.inv_p, e);
         sums[j].mu += g.mu;
         sums[j].logvar += g.logvar;
         if (ratio && prior) {

@@ -10,22 +10,43 @@
 namespace fastelbo::cuda {
 namespace {
 
-// math/weights.h by all threads of a block: thread t takes elements t, t + kThreads, ... of every loop. Loops over all
-// K and over one group deal out the samples differently, so each() ends with a barrier; max() and sum() have their own.
-struct Block {
-  __device__ bool leads() const { return threadIdx.x == 0; }
+// kColumns columns by a block, each by the threads whose number is the same modulo kColumns: those of a warp read
+// neighbouring columns.
+template <int kColumns>
+struct Columns {
+  static constexpr int kStep = kThreads / kColumns;  // threads of a column
+  __device__ int column() const { return int(threadIdx.x) % kColumns; }
+  __device__ int first() const { return int(threadIdx.x) / kColumns; }
   template <class F>
   __device__ double max(int64_t n, F f) const {
     double largest = -__builtin_huge_val();
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) largest = f(i) > largest ? f(i) : largest;
-    return block_max(largest);
+    for (int64_t i = first(); i < n; i += kStep) largest = f(i) > largest ? f(i) : largest;
+    if constexpr (kColumns == 1) return block_max(largest);
+    return combined(largest, [](double a, double b) { return b > a ? b : a; });
   }
   template <class F>
   __device__ double sum(int64_t n, F f) const {
     double total = 0;
-    for (int64_t i = threadIdx.x; i < n; i += kThreads) total += f(i);
-    return group_sum(total, kThreads);
+    for (int64_t i = first(); i < n; i += kStep) total += f(i);
+    if constexpr (kColumns == 1) return group_sum(total, kThreads);
+    return combined(total, [](double a, double b) { return a + b; });
   }
+  template <class F>
+  __device__ double combined(double value, F with) const {
+    __shared__ double parts[kThreads];
+    parts[threadIdx.x] = value;
+    __syncthreads();
+    value = parts[column()];
+    for (int s = 1; s < kStep; ++s) value = with(value, parts[s * kColumns + column()]);
+    __syncthreads();
+    return value;
+  }
+};
+
+// math/weights.h by all threads of a block: thread t takes elements t, t + kThreads, ... of every loop. Loops over all
+// K and over one group deal out the samples differently, so each() ends with a barrier; max() and sum() have their own.
+struct Block : Columns<1> {
+  __device__ bool leads() const { return threadIdx.x == 0; }
   template <class F>
   __device__ void each(int64_t n, F f) const {
     for (int64_t i = threadIdx.x; i < n; i += kThreads) f(i);
@@ -75,39 +96,6 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(MultiSampleParams p, To
   }
   add_to_total<T>(total, losses);
 }
-
-// kColumns columns by a block, each by the threads whose number is the same modulo kColumns: those of a warp read
-// neighbouring columns.
-template <int kColumns>
-struct Columns {
-  static constexpr int kStep = kThreads / kColumns;  // threads of a column
-  __device__ int column() const { return int(threadIdx.x) % kColumns; }
-  __device__ int first() const { return int(threadIdx.x) / kColumns; }
-  template <class F>
-  __device__ double max(int64_t n, F f) const {
-    double largest = -__builtin_huge_val();
-    for (int64_t i = first(); i < n; i += kStep) largest = f(i) > largest ? f(i) : largest;
-    if constexpr (kColumns == 1) return block_max(largest);
-    return combined(largest, [](double a, double b) { return b > a ? b : a; });
-  }
-  template <class F>
-  __device__ double sum(int64_t n, F f) const {
-    double total = 0;
-    for (int64_t i = first(); i < n; i += kStep) total += f(i);
-    if constexpr (kColumns == 1) return group_sum(total, kThreads);
-    return combined(total, [](double a, double b) { return a + b; });
-  }
-  template <class F>
-  __device__ double combined(double value, F with) const {
-    __shared__ double parts[kThreads];
-    parts[threadIdx.x] = value;
-    __syncthreads();
-    value = parts[column()];
-    for (int s = 1; s < kStep; ++s) value = with(value, parts[s * kColumns + column()]);
-    __syncthreads();
-    return value;
-  }
-};
 
 // With a gradient, the normalized weights times it.
 template <class T, int kColumns>

@@ -87,7 +87,7 @@ cuda-build:
 	$(call copy,build/cuda)
 	. .venv-cuda/bin/activate && cd build/cuda && FASTELBO_CUDA=1 python setup.py build_ext --inplace
 	. .venv-cuda/bin/activate && cd build/cuda && python -m fastelbo info && python -m pytest -n auto \
-		tests/test_likelihood.py tests/test_latent.py tests/test_elbo.py tests/test_iwae.py tests/test_multi_sample.py
+		tests/ops/test_{likelihood,latent,elbo,iwae,multi_sample}.py
 	. .venv-cuda/bin/activate && python scripts/ptxas_table.py
 
 lint: .venv/dev

@@ -39,13 +39,13 @@ rm -f "$out/code.json"
 step build 200 env FASTELBO_CUDA=1 python setup.py build_ext --inplace
 wait
 export PYTHONPATH=$PWD
-step gpu_tests 90 python -m pytest -q -rs -p no:cacheprovider tests/test_cuda.py
+step gpu_tests 90 python -m pytest -q -rs -p no:cacheprovider tests/ops/test_cuda.py
 if command -v compute-sanitizer >/dev/null; then
   small='test_cpu_and_cuda_agree and float32 and (elbo or rsample or multi_sample)'
   step memcheck 35 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    python -m pytest -q -p no:cacheprovider tests/test_cuda.py -k "$small"
+    python -m pytest -q -p no:cacheprovider tests/ops/test_cuda.py -k "$small"
   step racecheck 35 compute-sanitizer --tool racecheck --error-exitcode 9 \
-    python -m pytest -q -p no:cacheprovider tests/test_cuda.py -k "$small and elbo_loss"
+    python -m pytest -q -p no:cacheprovider tests/ops/test_cuda.py -k "$small and elbo_loss"
 else
   summary+=("$(printf '%-12s %-8s' sanitizer SKIPPED)  compute-sanitizer is not on PATH")
 fi

@@ -104,7 +104,7 @@ def test_a_weighted_mask_changes_no_bit_where_the_rows_are_shared_out(layout):
 # ----------------------------------------------------------------------------------------------------------------------
 # Instruction sets
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def run(isa: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -136,8 +136,8 @@ def test_instruction_set_against_the_reference(isa):
         pytest.skip(f"{isa} is the one that all other tests use")
     chosen = run(isa, "-c", "import fastelbo; print(fastelbo.build_info()['isa'])")
     assert chosen.stdout.strip() == isa, chosen.stderr
-    files = ["test_likelihood.py", "test_latent.py", "test_elbo.py", "test_iwae.py"]
-    files.append("test_multi_sample.py::test_float32_is_as_good_as_eager_pytorch")
+    files = ["ops/test_likelihood.py", "test_latent.py", "test_elbo.py", "test_iwae.py"]
+    files.append("ops/test_multi_sample.py::test_float32_is_as_good_as_eager_pytorch")
     tests = run(isa, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *files)
     assert tests.returncode == 0, tests.stdout[-4000:] + tests.stderr[-2000:]
 

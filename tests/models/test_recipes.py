@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RECIPES = Path(__file__).parent.parent / "examples/recipes"
+RECIPES = Path(__file__).parents[2] / "examples/recipes"
 
 
 def _image() -> Tensor:

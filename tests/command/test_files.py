@@ -61,7 +61,7 @@ def child(arguments: list[object], before: str = "", **options) -> subprocess.Po
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         **options,
     )
 

@@ -15,7 +15,7 @@ from ptxas_table import Kernel
 
 from benchmarks import records
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 H100 = CARDS["H100 SXM"]
 
 

@@ -4,7 +4,7 @@ A case is a function of its number alone; `oracle.check` judges its values and a
 The first CASES numbers are walked by default. FASTELBO_WALK_SECONDS=600 walks for so long instead, from number
 FASTELBO_WALK_START on.
 
-    python tests/test_random_walk.py NUMBER     prints a case, and checks it
+    python tests/ops/test_random_walk.py NUMBER     prints a case, and checks it
 """
 
 import os
@@ -293,7 +293,7 @@ def judge(number: int) -> None:
     try:
         check(case.call, *case.inputs, twin=case.twin)
     except Exception as error:
-        repeat = f"python tests/test_random_walk.py {number}"
+        repeat = f"python tests/ops/test_random_walk.py {number}"
         raise AssertionError(f"case {number} of the random walk; to repeat it: {repeat}\n{case}\n{error}") from error
 
 
@@ -329,7 +329,7 @@ def test_a_failure_says_how_to_repeat_it(monkeypatch):
 
     monkeypatch.setattr(fastelbo, "log_prob", wrong)
     number = next(n for n in range(1000) if case_of(n).options["op"] == "log_prob" and case_of(n).inputs[0].numel())
-    with pytest.raises(AssertionError, match=f"python tests/test_random_walk.py {number}"):
+    with pytest.raises(AssertionError, match=f"python tests/ops/test_random_walk.py {number}"):
         judge(number)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 BUILD = TESTS.parent / "build/cmake"
 
 LIBRARY, SANITIZED_LIBRARY = (next(BUILD.glob(f"{name}/*.so"), None) for name in ("cuda_host", "cuda_host_sanitized"))
@@ -22,16 +22,16 @@ pytestmark = pytest.mark.skipif(
 
 # (files or tests, what is left out): what draws for minutes where every thread is a fiber, or is of the CPU alone
 OPS = {
-    "test_likelihood.py": "",
-    "test_latent.py": "",
-    "test_elbo.py": "",
-    "test_iwae.py": "",
-    "test_strides.py": "32_bits",
-    "test_edges.py": "threads",
-    "test_multi_sample.py": "expectations or signal_to_noise or bounds_grow or torch_func or compiled",
-    "test_ppca.py": "hundred_thousand or compile or memory or sampling or bic or log_marginal or threads",
-    "test_kept.py": "refused or threads or memory or autocast or compile or auto or loss_of_every or stay_unbiased",
-    "test_twins.py": "em_takes or noise",
+    "ops/test_likelihood.py": "",
+    "ops/test_latent.py": "",
+    "ops/test_elbo.py": "",
+    "ops/test_iwae.py": "",
+    "ops/test_strides.py": "32_bits",
+    "ops/test_edges.py": "threads",
+    "ops/test_multi_sample.py": "expectations or signal_to_noise or bounds_grow or torch_func or compiled",
+    "ppca/test_ppca.py": "hundred_thousand or compile or memory or sampling or bic or log_marginal or threads",
+    "models/test_kept.py": "refused or threads or memory or autocast or compile or auto or loss_of_every or stay_unbiased",
+    "ops/test_twins.py": "em_takes or noise",
 }
 # under AddressSanitizer and UBSan, which make every test some ten times slower
 SANITIZED = ["test_shapes", "test_mask", "test_rsample_tails", "test_prior_parameters", "test_nan_and_infinity"]
@@ -121,12 +121,12 @@ def test_under_sanitizers():
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], text=True, capture_output=True).stdout.strip()
     options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     files = [
-        "test_likelihood.py",
-        "test_latent.py",
-        "test_elbo.py",
-        "test_iwae.py",
-        "test_multi_sample.py",
-        "test_ppca.py",
+        "ops/test_likelihood.py",
+        "ops/test_latent.py",
+        "ops/test_elbo.py",
+        "ops/test_iwae.py",
+        "ops/test_multi_sample.py",
+        "ppca/test_ppca.py",
     ]
     done = run(SANITIZED_LIBRARY, *files, "-k", " or ".join(SANITIZED), **options)
     assert_passed(done)

@@ -21,7 +21,7 @@ except ImportError:
         import torch
     except ImportError:
         sys.exit("fastelbo is built against your own PyTorch: first pip install torch, then pip install .")
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 
 ROOT = Path(__file__).parent
 CUDA_CHOICE = os.environ.get("FASTELBO_CUDA", "auto")
@@ -87,7 +87,7 @@ print(
 
 os.environ.setdefault("CXX", "g++")
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count()))
-flags = lines("csrc/flags.txt")
+flags = lines("csrc/flags.txt") + [f"-isystem{path}" for path in include_paths()]  # no warnings of torch's headers
 include_dirs, library_dirs = [str(ROOT / "csrc")], []
 if not obstacle:
     if not torch.cuda.is_available():  # else torch builds for the GPU that is there

@@ -1,5 +1,5 @@
 // The Python module: importing it loads the ops; what it offers are facts of the build.
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
 #include <torch/version.h>
 
 #include "cpu/kernels/kernels.h"

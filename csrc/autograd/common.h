@@ -1,7 +1,6 @@
 // What the autograd functions share.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -9,6 +8,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include "aten.h"
 #include "ops.h"
 
 namespace fastelbo::autograd {

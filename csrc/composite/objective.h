@@ -1,11 +1,10 @@
 // The losses without gradients, and their backwards, put together from other ops: the same code on every device.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <string>
 #include <vector>
 
+#include "aten.h"
 #include "ops.h"
 
 namespace fastelbo::composite {

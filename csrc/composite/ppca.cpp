@@ -9,11 +9,11 @@
 //   m = R'P y, the posterior mean;   C^-1 r = (r - W m) / s2 = (r - U c) / s2 + U P y;   C^-1 W = U P P'R
 //   s2 tr C^-1 = D - M + s2 |P|^2
 // Tipping & Bishop 1999, eq. 4 to 8.
-#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <cmath>
 
+#include "aten.h"
 #include "ops.h"
 #include "prepare/shapes.h"
 

@@ -95,13 +95,13 @@ void rsample_kept_backward(prepare::RSampleKeptBackward& op) {
 }  // namespace
 }  // namespace cpu
 
-TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
-  m.impl("rsample", implement<prepare::rsample, cpu::rsample>);
-  m.impl("_rsample_backward", implement<prepare::rsample_backward, cpu::rsample_backward>);
-  m.impl("_rsample_kept", implement<prepare::rsample_kept, cpu::rsample_kept>);
-  m.impl("_rsample_kept_backward", implement<prepare::rsample_kept_backward, cpu::rsample_kept_backward>);
-  m.impl("gaussian_kl", implement<prepare::gaussian_kl, cpu::gaussian_kl>);
-  m.impl("_gaussian_kl_backward", implement<prepare::gaussian_kl_backward, cpu::gaussian_kl_backward>);
+TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
+  on_cpu_and_meta<prepare::rsample, cpu::rsample>(m, "rsample");
+  on_cpu_and_meta<prepare::rsample_backward, cpu::rsample_backward>(m, "_rsample_backward");
+  on_cpu_and_meta<prepare::rsample_kept, cpu::rsample_kept>(m, "_rsample_kept");
+  on_cpu_and_meta<prepare::rsample_kept_backward, cpu::rsample_kept_backward>(m, "_rsample_kept_backward");
+  on_cpu_and_meta<prepare::gaussian_kl, cpu::gaussian_kl>(m, "gaussian_kl");
+  on_cpu_and_meta<prepare::gaussian_kl_backward, cpu::gaussian_kl_backward>(m, "_gaussian_kl_backward");
 }
 
 }  // namespace fastelbo

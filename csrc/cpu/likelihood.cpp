@@ -66,9 +66,9 @@ void log_prob_backward(prepare::LogProbBackward& op) {
 }  // namespace
 }  // namespace cpu
 
-TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
-  m.impl("log_prob", implement<prepare::log_prob, cpu::log_prob>);
-  m.impl("_log_prob_backward", implement<prepare::log_prob_backward, cpu::log_prob_backward>);
+TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
+  on_cpu_and_meta<prepare::log_prob, cpu::log_prob>(m, "log_prob");
+  on_cpu_and_meta<prepare::log_prob_backward, cpu::log_prob_backward>(m, "_log_prob_backward");
 }
 
 }  // namespace fastelbo

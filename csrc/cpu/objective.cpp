@@ -92,12 +92,12 @@ void log_mean_exp_backward(prepare::LogMeanExpBackward& op) {
 }  // namespace
 }  // namespace cpu
 
-TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
-  m.impl("log_mean_exp", implement<prepare::log_mean_exp, cpu::log_mean_exp>);
-  m.impl("_log_mean_exp_backward", implement<prepare::log_mean_exp_backward, cpu::log_mean_exp_backward>);
-  m.impl("_elbo_loss_forward", implement<prepare::elbo_loss_forward, cpu::elbo_loss_forward>);
-  m.impl("_multi_sample_loss_forward", implement<prepare::multi_sample_loss_forward, cpu::multi_sample_loss_forward>);
-  m.impl("_multi_sample_weights", implement<prepare::multi_sample_weights, cpu::multi_sample_weights>);
+TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
+  on_cpu_and_meta<prepare::log_mean_exp, cpu::log_mean_exp>(m, "log_mean_exp");
+  on_cpu_and_meta<prepare::log_mean_exp_backward, cpu::log_mean_exp_backward>(m, "_log_mean_exp_backward");
+  on_cpu_and_meta<prepare::elbo_loss_forward, cpu::elbo_loss_forward>(m, "_elbo_loss_forward");
+  on_cpu_and_meta<prepare::multi_sample_loss_forward, cpu::multi_sample_loss_forward>(m, "_multi_sample_loss_forward");
+  on_cpu_and_meta<prepare::multi_sample_weights, cpu::multi_sample_weights>(m, "_multi_sample_weights");
 }
 
 }  // namespace fastelbo

@@ -119,11 +119,11 @@ void ppca_residual(prepare::PpcaResidual& op) {
 }  // namespace
 }  // namespace cpu
 
-TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
-  m.impl("_ppca_factor", implement<prepare::ppca_factor, cpu::ppca_factor>);
-  m.impl("_ppca_project", implement<prepare::ppca_project, cpu::ppca_project>);
-  m.impl("_ppca_rest", implement<prepare::ppca_rest, cpu::ppca_rest>);
-  m.impl("_ppca_residual", implement<prepare::ppca_residual, cpu::ppca_residual>);
+TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
+  on_cpu_and_meta<prepare::ppca_factor, cpu::ppca_factor>(m, "_ppca_factor");
+  on_cpu_and_meta<prepare::ppca_project, cpu::ppca_project>(m, "_ppca_project");
+  on_cpu_and_meta<prepare::ppca_rest, cpu::ppca_rest>(m, "_ppca_rest");
+  on_cpu_and_meta<prepare::ppca_residual, cpu::ppca_residual>(m, "_ppca_residual");
 }
 
 }  // namespace fastelbo

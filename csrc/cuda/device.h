@@ -1,8 +1,7 @@
 // What the CUDA bindings need of the device: its guard, the current stream, scratch memory.
 #pragma once
 
-#include <ATen/ATen.h>
-
+#include "aten.h"
 #include "cuda/kernels/kernels.h"
 #include "prepare/views.h"
 

@@ -5,6 +5,8 @@
 // signature and checks are written once for meta tensors, CPU and CUDA.
 #pragma once
 
+#include <torch/library.h>
+
 #include <utility>
 
 namespace fastelbo {
@@ -25,16 +27,20 @@ struct Implementation<prepare, run> {
 template <auto prepare, auto run>
 inline constexpr auto* implement = &Implementation<prepare, run>::call;
 
-// For meta tensors: the outputs are all there is.
+// On meta tensors the outputs are all there is.
 template <class Prepared>
 void only_outputs(Prepared&) {}
 
 template <auto prepare>
-struct MetaImplementation;
+struct OnMeta;
 template <class Prepared, class... A, Prepared (*prepare)(A...)>
-struct MetaImplementation<prepare> : Implementation<prepare, &only_outputs<Prepared>> {};
+struct OnMeta<prepare> : Implementation<prepare, &only_outputs<Prepared>> {};
 
-template <auto prepare>
-inline constexpr auto* implement_meta = &MetaImplementation<prepare>::call;
+// In a TORCH_LIBRARY_FRAGMENT: the op on the CPU, and on meta tensors, which tracing needs.
+template <auto prepare, auto run>
+void on_cpu_and_meta(torch::Library& m, const char* name) {
+  m.impl(name, torch::dispatch(c10::DispatchKey::CPU, implement<prepare, run>));
+  m.impl(name, torch::dispatch(c10::DispatchKey::Meta, &OnMeta<prepare>::call));
+}
 
 }  // namespace fastelbo

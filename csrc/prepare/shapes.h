@@ -1,12 +1,11 @@
 // Shapes and dtypes of what the ops return, allocated the same way by every device and by meta tensors.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <array>
 #include <tuple>
 #include <vector>
 
+#include "aten.h"
 #include "prepare/checks.h"
 
 namespace fastelbo::shapes {

@@ -1,13 +1,12 @@
 // From tensors to what the kernels take, on any device.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <array>
 #include <numeric>
 #include <vector>
 
+#include "aten.h"
 #include "params.h"
 #include "prepare/checks.h"
 

@@ -254,6 +254,10 @@ int main(int argc, char**) {
         bernoulli(c, isa.table(), D, stride, true);
       }
     }
+    for (const int64_t D : {1, 15, 784, 4097}) {
+      shared_gradients(c, isa.table(), D);
+      if (D <= kSegment) multi_sample(c, isa.table(), D);
+    }
     split_anywhere(c, isa.table());
     samples(c, isa.table());
     split(c, isa.table());

@@ -19,9 +19,10 @@ void skips_a_shuffle(float* out) {
   if (threadIdx.x != 5) sum += __shfl_xor_sync(0xffffffffu, sum, 1);
   out[threadIdx.x] = sum;
 }
-void writes_past_shared_memory(float*) {
+void writes_past_shared_memory(float* out) {
   __shared__ float buffer[256];
   buffer[threadIdx.x + 1] = 1;
+  out[threadIdx.x] = buffer[threadIdx.x];
 }
 void reads_past_global_memory(float* out) { out[threadIdx.x] += out[threadIdx.x + 1]; }
 void is_right(float* out) {

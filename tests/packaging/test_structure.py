@@ -140,7 +140,7 @@ def test_kernels_maths_and_likelihoods_include_no_torch(folder):
         torch = {name for name in _included(path) if name.startswith(("ATen/", "c10/", "torch/")) or "pybind" in name}
         assert torch <= HALF, path
         # nor by way of the folders that prepare and dispatch
-        upward = {name for name in _included(path) if name.startswith(("prepare/", "autograd/", "composite/", "meta/"))}
+        upward = {name for name in _included(path) if name.startswith(("prepare/", "autograd/", "composite/"))}
         assert not upward and "ops.h" not in _included(path), path
 
 
@@ -156,8 +156,13 @@ def test_an_instruction_set_is_named_in_one_place():
             assert "X86_LEVEL" not in path.read_text(), path
 
 
-def test_a_source_is_listed_once_and_no_cuda_file_lies_in_a_cpu_folder():
+def test_every_source_is_compiled_once_and_no_cuda_file_lies_in_a_cpu_folder():
+    """Listed, or included by a listed source that is a list of includes and nothing else."""
     listed = [n for n in (CSRC / "sources.txt").read_text().splitlines() if n and not n.startswith("#")]
+    for unit in ("bindings.cpp", "cuda/bindings.cpp"):
+        code = [line for line in (CSRC / unit).read_text().splitlines() if not line.startswith("//")]
+        assert all(line.startswith('#include "') for line in code), unit
+        listed += _included(CSRC / unit)
     files = {str(p.relative_to(CSRC)) for p in CSRC.rglob("*") if p.suffix in (".cpp", ".cu")}
     assert sorted(listed) == sorted(files)
     for path in CSRC.rglob("*.cu*"):

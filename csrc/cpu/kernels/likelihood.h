@@ -38,10 +38,26 @@ struct TileSums {
   alignas(64) T value[kTile], shared[kTile], product[kTile / kGroup];
 };
 
+// Whether bytes are converted in registers: beside float64 they are rare, and loaded like any other dtype.
+template <class T>
+inline constexpr bool kReadsBytes = sizeof(T) == 4;
+
+// The weights of counts that are not masked: their formulas are long, and compiled once, with a weight.
+template <class T>
+struct Ones {
+  alignas(64) T values[kTile];
+  constexpr Ones() : values() {
+    for (T& value : values) value = 1;
+  }
+};
+template <class T>
+inline constexpr Ones<T> kOnes;
+
 // The values of n elements and their gradients times factor, from kCount parameters. An element of weight 0 counts for
-// nothing, whatever it holds.
+// nothing, whatever it holds. Not inlined: log_prob_elements() calls it twice.
 template <class L, int kCount, Grads kGrads, bool kWeighted, bool kBytes, class T>
-inline void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restrict value, T* __restrict shared) {
+[[gnu::noinline]] void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restrict value,
+                                     T* __restrict shared) {
   constexpr bool kShares = L::kShares && kCount == kParameters<L>;  // else it is a constant, or short
   const T* __restrict first = e.first;
   const T* __restrict second = e.second;
@@ -82,8 +98,8 @@ inline void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restri
 inline constexpr int64_t kBlock = 128;  // elements that a formula in steps takes at a time
 
 // The same of up to kBlock elements by a formula of likelihoods/counts.h.
-template <class Formula, int kCount, Grads kGrads, bool kWeighted, class T>
-inline void formula_tile(const Elements<T>& e, T factor, int64_t n, T* __restrict value) {
+template <class Formula, int kCount, Grads kGrads, class T>
+[[gnu::noinline]] void formula_tile(const Elements<T>& e, T factor, int64_t n, T* __restrict value) {
   constexpr int kWork = Formula::kWork;
   const T* __restrict first = e.first;
   const T* __restrict second = e.second;
@@ -117,8 +133,8 @@ inline void formula_tile(const Elements<T>& e, T factor, int64_t n, T* __restric
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const Terms<T> t = last(i, slots);
-    const T m = kWeighted ? weight[i] : T(1);
-    const bool seen = !kWeighted || m != 0;
+    const T m = weight[i];
+    const bool seen = m != 0;
     value[i] = seen ? m * t.value : T(0);
     if constexpr (kGrads != Grads::none) {
       d_first[i] = seen ? factor * (m * t.d_first) : T(0);
@@ -141,7 +157,7 @@ FASTELBO_HD T tree(const T* p, int64_t step, F f) {
 // The sum of the first n values of a tile, less log(1 + shared) where kSoftplus: by products of kGroup factors, of
 // which q holds what is beyond 1. So no digit is lost where all factors are near 1.
 template <bool kSoftplus, class T>
-inline double sum_tile(TileSums<T>& tile, int64_t n) {
+[[gnu::noinline]] double sum_tile(TileSums<T>& tile, int64_t n) {
   const int64_t padded = (n + kPadded - 1) / kPadded * kPadded, part = padded / kGroup;
   for (int64_t i = n; i < padded; ++i) tile.value[i] = 0;
   for (int64_t i = n; kSoftplus && i < padded; ++i) tile.shared[i] = 0;
@@ -192,7 +208,7 @@ class SharedSums {
   }
 
   // n gradients of parameter i from column `column` on
-  void add(int i, int64_t column, int64_t n, const T* __restrict grad) {
+  [[gnu::noinline]] void add(int i, int64_t column, int64_t n, const T* __restrict grad) {
     if (scalar_[i]) total_[i] += double(sum_of(grad, n));
     if (!event_[i]) return;
     T* __restrict to = event_[i] + column;
@@ -207,10 +223,11 @@ inline void log_prob_elements(const Elements<T>& e, T factor, int64_t n, T* valu
   const int64_t whole = n - n % kLanes, tail = n - whole;
   const auto evaluate_part = [&](const Elements<T>& part, int64_t count, int64_t at) {
     if constexpr (requires { L::kSteps; }) {
-      part.weight ? formula_tile<L, kCount, kGrads, true>(part, factor, count, value + at)
-                  : formula_tile<L, kCount, kGrads, false>(part, factor, count, value + at);
-    } else if (part.bytes) {
-      log_prob_tile<L, kCount, kGrads, false, true>(part, factor, count, value + at, shared + at);
+      formula_tile<L, kCount, kGrads>(part, factor, count, value + at);
+    } else if constexpr (L::kZeros) {
+      log_prob_tile<L, kCount, kGrads, true, false>(part, factor, count, value + at, shared + at);
+    } else if (kReadsBytes<T> && part.bytes) {
+      log_prob_tile<L, kCount, kGrads, false, kReadsBytes<T>>(part, factor, count, value + at, shared + at);
     } else {
       part.weight ? log_prob_tile<L, kCount, kGrads, true, false>(part, factor, count, value + at, shared + at)
                   : log_prob_tile<L, kCount, kGrads, false, false>(part, factor, count, value + at, shared + at);
@@ -271,10 +288,11 @@ inline void log_prob_counts(const Elements<T>& e, T factor, int64_t n, T* value,
     if constexpr (kCount > 1) pack(e.second, in[1]);
     if constexpr (kCount > 2) pack(e.third, in[2]);
     pack(e.x, in[3]);
-    if (e.weight) pack(e.weight, in[4]);
+    const bool weighted = e.weight != kOnes<T>.values;
+    if (weighted) pack(e.weight, in[4]);
     int others = 0;
     for (int64_t j = 0; j < count; ++j) others += !(in[3][j] >= 1 && in[3][j] < T(__builtin_huge_val()));
-    const Elements<T> packed{in[0],  in[1],   in[2],   in[3], e.weight ? in[4] : nullptr, out[0], out[1],
+    const Elements<T> packed{in[0],  in[1],   in[2],   in[3], weighted ? in[4] : kOnes<T>.values, out[0], out[1],
                              out[2], nullptr, nullptr, {}};
     others ? log_prob_elements<Any, kCount, kGrads>(packed, factor, count, values, shared)
            : log_prob_elements<Whole, kCount, kGrads>(packed, factor, count, values, shared);
@@ -300,10 +318,10 @@ __attribute__((noinline)) double log_prob_segment(const LogProbParams& p, int64_
     const auto grad = [&](int j) { return target(p.grad[j], k, b, i, out[j]); };
     Elements<T> e;
     e.first = parameter(0), e.second = parameter(1), e.third = parameter(2);
-    e.bytes = p.mask || L::kZeros ? nullptr : bytes_of(p.x, k, b, i);
+    e.bytes = p.mask || L::kZeros || !kReadsBytes<T> ? nullptr : bytes_of(p.x, k, b, i);
     e.byte_scale = byte_scale(p.x.unit, T());
     e.x = e.bytes ? nullptr : load(p.x, k, b, i, n, in[3]);
-    e.weight = p.mask ? load(p.mask, k, b, i, n, in[4]) : nullptr;
+    e.weight = p.mask ? load(p.mask, k, b, i, n, in[4]) : L::kZeros ? kOnes<T>.values : nullptr;
     e.d_first = grad(0), e.d_second = grad(1), e.d_third = grad(2);
     e.d_x = target(p.grad_x, k, b, i, out[3]);
     if constexpr (L::kZeros && kGrads != Grads::all) {

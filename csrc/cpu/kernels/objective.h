@@ -93,7 +93,7 @@ struct OneThread {
 
 // Work items: data.
 template <class T>
-void weigh_kernel(const MultiSampleParams& p, int64_t begin, int64_t end) {
+[[gnu::noinline]] void weigh_kernel(const MultiSampleParams& p, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) weigh_datum<T>(p, b, OneThread{});
 }
 
@@ -122,7 +122,7 @@ void multi_sample_kernel(const MultiSampleParams& p, int64_t begin, int64_t end)
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t b = b0; b < b1; ++b) p.weights[k * B + b] = row(in_place ? grads : Grads::none, k, b, T(1));
     }
-    for (int64_t b = b0; b < b1; ++b) weigh_datum<T>(p, b, OneThread{});
+    weigh_kernel<T>(p, b0, b1);
     if (grads == Grads::none) continue;
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t b = b0; b < b1; ++b) {

@@ -126,11 +126,10 @@ inline const uint8_t* bytes_of(const View& v, int64_t k, int64_t b, int64_t begi
   return bytes ? static_cast<const uint8_t*>(v.data) + k * v.stride_k + b * v.stride_b + begin : nullptr;
 }
 
-// Where elements [begin, begin + n) of row (k, b) can be read: in place, or in the buffer after conversion.
+// read() and write() convert between any dtype and the buffer. They are not inlined: code of nine dtypes, called once a
+// tile.
 template <class T>
-inline const T* load(const View& v, int64_t k, int64_t b, int64_t begin, int64_t n, T* buffer) {
-  const int64_t row = k * v.stride_k + b * v.stride_b;
-  if (lies_as<T>(v)) return static_cast<const T*>(v.data) + row + begin;
+[[gnu::noinline]] void read(const View& v, int64_t row, int64_t begin, int64_t n, T* buffer) {
   switch (v.dtype) {
     case DType::f32: gather(buffer, v, static_cast<const float*>(v.data) + row, begin, n); break;
     case DType::f64: gather(buffer, v, static_cast<const double*>(v.data) + row, begin, n); break;
@@ -142,6 +141,24 @@ inline const T* load(const View& v, int64_t k, int64_t b, int64_t begin, int64_t
     case DType::i32: gather(buffer, v, static_cast<const int32_t*>(v.data) + row, begin, n); break;
     case DType::i64: gather(buffer, v, static_cast<const int64_t*>(v.data) + row, begin, n); break;
   }
+}
+template <class T>
+[[gnu::noinline]] void write(const View& v, int64_t row, int64_t begin, int64_t n, const T* buffer) {
+  switch (v.dtype) {
+    case DType::f32: scatter(buffer, v, static_cast<float*>(v.data) + row, begin, n); break;
+    case DType::f64: scatter(buffer, v, static_cast<double*>(v.data) + row, begin, n); break;
+    case DType::bf16: scatter(buffer, v, static_cast<BFloat16*>(v.data) + row, begin, n); break;
+    case DType::f16: scatter(buffer, v, static_cast<Half*>(v.data) + row, begin, n); break;
+    default: break;
+  }
+}
+
+// Where elements [begin, begin + n) of row (k, b) can be read: in place, or in the buffer after conversion.
+template <class T>
+inline const T* load(const View& v, int64_t k, int64_t b, int64_t begin, int64_t n, T* buffer) {
+  const int64_t row = k * v.stride_k + b * v.stride_b;
+  if (lies_as<T>(v)) return static_cast<const T*>(v.data) + row + begin;
+  read(v, row, begin, n, buffer);
   return buffer;
 }
 
@@ -153,15 +170,7 @@ inline T* target(const View& v, int64_t k, int64_t b, int64_t begin, T* buffer) 
 }
 template <class T>
 inline void store(const View& v, int64_t k, int64_t b, int64_t begin, int64_t n, const T* buffer) {
-  if (!v || lies_as<T>(v)) return;
-  const int64_t row = k * v.stride_k + b * v.stride_b;
-  switch (v.dtype) {
-    case DType::f32: scatter(buffer, v, static_cast<float*>(v.data) + row, begin, n); break;
-    case DType::f64: scatter(buffer, v, static_cast<double*>(v.data) + row, begin, n); break;
-    case DType::bf16: scatter(buffer, v, static_cast<BFloat16*>(v.data) + row, begin, n); break;
-    case DType::f16: scatter(buffer, v, static_cast<Half*>(v.data) + row, begin, n); break;
-    default: break;
-  }
+  if (v && !lies_as<T>(v)) write(v, k * v.stride_k + b * v.stride_b, begin, n, buffer);
 }
 
 inline constexpr int64_t kLanes = 16;  // the widest vector of the compute types

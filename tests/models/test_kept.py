@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_multi_sample import D, M, model_of
-from test_vae import LearnedVariance, ThreeParameters, dense
 from torch import Tensor, nn
+from toys import D, LearnedVariance, M, ThreeParameters, dense, model_of
 
 import fastelbo
 from fastelbo import VAE, Kept, kept

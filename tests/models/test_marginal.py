@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from test_multi_sample import D, M, linear_gaussian, model_of
 from torch import Tensor
+from toys import D, M, linear_gaussian, model_of
 
 import fastelbo
 from fastelbo import LogMeanExp, marginal

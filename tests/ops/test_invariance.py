@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from functions import FUNCTIONS
+from contracts import FUNCTIONS
 from oracle import evaluate, tensors_of
 from torch import Tensor
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributions as td
 from oracle import assert_backward_repeats, gradients
 from paper import CASE_IDS, CASES, Setting
-from torch import Tensor, nn
+from torch import Tensor
+from toys import D, M, linear_gaussian, model_of
 
 import fastelbo
 from fastelbo import VAE
@@ -17,18 +18,9 @@ from fastelbo.estimators import ESTIMATORS
 
 every_case = pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-B, M, D = 3, 4, 11
+B = 3
 GATED = ("stl", "dreg", "rws")
 CHUNK = 4000  # draws at a time
-
-
-def model_of(dtype: torch.dtype = torch.float64, likelihood: str = "bernoulli") -> VAE:
-    torch.manual_seed(1)
-    encoder = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, 2 * M))
-    decoder = nn.Sequential(nn.Linear(M, 6), nn.Tanh(), nn.Linear(6, D))
-    with torch.no_grad():  # so that the weights differ by a few nats
-        decoder[2].weight.mul_(4)
-    return VAE(encoder, decoder, likelihood).to(dtype)
 
 
 def setting(model: VAE, x: Tensor, eps: Tensor) -> Setting:
@@ -240,22 +232,6 @@ def test_compiled_step_is_the_eager_one(name):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the estimators are known for
-
-
-def linear_gaussian() -> tuple[VAE, Tensor, Tensor]:
-    """p(x | z) = N(W z + b, I) with W'W diagonal, and q = the exact posterior: -> model, x, log p(x) [B]."""
-    torch.manual_seed(3)
-    W = torch.linalg.qr(torch.randn(D, M, dtype=torch.float64))[0] * torch.tensor([2.0, 1.5, 1.0, 0.5])
-    b = torch.randn(D, dtype=torch.float64)
-    x = (torch.randn(B, M).double() @ W.T + b + torch.randn(B, D)).double()
-    variance = 1 / (W.square().sum(0) + 1)  # of the posterior: (W'W + I)^-1, diagonal
-    encoder, decoder = nn.Linear(D, 2 * M).double(), nn.Linear(M, D).double()
-    with torch.no_grad():
-        encoder.weight[:M], encoder.weight[M:] = variance[:, None] * W.T, 0
-        encoder.bias[:M], encoder.bias[M:] = -variance * (W.T @ b), variance.log()
-        decoder.weight[:], decoder.bias[:] = W, b
-    marginal = td.MultivariateNormal(b, W @ W.T + torch.eye(D, dtype=torch.float64))
-    return VAE(encoder, decoder, "gaussian"), x, marginal.log_prob(x)
 
 
 @pytest.mark.parametrize("seed", range(3))

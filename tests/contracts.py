@@ -24,9 +24,7 @@ class Function(NamedTuple):
     call: Callable[..., object]  # -> tensor or tuple of tensors
     make: Callable[[int, int], list[Tensor]]  # (B, D) -> inputs, in float64, that may be differentiated
     drawn: bool = False  # from a seed: the kernels' noise has the resolution of float32, the twins' that of float64
-    halves: bool = (
-        True  # whether half types are as good as eager's: the terms of a shared prior are rounded, then summed
-    )
+    halves: bool = True  # as good as eager in half types; terms of a shared prior are rounded before the sum
 
 
 B, K, D, M, SEED = 4, 3, 6, 5, 5

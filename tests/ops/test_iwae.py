@@ -40,10 +40,10 @@ def inputs_for(likelihood=("bernoulli", False), samples=5, dtype=torch.float32, 
 @every_dtype
 @every_reduction
 def test_values_and_gradients(likelihood, dtype, reduction):
-    for samples in (1, 2, 5):
+    for samples in (1, 5):
         for x_dtype in (None, torch.uint8):
             inputs = inputs_for(likelihood, samples, dtype, x_dtype)
-            for parts in ((0,), (0, 1, 2), (1,), (0, 1)):
+            for parts in ((0,), (0, 1, 2), (1,)):
                 call = iwae(parts, likelihood=likelihood[0], reduction=reduction)
                 check(call, *inputs, label=f"K={samples}, x {x_dtype}, parts {parts}")
 

@@ -213,8 +213,9 @@ def test_torch_func_gives_per_datum_gradients(case):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_compiled_step_is_the_eager_one(name):
+def test_compiled_step_is_the_eager_one(name, backend):
     model, (x, eps) = model_of(torch.float32), draw(8, torch.float32)
 
     def step(x: Tensor, eps: Tensor) -> Tensor:
@@ -224,7 +225,7 @@ def test_compiled_step_is_the_eager_one(name):
     expected = step(x, eps)
     expected_grads = torch.autograd.grad(expected, parameters)
     torch._dynamo.reset()
-    actual = torch.compile(step, fullgraph=True)(x, eps)
+    actual = torch.compile(step, fullgraph=True, backend=backend)(x, eps)
     torch.testing.assert_close(actual, expected)
     for a, e in zip(torch.autograd.grad(actual, parameters), expected_grads, strict=True):
         torch.testing.assert_close(a, e)
@@ -284,6 +285,7 @@ def test_expectations_are_equal(pair):
     assert ((a.mean(0) - wrong.mean(0)) / torch.sqrt((a.var(0) + wrong.var(0)) / len(a))).abs().max() > 10
 
 
+@pytest.mark.slow
 def test_signal_to_noise_ratios():
     """Rainforth et al. 2018: iwae's falls as 1 / sqrt(K). Tucker et al. 2019: dreg's grows as sqrt(K)."""
 

@@ -1,4 +1,4 @@
-"""Values and gradients of every public function against its twin, in every dtype: the first thing that a kernel is asked.
+"""Values and gradients of every public function against its twin, in every dtype: what a kernel is asked first.
 
 The files of the op families ask more: masks, extremes, tails, subsets of results and of gradients.
 """
@@ -36,4 +36,5 @@ def test_function(name, dtype):
             expected = evaluate(function.call, leaves_of(inputs, compute_dtype(dtype)), upstream)
         off = max(1e-5, 4 * torch.finfo(dtype).eps)
         for i, (a, e) in enumerate(zip(found, expected, strict=True)):
-            torch.testing.assert_close(a.to(e.dtype), e, rtol=off, atol=off, msg=lambda m, i=i: f"{shape}, {i}: {m}")
+            where = f"{shape}, {i}: "
+            torch.testing.assert_close(a.to(e.dtype), e, rtol=off, atol=off, msg=where.__add__)

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_every_step_runs_on_the_host(tmp_path: Path) -> None:
     """With stand-ins for nvidia-smi, compute-sanitizer, the build, the GPU; command lines are the script's."""
     tools, log = tmp_path / "tools", tmp_path / "commands.txt"

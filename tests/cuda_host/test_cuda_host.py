@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the host: every value and gradient test once more on the very .cu sources.
+"""The CUDA kernels, run on the host: tests of values and gradients once more, on the very .cu sources.
 
 tests/cuda_host/ says how. `make test` builds what is needed with CMake; where it is not built, this file is skipped and
 says so. The tests of the ops run in a process whose fastelbo has the CUDA kernels in place of the CPU's.

@@ -1,11 +1,12 @@
 """log_prob, bernoulli_log_prob and gaussian_log_prob: values and gradients, masks, shapes and extremes."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 import torch.distributions as td
-from cases import LIKELIHOOD_IDS, LIKELIHOODS, ROWS, draw, further, is_counts, joined
+from cases import LIKELIHOOD_IDS, LIKELIHOODS, ROWS, draw, further, holds, is_counts, joined
 from oracle import DTYPES, HALF_TYPES, allocated, check, gradients
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -73,10 +74,8 @@ DISTRIBUTIONS = {
 }
 
 
-@every_likelihood
+@pytest.mark.parametrize("likelihood", [which for which in LIKELIHOODS if which[0] in DISTRIBUTIONS], ids=str)
 def test_agrees_with_torch_distributions(likelihood):
-    if likelihood[0] not in DISTRIBUTIONS:
-        pytest.skip(f"torch.distributions has no {likelihood[0]}")
     recon, x, second, _ = draw(likelihood, (5, 7), 3, torch.float64, requires_grad=False)
     second = None if second is None else second.clamp(max=5)  # NegativeBinomial subtracts two lgammas of theta
     expected = DISTRIBUTIONS[likelihood[0]](recon, second).log_prob(x).sum(-1)
@@ -85,14 +84,14 @@ def test_agrees_with_torch_distributions(likelihood):
 
 @every_likelihood
 @every_dtype
-@pytest.mark.parametrize("x_dtype", [None, torch.uint8, torch.bool, *COUNTS], ids=str)
-def test_values_and_gradients(likelihood, dtype, x_dtype):
-    if x_dtype is not None and (x_dtype in COUNTS) > is_counts(likelihood[0]):
-        pytest.skip("these types hold counts alone")
-    if x_dtype == torch.bool and is_counts(likelihood[0]):
-        pytest.skip("bool holds no counts")
-    for samples in (None, 1, 4):
-        check(log_prob(likelihood[0]), *draw(likelihood, (6, 3, 25), samples, dtype, x_dtype), label=f"K={samples}")
+def test_values_and_gradients(likelihood, dtype):
+    types = [t for t in (None, torch.uint8, torch.bool, *COUNTS) if holds(t, likelihood[0])]
+    for samples, x_dtype in product((None, 1, 4), types):
+        check(
+            log_prob(likelihood[0]),
+            *draw(likelihood, (6, 3, 25), samples, dtype, x_dtype),
+            label=f"K={samples}, x {x_dtype}",
+        )
 
 
 @every_likelihood

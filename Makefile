@@ -1,5 +1,6 @@
 # make demo          trains a VAE on handwritten digits with the fused loss and with plain PyTorch, side by side
 # make test          C++ tests, then Python tests; TORCH=2.11.0: with that torch, in build/torch-2.11.0
+# make test-all      the slow tests too (every instruction set, all kernels of CUDA on the host, Inductor), and the packages'
 # make bench         compares with eager PyTorch, torch.compile and other packages, in under 10 minutes
 # make bench-quick   a part of the benchmarks, in about 40 seconds
 # make docs          API reference and concepts, as web pages in build/docs
@@ -16,6 +17,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+MARKS = not slow
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 VENV = . .venv/bin/activate &&
 CPP_FILES = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
@@ -27,7 +29,7 @@ define copy
 		--exclude='*.egg-info' --exclude=__pycache__ . | tar -xf - -C $(1)
 endef
 
-.PHONY: demo test test-integrations test-scvi sanitize bench bench-quick docs wheels cuda-build lint format clean
+.PHONY: demo test test-all test-integrations test-scvi sanitize bench bench-quick docs wheels cuda-build lint format clean
 
 demo: .venv/built
 	$(VENV) python examples/demo.py
@@ -44,8 +46,11 @@ test: .venv/built .venv/dev
 	$(VENV) cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$$(which python)
 	$(VENV) cmake --build build/cmake
 	$(VENV) ctest --test-dir build/cmake --output-on-failure
-	$(VENV) pytest -n auto --maxprocesses 8
+	$(VENV) pytest -n auto --maxprocesses 8 --dist worksteal -m "$(MARKS)"
 endif
+
+test-all: MARKS =
+test-all: test test-integrations
 
 test-integrations: .venv/built .venv-integrations/base
 	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/integrations

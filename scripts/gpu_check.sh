@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # One command on a machine with a GPU, a CUDA build of torch and its nvcc, and no network: builds in place, tests, looks
-# for memory errors and races, measures, and prints what was measured beside what scripts/cuda_model.py predicts. At most
-# 8 minutes by the limits of the steps. Prints a short table last; its exit status is that of the worst step.
+# for memory errors and races, and measures. At most 8 minutes by the limits of the steps. Prints a short table last; its
+# exit status is that of the worst step.
 #
 #   scripts/gpu_check.sh [FOLDER]     logs and tables go to FOLDER (default: build/gpu_check)
 #
 # Wheels that it needs beside torch, to be brought along: ninja numpy setuptools pytest (build and tests), scikit-learn
-# matplotlib tqdm (benchmark), nvidia-cuda-nvdisasm (model); their versions are in requirements.txt and
-# requirements-dev.txt. compute-sanitizer comes with the CUDA toolkit, and is left out where it is not.
+# matplotlib tqdm (benchmark); their versions are in requirements.txt and requirements-dev.txt. compute-sanitizer comes
+# with the CUDA toolkit, and is left out where it is not.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/gpu_check}
@@ -30,14 +30,8 @@ step() {  # NAME SECONDS COMMAND...: its output goes to a log, its verdict into 
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/gpu.txt" || exit 2
 python -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' || exit 2
-card="H100 SXM"
-grep -q A100 "$out/gpu.txt" && card="A100 80GB"
-grep -q H200 "$out/gpu.txt" && card="H200"
 
-rm -f "$out/code.json"
-(timeout 200 python scripts/cuda_model.py --code "$out/code.json" >"$out/code.log" 2>&1) &  # compiles beside the build
 step build 200 env FASTELBO_CUDA=1 python setup.py build_ext --inplace
-wait
 export PYTHONPATH=$PWD
 step gpu_tests 90 python -m pytest -q -rs -p no:cacheprovider tests/ops/test_cuda.py
 if command -v compute-sanitizer >/dev/null; then
@@ -51,8 +45,6 @@ else
 fi
 step benchmark 100 python -m benchmarks --device cuda --out "$out/cuda.csv"
 cat "$out/benchmark.log"
-step model 10 python scripts/cuda_model.py --code "$out/code.json" --csv "$out/cuda.csv" --card "$card"
-cat "$out/model.log"
 
 echo
 printf '%s\n' "${summary[@]}"

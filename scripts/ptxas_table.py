@@ -38,7 +38,6 @@ class Kernel(NamedTuple):
     """What ptxas says of one kernel."""
 
     name: str  # without its arguments and the namespaces of the package
-    mangled: str
     registers: int
     shared: int  # bytes
     spills: int  # bytes
@@ -56,7 +55,7 @@ def compile_one(source: str, arch: str, folder: str) -> str:
 
 
 def compiled(arch: str, folder: str) -> list[Kernel]:
-    """All kernels, by name; their .cubin files are left in the folder."""
+    """All kernels, by name."""
     if not shutil.which("nvcc"):
         sys.exit("nvcc is not on PATH")
     sources = [source for source in lines("csrc/sources.txt") if source.endswith(".cu")]
@@ -65,13 +64,13 @@ def compiled(arch: str, folder: str) -> list[Kernel]:
     found = ENTRY.findall(output)
     names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True).stdout
     kernels = []
-    for name, (mangled, stores, loads, registers, rest) in zip(names.splitlines(), found, strict=True):
+    for name, (_, stores, loads, registers, rest) in zip(names.splitlines(), found, strict=True):
         shared = re.search(r"(\d+) bytes smem", rest)
         short = re.sub(r"\(.*\)$", "", re.sub(r"fastelbo::(cuda::\(anonymous namespace\)::|baseline::)", "", name))
         short = short.removeprefix("void ").replace("(bool)1", "true").replace("(bool)0", "false")
         short = short.replace("(int)", "")
         sizes = int(registers), int(shared[1]) if shared else 0, int(stores) + int(loads)
-        kernels.append(Kernel(short, mangled, *sizes, bool(MAIN.search(short))))
+        kernels.append(Kernel(short, *sizes, bool(MAIN.search(short))))
     return sorted(kernels)
 
 

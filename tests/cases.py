@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastelbo import likelihoods
+from fastelbo.reference import COUNTS
 
 
 class Row(NamedTuple):
@@ -66,6 +67,11 @@ LIKELIHOOD_IDS = [f"{name}-pair" if full else name for name, full in LIKELIHOODS
 
 def is_counts(name: str) -> bool:
     return likelihoods.get(name).domain == "counts"
+
+
+def holds(dtype: torch.dtype | None, name: str) -> bool:
+    """Whether x of this type, None being that of recon, is data of the likelihood."""
+    return dtype in (None, torch.float32, torch.uint8) or is_counts(name) == (dtype in COUNTS)
 
 
 def further(likelihood: tuple[str, bool]) -> list[Callable[[Tensor], Tensor]]:

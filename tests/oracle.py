@@ -229,6 +229,15 @@ def allocated(function: Callable[[], Any]) -> int:
     return sum(max(e.nbytes(), 0) for e in events if e.name() == "[memory]")
 
 
+def peak(function: Callable[[], Any]) -> int:
+    """Bytes of tensors that exist at a time, above those before, at most."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
+    return int(held.max())
+
+
 def assert_backward_repeats(loss: Tensor, inputs: Sequence[Tensor], upstream: float) -> None:
     """A second and a third backward are right, also when the first one's results were overwritten by the user."""
     up = torch.full_like(loss, upstream)

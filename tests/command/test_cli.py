@@ -697,7 +697,10 @@ def test_bad_files_of_options(tmp_path, capsys, name, content, message):
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--objective", "dreg", "--samples", "3", "--batch-size", "101", "--lr-schedule", "cosine"]],
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--objective", "dreg", "--samples", "3", "--batch-size", "101", "--lr-schedule", "cosine"],
+    ],
     ids=str,
 )
 def test_two_processes_train_what_one_does(tmp_path, options):
@@ -718,13 +721,13 @@ def test_two_processes_train_what_one_does(tmp_path, options):
     for name, t in models[0].items():
         torch.testing.assert_close(models[1][name], t, rtol=1e-3, atol=1e-4)
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
-    done = subprocess.run(
-        [*command, "train", "--objective", "iwae", "--samples", "4", "--keep", "2", "--out", str(tmp_path / "no")],
-        text=True,
-        capture_output=True,
-        env=environment,
-    )
-    assert done.returncode != 0 and "keep takes one process" in done.stderr
+
+
+def test_kept_samples_take_one_process(monkeypatch):
+    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with pytest.raises(ValueError, match=r"keep takes one process: .*; got 2"):
+        Trainer(Config(**SMALL, objective="iwae", num_samples=4, keep=2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

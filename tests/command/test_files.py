@@ -3,15 +3,17 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import struct
-import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -52,18 +54,30 @@ def refused(capsys, *arguments: object) -> str:
     return error
 
 
-def child(arguments: list[object], before: str = "", **options) -> subprocess.Popen:
-    """The command as a process of its own, after some lines of Python."""
-    program = f"import sys\n{before}\nfrom fastelbo.commands.cli import main\nsys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        **options,
-    )
+class Child:
+    """The command in a process of its own; forked, since imports would take seconds."""
+
+    def __init__(self, *arguments: object, before: Callable[[], object] = lambda: None) -> None:
+        self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  end() closes it
+        self.process = multiprocessing.get_context("fork").Process(target=self._main, args=(arguments, before))
+        self.process.start()
+
+    def _main(self, arguments: tuple[object, ...], before: Callable[[], object]) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.set_num_threads(1)
+        with self.stderr, open(os.devnull, "w") as sys.stdout:
+            sys.stderr = self.stderr
+            before()
+            status = cli.main([str(a) for a in arguments])
+        sys.exit(status)
+
+    def end(self) -> tuple[int | None, str]:
+        """-> exit status and what was said on stderr."""
+        self.process.join(60)
+        self.process.kill()
+        with self.stderr:
+            self.stderr.seek(0)
+            return self.process.exitcode, self.stderr.read()
 
 
 def epochs_of(out: Path) -> list[int]:
@@ -78,65 +92,60 @@ def names(folder: Path) -> list[str]:
 # Processes: two runs in one folder, interrupts, limits.
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
     out = tmp_path / "run"
-    first = child(["train", *SMALL, "--epochs", 1_000_000, "--out", out])
+    first = Child("train", *SMALL, "--epochs", 1_000_000, "--out", out)
     try:
         while not (out / "checkpoint.pt").exists():
-            assert first.poll() is None, first.stderr.read()
+            assert first.process.is_alive(), first.end()
             time.sleep(0.05)
-        for arguments in ([], ["--resume"]):
-            second = child(["train", *arguments, "--out", out])
-            _, error = second.communicate(timeout=120)
-            assert second.returncode == 2
+        for options in ([], ["--resume"]):
+            error = refused(capsys, "train", *options, "--out", out)
             assert error == f"fastelbo train: error: another run is writing to {out}: write to another directory\n"
-        first.send_signal(signal.SIGINT)
-        _, error = first.communicate(timeout=60)
+        os.kill(first.process.pid, signal.SIGINT)
     finally:
-        first.kill()
-    assert first.returncode == 130
-    assert error == f"interrupted: --resume --out {out} goes on after the last whole epoch\n"
+        status, error = first.end()
+    assert status == 130 and error == f"interrupted: --resume --out {out} goes on after the last whole epoch\n"
     assert names(out) == ["checkpoint.pt", "config.json", "metrics.csv"]
     assert epochs_of(out) == list(range(1, files.read_checkpoint(out)["epoch"] + 1))
 
 
 @pytest.mark.parametrize(
-    "model, function", [("vae", "torch.save"), ("vae", "os.fsync"), ("vae", "os.replace"), ("ppca", "os.fsync")]
+    "model, module, name", [("vae", torch, "save"), ("vae", os, "fsync"), ("vae", os, "replace"), ("ppca", os, "fsync")]
 )
-def test_ctrl_c_while_a_checkpoint_is_written(tmp_path, model, function):
+def test_ctrl_c_while_a_checkpoint_is_written(tmp_path, model, module, name):
     """It comes in the first call that is made for the checkpoint, metrics.csv being there."""
-    module, name = function.split(".")
-    signals = (
-        f"import os, pathlib, signal, torch\nreal = {function}\n"
-        f"def interrupted(*args, **kwargs):\n"
-        f"    if pathlib.Path({str(tmp_path / 'run/metrics.csv')!r}).exists():\n"
-        f"        {module}.{name} = real\n"
-        f"        os.kill(os.getpid(), signal.SIGINT)\n"
-        f"    return real(*args, **kwargs)\n"
-        f"{module}.{name} = interrupted\n"
-    )
+    out, real = tmp_path / "run", getattr(module, name)
+
+    def interrupted(*args, **kwargs):
+        if (out / "metrics.csv").exists():
+            setattr(module, name, real)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
     options = [*SMALL, "--epochs", 3] if model == "vae" else ["--latent-dim", 2]
-    run = child(["train", "--model", model, *options, "--out", tmp_path / "run"], signals)
-    _, error = run.communicate(timeout=120)
-    assert run.returncode == 130 and error.count("\n") == 1, error
-    assert names(tmp_path / "run") == ["checkpoint.pt", "config.json", "metrics.csv"]
-    state = files.read_checkpoint(tmp_path / "run")
+    run = Child("train", "--model", model, *options, "--out", out, before=lambda: setattr(module, name, interrupted))
+    status, error = run.end()
+    assert status == 130 and error.count("\n") == 1, error
+    assert names(out) == ["checkpoint.pt", "config.json", "metrics.csv"]
+    state = files.read_checkpoint(out)
     if model == "ppca":
-        assert error == f"interrupted: the model is in {tmp_path / 'run'}, its pictures are not all there\n"
+        assert error == f"interrupted: the model is in {out}, its pictures are not all there\n"
     else:
-        assert "--resume" in error and state["epoch"] == 1 and epochs_of(tmp_path / "run") == [1]
-        assert cli.main(["train", "--resume", "--out", str(tmp_path / "run")]) == 0
-        assert epochs_of(tmp_path / "run") == [1, 2, 3]
+        assert "--resume" in error and state["epoch"] == 1 and epochs_of(out) == [1]
+        assert cli.main(["train", "--resume", "--out", str(out)]) == 0
+        assert epochs_of(out) == [1, 2, 3]
 
 
 def test_ctrl_c_is_held_back_in_a_block_and_then_given():
-    reached = []
+    reached, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     with pytest.raises(KeyboardInterrupt), files.uninterrupted():
         with files.uninterrupted():
             signal.raise_signal(signal.SIGINT)
             reached.append("inner")
         reached.append("outer")
     assert reached == ["inner", "outer"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("model", ["vae", "ppca"])
@@ -163,13 +172,10 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, model):
     """No file may grow beyond 4 KiB: the table of metrics fits, the checkpoint does not."""
     out = tmp_path / "run"
     options = [*SMALL, "--epochs", 3] if model == "vae" else ["--latent-dim", 8]
-    limit = (4096, 4096)
-    run = child(
-        ["train", "--model", model, *options, "--out", out],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )
-    _, error = run.communicate(timeout=120)
-    assert run.returncode == 2
+    limit = resource.RLIMIT_FSIZE, (4096, 4096)
+    run = Child("train", "--model", model, *options, "--out", out, before=lambda: resource.setrlimit(*limit))
+    status, error = run.end()
+    assert status == 2
     assert error == f"fastelbo train: error: [Errno {errno.EFBIG}] File too large: '{out / 'checkpoint.pt'}'\n"
     assert set(names(out)) == {"config.json", "metrics.csv"} and (out / "metrics.csv").read_bytes().endswith(b"\n")
     assert model == "ppca" or epochs_of(out) == []

@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the host: every value and gradient test once more on the very .cu sources.
+"""The CUDA kernels, run on the host: tests of values and gradients once more, on the very .cu sources.
 
 tests/cuda_host/ says how. `make test` builds what is needed with CMake; where it is not built, this file is skipped and
 says so. The tests of the ops run in a process whose fastelbo has the CUDA kernels in place of the CPU's.
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     LIBRARY is None or SANITIZED_LIBRARY is None, reason="build/cmake has no cuda_host: make test builds it, on x86-64"
 )
 
-# (files or tests, what is left out): what draws for minutes where every thread is a fiber, or is of the CPU alone
+# file: what is left out, since it draws for minutes where every thread is a fiber, or is of the CPU alone
 OPS = {
     "ops/test_likelihood.py": "",
     "ops/test_latent.py": "",
@@ -30,8 +30,7 @@ OPS = {
     "ops/test_edges.py": "threads",
     "ops/test_multi_sample.py": "expectations or signal_to_noise or bounds_grow or torch_func or compiled",
     "ppca/test_ppca.py": "hundred_thousand or compile or memory or sampling or bic or log_marginal or threads",
-    "models/test_kept.py": "refused or threads or memory or autocast or compile or auto or loss_of_every or stay_unbiased",
-    "ops/test_twins.py": "em_takes or noise",
+    "models/test_kept.py": "refused or threads or memory or autocast or compile or auto or loss_of_every or unbiased",
 }
 # under AddressSanitizer and UBSan, which make every test some ten times slower
 SANITIZED = ["test_shapes", "test_mask", "test_rsample_tails", "test_prior_parameters", "test_nan_and_infinity"]
@@ -61,8 +60,13 @@ def assert_passed(done: subprocess.CompletedProcess) -> None:
     assert " passed" in done.stdout
 
 
+def test_every_function_and_op():
+    assert_passed(run(LIBRARY, "ops/test_values.py", "ops/test_twins.py", "-k", "not (em_takes or noise)"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("file", OPS)
-def test_ops(file):
+def test_file(file):
     assert_passed(run(LIBRARY, file, "-k", f"not ({OPS[file]})" if OPS[file] else ""))
 
 
@@ -117,6 +121,7 @@ for dtype in (torch.float32, torch.float64):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_under_sanitizers():
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], text=True, capture_output=True).stdout.strip()
     options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}

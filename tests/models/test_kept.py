@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_multi_sample import D, M, model_of
-from test_vae import LearnedVariance, ThreeParameters, dense
+from oracle import peak
 from torch import Tensor, nn
+from toys import D, LearnedVariance, M, ThreeParameters, dense, model_of
 
 import fastelbo
 from fastelbo import VAE, Kept, kept
@@ -23,6 +23,7 @@ CASES = [case for case in paper.CASES if case[0] not in ("elbo", "stl")]
 every_case = pytest.mark.parametrize(
     "case", CASES, ids=[i for i in paper.CASE_IDS if not i.startswith(("elbo", "stl"))]
 )
+every_reduction = pytest.mark.parametrize("reduction", ["mean", pytest.param("sum", marks=pytest.mark.slow), "none"])
 
 
 def flat(weights: Tensor) -> Tensor:
@@ -302,7 +303,7 @@ def test_the_gradient_is_the_same_for_any_number_of_threads():
 
 
 @every_case
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@every_reduction
 def test_estimators_stay_unbiased(case, reduction):
     """The bound is that of all samples; the gradients of encoder and decoder, integrated over u, are theirs."""
     name, options, K = case
@@ -460,7 +461,7 @@ def test_loss_of_any_likelihood(decoder, objective, monkeypatch):
 
 
 @every_case
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@every_reduction
 def test_loss_of_every_objective(case, reduction, monkeypatch):
     name, options, K = case
     model, x = model_of(), torch.rand(B, D, dtype=torch.float64)
@@ -502,15 +503,6 @@ def test_the_encoder_runs_once_and_the_decoder_with_a_graph_over_n_rows():
     with torch.no_grad():
         model.loss(x, objective="iwae", num_samples=K, keep=keep)
     assert sum(rows for rows, _ in seen[model.decoder]) == 2 * K * B + keep * B, "without gradients, no second run"
-
-
-def peak(function: Callable[[], object]) -> int:
-    """Bytes of tensors that exist at a time, above those before, at most."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
-    return int(held.max())
 
 
 def test_memory_does_not_grow_with_the_number_of_samples():

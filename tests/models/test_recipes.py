@@ -48,7 +48,7 @@ def test_every_recipe_is_here():
 def test_it_runs(name, monkeypatch, capsys):
     """A few steps; the figures that it must reach need all of them, in under a minute on one thread."""
     module = recipe(name)
-    monkeypatch.setattr(module, "STEPS", 150)
+    monkeypatch.setattr(module, "STEPS", 30)
     assert module.main() in (0, 1)
     printed = capsys.readouterr().out
     assert any(c.isdigit() for c in printed) and "nan" not in printed and "inf " not in printed
@@ -73,8 +73,9 @@ def test_it_trains(name):
 
 
 @every_recipe
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @torch._inductor.config.patch(fallback_random=True)  # the same noise as in eager mode
-def test_it_compiles_in_one_graph(name):
+def test_it_compiles_in_one_graph(name, backend):
     torch._dynamo.reset()
     module = recipe(name)
     torch.manual_seed(0)
@@ -82,7 +83,7 @@ def test_it_compiles_in_one_graph(name):
     if "vae" in dict(model.named_children()) or hasattr(model, "latent_shape"):
         module.loss(model, *batch)  # a first run tells the model what shape its latents have
     found = []
-    for loss in (module.loss, torch.compile(module.loss, fullgraph=True)):
+    for loss in (module.loss, torch.compile(module.loss, fullgraph=True, backend=backend)):
         torch.manual_seed(1)
         value = loss(model, *batch)
         found.append([value.detach(), *torch.autograd.grad(value, list(model.parameters()))])

@@ -11,33 +11,14 @@ import pytest
 import torch
 from scipy import sparse
 from torch import Tensor, nn
+from toys import LearnedVariance, M, ThreeParameters, dense
 
 from fastelbo import likelihoods, reference
 from fastelbo.commands import data
 from fastelbo.functional import likelihood_mean, likelihood_sample
 from fastelbo.vae import VAE
 
-B, K, M = 5, 3, 4
-
-
-class LearnedVariance(nn.Module):
-    """A decoder that returns (mean, logvar), logvar of a shape that broadcasts."""
-
-    def __init__(self, shape: tuple[int, ...], full: bool = False) -> None:
-        super().__init__()
-        self.mean = nn.Sequential(nn.Linear(M, 6), nn.Unflatten(1, (2, 3)))
-        self.logvar = nn.Parameter(0.3 * torch.randn(shape))
-        self.full = full
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        mean = self.mean(z)
-        return mean, self.logvar + z.sum(1)[:, None, None] if self.full else self.logvar
-
-
-def dense(decoder: nn.Module | None = None, likelihood: str = "bernoulli") -> VAE:
-    torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(6, 2 * M))
-    return VAE(encoder, decoder or nn.Sequential(nn.Linear(M, 6), nn.Unflatten(1, (2, 3))), likelihood).double()
+B, K = 5, 3
 
 
 def convolutional() -> VAE:
@@ -203,21 +184,6 @@ def test_likelihood_draws_have_the_mean_and_density_of_the_reference(name):
 # Counts: three parameters, and integers.
 
 
-class ThreeParameters(nn.Module):
-    """(log_mean, log_theta, zero_logits), the last of them of full size if `full`, else as it is given."""
-
-    def __init__(self, log_theta: tuple[int, ...], zero_logits: tuple[int, ...], full: bool) -> None:
-        super().__init__()
-        self.log_mean = nn.Sequential(nn.Linear(M, 6), nn.Unflatten(1, (2, 3)))
-        self.log_theta = nn.Parameter(0.3 * torch.randn(log_theta))
-        self.zero_logits = nn.Parameter(0.3 * torch.randn(zero_logits))
-        self.full = full
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        zeros = self.zero_logits + z.sum(1)[:, None, None] if self.full else self.zero_logits
-        return self.log_mean(z), self.log_theta, zeros
-
-
 @pytest.mark.parametrize(
     "log_theta, zero_logits, full", [((2, 3), (2, 3), True), ((), (2, 3), False), ((2, 3), (), False)]
 )
@@ -291,7 +257,7 @@ class _Exported(nn.Module):
         return out if self.method != "forward" else (out.recon, *out.posterior[:3])
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method, args", [("decode", ()), ("forward", ()), ("forward", (K,)), ("reconstruct", ())])
 @pytest.mark.parametrize("kind", ["dense", "conv", "pair", "full pair", "three"])
 def test_export_with_a_batch_of_any_size(kind, method, args, strict):

@@ -462,13 +462,14 @@ def masked_elbo(mu: Tensor, logvar: Tensor, weights: Tensor, seed: Tensor) -> Te
     return kl + fastelbo.elbo_loss(mu, torch.sigmoid(mu.detach()), mu, logvar, kl_mask=mask, beta=weights[0])
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("function", [bound_of_two_layers, masked_elbo])
-def test_compiles_in_one_graph(function):
+def test_compiles_in_one_graph(function, backend):
     torch._dynamo.reset()
     inputs = [torch.randn(B, M, requires_grad=True) for _ in range(2)] + [torch.randn(M, M, requires_grad=True)]
     seed = torch.tensor([5])
     results = []
-    for f in (function, torch.compile(function, fullgraph=True)):
+    for f in (function, torch.compile(function, fullgraph=True, backend=backend)):
         loss = f(*inputs, seed)
         results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
     assert_close(*results)

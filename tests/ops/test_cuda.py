@@ -6,7 +6,7 @@ skipped, with that reason, where one is missing.
 
 import pytest
 import torch
-from functions import FUNCTIONS, K
+from contracts import FUNCTIONS, K
 from oracle import gradients, tensors_of, upstream_for
 from torch import Tensor
 

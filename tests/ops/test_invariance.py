@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from functions import FUNCTIONS
+from contracts import FUNCTIONS
 from oracle import evaluate, tensors_of
 from torch import Tensor
 
@@ -125,6 +125,7 @@ def test_the_best_instruction_set_is_chosen():
         assert "avx2" in INFO["isas_of_this_cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", INFO["isas"])
 def test_instruction_set_against_the_reference(isa):
     """The value and gradient tests once more, in a process that uses it."""
@@ -136,7 +137,7 @@ def test_instruction_set_against_the_reference(isa):
         pytest.skip(f"{isa} is the one that all other tests use")
     chosen = run(isa, "-c", "import fastelbo; print(fastelbo.build_info()['isa'])")
     assert chosen.stdout.strip() == isa, chosen.stderr
-    files = ["ops/test_likelihood.py", "test_latent.py", "test_elbo.py", "test_iwae.py"]
+    files = [f"ops/test_{name}.py" for name in ("values", "likelihood", "latent", "elbo", "iwae")]
     files.append("ops/test_multi_sample.py::test_float32_is_as_good_as_eager_pytorch")
     tests = run(isa, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *files)
     assert tests.returncode == 0, tests.stdout[-4000:] + tests.stderr[-2000:]

@@ -40,10 +40,10 @@ def inputs_for(likelihood=("bernoulli", False), samples=5, dtype=torch.float32, 
 @every_dtype
 @every_reduction
 def test_values_and_gradients(likelihood, dtype, reduction):
-    for samples in (1, 2, 5):
+    for samples in (1, 5):
         for x_dtype in (None, torch.uint8):
             inputs = inputs_for(likelihood, samples, dtype, x_dtype)
-            for parts in ((0,), (0, 1, 2), (1,), (0, 1)):
+            for parts in ((0,), (0, 1, 2), (1,)):
                 call = iwae(parts, likelihood=likelihood[0], reduction=reduction)
                 check(call, *inputs, label=f"K={samples}, x {x_dtype}, parts {parts}")
 
@@ -227,14 +227,6 @@ def test_log_mean_exp(dtype):
             if shape[dim]:
                 log_w = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_()
                 check(lambda t, dim=dim: fastelbo.log_mean_exp(t, dim), log_w, label=f"{shape}, dim {dim}")
-
-
-@every_dtype
-def test_log_mean_exp_of_strided_weights(dtype):
-    log_w = torch.randn(6, 10, 4, dtype=torch.float64).to(dtype)
-    for view in (log_w.permute(2, 0, 1), log_w[::2, 1:8:3], log_w[:1].expand(3, 10, 4)):
-        for dim in range(3):
-            check(lambda t, dim=dim: fastelbo.log_mean_exp(t, dim), view.detach().requires_grad_(), label=f"dim {dim}")
 
 
 @every_dtype

@@ -251,24 +251,6 @@ def test_backward_of_every_subset_of_the_results(prior, from_seed):
             check(call, *inputs, eps, twin=sample(3, outputs=outputs), label=f"outputs {outputs}")
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
-def test_strided_latents(layout):
-    def lay(t: Tensor) -> Tensor:
-        t = t.detach()
-        if layout == "transposed":
-            t = t.mT.contiguous().mT
-        elif layout == "sliced":
-            t = torch.cat([t, t], -1)[..., : t.shape[-1]]
-        else:
-            t = t[:1].expand(t.shape)
-        return t.requires_grad_()
-
-    inputs = [lay(t) for t in latent((6, 21), prior="both")]
-    check(fastelbo.gaussian_kl, *inputs)
-    check(sample(4), *inputs, lay(torch.randn(4, 6, 21)))
-    check(sample(4, seed=3), *inputs, drawn(3, 4, (6, 21)), twin=sample(4))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Seeds
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributions as td
 from oracle import assert_backward_repeats, gradients
 from paper import CASE_IDS, CASES, Setting
-from torch import Tensor, nn
+from torch import Tensor
+from toys import D, M, linear_gaussian, model_of
 
 import fastelbo
 from fastelbo import VAE
@@ -17,18 +18,9 @@ from fastelbo.estimators import ESTIMATORS
 
 every_case = pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-B, M, D = 3, 4, 11
+B = 3
 GATED = ("stl", "dreg", "rws")
 CHUNK = 4000  # draws at a time
-
-
-def model_of(dtype: torch.dtype = torch.float64, likelihood: str = "bernoulli") -> VAE:
-    torch.manual_seed(1)
-    encoder = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, 2 * M))
-    decoder = nn.Sequential(nn.Linear(M, 6), nn.Tanh(), nn.Linear(6, D))
-    with torch.no_grad():  # so that the weights differ by a few nats
-        decoder[2].weight.mul_(4)
-    return VAE(encoder, decoder, likelihood).to(dtype)
 
 
 def setting(model: VAE, x: Tensor, eps: Tensor) -> Setting:
@@ -221,8 +213,9 @@ def test_torch_func_gives_per_datum_gradients(case):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_compiled_step_is_the_eager_one(name):
+def test_compiled_step_is_the_eager_one(name, backend):
     model, (x, eps) = model_of(torch.float32), draw(8, torch.float32)
 
     def step(x: Tensor, eps: Tensor) -> Tensor:
@@ -232,7 +225,7 @@ def test_compiled_step_is_the_eager_one(name):
     expected = step(x, eps)
     expected_grads = torch.autograd.grad(expected, parameters)
     torch._dynamo.reset()
-    actual = torch.compile(step, fullgraph=True)(x, eps)
+    actual = torch.compile(step, fullgraph=True, backend=backend)(x, eps)
     torch.testing.assert_close(actual, expected)
     for a, e in zip(torch.autograd.grad(actual, parameters), expected_grads, strict=True):
         torch.testing.assert_close(a, e)
@@ -240,22 +233,6 @@ def test_compiled_step_is_the_eager_one(name):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the estimators are known for
-
-
-def linear_gaussian() -> tuple[VAE, Tensor, Tensor]:
-    """p(x | z) = N(W z + b, I) with W'W diagonal, and q = the exact posterior: -> model, x, log p(x) [B]."""
-    torch.manual_seed(3)
-    W = torch.linalg.qr(torch.randn(D, M, dtype=torch.float64))[0] * torch.tensor([2.0, 1.5, 1.0, 0.5])
-    b = torch.randn(D, dtype=torch.float64)
-    x = (torch.randn(B, M).double() @ W.T + b + torch.randn(B, D)).double()
-    variance = 1 / (W.square().sum(0) + 1)  # of the posterior: (W'W + I)^-1, diagonal
-    encoder, decoder = nn.Linear(D, 2 * M).double(), nn.Linear(M, D).double()
-    with torch.no_grad():
-        encoder.weight[:M], encoder.weight[M:] = variance[:, None] * W.T, 0
-        encoder.bias[:M], encoder.bias[M:] = -variance * (W.T @ b), variance.log()
-        decoder.weight[:], decoder.bias[:] = W, b
-    marginal = td.MultivariateNormal(b, W @ W.T + torch.eye(D, dtype=torch.float64))
-    return VAE(encoder, decoder, "gaussian"), x, marginal.log_prob(x)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -308,6 +285,7 @@ def test_expectations_are_equal(pair):
     assert ((a.mean(0) - wrong.mean(0)) / torch.sqrt((a.var(0) + wrong.var(0)) / len(a))).abs().max() > 10
 
 
+@pytest.mark.slow
 def test_signal_to_noise_ratios():
     """Rainforth et al. 2018: iwae's falls as 1 / sqrt(K). Tucker et al. 2019: dreg's grows as sqrt(K)."""
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_autograd import _op_calls
+from contracts import op_calls
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -43,10 +43,10 @@ def double(t: object) -> object:
     return t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
-@pytest.mark.parametrize("call", [name for name in _op_calls() if "ppca" not in name])
+@pytest.mark.parametrize("call", [name for name in op_calls() if "ppca" not in name])
 def test_op(call):
     torch.manual_seed(0)
-    op, args = _op_calls()[call]
+    op, args = op_calls()[call]
     noise = (
         2e-6 if any(isinstance(a, Tensor) and a.dtype == torch.int64 for a in args) else 0.0
     )  # of float32 resolution

@@ -152,6 +152,7 @@ def test_cuda_timer_goes_through_the_same_harness(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_case_with_an_environment_is_measured_in_a_process_of_its_own(monkeypatch):
     """128 KiB is far below the gradient's 12 MB: glibc maps it anew in each step, and every page is written."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1")

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.mark.slow
 def test_ppca_distributed():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -39,6 +42,7 @@ def run_in_small(name: str, out: Path, monkeypatch, capsys, **constants: object)
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_kept_samples(tmp_path, monkeypatch, capsys):
     """In small: what it prints and draws. The full run takes ten minutes."""
     small = {"EPOCHS": 2, "LOOKS": (1, 2), "TRAIN": 500, "HELD_OUT": 20, "LOOK_SAMPLES": 20, "FINAL_SAMPLES": 50}

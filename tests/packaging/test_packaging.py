@@ -103,35 +103,36 @@ def installed(folder: Path, version: str, url: str | None) -> None:
         (info / "direct_url.json").write_text(f'{{"url": "{url}", "dir_info": {{}}}}')
 
 
-# an editable install finds the compiled library of this checkout
-IMPORT = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)]; import fastelbo"
+# Prints the error of an import from each folder. An editable install would find the compiled library of this checkout.
+IMPORTS = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in str(finder)]
+for folder in sys.argv[1:]:
+    sys.path[0] = folder
+    try:
+        import fastelbo
+    except ImportError as error:
+        print(error)
+    for name in [name for name in sys.modules if name.startswith("fastelbo")]:
+        del sys.modules[name]
+"""
 
 
-def error_of_import(folder: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=folder, text=True, capture_output=True)
-    assert done.returncode == 1
-    return done.stderr.splitlines()[-1]
-
-
-def test_the_import_names_a_command_that_needs_no_source_tree(tmp_path: Path) -> None:
-    installed(tmp_path, "0.9.7", None)
-    error = error_of_import(tmp_path)
-    assert f"built against PyTorch 1.0, but this is PyTorch {torch.__version__}" in error
-    assert error.endswith(
-        "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps --no-binary fastelbo fastelbo==0.9.7"
-    )
-
-
-def test_the_import_names_the_source_tree_that_it_was_installed_from(tmp_path: Path) -> None:
-    sources = tmp_path / "a folder"
-    sources.mkdir()
-    installed(tmp_path, "0.9.7", sources.as_uri())
-    assert error_of_import(tmp_path).endswith("--no-binary fastelbo fastelbo==0.9.7")  # the folder has no setup.py
+def test_what_an_import_says_that_cannot_load_the_library(tmp_path: Path) -> None:
+    """A command that needs no source tree; the source tree that it was installed from; that it is not built."""
+    sources, empty = tmp_path / "a folder", tmp_path / "empty"
+    sources.mkdir(), empty.mkdir()
     (sources / "setup.py").touch()
-    assert error_of_import(tmp_path).endswith(f"--no-deps '{sources}'")
-
-
-def test_a_tree_that_is_not_built_says_so(tmp_path: Path) -> None:
-    installed(tmp_path, "0.9.7", None)
-    (tmp_path / "fastelbo/_C.py").unlink()
-    assert "is not built here; build it: pip install" in error_of_import(tmp_path)
+    folders = [tmp_path / name for name in ("index", "no sources", "sources", "not built")]
+    for folder, url in zip(folders, (None, empty.as_uri(), sources.as_uri(), None), strict=True):
+        folder.mkdir()
+        installed(folder, "0.9.7", url)
+    (folders[3] / "fastelbo/_C.py").unlink()
+    done = subprocess.run([sys.executable, "-c", IMPORTS, *folders], cwd=tmp_path, text=True, capture_output=True)
+    index, no_sources, tree, not_built = done.stdout.splitlines()
+    assert f"built against PyTorch 1.0, but this is PyTorch {torch.__version__}" in index
+    command = "rebuild it: pip install --no-build-isolation --force-reinstall --no-deps"
+    assert index.endswith(f"{command} --no-binary fastelbo fastelbo==0.9.7")
+    assert no_sources.endswith("--no-binary fastelbo fastelbo==0.9.7")  # the folder has no setup.py
+    assert tree.endswith(f"--no-deps '{sources}'")
+    assert "is not built here; build it: pip install" in not_built

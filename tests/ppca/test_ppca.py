@@ -8,7 +8,7 @@ import mpmath as mp
 import numpy as np
 import pytest
 import torch
-from oracle import SAMPLES, _RandomRounding, assert_accurate, check, evaluate
+from oracle import SAMPLES, _RandomRounding, assert_accurate, check, evaluate, peak
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -348,22 +348,9 @@ def test_impute_is_the_conditional_mean():
 
 def test_memory_of_missing_cells_does_not_hold_D_times_M_squared():
     """N = 20, D = 20,000, M = 30: the products W_di W_dj alone would be 74 MB."""
-    from oracle import allocated
-
     m = model(20_000, 30)
     x = with_gaps(torch.randn(20, 20_000, dtype=F64))
 
-    def peak(function):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            function()
-        live = highest = 0
-        for e in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-            if e.name() == "[memory]":
-                live += e.nbytes()
-                highest = max(highest, live)
-        return highest
-
-    assert allocated(lambda: m.log_prob(x)) > 0
     assert peak(lambda: m.log_prob(x).sum().backward()) < 60e6
 
 
@@ -548,13 +535,14 @@ def test_errors(call, error, message):
 
 def test_compile():
     m, x = model(9, 2), torch.randn(5, 9, dtype=F64)
-    compiled = torch.compile(lambda x: m.log_prob(x), fullgraph=True, dynamic=False)
+    compiled = torch.compile(lambda x: m.log_prob(x), fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(compiled(x), m.log_prob(x))
     with torch.no_grad():
         x[2, 3] = math.nan
     assert compiled(x)[2].isnan()
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_columns():
     """D = 100,000, M = 64, N = 1000 in float32: a D by D matrix would be 40 GB. The data are 0.4 GB."""
     code = """

@@ -2,8 +2,6 @@
 
 import math
 import pickle
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -151,12 +149,6 @@ def test_random_state():
     assert a.n_iter_ == 3
 
 
-def test_fastelbo_needs_no_scikit_learn():
-    program = "import sys; sys.modules['sklearn'] = None; import fastelbo; print('fastelbo.sklearn' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
-    assert done.stdout == "False\n", done.stderr
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # partial_fit and weights.
 
@@ -259,6 +251,7 @@ def test_no_convergence_has_a_warning():
         fastelbo.PPCA(3).fit(X, "em")
 
 
+@pytest.mark.slow
 def test_a_floor_of_the_noise_keeps_many_components_from_fitting_it():
     """The case of the docstring: without it, 24 components are worse than the means of the columns."""
     X = load_digits().data

@@ -1,0 +1,103 @@
+"""Derivatives of every order, and the ways PyTorch has to ask for them: autograd, torch.func, forward mode."""
+
+import pytest
+import torch
+from contracts import FUNCTIONS
+from oracle import tensors_of
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fastelbo
+
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+B, D = 2, 3
+
+
+def leaves(name: str, b: int = B, d: int = D, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [t.to(dtype).requires_grad_() for t in FUNCTIONS[name].make(b, d)]
+
+
+def scalar(name: str):
+    """All results of a function, mixed into one number with fixed weights."""
+
+    def call(*inputs: Tensor) -> Tensor:
+        outputs = tensors_of(FUNCTIONS[name].call(*inputs))
+        return sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).reshape(o.shape)).sum() for o in outputs)
+
+    return call
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finite differences
+
+
+@every_function
+def test_gradcheck(name):
+    # the noise of a seed has float32 resolution, but is a constant: nothing is lost in the differences
+    assert torch.autograd.gradcheck(FUNCTIONS[name].call, leaves(name), fast_mode=False)
+
+
+@every_function
+def test_gradgradcheck(name):
+    assert torch.autograd.gradgradcheck(FUNCTIONS[name].call, leaves(name))
+
+
+@every_function
+def test_a_graph_of_the_gradient_changes_nothing(name):
+    """create_graph=True takes another path; its first derivatives agree, and the second are the twin's."""
+    inputs = leaves(name)
+    plain = torch.autograd.grad(scalar(name)(*inputs), inputs)
+    first = torch.autograd.grad(scalar(name)(*inputs), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, materialize_grads=True)
+    with fastelbo.reference_mode():
+        expected = torch.autograd.grad(scalar(name)(*inputs), inputs, create_graph=True)
+        expected2 = torch.autograd.grad(sum(g.square().sum() for g in expected), inputs, materialize_grads=True)
+    # what is drawn from a seed has float32 resolution in the kernel
+    close = {"rtol": 1e-5, "atol": 1e-5} if FUNCTIONS[name].drawn else {"rtol": 1e-9, "atol": 1e-9}
+    for a, b, c in zip(plain, first, expected, strict=True):
+        torch.testing.assert_close(a, c, **close)
+        torch.testing.assert_close(b, c, **close)
+    for a, b in zip(second, expected2, strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch.func and forward mode
+
+
+@every_function
+def test_torch_func(name):
+    """grad, vmap(grad), jvp and hessian run, and agree with autograd of the twin."""
+    inputs = [t.detach() for t in leaves(name)]
+    call = scalar(name)
+    (grad,) = [torch.func.grad(call)(*inputs)]
+    again = [t.clone().requires_grad_() for t in inputs]
+    close = {"rtol": 1e-5, "atol": 1e-5} if FUNCTIONS[name].drawn else {"rtol": 1e-9, "atol": 1e-9}
+    (expected,) = torch.autograd.grad(call(*again), again[:1])
+    torch.testing.assert_close(grad, expected, **close)
+
+    stack = [torch.stack([t, 0.5 * t, 0.9 * t]) for t in inputs]
+    per_item = torch.func.vmap(torch.func.grad(call))(*stack)
+    for i in range(3):
+        torch.testing.assert_close(per_item[i], torch.func.grad(call)(*(t[i] for t in stack)))
+
+    tangent = torch.randn_like(inputs[0])
+    _, directional = torch.func.jvp(lambda t: call(t, *inputs[1:]), (inputs[0],), (tangent,))
+    torch.testing.assert_close(directional, (expected * tangent).sum(), **close)
+
+    hessian = torch.func.hessian(call)(*inputs)
+    with fastelbo.reference_mode():
+        expected = torch.autograd.functional.hessian(lambda t: call(t, *inputs[1:]), inputs[0])
+    torch.testing.assert_close(hessian, expected)
+
+
+@every_function
+def test_forward_mode(name):
+    inputs = [t.detach() for t in leaves(name)]
+    tangents = [torch.randn_like(t) for t in inputs]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, v) for t, v in zip(inputs, tangents, strict=True)]
+        directional = forward_ad.unpack_dual(scalar(name)(*duals)).tangent
+    grads = torch.autograd.grad(scalar(name)(*(again := [t.requires_grad_() for t in inputs])), again)
+    expected = sum((g * v).sum() for g, v in zip(grads, tangents, strict=True))
+    torch.testing.assert_close(directional, expected, rtol=1e-5, atol=1e-5)

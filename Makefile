@@ -8,7 +8,7 @@
 # make sanitize      C++ tests and tests of the ops under sanitizers, on every instruction set; 10 minutes on 2 cores
 # make test-integrations  tests of fastelbo.integrations, with the packages themselves, in .venv-integrations
 # make test-scvi     scvi-tools' own tests with the fused module; ARGS=--plain: with scvi's
-# make mutants       plants the defects of tests/mutants.py, one by one, and says which test finds each; half an hour
+# make mutants       plants the defects of tests/defects.py, one by one, and says which test finds each; half an hour
 # make lint          ruff, clang-format and mypy
 # make format        ruff and clang-format rewrite the files
 # make clean         removes what was built; .venv, which holds the downloaded packages, stays

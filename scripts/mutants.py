@@ -1,4 +1,4 @@
-"""Plants the defects of tests/mutants.py, one at a time, and says which test finds each. In a copy: build/mutants.
+"""Plants the defects of tests/defects.py, one at a time, and says which test finds each. In a copy: build/mutants.
 
     python scripts/mutants.py [TEXT ...]    those whose name or file holds a TEXT; without, all that the table lacks
     python scripts/mutants.py --list
@@ -22,12 +22,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from mutants import MUTANTS, Mutant  # noqa: E402
+from defects import DEFECTS, Defect  # noqa: E402
 
 COPY = ROOT / "build/mutants"
 LIMIT = 360  # seconds
 INTEGRATIONS = ROOT / ".venv-integrations/bin/python"
 CUDA, ADAPTER = "csrc/cuda/", "fastelbo/integrations/"  # whose tests run otherwise
+NOT_RUN = ("tests/integrations", "tests/packaging/test_defects.py")  # among the others
 PARALLEL = ("-n", "auto", "--maxprocesses", "8")
 ONE_ISA = """#include "cpu/kernels/kernels.h"
 namespace fastelbo::baseline {{ const KernelTable& table(); }}
@@ -87,22 +88,22 @@ def failing(file: str, tests: Sequence[str], seconds: float | None, *options: st
     return found[1] if found else sys.exit(output[-4000:])
 
 
-def find(mutant: Mutant) -> str:
+def find(defect: Defect) -> str:
     """Which test finds the defect, in the words of the table."""
-    file, likely = COPY / mutant.file, [f"tests/{name}" for name in mutant.tests]
+    file, likely = COPY / defect.file, [f"tests/{name}" for name in defect.tests]
     before = file.read_text()
-    if before.count(mutant.old) != 1:
-        sys.exit(f"{mutant.name}: {mutant.file} must hold its text once; it does {before.count(mutant.old)} times")
-    if mutant.file.startswith(ADAPTER) and not INTEGRATIONS.exists():
+    if before.count(defect.old) != 1:
+        sys.exit(f"{defect.name}: {defect.file} must hold its text once; it does {before.count(defect.old)} times")
+    if defect.file.startswith(ADAPTER) and not INTEGRATIONS.exists():
         return "not run: there is no .venv-integrations"
-    file.write_text(before.replace(mutant.old, mutant.new))
+    file.write_text(before.replace(defect.old, defect.new))
     try:
-        build(mutant.file)
+        build(defect.file)
         end = time.monotonic() + LIMIT
-        found = failing(mutant.file, likely, LIMIT)
-        if not found and not mutant.file.startswith((CUDA, ADAPTER)):
-            others = ["tests", *(f"--ignore={name}" for name in ("tests/integrations", *likely))]
-            found = failing(mutant.file, others, end - time.monotonic(), *PARALLEL)
+        found = failing(defect.file, likely, LIMIT)
+        if not found and not defect.file.startswith((CUDA, ADAPTER)):
+            others = ["tests", *(f"--ignore={name}" for name in (*NOT_RUN, *likely))]
+            found = failing(defect.file, others, end - time.monotonic(), *PARALLEL)
         return found or f"NOT FOUND{' in 6 minutes' if time.monotonic() >= end else ''}"
     finally:
         file.write_text(before)  # with a new date: what is built next is without it
@@ -114,7 +115,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the defects, and plant none")
     parser.add_argument("--csv", type=Path, default=ROOT / "build/mutants.csv")
     args = parser.parse_args()
-    chosen = [m for m in MUTANTS if not args.text or any(text in m.name or text in m.file for text in args.text)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else tests of Ctrl-C fail in a shell's background
+    chosen = [m for m in DEFECTS if not args.text or any(text in m.name or text in m.file for text in args.text)]
     chosen.sort(key=lambda m: m.file.startswith("csrc/"))  # those of Python first: nothing is compiled for them
     if args.list:
         return print(*(f"{m.name} | {m.file} | {' '.join(m.tests)}" for m in chosen), sep="\n")
@@ -122,10 +124,10 @@ def main() -> None:
     copy()
     build()
     with args.csv.open("a", newline="") as table:
-        for mutant in chosen:
-            if args.text or mutant.name not in (row[0] for row in known):
+        for defect in chosen:
+            if args.text or defect.name not in (row[0] for row in known):
                 start = time.monotonic()
-                row = [mutant.name, mutant.file, find(mutant), f"{time.monotonic() - start:.0f}"]
+                row = [defect.name, defect.file, find(defect), f"{time.monotonic() - start:.0f}"]
                 csv.writer(table).writerow(row)
                 table.flush()
                 print(*row, sep=" | ", flush=True)

@@ -9,6 +9,7 @@
 # make sanitize      C++ tests and tests of the ops under sanitizers, on every instruction set; 10 minutes on 2 cores
 # make test-integrations  tests of fastelbo.integrations, with the packages themselves, in .venv-integrations
 # make test-scvi     scvi-tools' own tests with the fused module; ARGS=--plain: with scvi's
+# make mutants       plants the defects of tests/defects.py, one by one, and says which test finds each; half an hour
 # make lint          ruff, clang-format and mypy
 # make format        ruff and clang-format rewrite the files
 # make clean         removes what was built; .venv, which holds the downloaded packages, stays
@@ -29,7 +30,8 @@ define copy
 		--exclude='*.egg-info' --exclude=__pycache__ . | tar -xf - -C $(1)
 endef
 
-.PHONY: demo test test-all test-integrations test-scvi sanitize bench bench-quick docs wheels cuda-build lint format clean
+.PHONY: demo test test-all test-integrations test-scvi mutants sanitize bench bench-quick docs wheels cuda-build lint \
+	format clean
 
 demo: .venv/built
 	$(VENV) python examples/demo.py
@@ -64,6 +66,9 @@ test-scvi: .venv/built .venv-integrations/base build/scvi-tools
 
 build/scvi-tools:
 	git clone --quiet --depth 1 --branch 1.4.2 https://github.com/scverse/scvi-tools $@
+
+mutants: .venv/base .venv/dev
+	$(VENV) python scripts/mutants.py $(ARGS)
 
 sanitize: .venv/base .venv/dev
 	$(VENV) scripts/sanitize.sh --ops

@@ -1,0 +1,309 @@
+"""Defects that tests must find: plausible mistakes, each of which a user would notice. scripts/mutants.py plants them.
+
+An entry moves with its code: `old` occurs exactly once in its file, which tests/packaging/test_defects.py checks.
+"""
+
+from typing import NamedTuple
+
+
+class Defect(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]  # files of tests/ that are run first, being likely to find it
+
+
+DEFECTS = [
+    # Latent: sampling and the KL.
+    Defect(
+        "gated gradient of eps without the path's factor",
+        "csrc/math/latent.h",
+        "g * std + grad_lr * path * eps, slope,",
+        "g * std + grad_lr * eps, slope,",
+        ("ops/test_multi_sample.py",),
+    ),
+    Defect(
+        "the backward of rsample draws from sample 0 on",
+        "csrc/prepare/latent.h",
+        "p.grad_eps = op.views.out(op.grad_eps);\n  p.K = num_samples ? num_samples->expect_int() : 1;\n"
+        "  p.first_sample = first_sample.expect_int();",
+        "p.grad_eps = op.views.out(op.grad_eps);\n  p.K = num_samples ? num_samples->expect_int() : 1;\n"
+        "  p.first_sample = 0;",
+        ("ops/test_latent.py",),
+    ),
+    # Likelihoods.
+    Defect(
+        "sigmoid of the wrong sign in the gradient by zero_logits",
+        "csrc/likelihoods/zinb.h",
+        "w[kThird] = pi >= 0 ? tail - 1 : -tail;",
+        "w[kThird] = pi >= 0 ? -tail : tail - 1;",
+        ("ops/test_counts.py", "ops/test_likelihood.py"),
+    ),
+    Defect(
+        "nb without its term of a vanishing theta",
+        "csrc/likelihoods/nb.h",
+        "x * below(in.first, kFaint<T>) + below(in.second, kFaintTheta<T>) - theta * excess;",
+        "x * below(in.first, kFaint<T>) - theta * excess;",
+        ("ops/test_counts.py",),
+    ),
+    Defect(
+        "a shared parameter's gradient is summed in the first tile",
+        "csrc/cpu/kernels/likelihood.h",
+        "T* __restrict to = event_[i] + column;",
+        "T* __restrict to = event_[i] + column % n;",
+        ("ops/test_likelihood.py",),
+    ),
+    Defect(
+        "mask's weights not applied to gradients on CUDA",
+        "csrc/cuda/kernels/likelihood.cuh",
+        "const T w = factor * weight[j];",
+        "const T w = factor;",
+        ("ops/test_likelihood.py",),
+    ),
+    # Objectives.
+    Defect(
+        "miwae divides by K in each group",
+        "csrc/math/weights.h",
+        "bound += part / t * total.value(size);",
+        "bound += part / t * total.value(K);",
+        ("ops/test_multi_sample.py",),
+    ),
+    Defect(
+        "gradient of a tensor beta without free bits",
+        "csrc/composite/objective.cpp",
+        "const bool again = in.free_bits > 0 || !in.kl.defined()",
+        "const bool again = !in.kl.defined()",
+        ("ops/test_elbo.py",),
+    ),
+    Defect(
+        "float16 gradients are scaled after they were rounded",
+        "csrc/autograd/objective.cpp",
+        "return !wants_grad(t) || t.scalar_type() != at::kHalf; }",
+        "return !wants_grad(t) || t.scalar_type() != at::kBFloat16; }",
+        ("ops/test_edges.py",),
+    ),
+    Defect(
+        "sum over the samples in place of the mean, in the gradient written by the forward",
+        "csrc/prepare/objective.h",
+        "-datum_weight(op.reduction, op.rows.params.B) / double(op.rows.params.K);",
+        "-datum_weight(op.reduction, op.rows.params.B);",
+        ("ops/test_elbo.py",),
+    ),
+    # Probabilistic PCA.
+    Defect(
+        "gradient of log_sigma2 without its D - M directions",
+        "csrc/composite/ppca.cpp",
+        "s2 * whiten.square().sum() + (W.sym_size(0) - W.sym_size(1));",
+        "s2 * whiten.square().sum();",
+        ("ppca/test_ppca.py",),
+    ),
+    Defect(
+        "columns that are nearly alike are not made orthogonal twice",
+        "csrc/cpu/kernels/ppca.h",
+        "} while (norm < 0.5 * before && norm > 4 * 0x1p-53 * whole);",
+        "} while (norm > before);",
+        ("ppca/test_ppca.py",),
+    ),
+    # The public functions.
+    Defect(
+        "ELBOLoss drops its mask",
+        "fastelbo/functional.py",
+        "            free_bits=self.free_bits,\n            mask=mask,\n",
+        "            free_bits=self.free_bits,\n",
+        ("ops/test_elbo.py",),
+    ),
+    Defect(
+        "elbo_loss with a beta per dimension forgets the prior",
+        "fastelbo/functional.py",
+        "terms = gaussian_kl(mu, logvar, prior_mu, prior_logvar, mask=kl_mask, reduce=False)",
+        "terms = gaussian_kl(mu, logvar, mask=kl_mask, reduce=False)",
+        ("ops/test_bounds.py",),
+    ),
+    Defect(
+        "the KL of bound_loss's parts is that of the first layer",
+        "fastelbo/bounds.py",
+        "torch.stack([mean_kl(p) for p in posteriors]).sum(0))",
+        "mean_kl(posteriors[0]))",
+        ("ops/test_bounds.py",),
+    ),
+    Defect(
+        "rws takes a single sample",
+        "fastelbo/estimators.py",
+        "Row(lambda: Estimator(path=0.0, score=-1.0), fewest=2)",
+        "Row(lambda: Estimator(path=0.0, score=-1.0))",
+        ("ops/test_multi_sample.py",),
+    ),
+    Defect(
+        "True is a number of samples",
+        "fastelbo/arguments.py",
+        "if isinstance(value, bool) or not isinstance(value, Integral):",
+        "if not isinstance(value, Integral):",
+        ("ops/test_arguments.py",),
+    ),
+    Defect(
+        "the twins' arguments are not checked",
+        "fastelbo/_ops.py",
+        "        if not torch.compiler.is_compiling():\n            check(op, args)\n        return twin(*args)",
+        "        return twin(*args)",
+        ("ops/test_errors.py", "ops/test_reference_mode.py", "ops/test_autograd.py"),
+    ),
+    Defect(
+        "the twin of the KL takes exp(-prior_logvar) in half precision",
+        "fastelbo/reference.py",
+        "square = square * torch.exp(-prior_logvar.to(dtype))",
+        "square = square * torch.exp(-prior_logvar)",
+        ("ops/test_twins.py",),
+    ),
+    Defect(
+        "draws of a negative binomial take exp(log_mean) in half precision",
+        "fastelbo/likelihoods.py",
+        "torch.poisson(gamma * torch.exp(log_mean.to(wide)), generator=generator)",
+        "torch.poisson(gamma * torch.exp(log_mean), generator=generator)",
+        ("ops/test_counts.py",),
+    ),
+    Defect(
+        "an expanded distribution checks no values",
+        "fastelbo/distributions.py",
+        "        new._validate_args = self._validate_args\n",
+        "",
+        ("ops/test_distributions.py",),
+    ),
+    Defect(
+        "the last samples of a long sum are lost",
+        "fastelbo/ordered.py",
+        "[part.sum(0) for part in t.split(CHUNK)]",
+        "[part.sum(0) for part in t.split(CHUNK)[:-1]]",
+        ("models/test_marginal.py", "ops/test_invariance.py"),
+    ),
+    # Models.
+    Defect(
+        "which samples are kept does not follow the generator",
+        "fastelbo/vae.py",
+        "chosen = kept.select(weights.a, keep, generator=generator)",
+        "chosen = kept.select(weights.a, keep)",
+        ("models/test_kept.py",),
+    ),
+    Defect(
+        "reconstruct shows the encoder what the mask leaves out",
+        "fastelbo/vae.py",
+        "self.decode(self.encode(x, condition, mask=mask)[0], condition)",
+        "self.decode(self.encode(x, condition)[0], condition)",
+        ("models/test_conditional.py",),
+    ),
+    Defect(
+        "ciwae's weight of the ELBO is 1 by default",
+        "fastelbo/vae.py",
+        "beta=0.5 if beta is None else beta,",
+        "beta=1.0 if beta is None else beta,",
+        ("models/test_vae.py",),
+    ),
+    Defect(
+        "the KL of kept samples is that from N(0, I)",
+        "fastelbo/kept.py",
+        "kl = gaussian_kl(mu, logvar, p_mu, p_logvar)",
+        "kl = gaussian_kl(mu, logvar)",
+        ("models/test_kept.py", "models/test_conditional.py"),
+    ),
+    Defect(
+        'a checkpoint loses the steps of keep="auto"',
+        "fastelbo/kept.py",
+        'self.keep, self._steps, self._added = int(state["keep"]), int(state["steps"]), list(state["added"])',
+        'self.keep, self._added = int(state["keep"]), list(state["added"])',
+        ("models/test_kept.py", "command/test_cli.py"),
+    ),
+    Defect(
+        "log_marginal by the prior reads what the mask leaves out",
+        "fastelbo/marginal.py",
+        "return drawn.z, log_prob(whole, x, likelihood=model.likelihood, mask=mask)",
+        "return drawn.z, log_prob(whole, x, likelihood=model.likelihood)",
+        ("models/test_conditional.py", "models/test_marginal.py"),
+    ),
+    Defect(
+        "merged diagnostics lose the other's effective sample size",
+        "fastelbo/diagnostics.py",
+        "self._ess = other._ess if self._weighed == 0 else self._ess + other._ess",
+        "self._ess = other._ess if self._weighed == 0 else self._ess",
+        ("models/test_marginal.py", "models/test_distributed.py"),
+    ),
+    # Probabilistic PCA.
+    Defect(
+        "observed may broadcast to x",
+        "fastelbo/ppca/density.py",
+        "if observed.dtype != torch.bool or observed.shape != x.shape:",
+        "if observed.dtype != torch.bool:",
+        ("ppca/test_ppca.py", "ops/test_errors.py"),
+    ),
+    Defect(
+        "fit_transform ignores sample_weight",
+        "fastelbo/ppca/model.py",
+        '{"max_iter": max_iter, "tol": tol, "min_sigma2": min_sigma2, "sample_weight": sample_weight}',
+        '{"max_iter": max_iter, "tol": tol, "min_sigma2": min_sigma2}',
+        ("ppca/test_ppca_fit.py",),
+    ),
+    Defect(
+        "moments of z without the rows' weights",
+        "fastelbo/ppca/fit.py",
+        "self.z += (observed.any(1) * w) @ second",
+        "self.z += observed.any(1).double() @ second",
+        ("ppca/test_ppca_fit.py",),
+    ),
+    Defect(
+        "missing cells count in the distance",
+        "fastelbo/ppca/missing.py",
+        "e = torch.where(observed, r - mean @ W.mT, 0.0)",
+        "e = r - mean @ W.mT",
+        ("ppca/test_ppca.py",),
+    ),
+    Defect(
+        "partial_fit changes the moments of a fit before it",
+        "fastelbo/sklearn.py",
+        "moments = deepcopy(before) or Moments(",
+        "moments = before or Moments(",
+        ("ppca/test_sklearn.py",),
+    ),
+    # The command.
+    Defect(
+        "a resumed run starts its schedule anew",
+        "fastelbo/commands/train.py",
+        "start = len(self.history) * len(batches)",
+        "start = 0",
+        ("command/test_cli.py",),
+    ),
+    Defect(
+        "evaluate ignores its seed",
+        "fastelbo/commands/evaluate.py",
+        "generator = torch.Generator().manual_seed(seed)",
+        "generator = torch.Generator().manual_seed(0)",
+        ("command/test_cli.py",),
+    ),
+    Defect(
+        "changed held-out data are not noticed",
+        "fastelbo/commands/data.py",
+        "for part in (x, dataset.held_out):",
+        "for part in (x,):",
+        ("command/test_files.py",),
+    ),
+    Defect(
+        "a loaded model is in training mode",
+        "fastelbo/loading.py",
+        "return model.eval()",
+        "return model",
+        ("models/test_conditional.py",),
+    ),
+    # Adapters.
+    Defect(
+        "means over batches are not weighted by their sizes",
+        "fastelbo/integrations/lightning.py",
+        'defaults = {"batch_size": parts.kl.shape[-1], "sync_dist": stage != "train"}',
+        'defaults = {"sync_dist": stage != "train"}',
+        ("integrations/test_lightning.py",),
+    ),
+    Defect(
+        "the KL of scvi's own likelihoods is not annealed",
+        "fastelbo/integrations/scvi.py",
+        "loss = torch.mean(kl_weight * kl_z - log_likelihood)",
+        "loss = torch.mean(kl_z - log_likelihood)",
+        ("integrations/test_scvi.py",),
+    ),
+]

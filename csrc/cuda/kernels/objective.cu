@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<L, kCount, kPlain>))
     __syncthreads();  // the weights, in global memory, are this block's own
     weigh_datum<T>(p, b, Block{});
     if (threadIdx.x == 0) losses -= p.datum_weight * p.bound[b];
-    if constexpr (kGrads) {
+    if (kGrads && p.fit.any_grad()) {
       for (int64_t k = group; k < K; k += per_block) {
         const T factor = T(-p.datum_weight * p.weights[k * B + b]);
         log_prob_part<L, kCount, true, kPlain>(p.fit, k, b, 0, D, factor, lane, g);

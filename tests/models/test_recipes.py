@@ -73,9 +73,7 @@ def test_it_trains(name):
 
 
 @every_recipe
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@torch._inductor.config.patch(fallback_random=True)  # the same noise as in eager mode
-def test_it_compiles_in_one_graph(name, backend):
+def test_it_compiles_in_one_graph(name):
     torch._dynamo.reset()
     module = recipe(name)
     torch.manual_seed(0)
@@ -83,7 +81,7 @@ def test_it_compiles_in_one_graph(name, backend):
     if "vae" in dict(model.named_children()) or hasattr(model, "latent_shape"):
         module.loss(model, *batch)  # a first run tells the model what shape its latents have
     found = []
-    for loss in (module.loss, torch.compile(module.loss, fullgraph=True, backend=backend)):
+    for loss in (module.loss, torch.compile(module.loss, fullgraph=True, backend="aot_eager")):
         torch.manual_seed(1)
         value = loss(model, *batch)
         found.append([value.detach(), *torch.autograd.grad(value, list(model.parameters()))])

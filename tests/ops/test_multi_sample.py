@@ -213,8 +213,10 @@ def test_torch_func_gives_per_datum_gradients(case):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(
+    "name, backend",
+    [*((name, "aot_eager") for name in ESTIMATORS), pytest.param("dreg", "inductor", marks=pytest.mark.slow)],
+)
 def test_compiled_step_is_the_eager_one(name, backend):
     model, (x, eps) = model_of(torch.float32), draw(8, torch.float32)
 

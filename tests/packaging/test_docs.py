@@ -67,7 +67,6 @@ def test_the_recipes_are_a_page(site: Path) -> None:
 README = code_of((ROOT / "README.md").read_text())
 
 
-@pytest.mark.slow
 def test_the_script_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(README[0])
     env = os.environ | {"PYTHONPATH": str(ROOT)}

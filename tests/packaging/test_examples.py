@@ -42,7 +42,6 @@ def run_in_small(name: str, out: Path, monkeypatch, capsys, **constants: object)
     return capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_kept_samples(tmp_path, monkeypatch, capsys):
     """In small: what it prints and draws. The full run takes ten minutes."""
     small = {"EPOCHS": 2, "LOOKS": (1, 2), "TRAIN": 500, "HELD_OUT": 20, "LOOK_SAMPLES": 20, "FINAL_SAMPLES": 50}

@@ -1,6 +1,7 @@
 """Strided and expanded inputs: the results of contiguous ones, without copies of the large tensors."""
 
 import math
+import os
 from itertools import product
 
 import pytest
@@ -102,7 +103,8 @@ def test_rows_of_whole_vectors(likelihood, dtype):
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "every second", "reversed twice", "expanded"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_function_gives_what_it_gives_for_contiguous_inputs(name, layout):
-    """To the bit."""
+    """To the bit on the CPU, but for LAPACK; CUDA's kernels sum the vectors of a contiguous row in another order."""
+    exact = "ppca" not in name and "FASTELBO_CUDA_HOST" not in os.environ
     function = FUNCTIONS[name]
     dense = [t.float() for t in function.make(4, 21)]
     if layout == "expanded":
@@ -114,10 +116,10 @@ def test_every_function_gives_what_it_gives_for_contiguous_inputs(name, layout):
     upstream = upstream_for(tensors_of(function.call(*dense)))
     results = [evaluate(function.call, given, upstream) for given in inputs]
     for i, (a, e) in enumerate(zip(*results, strict=True)):
-        if "ppca" in name:  # the W of another layout goes another way through LAPACK
-            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
-        else:
+        if exact:
             assert torch.equal(a, e), f"tensor {i}"
+        else:
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
 EXPANSIONS = {

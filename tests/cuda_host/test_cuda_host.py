@@ -85,6 +85,13 @@ for op in sorted(name for name in torch._C._dispatch_get_all_op_names() if name.
     assert not any("csrc/cpu/" in line for line in in_use), done.stdout
 
 
+def test_the_kernels_themselves_are_sanitized():
+    for library, expected in ((SANITIZED_LIBRARY, True), (LIBRARY, False)):
+        symbols = subprocess.run(["nm", "-u", library], text=True, capture_output=True, check=True).stdout
+        for name in ("__asan_report_load", "__asan_report_store", "__ubsan_handle"):
+            assert (name in symbols) == expected, f"{name} in {library}"
+
+
 @pytest.mark.parametrize(
     "kernel, message",
     [

@@ -287,7 +287,6 @@ def test_expectations_are_equal(pair):
     assert ((a.mean(0) - wrong.mean(0)) / torch.sqrt((a.var(0) + wrong.var(0)) / len(a))).abs().max() > 10
 
 
-@pytest.mark.slow
 def test_signal_to_noise_ratios():
     """Rainforth et al. 2018: iwae's falls as 1 / sqrt(K). Tucker et al. 2019: dreg's grows as sqrt(K)."""
 

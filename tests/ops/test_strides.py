@@ -24,12 +24,7 @@ LAYOUTS = {
     "reversed twice": lambda t: t.flip(-1).flip(-1).mT.mT,
 }
 SHAPE = (5, 3, 6, 7)  # [B, C, H, W]
-FEW = (("bernoulli", False), ("gaussian", True), ("zinb", False))  # one parameter, two, three; the walk has all
-a_few_likelihoods = pytest.mark.parametrize(
-    "likelihood",
-    [pytest.param(which, marks=[] if which in FEW else pytest.mark.slow) for which in LIKELIHOODS],
-    ids=LIKELIHOOD_IDS,
-)
+every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=LIKELIHOOD_IDS)
 
 
 def lay(t: Tensor | None, layout: str) -> Tensor | None:
@@ -58,7 +53,7 @@ def iwae(likelihood: str, reduction: str = "none"):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@a_few_likelihoods
+@every_likelihood
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts(likelihood, layout, dtype):
     """One layout for all inputs, and a different one for each."""
@@ -81,7 +76,7 @@ def test_layouts(likelihood, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@a_few_likelihoods
+@every_likelihood
 def test_rows_of_whole_vectors(likelihood, dtype):
     """Rows that CUDA kernels read eight elements at a time, and rows that start off such a boundary."""
     name = likelihood[0]
@@ -132,7 +127,7 @@ EXPANSIONS = {
 
 
 @pytest.mark.parametrize("how", EXPANSIONS)
-@a_few_likelihoods
+@every_likelihood
 def test_expanded_inputs(likelihood, how):
     name, expand = likelihood[0], EXPANSIONS[how]
     drawn = draw(likelihood, SHAPE, 3)

@@ -251,7 +251,6 @@ def test_no_convergence_has_a_warning():
         fastelbo.PPCA(3).fit(X, "em")
 
 
-@pytest.mark.slow
 def test_a_floor_of_the_noise_keeps_many_components_from_fitting_it():
     """The case of the docstring: without it, 24 components are worse than the means of the columns."""
     X = load_digits().data

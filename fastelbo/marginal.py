@@ -80,7 +80,7 @@ class LogMeanExp:
         log_w = log_w.double()
         top = log_w.amax(0)
         weights = torch.exp(log_w - self._shift(top))
-        return self._add(len(log_w), top, ordered_sum(weights), ordered_sum(weights.square()))
+        return self._add(len(log_w), top, ordered_sum(weights, 0), ordered_sum(weights.square(), 0))
 
     def merge(self, other: LogMeanExp) -> LogMeanExp:
         """Add the samples that another accumulator has added up for the same data; the other does not change.

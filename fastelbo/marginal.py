@@ -236,7 +236,9 @@ class ImportanceWeights(NamedTuple):
     @property
     def normalized(self) -> Tensor:
         """[K, B], float64: w_k / sum_k w_k. sum_k normalized_k f(z_k) estimates E[f(z) | x]."""
-        return torch.softmax(self.log_w.double(), 0)
+        log_w = self.log_w.double()
+        weights = torch.exp(log_w - log_w.amax(0))
+        return weights / ordered_sum(weights, 0)
 
 
 @torch.no_grad()

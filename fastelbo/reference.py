@@ -570,7 +570,8 @@ def ppca_posterior(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> tuple
 def ppca_grams(observed: Tensor, W: Tensor) -> Tensor:
     """The sums over the observed d of W_d W_d' [N, M, M]; observed [N, D] is 0 and 1."""
     squares = (W.unsqueeze(2) * W.unsqueeze(1)).flatten(1)
-    return (observed @ squares).unflatten(1, (W.shape[1], -1))
+    found: Tensor = (observed @ squares).unflatten(1, (W.shape[1], -1))
+    return found
 
 
 def ppca_solution(G: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:

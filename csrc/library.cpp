@@ -75,6 +75,8 @@ TORCH_LIBRARY(fastelbo, m) {
       "-> (Tensor x, Tensor W, Tensor b, Tensor log_sigma2)");
   // W = basis triangle, orthonormal columns and [M, M]; whiten' (triangle triangle' + s2 I) whiten = I; float64
   m.def("_ppca_factor(Tensor W, Tensor log_sigma2) -> (Tensor basis, Tensor triangle, Tensor whiten)");
+  // symmetric positive definite matrices [N, M, M], float64: inverses, log determinants [N]; NaN of one that is not
+  m.def("_ppca_invert(Tensor matrices) -> (Tensor inverses, Tensor log_det)");
   // (x - b) basis [N, M] and |x - b|^2 [N], float64; the basis may be any matrix
   m.def("_ppca_project(Tensor x, Tensor basis, Tensor b) -> (Tensor coords, Tensor square)");
   // |x - b - basis coords|^2 [N], float64, of what _ppca_project gave for orthonormal columns; as exact as the compute

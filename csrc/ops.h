@@ -172,6 +172,9 @@ inline constexpr Op<"fastelbo::_ppca_log_prob_backward",
 using PpcaFactors = std::tuple<Tensor, Tensor, Tensor>;  // basis, triangle, whiten
 inline constexpr Op<"fastelbo::_ppca_factor", PpcaFactors(const Tensor& W, const Tensor& log_sigma2)> ppca_factor;
 
+using PpcaInverses = std::tuple<Tensor, Tensor>;  // inverses, log_det
+inline constexpr Op<"fastelbo::_ppca_invert", PpcaInverses(const Tensor& matrices)> ppca_invert;
+
 using PpcaCoordinates = std::tuple<Tensor, Tensor>;  // coords, square
 inline constexpr Op<"fastelbo::_ppca_project", PpcaCoordinates(const Tensor& x, const Tensor& basis, const Tensor& b)>
     ppca_project;

@@ -187,6 +187,14 @@ struct PpcaFactorParams {
   double* whiten = nullptr;    // [M, M], upper
 };
 
+// Inverses of symmetric positive definite matrices, in their place. Work items: matrices.
+struct PpcaInvertParams {
+  int64_t M = 0;
+  double* matrices = nullptr;  // [N, M, M]
+  double* scratch = nullptr;   // [N, M]
+  double* log_det = nullptr;   // [N]; NaN of a matrix that is not positive definite
+};
+
 // Projections of x - b on the columns of W, and its squared norm. Work items: blocks of kPpcaRows rows.
 struct PpcaProjectParams {
   int64_t N = 0, D = 0, lanes = 0;

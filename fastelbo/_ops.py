@@ -96,14 +96,19 @@ def check(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
         op(*map(stand_in, args))
 
 
-def call(op: Callable[..., Any], twin: Callable[..., _R], *args: Any) -> _R:
-    """The op, or its plain-PyTorch twin: in reference mode, under torch.func, in forward-mode AD, without kernels."""
-    if (
+def takes_twins(t: Tensor) -> bool:
+    """Whether plain PyTorch computes: in reference mode, under torch.func, in forward-mode AD, without kernels."""
+    return (
         _mode.blocks > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or args[0].device.type not in KERNEL_DEVICES
-    ):
+        or t.device.type not in KERNEL_DEVICES
+    )
+
+
+def call(op: Callable[..., Any], twin: Callable[..., _R], *args: Any) -> _R:
+    """The op, or its plain-PyTorch twin."""
+    if takes_twins(args[0]):
         if not torch.compiler.is_compiling():
             check(op, args)
         return twin(*args)

@@ -10,10 +10,11 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from fastelbo import estimators, reference
+from fastelbo import estimators, ordered, reference
 from fastelbo._ops import call
 from fastelbo.arguments import checked
 from fastelbo.functional import LossParts, Posterior, bound_varies, mean_kl, steered
+from fastelbo.ordered import ordered_sum, reduce
 
 _op = torch.ops.fastelbo
 
@@ -165,6 +166,8 @@ def bound_loss(
     if isinstance(kl_weight, Tensor) or kl_weight != 1.0:
         if estimator == "rws":
             raise ValueError(f"kl_weight must be 1.0 with estimator 'rws', which anneals nothing; got {kl_weight}")
+        if isinstance(kl_weight, Tensor):
+            kl_weight = ordered.expand(kl_weight.to(dtype), shape)
         ratio = kl_weight * ratio
         if gates is not None:  # of dreg: b = a (1 - kl_weight + kl_weight a), by the steps of Tucker et al. 2019, eq. 8
             gates = torch.stack([kl_weight * gates[0], gates[1]])
@@ -174,7 +177,7 @@ def bound_loss(
     else:
         numbers = [float(number) for number in row]
         minus_bound = call(_minus_bound, reference.minus_bound, log_w, gates, numbers)
-    loss = reference.reduce(minus_bound, reduction)
+    loss = reduce(minus_bound, reduction)
     if not return_parts:
         return loss
-    return LossParts(loss, log_likelihood, torch.stack([mean_kl(p) for p in posteriors]).sum(0))
+    return LossParts(loss, log_likelihood, ordered_sum(torch.stack([mean_kl(p) for p in posteriors]), 0))

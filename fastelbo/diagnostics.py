@@ -12,6 +12,7 @@ from fastelbo import reference
 from fastelbo.arguments import checked, refusal
 from fastelbo.functional import Posterior
 from fastelbo.marginal import LogMeanExp
+from fastelbo.ordered import ordered_sum
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, sec. 5.2 and app. C
 
@@ -38,7 +39,7 @@ def _ess(log_w: Tensor, batch: int) -> Tensor:
     """The sum over B of the effective sample sizes."""
     if log_w.dim() != 2 or log_w.shape[1] != batch:
         raise ValueError(f"log_w must be [K, B] with B={batch} from posterior; got {tuple(log_w.shape)}")
-    return LogMeanExp().update(log_w).result().ess.sum()
+    return ordered_sum(LogMeanExp().update(log_w).result().ess, 0)
 
 
 class DiagnosticsMeter:
@@ -66,15 +67,14 @@ class DiagnosticsMeter:
         mu, count = posterior.mu.detach().double(), len(posterior.mu)
         if count == 0:
             return self
-        terms = reference.kl_terms(
+        kl = reference.kl_terms(
             posterior.mu.detach().double(),
             posterior.logvar.detach().double(),
             None if posterior.prior_mu is None else posterior.prior_mu.detach().double(),
             None if posterior.prior_logvar is None else posterior.prior_logvar.detach().double(),
-        ).sum(0)
-        mean = mu.mean(0)
-        spread = (mu - mean).square().sum(0)
-        self._add(count, terms, mean, spread)
+        )
+        mean = ordered_sum(mu, 0) / count
+        self._add(count, ordered_sum(kl, 0), mean, ordered_sum((mu - mean).square(), 0))
         if ess is not None:
             self._ess = ess if self._weighed == 0 else self._ess + ess
             self._weighed += count

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints, register_kl
 from torch.distributions.utils import lazy_property
 
-from fastelbo import functional, likelihoods
+from fastelbo import functional, likelihoods, ordered
 from fastelbo.arguments import TABLE, number, refusal, size
 from fastelbo.functional import join_recon
 
@@ -94,7 +94,7 @@ class Fused(Distribution):
         batch = len(shape) - size("event_dims", event_dims)
         if batch < 0:
             raise ValueError(f"event_dims must be at most {len(shape)}, the dimensions of {names[0]}; got {event_dims}")
-        self.likelihood, self._recon = likelihood, (first.expand(shape), *others)
+        self.likelihood, self._recon = likelihood, (ordered.expand(first, shape), *others)
         self._name_parameters()
         Distribution.__init__(self, shape[:batch], shape[batch:], validate_args=validate_args)
 
@@ -102,14 +102,15 @@ class Fused(Distribution):
         first = self._recon[0]
         for name, t in zip(likelihoods.get(self.likelihood).parameters, self._recon, strict=False):
             if name != "mean":  # a property of every distribution
-                setattr(self, name, t.expand(first.shape))
+                setattr(self, name, ordered.expand(t, first.shape))
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """The same distribution with this batch_shape; no memory is allocated."""
         new = type(self).__new__(type(self)) if _instance is None else _instance
         batch_shape = torch.Size(batch_shape)
         first, *others = self._recon
-        new.likelihood, new._recon = self.likelihood, (first.expand(batch_shape + self.event_shape), *others)
+        first = ordered.expand(first, batch_shape + self.event_shape)
+        new.likelihood, new._recon = self.likelihood, (first, *others)
         new._name_parameters()
         Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -129,7 +130,9 @@ class Fused(Distribution):
     def _draw(self, sample_shape: Sequence[int]) -> Tensor:
         first, *others = self._recon
         shape = self._extended_shape(torch.Size(sample_shape))
-        return likelihoods.get(self.likelihood).draw(None, first.expand(shape), *others)
+        if torch.is_grad_enabled():
+            others = [ordered.expand(t, shape) for t in others]
+        return likelihoods.get(self.likelihood).draw(None, ordered.expand(first, shape), *others)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -180,10 +183,10 @@ class Fused(Distribution):
         repeats, data = shape[: len(shape) - len(own)], math.prod(own)
         front = (math.prod(repeats), data) if repeats else (data,)  # [K, B] or [B]
         first, *others = self._recon
-        recon = [first.expand(shape + event).reshape(front + event)]
+        recon = [ordered.expand(first, shape + event).reshape(front + event)]
         for t in others:
             shared = _shared(t, event)
-            recon.append(t.expand(shape + event).reshape(front + event) if shared is None else shared)
+            recon.append(ordered.expand(t, shape + event).reshape(front + event) if shared is None else shared)
         x = value.expand(own + event).reshape(data, *event)
         return functional.log_prob(join_recon(*recon), x, likelihood=self.likelihood).reshape(shape)
 
@@ -490,7 +493,7 @@ def gaussian_kl(q: Distribution, p: Distribution | None = None) -> Tensor:
                 f"p must broadcast with the batch_shape {tuple(batch)} of q; got {tuple(p.batch_shape)}"
             ) from None
     rows = (math.prod(batch), *event)
-    return functional.gaussian_kl(*(t.expand(batch + event).reshape(rows) for t in tensors)).reshape(batch)
+    return functional.gaussian_kl(*(ordered.expand(t, batch + event).reshape(rows) for t in tensors)).reshape(batch)
 
 
 def _registered_kl(q: Distribution, p: Distribution) -> Tensor:

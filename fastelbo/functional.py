@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastelbo import estimators, likelihoods, reference
+from fastelbo import estimators, likelihoods, ordered, reference
 from fastelbo._ops import call
 from fastelbo.arguments import ORDINALS, checked
-from fastelbo.ordered import ordered_sum
+from fastelbo.ordered import ordered_sum, reduce
 
 Recon = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 _Result = TypeVar("_Result")  # of a loss module: Tensor or LossParts, by return_parts
@@ -102,7 +102,7 @@ def expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
     if t.dim() == len(shape) and t.shape == shape:  # sizes are compared only if they pair up: each becomes a guard
         return t
     try:
-        return t.expand(shape)
+        return ordered.expand(t, shape)
     except RuntimeError:
         raise ValueError(f"{name} must broadcast to the shape {tuple(shape)} of {like}; got {tuple(t.shape)}") from None
 
@@ -539,10 +539,12 @@ def elbo_loss(
             return_parts=True,
         )
         terms = gaussian_kl(mu, logvar, prior_mu, prior_logvar, mask=kl_mask, reduce=False)
-        if isinstance(beta, Tensor) and per_dimension:
-            beta = expand("beta", beta, terms.shape[1:], "one latent")
-        loss = fit.loss + reference.reduce((beta * terms).flatten(1).sum(1), reduction)
-        return LossParts(loss, fit.log_likelihood, terms.flatten(1).sum(1)) if return_parts else loss
+        if isinstance(beta, Tensor):
+            beta = expand("beta", beta.to(terms.dtype), terms.shape[1:], "one latent")
+            beta = ordered.expand(beta, terms.shape)
+        kl = ordered_sum(terms.flatten(1), 1)
+        loss = fit.loss + reduce(ordered_sum((beta * terms).flatten(1), 1), reduction)
+        return LossParts(loss, fit.log_likelihood, kl) if return_parts else loss
     if torch.compiler.is_dynamo_compiling():
         if not isinstance(beta, Tensor) and _varies(beta):
             beta = _as_tensor(beta, first)
@@ -551,7 +553,7 @@ def elbo_loss(
             options |= {"prior_mu": prior_mu, "prior_logvar": prior_logvar, "beta": 0.0, "free_bits": 0.0}
             fit = elbo_loss(recon, x, mu, logvar, return_parts=True, **options)
             kl = gaussian_kl(mu, logvar, prior_mu, prior_logvar, free_bits=free_bits)
-            penalty = reference.reduce(beta * kl, reduction)
+            penalty = reduce(beta * kl, reduction)
             return LossParts(fit.loss + penalty, *fit[1:]) if return_parts else fit.loss + penalty
     weight, weight_tensor = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
     parts = call(
@@ -639,7 +641,7 @@ def iwae_loss(
     )
     if not return_parts:
         return loss
-    return LossParts(loss, log_likelihood, ordered_sum(log_ratio.to(log_likelihood.dtype)) / -log_ratio.shape[0])
+    return LossParts(loss, log_likelihood, ordered_sum(log_ratio.to(log_likelihood.dtype), 0) / -log_ratio.shape[0])
 
 
 def steered(row: estimators.Estimator, name: str, posteriors: Sequence[Posterior]) -> Tensor | None:
@@ -658,7 +660,8 @@ def steered(row: estimators.Estimator, name: str, posteriors: Sequence[Posterior
 
 def mean_kl(posterior: Posterior) -> Tensor:
     """The analytic KL [B]; a mean over K where it differs per sample."""
-    return posterior.kl.mean(0) if posterior.kl.dim() == 2 else posterior.kl
+    kl = posterior.kl
+    return ordered_sum(kl, 0) / len(kl) if kl.dim() == 2 else kl
 
 
 @overload
@@ -753,7 +756,7 @@ def multi_sample_loss(
         call(_op.multi_sample_loss.default, reference.multi_sample_loss, *args, iwae, reduction)  # as in gaussian_kl
         log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)
         log_w = log_likelihood + log_ratio.to(log_likelihood.dtype)
-        loss = reference.reduce(-reference.bound(log_w, row.elbo_weight, row.alpha, row.groups), reduction)
+        loss = reduce(-reference.bound(log_w, row.elbo_weight, row.alpha, row.groups), reduction)
     else:
         numbers = [float(number) for number in row]
         loss, log_likelihood = call(

@@ -21,6 +21,7 @@ from fastelbo import estimators, reference
 from fastelbo._ops import call
 from fastelbo.arguments import checked
 from fastelbo.functional import Posterior, expand, gaussian_kl, seed_tensor
+from fastelbo.ordered import ordered_sum, reduce
 
 _op = torch.ops.fastelbo
 
@@ -88,7 +89,7 @@ def select(
         empty = torch.empty(0, dtype=torch.int64, device=device)
         return Kept(empty, empty, empty.to(dtype))
     largest, order = w.topk(n)
-    tail = _from_each_on(torch.cat([largest, w.scatter(0, order, 0.0).sum(0, keepdim=True)]))
+    tail = _from_each_on(torch.cat([largest, ordered_sum(w.scatter(0, order, 0.0), 0).reshape(1)]))
     sure, slot = _sure(largest, tail, n), torch.arange(n, device=device)
     # the others lie on a line, one behind the other, each as long as its weight; points of equal distance choose
     line = w.scatter(0, order, torch.where(slot < sure, 0.0, largest)).cumsum(0)
@@ -317,7 +318,7 @@ def kept_loss(
             f"posterior must be of the kept samples, log_ratio [n] with n={n}: draw it with rsample_kept; "
             f"got log_ratio {tuple(posterior.log_ratio.shape)}"
         )
-    return reference.reduce(loss_of(log_likelihood, posterior, kept, weigh(log_w, row), row), reduction)
+    return reduce(loss_of(log_likelihood, posterior, kept, weigh(log_w, row), row), reduction)
 
 
 @torch.no_grad()
@@ -416,7 +417,7 @@ def added_variance(weights: Tensor, sizes: tuple[int, ...]) -> Tensor:
         sure = _sure(largest, tail, n)
         mass = tail.index_select(0, sure)
         added.append(mass * mass / (n - sure).clamp(min=1))
-    return torch.cat(added) / w.square().sum()
+    return torch.cat(added) / ordered_sum(w.square(), 0)
 
 
 class AutoKeep:

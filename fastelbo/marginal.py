@@ -80,7 +80,7 @@ class LogMeanExp:
         log_w = log_w.double()
         top = log_w.amax(0)
         weights = torch.exp(log_w - self._shift(top))
-        return self._add(len(log_w), top, ordered_sum(weights), ordered_sum(weights.square()))
+        return self._add(len(log_w), top, ordered_sum(weights, 0), ordered_sum(weights.square(), 0))
 
     def merge(self, other: LogMeanExp) -> LogMeanExp:
         """Add the samples that another accumulator has added up for the same data; the other does not change.
@@ -236,7 +236,9 @@ class ImportanceWeights(NamedTuple):
     @property
     def normalized(self) -> Tensor:
         """[K, B], float64: w_k / sum_k w_k. sum_k normalized_k f(z_k) estimates E[f(z) | x]."""
-        return torch.softmax(self.log_w.double(), 0)
+        log_w = self.log_w.double()
+        weights = torch.exp(log_w - log_w.amax(0))
+        return weights / ordered_sum(weights, 0)
 
 
 @torch.no_grad()

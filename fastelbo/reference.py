@@ -559,6 +559,34 @@ def _residual(x: Tensor, b: Tensor, basis: Tensor, coords: Tensor) -> Tensor:
     return read_data(x, torch.float64) - b.double() - coords @ basis.mT
 
 
+def ppca_posterior(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean G^-1 W'(x - b) [N, M], G^-1 and log |G|, where G = W'W + s2 I; float64."""
+    Q, R = ppca_qr(W, log_sigma2)
+    mean = torch.linalg.solve_triangular(R, ((read_data(x, torch.float64) - b) @ Q).mT, upper=True).mT
+    root = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    return mean, root @ root.mT, 2 * torch.log(torch.diagonal(R).abs()).sum()
+
+
+def ppca_grams(observed: Tensor, W: Tensor) -> Tensor:
+    """The sums over the observed d of W_d W_d' [N, M, M]; observed [N, D] is 0 and 1."""
+    squares = (W.unsqueeze(2) * W.unsqueeze(1)).flatten(1)
+    found: Tensor = (observed @ squares).unflatten(1, (W.shape[1], -1))
+    return found
+
+
+def ppca_solution(G: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """G^-1 p [N, M], G^-1 and log |G| [N] of G [N, M, M]; the last is NaN where G is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(G)
+    mean = torch.cholesky_solve(p.unsqueeze(2), factor).squeeze(2)
+    log_det = 2 * torch.log(torch.diagonal(factor, dim1=1, dim2=2)).sum(1)
+    return mean, torch.cholesky_inverse(factor), torch.where(info == 0, log_det, math.nan)
+
+
+def ppca_invert(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverses of symmetric positive definite matrices [N, M, M], and their log determinants [N]."""
+    return ppca_solution(matrices, matrices[:, 0])[1:]
+
+
 def ppca_project(x: Tensor, basis: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(x - b) basis [N, M] and |x - b|^2 [N], float64; the basis may be any matrix."""
     r = read_data(x, torch.float64) - b.double()

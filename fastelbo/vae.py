@@ -29,6 +29,7 @@ from fastelbo.functional import (
     split_recon,
 )
 from fastelbo.marginal import Condition, LogMeanExp, MarginalEstimate, fold, given, log_weights, pieces, rows_of
+from fastelbo.ordered import reduce
 from fastelbo.progress import progress
 
 # Every objective with the options that it reads; the others must keep their defaults.
@@ -667,7 +668,7 @@ class VAE(nn.Module):
             auto.update(weights.a)
         if not torch.is_grad_enabled():
             loss = -weights.bound.to(log_likelihood.dtype)
-            return LossParts(reference.reduce(loss, reduction), log_likelihood, gaussian_kl(mu, logvar, **prior))
+            return LossParts(reduce(loss, reduction), log_likelihood, gaussian_kl(mu, logvar, **prior))
         chosen = kept.select(weights.a, keep, generator=generator)
         posterior = kept.rsample_kept(mu, logvar, chosen, **prior, seed=key)
         recon = self.decode(posterior.z, rows_of(condition, chosen.datum))
@@ -675,7 +676,7 @@ class VAE(nn.Module):
         self._look(recon)
         rows = log_prob(recon, x.index_select(0, chosen.datum), likelihood=self.likelihood, mask=left)
         loss = kept.loss_of(rows, posterior, chosen, weights, row)
-        return LossParts(reference.reduce(loss, reduction), log_likelihood, posterior.kl)
+        return LossParts(reduce(loss, reduction), log_likelihood, posterior.kl)
 
     def log_marginal(
         self,

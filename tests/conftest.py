@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with torch: threads beyond the cores wait, they do not spin
+
 import pytest
 import torch
 

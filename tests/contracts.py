@@ -179,11 +179,11 @@ FUNCTIONS = {
         lambda b, d: [_r(2 * K, b, d), _unit(b, d), _r(b, d), _r(b, d), _r(2 * K, b, d)],
     ),
     "ppca_log_prob": Function(
-        lambda x, W, b: fastelbo.ppca_log_prob(x, W, b, b.mean()), lambda n, d: [_r(n, d), _r(d, 2), _r(d)]
+        fastelbo.ppca_log_prob, lambda n, d: [_r(n, d), _r(d, 2), _r(d), _r()]
     ),
     "ppca_log_prob, missing": Function(
-        lambda x, W, b: fastelbo.ppca_log_prob(x, W, b, b.mean(), observed=_mask(x) > 0),
-        lambda n, d: [_r(n, d), _r(d, 2), _r(d)],
+        lambda x, W, b, s: fastelbo.ppca_log_prob(x, W, b, s, observed=_mask(x) > 0),
+        lambda n, d: [_r(n, d), _r(d, 2), _r(d), _r()],
     ),
     "iwae_loss, pair and mask": Function(
         lambda m, s, x, ratio: fastelbo.iwae_loss((m, s), x, ratio, likelihood="gaussian", mask=_mask(x)),
@@ -268,6 +268,7 @@ def op_calls() -> dict[str, tuple]:
             (r(4), r(4, 6), r(6, 2), r(6), r(), *wide((4, 2), (4,), (6, 2), (2, 2), (2, 2)), need[:4]),
         ),
         "ppca_factor": (ops._ppca_factor.default, plain((6, 2), ())),
+        "ppca_invert": (ops._ppca_invert.default, tuple(w @ w.mT for w in wide((4, 2, 5)))),
         "ppca_project": (ops._ppca_project.default, (x, *wide((6, 2)), *plain((6,)))),
         "ppca_rest": (ops._ppca_rest.default, (x, *wide((6, 2)), *plain((6,)), *wide((4, 2), (4,)))),
         "ppca_residual": (

@@ -70,7 +70,7 @@ PpcaGrads ppca_log_prob_backward_composite(const Tensor& grad, const Tensor& x, 
     if (needs[2]) grad_b = at::neg(sum).to(b.scalar_type());
   }
   if (needs[3]) {
-    const Tensor trace = s2 * whiten.square().sum() + (W.sym_size(0) - W.sym_size(1));  // s2 tr C^-1
+    const Tensor trace = s2 * whiten.square().sum(1).sum() + (W.sym_size(0) - W.sym_size(1));  // s2 tr C^-1
     grad_log_sigma2 = ((fit - total * trace) * 0.5).to(log_sigma2.scalar_type());
   }
   return grads;

@@ -25,6 +25,16 @@ void ppca_factor(prepare::PpcaFactor& op) {
   kernels().ppca_factor(p, 0, 1);
 }
 
+void ppca_invert(prepare::PpcaInvert& op) {
+  op.inverses.copy_(op.matrices);
+  const int64_t N = op.inverses.size(0), M = op.inverses.size(1);
+  const Tensor scratch = at::empty({N, M}, op.inverses.options());
+  PpcaInvertParams p;
+  p.M = M, p.matrices = op.inverses.mutable_data_ptr<double>(), p.scratch = scratch.mutable_data_ptr<double>();
+  p.log_det = op.log_det.mutable_data_ptr<double>();
+  run(kernels().ppca_invert, p, N, M * M * M);
+}
+
 void ppca_project(prepare::PpcaProject& op) {
   const Tensor lanes = padded(op.basis, kPpcaPanel, at::kDouble), center = op.b.to(at::kDouble).contiguous();
   const bool whole = lanes.size(1) == op.coords.size(1);
@@ -121,6 +131,7 @@ void ppca_residual(prepare::PpcaResidual& op) {
 
 TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
   on_cpu_and_meta<prepare::ppca_factor, cpu::ppca_factor>(m, "_ppca_factor");
+  on_cpu_and_meta<prepare::ppca_invert, cpu::ppca_invert>(m, "_ppca_invert");
   on_cpu_and_meta<prepare::ppca_project, cpu::ppca_project>(m, "_ppca_project");
   on_cpu_and_meta<prepare::ppca_rest, cpu::ppca_rest>(m, "_ppca_rest");
   on_cpu_and_meta<prepare::ppca_residual, cpu::ppca_residual>(m, "_ppca_residual");

@@ -24,6 +24,14 @@ void ppca_factor(prepare::PpcaFactor& op) {
   op.whiten.copy_(at::linalg_solve_triangular(factor, eye, /*upper=*/true));
 }
 
+void ppca_invert(prepare::PpcaInvert& op) {
+  const OnDeviceOf device(op.matrices);
+  const auto [factor, info] = at::linalg_cholesky_ex(op.matrices);
+  const Tensor log_det = factor.diagonal(0, 1, 2).log().sum(1) * 2;
+  op.log_det.copy_(at::where(info == 0, log_det, NAN));
+  op.inverses.copy_(at::cholesky_inverse(factor));
+}
+
 void ppca_project(prepare::PpcaProject& op) {
   const OnDeviceOf device(op.x);
   const Tensor basis = op.basis.contiguous(), center = op.b.to(at::kDouble).contiguous();
@@ -66,6 +74,7 @@ void ppca_residual(prepare::PpcaResidual& op) {
 
 TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
   m.impl("_ppca_factor", implement<prepare::ppca_factor, cuda::ppca_factor>);
+  m.impl("_ppca_invert", implement<prepare::ppca_invert, cuda::ppca_invert>);
   m.impl("_ppca_project", implement<prepare::ppca_project, cuda::ppca_project>);
   m.impl("_ppca_rest", implement<prepare::ppca_rest, cuda::ppca_rest>);
   m.impl("_ppca_residual", implement<prepare::ppca_residual, cuda::ppca_residual>);

@@ -343,6 +343,13 @@ inline void ppca_factor(const at::Tensor& W, const at::Tensor& log_sigma2) {
   same_device("log_sigma2", log_sigma2, "W", W);
 }
 
+inline void ppca_invert(const at::Tensor& matrices) {
+  TORCH_CHECK_TYPE(matrices.scalar_type() == at::kDouble, "matrices must be float64; got ",
+                   dtype_name(matrices.scalar_type()));
+  TORCH_CHECK_VALUE(matrices.dim() == 3 && matrices.sym_size(1) == matrices.sym_size(2),
+                    "matrices must be [N, M, M]; got ", shape_text(matrices));
+}
+
 inline void ppca(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b, const at::Tensor& log_sigma2) {
   floating("W", W);
   ppca_shapes(x, W, b);

@@ -24,6 +24,19 @@ inline PpcaFactor ppca_factor(const Tensor& W, const Tensor& log_sigma2) {
           at::empty_symint({M, M}, options)};
 }
 
+struct PpcaInvert {
+  Tensor matrices;
+  Tensor inverses, log_det;  // [N, M, M], [N]
+
+  PpcaInverses result() { return {inverses, log_det}; }
+};
+
+inline PpcaInvert ppca_invert(const Tensor& matrices) {
+  checks::ppca_invert(matrices);
+  return {matrices, at::empty_symint(matrices.sym_sizes(), matrices.options()),
+          at::empty_symint({matrices.sym_size(0)}, matrices.options())};
+}
+
 struct PpcaProject {
   Tensor x, basis, b;
   Tensor coords, square;  // [N, M], [N]

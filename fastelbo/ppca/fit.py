@@ -19,7 +19,7 @@ from torch import Tensor
 from fastelbo import reference
 from fastelbo._ops import call
 from fastelbo.likelihoods import LOG_2PI
-from fastelbo.ppca import missing
+from fastelbo.ppca import algebra, missing
 from fastelbo.progress import progress
 from fastelbo.reference import read_data
 
@@ -402,7 +402,7 @@ class _MissingSums:
     def __init__(self, W: Tensor, b: Tensor, log_sigma2: Tensor) -> None:
         self.W, self.b, self.log_s2 = W, b, log_sigma2
         D, M = W.shape
-        self.i, self.j, self.where = missing.pairs(M + 1, W.device)
+        self.i, self.j, self.where = algebra.pairs(M + 1, W.device)
         self.A = W.new_zeros(D, len(self.i))  # sum over n that have d of E[(z, 1) (z, 1)']
         self.S = W.new_zeros(D, M + 1)  # sum of (x - b) (m, 1)
         self.squares = W.new_zeros(D)
@@ -417,7 +417,7 @@ class _MissingSums:
             found = missing.rows(part, self.W, self.b, self.log_s2, observed)
             z = torch.cat([found.mean, found.mean.new_ones(len(part), 1)], 1)
             second = z.unsqueeze(2) * z.unsqueeze(1)
-            second[:, :M, :M] += torch.exp(self.log_s2) * torch.cholesky_inverse(found.factor)
+            second[:, :M, :M] += torch.exp(self.log_s2) * found.inverse
             second = second[:, self.i, self.j]
             cells = observed * w[:, None]
             self.A += cells.mT @ second

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from fastelbo import arguments
+from fastelbo import arguments, ordered
 from fastelbo.functional import gaussian_kl
 from fastelbo.likelihoods import LOG_2PI
-from fastelbo.ppca import fit, missing
+from fastelbo.ordered import ordered_sum
+from fastelbo.ppca import algebra, fit, missing
+from fastelbo.ppca.algebra import product
 from fastelbo.ppca.density import ppca_log_prob
 from fastelbo.ppca.fit import Fit, FitReport
-from fastelbo.reference import compute_dtype, ppca_qr, read_data
+from fastelbo.reference import compute_dtype, read_data
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -286,23 +288,13 @@ class PPCA(nn.Module):
             mean, covariance = self._posterior(x_)
         return mean.numpy(), covariance.numpy()
 
-    def _mean(self, x: Tensor, Q: Tensor, R: Tensor) -> Tensor:
-        """float64 [N, M]; Q and R as `ppca_qr` gives them."""
-        W, b, _ = self._parameters_()
-        projected = (read_data(x, W.dtype) - b) @ Q.to(W.dtype)
-        mean: Tensor = torch.linalg.solve_triangular(R, projected.double().mT, upper=True)
-        return mean.mT
-
     def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         W, b, log_sigma2 = self._parameters_()
-        log_s2 = log_sigma2.double()
         if not torch.compiler.is_compiling() and x.is_floating_point() and bool(x.isnan().any()):
-            found = missing.rows(x, W, b, log_sigma2, ~x.isnan())
-            return found.mean.to(W.dtype), (torch.exp(log_s2) * torch.cholesky_inverse(found.factor)).to(W.dtype)
-        Q, R = ppca_qr(W.double(), log_s2)
-        sigma = torch.exp(0.5 * log_s2) * torch.eye(self.n_components, dtype=R.dtype, device=R.device)
-        root = torch.linalg.solve_triangular(R, sigma, upper=True)  # sigma R^-1
-        return self._mean(x, Q, R).to(W.dtype), (root @ root.mT).to(W.dtype)
+            mean, inverse, *_ = missing.rows(x, W, b, log_sigma2, ~x.isnan())
+        else:
+            mean, inverse, _ = algebra.posterior(x, W.double(), b.double(), log_sigma2.double())
+        return mean.to(W.dtype), (torch.exp(log_sigma2.double()) * inverse).to(W.dtype)
 
     def transform(self, x: _Array) -> _Array:
         """The posterior mean E[z | x]. x: [N, D], NaN for missing cells -> [N, M]. Raises as `log_prob`."""
@@ -311,29 +303,33 @@ class PPCA(nn.Module):
 
     def inverse_transform(self, z: _Array) -> _Array:
         """E[x | z] = W z + b. z: [N, M] -> [N, D]. Raises as `log_prob`."""
+        z_ = self._latent(z, "z")
+        return self._as(z, lambda: self._of_latent(z_).to(z_.dtype))
+
+    def _of_latent(self, z: Tensor) -> Tensor:
+        """W z + b, float64 [N, D]"""
         W, b, _ = self._parameters_()
-        z_ = self._array(z, "z", ("M", self.n_components))
-        return self._as(z, lambda: z_.to(W.dtype) @ W.mT + b)
+        mean = product(z.double(), W.double().mT)
+        return mean + ordered.expand(b.double(), mean.shape)
 
     def impute(self, x: _Array) -> _Array:
         """x [N, D] with every NaN replaced by its expectation given the row's other cells. Raises as `log_prob`."""
         x_ = self._data(x, missing=True)
 
         def filled() -> Tensor:
-            W, b, _ = self._parameters_()
-            return torch.where(x_.isnan(), (self._posterior(x_)[0] @ W.mT + b).to(x_.dtype), x_)
+            return torch.where(x_.isnan(), self._of_latent(self._posterior(x_)[0]).to(x_.dtype), x_)
 
         return self._as(x, filled) if x_.is_floating_point() else x
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
         """n draws x = W z + b + e -> [n, D]; the noise is of `generator`, on the model's device, or torch's own."""
-        W, b, log_sigma2 = self._parameters_()
+        W, _, log_sigma2 = self._parameters_()
         n = arguments.size("n", n)
         if generator is not None:
             arguments.generator("generator", generator)
         z, e = (torch.randn(n, k, dtype=W.dtype, device=W.device, generator=generator) for k in W.shape[::-1])
-        return z @ W.mT + b + torch.exp(0.5 * log_sigma2) * e
+        return self._of_latent(z).to(W.dtype) + torch.exp(0.5 * log_sigma2) * e
 
     def elbo(self, x: _Array, mu: _Array, logvar: _Array) -> _Array:
         """E_q[log p(x | z)] - KL(q || p(z)) in closed form, for q = N(mu, diag exp(logvar)).
@@ -355,19 +351,25 @@ class PPCA(nn.Module):
         x_, m, lv = self._data(x), self._latent(mu, "mu", x), self._latent(logvar, "logvar", x)
         return self._as(x, partial(self._elbo, x_, m, lv))
 
-    def _latent(self, t: Any, name: str, x: Any) -> Tensor:
+    def _latent(self, t: Any, name: str, x: Any = None) -> Tensor:
+        """[N, M], in the model's dtype."""
         found = self._array(t, name, ("M", self.n_components))
-        if len(found) != len(x):
+        if x is not None and len(found) != len(x):
             raise ValueError(f"{name} must be [N, M] with N={len(x)} from x; got {tuple(found.shape)}")
         return found.to(self._parameters_()[0].dtype)
 
     def _elbo(self, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        W, b, log_sigma2 = self._parameters_()
-        precision = torch.exp(-0.5 * log_sigma2)  # before the squares, which data of scale 1e20 would not have
-        e = (read_data(x, W.dtype) - b - mu @ W.mT) * precision
-        spread = torch.exp(logvar) @ (W * precision).square().sum(0)
-        fit = -0.5 * (len(W) * (LOG_2PI + log_sigma2) + e.square().sum(1) + spread)
-        return fit - gaussian_kl(mu, logvar)
+        W, _, log_sigma2 = self._parameters_()
+        log_s2 = ordered.expand(log_sigma2.double(), x.shape[:1])
+        e = read_data(x, torch.float64) - self._of_latent(mu)
+        square = ordered_sum(e.square(), 1) + ordered_sum(self._spread(logvar), 1)
+        fit = -0.5 * (len(W) * (LOG_2PI + log_s2) + square * torch.exp(-log_s2))
+        return fit.to(compute_dtype(W)) - gaussian_kl(mu, logvar)
+
+    def _spread(self, logvar: Tensor) -> Tensor:
+        """exp(lv_j) |W_j|^2, float64 [N, M]"""
+        squares = ordered_sum(self._parameters_()[0].double().square(), 0)
+        return torch.exp(logvar.double()) * ordered.expand(squares, logvar.shape)
 
     def inference_gap(self, x: _Array, mu: _Array, logvar: _Array) -> _Array:
         """KL(q || p(z | x)) for q = N(mu, diag exp(logvar)): `log_prob` - `elbo`, by a formula of its own.
@@ -390,13 +392,14 @@ class PPCA(nn.Module):
         return self._as(x, partial(self._gap, x_, m, lv))
 
     def _gap(self, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        W, _, log_sigma2 = self._parameters_()
-        lv, log_s2 = logvar.double(), log_sigma2.double()
-        Q, R = ppca_qr(W.double(), log_s2)  # R'R = G
-        off = mu.double() - self._mean(x, Q, R)
-        square = torch.exp(lv) @ R.square().sum(0) + (off @ R.mT).square().sum(1)
-        log_det = 2 * torch.log(torch.diagonal(R).abs()).sum()
-        gap: Tensor = square * torch.exp(-log_s2) - lv.sum(1) + self.n_components * (log_s2 - 1) - log_det
+        W, b, log_sigma2 = self._parameters_()
+        W_, lv, log_s2 = W.double(), logvar.double(), ordered.expand(log_sigma2.double(), x.shape[:1])
+        mean, _, log_det = algebra.posterior(x, W_, b.double(), log_sigma2.double())
+        off = mu.double() - mean
+        # G = W'W + s2 I
+        square = ordered_sum(product(off, W_.mT).square(), 1) + ordered_sum(self._spread(logvar), 1)
+        rest = ordered_sum(torch.exp(lv) + off.square() - lv, 1) + self.n_components * (log_s2 - 1)
+        gap: Tensor = square * torch.exp(-log_s2) + rest - ordered.expand(log_det, x.shape[:1])
         return (0.5 * gap).to(compute_dtype(W))
 
     # ------------------------------------------------------------------------------------------------------------------

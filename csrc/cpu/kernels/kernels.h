@@ -22,6 +22,7 @@ struct KernelTable {
   Kernel<LogMeanExpParams> log_mean_exp[2], log_mean_exp_backward[2];
   Kernel<MultiSampleParams> weigh[2];
   Kernel<PpcaFactorParams> ppca_factor;
+  Kernel<PpcaInvertParams> ppca_invert;
   Kernel<PpcaProjectParams> ppca_project;
   Kernel<PpcaRestParams> ppca_rest;
   Kernel<PpcaSumsParams> ppca_moments;

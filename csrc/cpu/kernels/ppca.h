@@ -159,6 +159,48 @@ inline void ppca_factor_kernel(const PpcaFactorParams& p, int64_t begin, int64_t
   invert_upper(p.factor, p.M, p.whiten);
 }
 
+// By Cholesky's L: A = L L', then L^-1 in place of L, then L^-T L^-1 in place of that.
+inline void ppca_invert_kernel(const PpcaInvertParams& p, int64_t begin, int64_t end) {
+  const int64_t m = p.M;
+  for (int64_t item = begin; item < end; ++item) {
+    double *a = p.matrices + item * m * m, *__restrict copy = p.scratch + item * m;
+    double log_det = 0;
+    for (int64_t i = 0; i < m; ++i) {
+      double* row = a + i * m;
+      for (int64_t j = 0; j < i; ++j) row[j] = (row[j] - dot(row, a + j * m, j)) / a[j * m + j];
+      const double pivot = row[i] - dot(row, row, i);
+      log_det += std::log(pivot > 0 ? pivot : NAN);
+      row[i] = std::sqrt(pivot);
+    }
+    p.log_det[item] = log_det;
+    for (int64_t i = 0; i < m; ++i) {
+      double* __restrict row = a + i * m;
+      const double scale = 1 / row[i];
+      for (int64_t k = 0; k < i; ++k) copy[k] = row[k] * scale, row[k] = 0;
+      for (int64_t k = 0; k < i; ++k) {
+        const double factor = copy[k];
+        const double* __restrict from = a + k * m;
+#pragma omp simd
+        for (int64_t j = 0; j <= k; ++j) row[j] -= factor * from[j];
+      }
+      row[i] = scale;
+    }
+    for (int64_t k = 0; k < m; ++k) {
+      std::memcpy(copy, a + k * m, size_t(k + 1) * sizeof(double));
+      std::memset(a + k * m, 0, size_t(k + 1) * sizeof(double));
+      for (int64_t i = 0; i <= k; ++i) {
+        double* __restrict row = a + i * m;
+        const double factor = copy[i];
+#pragma omp simd
+        for (int64_t j = 0; j <= i; ++j) row[j] += factor * copy[j];
+      }
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = i + 1; j < m; ++j) a[i * m + j] = a[j * m + i];
+    }
+  }
+}
+
 inline void ppca_project_kernel(const PpcaProjectParams& p, int64_t begin, int64_t end) {
   alignas(64) double r[kPpcaRows * kPpcaTile];
   for (int64_t item = begin; item < end; ++item) {

@@ -35,6 +35,7 @@ KernelTable make_table(TypeList<L...>) {
       .log_mean_exp_backward = {log_mean_exp_backward_kernel<float>, log_mean_exp_backward_kernel<double>},
       .weigh = {weigh_kernel<float>, weigh_kernel<double>},
       .ppca_factor = ppca_factor_kernel,
+      .ppca_invert = ppca_invert_kernel,
       .ppca_project = ppca_project_kernel,
       .ppca_rest = ppca_rest_kernel,
       .ppca_moments = ppca_moments_kernel,

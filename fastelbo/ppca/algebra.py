@@ -1,0 +1,187 @@
+"""Products and posteriors in float64, with gradients, that are bitwise the same for any number of threads.
+
+torch's products and factorizations are a BLAS's, which shares out what it sums.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastelbo import reference
+from fastelbo._ops import takes_twins
+from fastelbo.ordered import ordered_sum
+
+_op = torch.ops.fastelbo
+PIECE_ELEMENTS = 1 << 20  # of the products W_di W_dj that are in memory at a time
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products.
+
+
+def _project(a: Tensor, b: Tensor) -> Tensor:
+    if len(a) < b.shape[1]:  # the op shares out the rows of the first
+        return _project(b.mT, a.mT).mT
+    found: Tensor = _op._ppca_project(a, b, b.new_zeros(len(b)))[0]
+    return found
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return _project(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        (a, b), needs = ctx.saved_tensors, ctx.needs_input_grad
+        return product(grad, b.mT) if needs[0] else None, product(a.mT, grad) if needs[1] else None
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [N, K] b [K, L]"""
+    return torch.matmul(a, b) if takes_twins(a) else _Product.apply(a, b)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Complete rows.
+
+
+class _Posterior(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Tensor, log_s2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # [W; sigma I] = Q R, R'R = G, as in `reference.ppca_qr`; R' = U T, so that G^-1 = S S' with S = U T^-T
+        eye = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
+        Q, R, _ = _op._ppca_factor(torch.cat([W, torch.exp(0.5 * log_s2) * eye]), log_s2)
+        U, _, inverse_T = _op._ppca_factor(R.mT, torch.full_like(log_s2, -torch.inf))
+        S = _project(U, inverse_T)
+        coords = _op._ppca_project(x, Q[: len(W)], b)[0]
+        mean = _project(_project(coords, _project(R, S)), S.mT)
+        return mean, _project(S, S.mT), 2 * torch.log(torch.diagonal(R).abs()).sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output[:2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, of_mean: Tensor | None, of_inverse: Tensor | None, of_log_det: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, W, b, log_s2, mean, inverse = ctx.saved_tensors
+        of_G = torch.zeros_like(inverse)
+        if of_log_det is not None:
+            of_G = of_G + of_log_det * inverse
+        if of_inverse is not None:
+            of_G = of_G - product(product(inverse, of_inverse), inverse)
+        grad_W, of_s2 = product(W, of_G + of_G.mT), torch.diagonal(of_G).sum()
+        grad_x = grad_b = None
+        if of_mean is not None:
+            u = product(of_mean, inverse)
+            rest = reference.read_data(x, torch.float64) - b - product(mean, W.mT)
+            grad_W = grad_W + product(rest.mT, u) - product(W, product(u.mT, mean))
+            of_s2 = of_s2 - ordered_sum(u * mean, 0, 1)
+            grad_x = product(u, W.mT)
+            grad_b = -ordered_sum(grad_x, 0)
+            grad_x = grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_W, grad_b, of_s2 * torch.exp(log_s2)
+
+
+def posterior(x: Tensor, W: Tensor, b: Tensor, log_s2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of complete rows x [N, D] and parameters in float64: the mean G^-1 W'(x - b) [N, M], G^-1 [M, M] and log |G|,
+    where G = W'W + s2 I."""
+    function: Callable[..., Any] = reference.ppca_posterior if takes_twins(x) else _Posterior.apply
+    found: tuple[Tensor, Tensor, Tensor] = function(x, W, b, log_s2)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows with missing cells: a G of each.
+
+
+def pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs i <= j of 0 .. size - 1: i [P], j [P], and where in them each (i, j) is [size, size]."""
+    i, j = torch.triu_indices(size, size, device=device)
+    where = torch.empty(size, size, dtype=torch.int64, device=device)
+    where[i, j] = where[j, i] = torch.arange(len(i), device=device)
+    return i, j, where
+
+
+class _Grams(torch.autograd.Function):
+    @staticmethod
+    def forward(observed: Tensor, W: Tensor) -> Tensor:
+        i, j, where = pairs(W.shape[1], W.device)
+        total = observed.new_zeros(len(observed), len(i))
+        for cells, part in _columns(observed, W, len(i)):
+            total += product(cells, part[:, i] * part[:, j])
+        return total[:, where]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        observed, W = ctx.saved_tensors
+        i, j, where = pairs(W.shape[1], W.device)
+        of_pairs = (grad + grad.mT)[:, i, j]
+        found = [
+            (product(cells.mT, of_pairs)[:, where] * part.unsqueeze(1)).sum(2)
+            for cells, part in _columns(observed, W, len(i))
+        ]
+        return None, torch.cat(found)
+
+
+def _columns(observed: Tensor, W: Tensor, pairs: int) -> Any:
+    size = max(1, PIECE_ELEMENTS // pairs)
+    return zip(observed.split(size, 1), W.split(size), strict=True)
+
+
+def grams(observed: Tensor, W: Tensor) -> Tensor:
+    """The sums over the observed d of W_d W_d' [N, M, M]; observed [N, D] is 0 and 1 in float64.
+
+    All of a batch come out of one product, observed times the W_di W_dj [D, M (M + 1) / 2], in pieces of D, which the
+    gradient makes anew: memory O(N M^2).
+    """
+    if takes_twins(W):
+        return reference.ppca_grams(observed, W)
+    return _Grams.apply(observed, W)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Solution(torch.autograd.Function):
+    @staticmethod
+    def forward(G: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inverse, log_det = _op._ppca_invert(G)
+        return (inverse * p.unsqueeze(1)).sum(2), inverse, log_det
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output[:2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, of_mean: Tensor | None, of_inverse: Tensor | None, of_log_det: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        mean, inverse = ctx.saved_tensors
+        of_G, of_p = torch.zeros_like(inverse), None
+        if of_log_det is not None:
+            of_G = of_G + of_log_det[:, None, None] * inverse
+        if of_inverse is not None:
+            of_G = of_G - inverse @ of_inverse @ inverse
+        if of_mean is not None:
+            of_p = (inverse * of_mean.unsqueeze(1)).sum(2)
+            of_G = of_G - of_p.unsqueeze(2) * mean.unsqueeze(1)
+        return of_G, of_p
+
+
+def solution(G: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of G [N, M, M], positive definite, and p [N, M], float64: G^-1 p [N, M], G^-1 and log |G| [N], which is NaN where
+    G is not positive definite."""
+    function: Callable[..., Any] = reference.ppca_solution if takes_twins(G) else _Solution.apply
+    found: tuple[Tensor, Tensor, Tensor] = function(G, p)
+    return found

@@ -492,6 +492,18 @@ def test_float32(batch, K):
     torch.testing.assert_close(all_kept, torch.autograd.grad(model.loss(x, **options), list(model.parameters())))
 
 
+def test_a_generator_reproduces_loss_and_gradient():
+    model, x = model_of(), torch.rand(B, D).double()
+    options = {"objective": "iwae", "num_samples": 9, "keep": 2}
+
+    def found() -> list[Tensor]:
+        loss = model.loss(x, generator=torch.Generator().manual_seed(SEED), **options)
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    first, _, again = found(), torch.rand(3), found()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_the_encoder_runs_once_and_the_decoder_with_a_graph_over_n_rows():
     model, x, K, keep = model_of(torch.float32), torch.rand(B, D), 5000 * 11, 4
     seen: dict[nn.Module, list[tuple[int, bool]]] = {model.encoder: [], model.decoder: []}
@@ -632,6 +644,23 @@ def test_auto_takes_few_where_few_weigh_and_all_where_all_do():
     auto.update(torch.full((K, 10), math.nan))
     assert auto.keep == before
     assert kept.AutoKeep(1).keep == 1 and not kept.AutoKeep(1).due()
+
+
+def test_auto_goes_on_from_its_state():
+    K, before, after = 50, kept.AutoKeep(50), kept.AutoKeep(50)
+
+    def steps(auto: kept.AutoKeep, count: int) -> list[int]:
+        sizes = []
+        for step in range(count):
+            if auto.due():
+                auto.update(torch.softmax(spread(K, 10, 1.0 + step), 0))
+            sizes.append(auto.keep)
+        return sizes
+
+    steps(before, kept.INTERVAL // 2)
+    after.load_state_dict(before.state_dict())
+    assert steps(after, 2 * kept.INTERVAL) == steps(before, 2 * kept.INTERVAL)
+    assert after.state_dict() == before.state_dict() and after.keep < K
 
 
 def test_auto_trains(monkeypatch):

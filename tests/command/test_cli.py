@@ -279,6 +279,8 @@ def test_evaluate(tmp_path, capsys):
         assert cli.main(["evaluate", str(target), "--samples", "100", *extra]) == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1], "neither the folder nor the chunks make a difference"
+    assert cli.main(["evaluate", str(tmp_path), "--samples", "100", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] != outputs[0].splitlines()[1], "the seed does"
     lines = {line[:17].strip(): line[17:].split() for line in outputs[0].splitlines()[1:]}
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     trainer = train.prepare(Config(**state["config"]), tmp_path, resume=True)

@@ -296,12 +296,16 @@ def test_changed_data_are_refused(tmp_path, capsys):
     arguments = ["train", *SMALL, "--data", path, "--epochs", 2, "--out", out]
     assert cli.main([*map(str, arguments)]) == 0
     before = (out / "checkpoint.pt").read_bytes(), (out / "metrics.csv").read_bytes()
-    other = x.copy()
-    other[3, 2] = np.nextafter(other[3, 2], 2)
+    dataset, others = data.load(str(path)), []
+    for part in (dataset.train, dataset.held_out):
+        other = x.copy()
+        row = np.flatnonzero((x == part[0].numpy()).all(1))
+        other[row, 2] = np.nextafter(other[row, 2], np.float32(2))
+        others.append(other)
     for changed, what in (
         (array(d=6), "changed: shape (40, 5) -> (40, 6), content"),
         (array(n=41), "changed: shape (40, 5) -> (41, 5), content"),
-        (other, "changed: content"),
+        *((other, "changed: content") for other in others),
         ((255 * x).astype(np.uint8), "changed: dtype float32 -> uint8, content"),
     ):
         np.save(path, changed)

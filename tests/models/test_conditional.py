@@ -100,6 +100,13 @@ def test_the_call_is_the_loss_and_data_count_by_themselves(objective, samples):
     torch.testing.assert_close(parts.kl, expected.sum(-1), rtol=1e-10, atol=1e-12)
 
 
+def test_reconstruct_sees_what_the_mask_leaves():
+    model, x, c, mask = conditional()
+    found = model.reconstruct(torch.where(mask, x, math.nan), c, mask=mask)
+    mu, _ = model.encoder(torch.where(mask, x, 0.0), c).chunk(2, -1)
+    torch.testing.assert_close(found, torch.sigmoid(model.decoder(mu, c)), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(1, D), (D,), (B, 1)], ids=str)
 def test_kept_samples(shape):
     model, x, c, _ = conditional()

@@ -350,6 +350,8 @@ def test_masks_and_priors():
     decoder, x, mask = model_of().decoder, torch.rand(B, D, dtype=torch.float64), torch.rand(B, D) < 0.6
     leaves, prior = [mu, logvar, p_mu, p_logvar], {"prior_mu": p_mu, "prior_logvar": p_logvar, "seed": SEED}
     whole = fastelbo.rsample(mu, logvar, K, **prior)
+    some = fastelbo.keep_samples(whole.log_ratio, 1)
+    assert_close([fastelbo.rsample_kept(mu, logvar, some, **prior).kl], [whole.kl])
     recon = decoder(whole.z)
     for estimator in ("iwae", "dreg", "rws"):
         loss = fastelbo.multi_sample_loss(recon, x, whole, mask=mask, estimator=estimator)
@@ -488,6 +490,18 @@ def test_float32(batch, K):
     torch.testing.assert_close(model.loss(x, keep=1, **options), model.loss(x, **options), rtol=2e-6, atol=2e-6)
     all_kept = torch.autograd.grad(model.loss(x, keep=K, **options), list(model.parameters()))
     torch.testing.assert_close(all_kept, torch.autograd.grad(model.loss(x, **options), list(model.parameters())))
+
+
+def test_a_generator_reproduces_loss_and_gradient():
+    model, x = model_of(), torch.rand(B, D).double()
+    options = {"objective": "iwae", "num_samples": 9, "keep": 2}
+
+    def found() -> list[Tensor]:
+        loss = model.loss(x, generator=torch.Generator().manual_seed(SEED), **options)
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    first, _, again = found(), torch.rand(3), found()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_the_encoder_runs_once_and_the_decoder_with_a_graph_over_n_rows():
@@ -630,6 +644,23 @@ def test_auto_takes_few_where_few_weigh_and_all_where_all_do():
     auto.update(torch.full((K, 10), math.nan))
     assert auto.keep == before
     assert kept.AutoKeep(1).keep == 1 and not kept.AutoKeep(1).due()
+
+
+def test_auto_goes_on_from_its_state():
+    K, before, after = 50, kept.AutoKeep(50), kept.AutoKeep(50)
+
+    def steps(auto: kept.AutoKeep, count: int) -> list[int]:
+        sizes = []
+        for step in range(count):
+            if auto.due():
+                auto.update(torch.softmax(spread(K, 10, 1.0 + step), 0))
+            sizes.append(auto.keep)
+        return sizes
+
+    steps(before, kept.INTERVAL // 2)
+    after.load_state_dict(before.state_dict())
+    assert steps(after, 2 * kept.INTERVAL) == steps(before, 2 * kept.INTERVAL)
+    assert after.state_dict() == before.state_dict() and after.keep < K
 
 
 def test_auto_trains(monkeypatch):

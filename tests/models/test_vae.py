@@ -129,6 +129,13 @@ def test_noise_is_reproducible_by_seed_and_by_generator():
     assert torch.equal(*draws)
 
 
+def test_ciwae_weighs_the_elbo_by_one_half_where_nothing_else_is_said():
+    model, x = dense(), torch.rand(B, 2, 3).double()
+    options = {"objective": "ciwae", "num_samples": K, "eps": torch.randn(K, B, M).double()}
+    half, whole = (model.loss(x, beta=beta, **options) for beta in (0.5, 1.0))
+    assert model.loss(x, **options) == half != whole
+
+
 def test_encoder_may_return_a_pair():
     class Pair(nn.Module):
         def __init__(self, whole: nn.Module) -> None:

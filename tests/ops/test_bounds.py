@@ -254,6 +254,13 @@ def test_an_annealed_bound_has_an_unbiased_gradient(name, weight):
         assert_close(list(torch.autograd.grad(loss(name), q, mass)), list(expected), 1e-6)
 
 
+def test_the_kl_of_the_parts_is_that_of_all_layers():
+    above = rsample(torch.randn(B, M), torch.randn(B, M), 3)
+    below = rsample(torch.randn(3, B, 2), torch.randn(3, B, 2), batch_dims=2)
+    parts = bound_loss(torch.randn(3, B), [above, below], return_parts=True)
+    torch.testing.assert_close(parts.kl, above.kl + below.kl.mean(0))
+
+
 def test_kl_weight_learns():
     weight = torch.tensor(0.3, requires_grad=True)
     posterior = rsample(torch.randn(B, M), torch.randn(B, M), 5, seed=0)
@@ -403,22 +410,26 @@ def test_derivatives_of_the_kl():
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("samples", [None, 3])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_elbo_with_masked_kl_and_weights_of_dimensions(samples, reduction):
+def test_elbo_with_masked_kl_and_weights_of_dimensions(samples, reduction, prior):
     lead = (B,) if samples is None else (samples, B)
     recon, x = torch.randn(*lead, D, requires_grad=True), torch.rand(B, D)
     mu, logvar, weights = (torch.randn(*s, requires_grad=True) for s in ((B, M), (B, M), (M,)))
+    p_mu, p_logvar = (torch.randn(s, requires_grad=True) if prior else torch.zeros(s) for s in ((B, M), (M,)))
     kl_mask = torch.rand(B, M) < 0.6
     upstream = torch.randn((B,) if reduction == "none" else ())
     for beta in (0.3, weights):
         options = {"kl_mask": kl_mask, "beta": beta, "reduction": reduction}
+        options |= {"prior_mu": p_mu, "prior_logvar": p_logvar} if prior else {}
         parts = fastelbo.elbo_loss(recon, x, mu, logvar, return_parts=True, **options)
         log_p = -F.binary_cross_entropy_with_logits(recon, x.expand_as(recon), reduction="none").sum(-1)
-        terms = 0.5 * (mu.square() + logvar.exp() - 1 - logvar) * kl_mask
+        t = logvar - p_logvar
+        terms = 0.5 * ((mu - p_mu).square() * torch.exp(-p_logvar) + t.exp() - 1 - t) * kl_mask
         loss = (beta * terms).sum(1) - (log_p if samples is None else log_p.mean(0))
         expected = {"mean": loss.mean(), "sum": loss.sum(), "none": loss}[reduction]
-        inputs = [recon, mu, logvar, *([weights] if isinstance(beta, Tensor) else [])]
+        inputs = [t for t in (recon, mu, logvar, p_mu, p_logvar, beta) if isinstance(t, Tensor) and t.requires_grad]
         assert_close(
             [parts.loss.detach(), parts.kl.detach(), *torch.autograd.grad(parts.loss, inputs, upstream)],
             [expected.detach(), terms.sum(1).detach(), *torch.autograd.grad(expected, inputs, upstream)],

@@ -199,6 +199,14 @@ def test_draws_have_the_mean_variance_and_zeros_of_the_distribution(name, dtype)
     assert torch.equal(again.double(), x)
 
 
+def test_draws_in_half_precision_round_no_mean():
+    """exp(4.65625) is 105.24, and 105 in bfloat16; counts up to 256 are whole there."""
+    log_mean, log_theta = torch.tensor([4.65625, 40.0], dtype=torch.bfloat16)
+    x = likelihood_sample((log_mean.expand(200_000), log_theta), "nb").double()
+    mean = log_mean.double().exp()  # and the variance, at this theta
+    assert (x.mean() - mean).abs() < 5 * (mean / len(x)).sqrt() < 0.12
+
+
 @every_float
 def test_a_large_theta_is_the_poisson(dtype):
     x = torch.tensor([0.0, 1.0, 7.0, 300.0, 0.5], dtype=dtype)

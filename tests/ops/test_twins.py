@@ -53,6 +53,17 @@ def test_op(call):
     compare(op.name().split("::")[1], *map(double, args), atol=max(noise, 1e-11), rtol=max(noise, 1e-9))
 
 
+@pytest.mark.parametrize("call", [name for name in op_calls() if "ppca" not in name and "backward" not in name])
+def test_twins_of_half_inputs_compute_in_float32(call):
+    op, args = op_calls()[call]
+    twin = getattr(reference, op.name().split("::")[1].lstrip("_"))
+    half = [a.detach().half() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    wide = [a.float() if isinstance(a, Tensor) and a.dtype == torch.float16 else a for a in half]
+    found, expected = (out if isinstance(out, tuple) else (out,) for out in (twin(*half), twin(*wide)))
+    for a, e in zip(found, expected, strict=True):
+        assert torch.equal(a, e.to(a.dtype))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("needs", [ALL, [True, False, True, False, True, False, False]], ids=["all", "some"])
 def test_losses_with_gradients(reduction, needs):

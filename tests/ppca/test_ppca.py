@@ -522,6 +522,11 @@ def test_fit_keeps_the_parameters_of_an_optimizer():
             r"observed must be a bool tensor of the shape \(9, 5\) of x",
         ),
         (
+            lambda m, x: fastelbo.ppca_log_prob(x, m.W, m.b, m.log_sigma2, observed=x[:1] > 0),
+            ValueError,
+            r"observed must be a bool tensor of the shape \(9, 5\) of x; got torch.bool \(1, 5\)",
+        ),
+        (
             lambda m, x: fastelbo.ppca_log_prob(x, m.W, m.b, m.log_sigma2, observed=True),
             TypeError,
             "observed must be a bool torch.Tensor; got bool",

@@ -250,6 +250,8 @@ def test_weights_are_repeated_rows(N, D, method, missing):
     same_model(a, b, 1e-9, 1e-9) if method == "eig" else same_model(a, b, 1e-5, 1e-5)
     assert a.fit_report.rows == (weight > 0).sum() and b.fit_report.rows == weight.sum()
     assert a.fit_report.log_likelihood[-1] == pytest.approx(b.fit_report.log_likelihood[-1], rel=1e-9)
+    options |= {"sample_weight": weight, "generator": torch.Generator().manual_seed(0)}
+    assert torch.equal(PPCA(2).fit_transform(x, method, **options), a.transform(x))
 
 
 def test_bad_floors_and_weights():

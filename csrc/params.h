@@ -187,12 +187,13 @@ struct PpcaFactorParams {
   double* whiten = nullptr;    // [M, M], upper
 };
 
-// Inverses of symmetric positive definite matrices, in their place. Work items: matrices.
+// Inverses of symmetric positive definite matrices. Work items: matrices.
 struct PpcaInvertParams {
   int64_t M = 0;
-  double* matrices = nullptr;  // [N, M, M]
-  double* scratch = nullptr;   // [N, M]
-  double* log_det = nullptr;   // [N]; NaN of a matrix that is not positive definite
+  const double* matrices = nullptr;  // [N, M, M]
+  double* inverses = nullptr;        // [N, M, M]
+  double* scratch = nullptr;         // [N, M]
+  double* log_det = nullptr;         // [N]; NaN of a matrix that is not positive definite
 };
 
 // Projections of x - b on the columns of W, and its squared norm. Work items: blocks of kPpcaRows rows.

@@ -101,6 +101,8 @@ def _as_tensor(number: float, like: Tensor) -> Tensor:
 def expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
     if t.dim() == len(shape) and t.shape == shape:  # sizes are compared only if they pair up: each becomes a guard
         return t
+    if t.requires_grad:  # the terms of a half type's gradient are rounded once, as their sum
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
     try:
         return ordered.expand(t, shape)
     except RuntimeError:

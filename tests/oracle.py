@@ -10,7 +10,8 @@ that of eager PyTorch, plus a floor:
 The magnitude of a value is the sum of its |terms|; that of a gradient is the largest of its tensor, and for a parameter
 that data share the sum of its |terms|, where that is larger: 9000 terms of one rounding may cancel. An element of eager
 PyTorch may be right by luck: where the rule fails, the error of eager PyTorch is the largest of up to SAMPLES
-evaluations in which every intermediate result is off by up to one ulp at random.
+evaluations in which every intermediate result is off by up to one ulp at random. That says nothing of the roundings
+inside a factorization, which differ from LAPACK to LAPACK: there the rule is one of condition, `changes` below.
 
 Where eager PyTorch is not finite, the op must give the same infinity or NaN; elsewhere it must be finite.
 """
@@ -173,11 +174,19 @@ def _sum_of_magnitudes(twin: Call, inputs: list[Any], index: int, upstream: Sequ
     return gradients(outputs, [full], upstream)[0].abs().sum_to_size(small.shape)
 
 
-def check(call: Call, *inputs: Any, twin: Call | None = None, label: str = "", shared: Sequence[int] = ()) -> None:
+def check(
+    call: Call,
+    *inputs: Any,
+    twin: Call | None = None,
+    label: str = "",
+    shared: Sequence[int] = (),
+    roundings: float = 0.0,
+) -> None:
     """Values and all gradients of `call(*inputs)` against `twin(*inputs)` (or the same call) in reference mode.
 
     The upstream gradients are random and differ from element to element. Gradients are taken for the inputs that
-    require one. `shared`: the indices of inputs that broadcast to the first.
+    require one. `shared`: the indices of inputs that broadcast to the first. `roundings`: of a result that a LAPACK
+    has a part in, how many roundings of the inputs the error may amount to, where it is more than eager's.
     """
     twin = twin or call
     leaves, wide = leaves_of(inputs), partial(leaves_of, inputs, torch.float64)
@@ -211,6 +220,10 @@ def check(call: Call, *inputs: Any, twin: Call | None = None, label: str = "", s
                 with reference_mode(exact=True), _RandomRounding(eps):
                     random_runs.append(evaluate(twin, wide(), upstream))
             yield (random_runs[i][index].double() - exact[index]).detach().abs().nan_to_num()
+        if roundings:
+            eps = torch.finfo(compute_dtype(outputs[0].dtype)).eps
+            with reference_mode(exact=True):
+                yield roundings / 2 * eps * changes(twin, wide(), upstream)[index]
 
     names = [f"gradient of input {i}" for i in wanted]
     names = [*(f"output {i}" for i in range(len(outputs))), *names]
@@ -219,6 +232,33 @@ def check(call: Call, *inputs: Any, twin: Call | None = None, label: str = "", s
             assert actual[i].requires_grad == eager[i].requires_grad, f"{label} {name}: requires_grad is wrong"
         what = f"{label} {name}".strip()
         assert_accurate(actual[i], eager[i], exact[i], magnitudes[i], what, sampled(i))
+
+
+def changes(function: Call, inputs: Sequence[Any], upstream: Sequence[Tensor]) -> list[Tensor]:
+    """The condition of values and gradients, float64 inputs: the largest change of each tensor, per relative error of
+    the inputs, in SAMPLES draws of such errors.
+
+    The result of a backward stable algorithm is that of inputs which are off by a few roundings (Higham 2002, sec. 1.6
+    and 19.3), whatever the order of its sums. The errors drawn here are 1e-9: far above float64's own, small enough for
+    the change to be linear in them.
+    """
+    off = 2.0**-30
+    exact = evaluate(function, leaves_of(inputs), upstream)
+    largest = [0.0] * len(exact)
+    for _ in range(SAMPLES):
+        drawn = [
+            t.detach() * (1 + off * (2 * torch.rand_like(t) - 1))
+            if isinstance(t, Tensor) and t.is_floating_point()
+            else t
+            for t in inputs
+        ]
+        for d, t in zip(drawn, inputs, strict=True):
+            if isinstance(t, Tensor) and t.requires_grad:
+                d.requires_grad_()
+        found = evaluate(function, drawn, upstream)
+        pairs = zip(largest, found, exact, strict=True)
+        largest = [max(m, float((a - e).detach().abs().max())) for m, a, e in pairs]
+    return [torch.full_like(e, m / off).detach() for m, e in zip(largest, exact, strict=True)]
 
 
 def allocated(function: Callable[[], Any]) -> int:

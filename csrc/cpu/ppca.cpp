@@ -26,12 +26,11 @@ void ppca_factor(prepare::PpcaFactor& op) {
 }
 
 void ppca_invert(prepare::PpcaInvert& op) {
-  op.inverses.copy_(op.matrices);
-  const int64_t N = op.inverses.size(0), M = op.inverses.size(1);
-  const Tensor scratch = at::empty({N, M}, op.inverses.options());
+  const int64_t N = op.matrices.size(0), M = op.matrices.size(1);
+  const Tensor matrices = op.matrices.contiguous(), scratch = at::empty({N, M}, matrices.options());
   PpcaInvertParams p;
-  p.M = M, p.matrices = op.inverses.mutable_data_ptr<double>(), p.scratch = scratch.mutable_data_ptr<double>();
-  p.log_det = op.log_det.mutable_data_ptr<double>();
+  p.M = M, p.matrices = matrices.const_data_ptr<double>(), p.scratch = scratch.mutable_data_ptr<double>();
+  p.inverses = op.inverses.mutable_data_ptr<double>(), p.log_det = op.log_det.mutable_data_ptr<double>();
   run(kernels().ppca_invert, p, N, M * M * M);
 }
 

@@ -284,6 +284,13 @@ void ppca(Checks& c, const KernelTable& t, int64_t N, int64_t D, int64_t M, bool
   }
   {
     Memory m;
+    PpcaInvertParams p;
+    p.M = M, p.matrices = m.input(N * M * M), p.inverses = m.output(N * M * M);
+    p.scratch = m.output(N * M), p.log_det = m.output(N);
+    m.compare(c, t.ppca_invert, p, N, "inverses");
+  }
+  {
+    Memory m;
     PpcaRestParams p;
     p.N = N, p.D = D, p.M = M, p.share = turn % 2 ? 0.25 : 1e-6;
     p.x = m.view(false, data, 1, N, D, kLayouts[turn % 4]);

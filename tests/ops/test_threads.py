@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from functions import FUNCTIONS, SEED, Function, K, _counts, _kept, _mask, _r, _unit
+from contracts import FUNCTIONS, SEED, Function, K, _counts, _kept, _mask, _r, _unit
 from oracle import gradients, leaves_of, tensors_of
 from torch import Tensor, nn
 

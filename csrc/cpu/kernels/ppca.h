@@ -163,7 +163,8 @@ inline void ppca_factor_kernel(const PpcaFactorParams& p, int64_t begin, int64_t
 inline void ppca_invert_kernel(const PpcaInvertParams& p, int64_t begin, int64_t end) {
   const int64_t m = p.M;
   for (int64_t item = begin; item < end; ++item) {
-    double *a = p.matrices + item * m * m, *__restrict copy = p.scratch + item * m;
+    double *a = p.inverses + item * m * m, *__restrict copy = p.scratch + item * m;
+    std::memcpy(a, p.matrices + item * m * m, size_t(m * m) * sizeof(double));
     double log_det = 0;
     for (int64_t i = 0; i < m; ++i) {
       double* row = a + i * m;

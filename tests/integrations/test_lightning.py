@@ -127,6 +127,23 @@ class Own(PartsMixin, lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+def test_means_over_batches_that_begin_with_something_else() -> None:
+    """Lightning takes the first length that it finds in a batch for its size."""
+
+    class Labelled(Own):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            mu, logvar = self.vae.encode(batch[1])
+            self.log_parts(fastelbo.elbo_loss(self.vae.decode(mu), batch[1], mu, logvar, return_parts=True), "val")
+
+    module, x = Labelled(), torch.rand(12, D)
+    batches = [(torch.zeros(2), x[:8]), (torch.zeros(2), x[8:])]
+    (logged,) = trainer().validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    with torch.no_grad():
+        mu, logvar = module.vae.encode(x)
+        expected = fastelbo.elbo_loss(module.vae.decode(mu), x, mu, logvar)
+    assert logged["val/loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_the_mixin_in_a_module_of_one_s_own() -> None:
     module, run = Own(), trainer(max_epochs=1)
     run.fit(module, loader())

@@ -183,7 +183,9 @@ def test_partial_fit_refuses_what_it_cannot_do_and_stays_as_it_was():
     before = m.score_samples(X)
     with pytest.raises(ValueError, match="NaN"):
         m.partial_fit(gaps(X))
-    assert np.array_equal(m.score_samples(X), before)
+    with pytest.raises(ValueError, match="n_components must be less than the number of columns D=6; got 6"):
+        m.set_params(n_components=6).partial_fit(X[:9])
+    assert np.array_equal(m.set_params(n_components=2).score_samples(X), before)
     assert_same(m.partial_fit(X[:9]), PPCA(2).fit(np.concatenate([X, X[:9]])), 1e-12)
 
 

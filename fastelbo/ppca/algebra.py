@@ -85,9 +85,8 @@ class _Posterior(torch.autograd.Function):
             rest = reference.read_data(x, torch.float64) - b - product(mean, W.mT)
             grad_W = grad_W + product(rest.mT, u) - product(W, product(u.mT, mean))
             of_s2 = of_s2 - ordered_sum(u * mean, 0, 1)
-            grad_x = product(u, W.mT)
-            grad_b = -ordered_sum(grad_x, 0)
-            grad_x = grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None
+            grad_b = -product(W, ordered_sum(u, 0).unsqueeze(1)).squeeze(1)
+            grad_x = product(u, W.mT).to(x.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, grad_W, grad_b, of_s2 * torch.exp(log_s2)
 
 

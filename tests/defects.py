@@ -21,7 +21,7 @@ DEFECTS = [
         "csrc/math/latent.h",
         "g * std + grad_lr * path * eps, slope,",
         "g * std + grad_lr * eps, slope,",
-        ("ops/test_multi_sample.py",),
+        ("ops/test_twins.py",),
     ),
     Defect(
         "the backward of rsample draws from sample 0 on",
@@ -30,7 +30,7 @@ DEFECTS = [
         "  p.first_sample = first_sample.expect_int();",
         "p.grad_eps = op.views.out(op.grad_eps);\n  p.K = num_samples ? num_samples->expect_int() : 1;\n"
         "  p.first_sample = 0;",
-        ("ops/test_latent.py",),
+        ("ops/test_values.py", "ops/test_derivatives.py"),
     ),
     # Likelihoods.
     Defect(

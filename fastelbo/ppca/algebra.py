@@ -21,6 +21,8 @@ PIECE_ELEMENTS = 1 << 20  # of the products W_di W_dj that are in memory at a ti
 
 
 def _project(a: Tensor, b: Tensor) -> Tensor:
+    if a.device.type != "cpu":  # whose own products have no threads to depend on
+        return a @ b
     if len(a) < b.shape[1]:  # the op shares out the rows of the first
         return _project(b.mT, a.mT).mT
     found: Tensor = _op._ppca_project(a, b, b.new_zeros(len(b)))[0]

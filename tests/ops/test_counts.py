@@ -135,6 +135,18 @@ def test_means_of_any_size(name, dtype):
         check(lambda x, *given: fastelbo.log_prob(joined(*given), x, likelihood=name), x, *given, label=f"{log_mean}")
 
 
+@every_float
+def test_a_vanishing_theta(dtype):
+    """log p(x > 0) = log theta - log x, but for terms like theta log theta and x theta / mean, below 1e-8."""
+    x, log_mean = torch.tensor([1.0, 3.0, 50.0], dtype=dtype), torch.tensor([2.0, -1.0, -1.0], dtype=dtype)
+    for log_theta in (-24.0, -30.0, -59.0, -65.0, -200.0):
+        theta = torch.full_like(x, log_theta).requires_grad_()
+        value = fastelbo.log_prob((log_mean, theta), x, likelihood="nb")
+        off = 1e-8 + 4 * torch.finfo(dtype).eps * abs(log_theta)
+        torch.testing.assert_close(value.detach(), log_theta - x.log(), rtol=0, atol=off)
+        torch.testing.assert_close(*torch.autograd.grad(value.sum(), theta), torch.ones_like(x), rtol=0, atol=off)
+
+
 @pytest.mark.parametrize("theta", [1e-2, 0.7, 5.0, 300.0])
 def test_agrees_with_scipy(theta):
     x = torch.arange(0, 2000, 7, dtype=torch.float64)

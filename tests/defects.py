@@ -271,7 +271,7 @@ DEFECTS = [
     ),
     # The command.
     Defect(
-        "a resumed run starts its schedule anew",
+        "each epoch starts the schedule of the step size anew",
         "fastelbo/commands/train.py",
         "start = len(self.history) * len(batches)",
         "start = 0",

@@ -16,8 +16,7 @@ FASTELBO_HD bool lies_flat(const View& v, int64_t rows, int64_t columns) {
 
 // A block of rows of sample k: in place where it lies flat, else in the buffer.
 template <class T>
-[[gnu::noinline]] const T* load_rows(const View& v, int64_t k, int64_t b, int64_t column, int64_t rows, int64_t columns,
-                                     T* to) {
+inline const T* load_rows(const View& v, int64_t k, int64_t b, int64_t column, int64_t rows, int64_t columns, T* to) {
   if (lies_flat<T>(v, rows, columns)) return load(v, k, b, column, columns, to);
   for (int64_t r = 0; r < rows; ++r) {
     T* row = to + r * columns;
@@ -41,7 +40,7 @@ struct LatentTile {
   }
 
   template <bool kStd>
-  [[gnu::noinline]] void read(const Latents& p, int64_t b, int64_t row_count, int64_t column, int64_t column_count) {
+  void read(const Latents& p, int64_t b, int64_t row_count, int64_t column, int64_t column_count) {
     rows = row_count, columns = column_count, n = rows * columns;
     load_view(p.mu, b, column, mu);
     load_view(p.logvar, b, column, logvar);
@@ -70,7 +69,7 @@ struct LatentTile {
 
   // KL terms take exp(t), in a loop of its own: see log_prob_tile.
   alignas(64) T exp_t[kLatentTile];
-  [[gnu::noinline]] void prepare_kl() {
+  void prepare_kl() {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) exp_t[i] = exp_full(t[i]);
   }
@@ -102,8 +101,7 @@ inline T* target_rows(const View& v, int64_t k, int64_t b, int64_t column, const
   return v && lies_flat<T>(v, tile.rows, tile.columns) ? target(v, k, b, column, buffer) : buffer;
 }
 template <class T>
-[[gnu::noinline]] void store_rows(const View& v, int64_t k, int64_t b, int64_t column, const LatentTile<T>& tile,
-                                  T* from) {
+inline void store_rows(const View& v, int64_t k, int64_t b, int64_t column, const LatentTile<T>& tile, T* from) {
   if (!v) return;
   if (lies_flat<T>(v, tile.rows, tile.columns)) {
     T* to = target(v, k, b, column, from);

@@ -77,7 +77,7 @@ inline void philox_run(uint64_t seed, uint64_t first, int counters, NoiseBuffer&
 }
 
 // Noise of the elements [index, index + n), n <= kLatentTile, at the returned place in the buffer.
-[[gnu::noinline]] inline const float* normal_run(uint64_t seed, int64_t index, int64_t n, NoiseBuffer& buffer) {
+inline const float* normal_run(uint64_t seed, int64_t index, int64_t n, NoiseBuffer& buffer) {
   const int64_t skip = index & 3;
   const int counters = int((skip + n + 3) / 4 + kInterleaved - 1) / kInterleaved * kInterleaved;
   philox_run(seed, uint64_t(index) >> 2, counters, buffer);

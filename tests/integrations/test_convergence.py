@@ -95,7 +95,7 @@ def scvi(name: str, fused: bool, seed: int) -> Losses:
     settings.seed = draws(fused, seed)
     quiet = {"enable_progress_bar": False, "logger": False, "enable_checkpointing": False, "early_stopping": False}
     rate = {"plan_kwargs": {"lr": 0.02}} if name == "SCVI" else {"lr": 0.02}
-    models[1].train(max_epochs=15, accelerator="cpu", batch_size=N // 3, train_size=1.0, **rate, **quiet)
+    models[1].train(max_epochs=40, accelerator="cpu", batch_size=N // 3, train_size=1.0, **rate, **quiet)
     models[0].module.load_state_dict(models[1].module.state_dict())
     models[0].module.eval()
     return before, judged(loss)
@@ -205,11 +205,12 @@ ADAPTERS: dict[str, Callable[[bool, int], Losses]] = {
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_trainings_end_at_the_same_loss(adapter: str) -> None:
-    """The means over four pairs differ by less than four standard errors, and those are a tenth of what is learned."""
+    """The means over four pairs differ by less than six standard errors, which Student's t with three degrees of
+    freedom passes once in a hundred; one error is less than a twentieth of what is learned."""
     package = adapter.split()[0]
     pytest.importorskip(package, reason=f"{package} is not installed: make test-integrations installs it")
     pairs = [[ADAPTERS[adapter](fused, seed) for fused in (False, True)] for seed in range(SEEDS)]
     differences = [with_fastelbo - alone for (_, alone), (_, with_fastelbo) in pairs]
     learned = statistics.fmean(before - alone for (before, alone), _ in pairs)
     error = statistics.stdev(differences) / SEEDS**0.5
-    assert abs(statistics.fmean(differences)) < 4 * error < 0.2 * learned
+    assert abs(statistics.fmean(differences)) < 6 * error < 0.3 * learned

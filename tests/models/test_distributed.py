@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from toys import leave_group
 
 from fastelbo import VAE, DiagnosticsMeter, rsample
 
@@ -31,7 +32,7 @@ def _start(rank: int, port: int, worker: Callable[..., object], folder: str, arg
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.save(worker(rank, *args), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def new_model() -> VAE:

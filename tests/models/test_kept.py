@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from oracle import peak
 from torch import Tensor, nn
-from toys import D, LearnedVariance, M, ThreeParameters, dense, model_of
+from toys import D, LearnedVariance, M, ThreeParameters, dense, leave_group, model_of
 
 import fastelbo
 from fastelbo import VAE, Kept, kept
@@ -720,7 +720,7 @@ def _parallel(rank: int, port: int, shards: list[Tensor], keep: int | str, folde
         wrapped(shards[rank]).backward()
         found.append([p.grad for p in wrapped.parameters()])
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.parametrize("keep", [2, "auto"])

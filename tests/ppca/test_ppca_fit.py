@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from scipy.optimize import minimize
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from toys import leave_group
 
 import fastelbo
 from fastelbo import PPCA
@@ -362,7 +363,7 @@ def _worker(rank: int, size: int, port: int, shards: list[Tensor], method: str, 
     options = {"max_iter": 25} if method == "em" else {}
     m = PPCA(2).fit(shards[rank], method, group=dist.group.WORLD, **options)
     torch.save((m.state_dict(), m.fit_report), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.parametrize(
@@ -405,7 +406,7 @@ def _bad_worker(rank: int, size: int, port: int, shards: list, method: str, fold
     except (ValueError, TypeError) as error:
         told = str(error)
     torch.save(told, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.parametrize("method", ["eig", "em"])

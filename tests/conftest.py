@@ -27,3 +27,11 @@ def _fresh_memory_is_nan(request):
     assert not wanted or torch.empty(5).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def double():
+    """New tensors are float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -1,5 +1,6 @@
 """Small models that several files test, and how their processes end."""
 
+import math
 import os
 
 import torch
@@ -9,6 +10,11 @@ from torch import Tensor, nn
 from fastelbo import VAE
 
 M, D = 4, 11  # latent and data dimensions
+
+
+def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """log N(z; mu, diag exp(logvar)), summed over the last dimension, as a textbook has it."""
+    return -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(-1)
 
 
 def model_of(dtype: torch.dtype = torch.float64, likelihood: str = "bernoulli") -> VAE:

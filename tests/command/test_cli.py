@@ -349,14 +349,20 @@ def test_train_and_evaluate_on_counts(tmp_path, capsys, options):
     assert history[1]["held_out_elbo"] - 5 < float(found["ELBO"][0]) < float(found["log p(x)"][0])
 
 
-def test_resumed_run_on_counts_equals_an_uninterrupted_one(tmp_path):
-    config = Config(**SMALL, data="counts", likelihood="zinb", objective="iwae", num_samples=2)
-    whole = run(config, tmp_path / "whole")
-    run(config, tmp_path / "parts", stop_after=2)
-    parts = run(config, tmp_path / "parts", resume=True)
+def resumed(config: Config, folder: Path) -> Trainer:
+    """An uninterrupted run, to which one that was stopped after two epochs and resumed is equal."""
+    whole = run(config, folder / "whole")
+    run(config, folder / "parts", stop_after=2)
+    parts = run(config, folder / "parts", resume=True)
     assert untimed(parts.history) == untimed(whole.history)
     for ours, theirs in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    return whole
+
+
+def test_resumed_run_on_counts_equals_an_uninterrupted_one(tmp_path):
+    config = Config(**SMALL, data="counts", likelihood="zinb", objective="iwae", num_samples=2)
+    resumed(config, tmp_path)
 
 
 def test_fused_and_reference_agree_on_counts():
@@ -548,12 +554,7 @@ def test_cosine_schedule(tmp_path):
 @pytest.mark.parametrize("options", [{"lr_schedule": "cosine"}, {"net": "conv"}, {"amp": "bf16"}], ids=str)
 def test_a_resumed_run_of_these_equals_an_uninterrupted_one(tmp_path, options):
     config = Config(**SMALL, **options)
-    whole = run(config, tmp_path / "whole")
-    run(config, tmp_path / "parts", stop_after=2)
-    parts = run(config, tmp_path / "parts", resume=True)
-    assert untimed(parts.history) == untimed(whole.history)
-    for ours, theirs in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    whole = resumed(config, tmp_path)
     assert whole.history[-1]["held_out_elbo"] > whole.history[0]["held_out_elbo"]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from toys import log_normal
 
 import fastelbo
 from fastelbo import VAE
@@ -40,21 +41,12 @@ class Prior(nn.Module):
         return mu, logvar
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def conditional() -> tuple[VAE, Tensor, Tensor, Tensor]:
     model = VAE(Joined(D, 2 * M), Joined(M, D), prior=Prior())
     return model, torch.rand(B, D), F.one_hot(torch.arange(B) % C, C).double(), torch.rand(B, D) < 0.7
-
-
-def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    return -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(-1)
 
 
 def by_hand(model: VAE, x: Tensor, c: Tensor, mask: Tensor, eps: Tensor, upstream: Tensor) -> list[Tensor]:

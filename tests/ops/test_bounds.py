@@ -12,6 +12,7 @@ from numpy.polynomial.hermite_e import hermegauss
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
+from toys import log_normal
 
 import fastelbo
 from fastelbo import Posterior, bound_loss, gaussian_kl, rsample
@@ -21,16 +22,7 @@ B, D, M = 4, 6, 3
 every_case = pytest.mark.parametrize("case", paper.CASES, ids=paper.CASE_IDS)
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def log_normal(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    return -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi)).sum(-1)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], rtol: float = 1e-10) -> None:

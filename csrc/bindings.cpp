@@ -3,6 +3,7 @@
 #include "autograd/likelihood.cpp"
 #include "autograd/objective.cpp"
 #include "autograd/ppca.cpp"
+#include "composite/latent.cpp"
 #include "composite/objective.cpp"
 #include "composite/ppca.cpp"
 #include "cpu/latent.cpp"

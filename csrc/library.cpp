@@ -24,6 +24,8 @@ TORCH_LIBRARY(fastelbo, m) {
       "_rsample_kept_backward(Tensor? grad_z, Tensor? grad_log_ratio, Tensor? grad_gates, Tensor mu, Tensor logvar, "
       "Tensor? prior_mu, Tensor? prior_logvar, Tensor sample, Tensor datum, Tensor seed, bool[4] needs) "
       "-> (Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar)");
+  // The noise of rsample, float32 [n, size], of the rows int64 [n]: row r has the elements r size to (r + 1) size - 1.
+  m.def("_normal_rows(Tensor seed, Tensor rows, SymInt size) -> Tensor");
   m.def("gaussian_kl(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, float free_bits=0.) -> Tensor");
   m.def(
       "_gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "

@@ -51,7 +51,7 @@ if torch.__version__.split(".")[:2] != _BUILT_AGAINST.split(".")[:2]:
         f"rebuild it: {_rebuild()}"
     )
 
-KERNEL_DEVICES = frozenset(["cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])])
+reference.KERNEL_DEVICES |= {"cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def takes_twins(t: Tensor) -> bool:
         _mode.blocks > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or t.device.type not in KERNEL_DEVICES
+        or t.device.type not in reference.KERNEL_DEVICES
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastelbo import estimators, ordered, reference
 from fastelbo._ops import call
 from fastelbo.arguments import checked
-from fastelbo.functional import LossParts, Posterior, bound_varies, mean_kl, steered
+from fastelbo.functional import LossParts, Posterior, bound_varies, mean_kl, steered, weighted
 from fastelbo.ordered import ordered_sum, reduce
 
 _op = torch.ops.fastelbo
@@ -168,7 +168,7 @@ def bound_loss(
             raise ValueError(f"kl_weight must be 1.0 with estimator 'rws', which anneals nothing; got {kl_weight}")
         if isinstance(kl_weight, Tensor):
             kl_weight = ordered.expand(kl_weight.to(dtype), shape)
-        ratio = kl_weight * ratio
+        ratio = weighted(kl_weight, ratio)
         if gates is not None:  # of dreg: b = a (1 - kl_weight + kl_weight a), by the steps of Tucker et al. 2019, eq. 8
             gates = torch.stack([kl_weight * gates[0], gates[1]])
     log_w = log_likelihood.to(dtype) + ratio

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastelbo import estimators, likelihoods, ordered, reference
-from fastelbo._ops import call
+from fastelbo._ops import call, takes_twins
 from fastelbo.arguments import ORDINALS, checked
 from fastelbo.ordered import ordered_sum, reduce
 
@@ -134,6 +134,11 @@ def _parameters(recon: Recon, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor 
     ]
     shaped += [None] * (2 - len(shaped))
     return first, shaped[0], shaped[1]
+
+
+def weighted(weight: float | Tensor, kl: Tensor) -> Tensor:
+    """weight kl; a weight of 0 leaves nothing of an infinite KL, nor a gradient (0 times infinity is NaN)."""
+    return weight * torch.where(kl.isinf() & (weight == 0), 0.0, kl)
 
 
 def _mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -297,9 +302,9 @@ def gaussian_kl(
         where = expand("mask", mask, mu.shape, "mu")
         mu, logvar = torch.where(where, mu, 0), torch.where(where, logvar, 0)
         p_mu, p_logvar = _unmasked(p_mu, where), _unmasked(p_logvar, where)
-    if not reduce:
-        call(_op.gaussian_kl.default, reference.gaussian_kl, mu.detach(), logvar.detach(), p_mu, p_logvar, 0.0)
-        return reference.kl_terms(mu, logvar, p_mu, p_logvar)
+    if not reduce:  # every element as a row
+        rows = [None if t is None else t.reshape(-1, 1) for t in (mu, logvar, p_mu, p_logvar)]
+        return call(_op.gaussian_kl.default, reference.gaussian_kl, *rows, 0.0).view(mu.shape)
     if _varies(free_bits) and free_bits > 0:
         gaussian_kl(mu, logvar, p_mu, p_logvar, free_bits=0.0)  # checks the arguments; the compiler drops the result
         return reference.gaussian_kl(mu, logvar, p_mu, p_logvar, _as_tensor(free_bits, mu))
@@ -541,11 +546,14 @@ def elbo_loss(
             return_parts=True,
         )
         terms = gaussian_kl(mu, logvar, prior_mu, prior_logvar, mask=kl_mask, reduce=False)
-        if isinstance(beta, Tensor):
-            beta = expand("beta", beta.to(terms.dtype), terms.shape[1:], "one latent")
-            beta = ordered.expand(beta, terms.shape)
+        beta = beta if isinstance(beta, Tensor) else _as_tensor(beta, terms)
+        beta = ordered.expand(expand("beta", beta.to(terms.dtype), terms.shape[1:], "one latent"), terms.shape)
         kl = ordered_sum(terms.flatten(1), 1)
-        loss = fit.loss + reduce(ordered_sum((beta * terms).flatten(1), 1), reduction)
+        if takes_twins(mu):  # whose backward multiplies infinities by 0
+            latents = reference.weighted_latents(beta, terms, mu, logvar, prior_mu, prior_logvar)
+            terms = gaussian_kl(*latents, mask=kl_mask, reduce=False)  # type: ignore[arg-type]
+        penalty = reduce(ordered_sum(weighted(beta, terms).flatten(1), 1), reduction)
+        loss = fit.loss + penalty.to(fit.loss.dtype)
         return LossParts(loss, fit.log_likelihood, kl) if return_parts else loss
     if torch.compiler.is_dynamo_compiling():
         if not isinstance(beta, Tensor) and _varies(beta):
@@ -555,7 +563,7 @@ def elbo_loss(
             options |= {"prior_mu": prior_mu, "prior_logvar": prior_logvar, "beta": 0.0, "free_bits": 0.0}
             fit = elbo_loss(recon, x, mu, logvar, return_parts=True, **options)
             kl = gaussian_kl(mu, logvar, prior_mu, prior_logvar, free_bits=free_bits)
-            penalty = reduce(beta * kl, reduction)
+            penalty = reduce(weighted(beta, kl), reduction)
             return LossParts(fit.loss + penalty, *fit[1:]) if return_parts else fit.loss + penalty
     weight, weight_tensor = (1.0, beta) if isinstance(beta, Tensor) else (beta, None)
     parts = call(

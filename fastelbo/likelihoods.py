@@ -57,10 +57,19 @@ def _draw_bernoulli_probs(generator: Generator | None, probs: Tensor) -> Tensor:
 # Gaussian and Laplace: unit scale without the second parameter.
 
 
+def divided(difference: Tensor, log_scale: Tensor) -> Tensor:
+    """difference exp(-log_scale). A difference of exactly 0 is 0 beside any finite scale, and so are its derivatives
+    by the scale: exp(-log_scale) may overflow, and 0 times infinity is NaN."""
+    lowest = 1 - math.log(torch.finfo(log_scale.dtype).max)
+    return difference * torch.exp(-torch.where((difference == 0) & (log_scale < lowest), lowest, log_scale))
+
+
 def _gaussian(x: Tensor, mean: Tensor, logvar: Tensor | None = None) -> Tensor:
-    """-1/2 [(x - m)^2 exp(-lv) + lv + log 2 pi]; lv = 0 by default."""
-    square = (x - mean).square()
-    return -0.5 * (square + LOG_2PI if logvar is None else square * torch.exp(-logvar) + logvar + LOG_2PI)
+    """-1/2 [(x - m)^2 exp(-lv) + lv + log 2 pi]; lv = 0 by default. The square is that of the scaled difference: it
+    overflows where log p does."""
+    if logvar is None:
+        return -0.5 * ((x - mean).square() + LOG_2PI)
+    return -0.5 * (divided(x - mean, 0.5 * logvar).square() + logvar + LOG_2PI)
 
 
 def _draw_gaussian(generator: Generator | None, mean: Tensor, logvar: Tensor | None = None) -> Tensor:
@@ -71,7 +80,7 @@ def _draw_gaussian(generator: Generator | None, mean: Tensor, logvar: Tensor | N
 def _laplace(x: Tensor, mean: Tensor, log_scale: Tensor | None = None) -> Tensor:
     """-[|x - m| exp(-s) + s + log 2]; s = 0 by default."""
     distance = (x - mean).abs()
-    return -(distance + LOG_2 if log_scale is None else distance * torch.exp(-log_scale) + log_scale + LOG_2)
+    return -(distance + LOG_2 if log_scale is None else divided(distance, log_scale) + log_scale + LOG_2)
 
 
 def _draw_laplace(generator: Generator | None, mean: Tensor, log_scale: Tensor | None = None) -> Tensor:

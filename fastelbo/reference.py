@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastelbo import likelihoods
-from fastelbo.likelihoods import LOG_2PI, Domain
+from fastelbo.likelihoods import LOG_2PI, Domain, divided
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Derivatives: the twins of the backward ops are vector-Jacobian products of their forward's twins.
@@ -189,11 +189,10 @@ def kl_terms(mu: Tensor, logvar: Tensor, prior_mu: Tensor | None = None, prior_l
     mu, logvar = mu.to(dtype), logvar.to(dtype)
     if prior_mu is not None:
         mu = mu - prior_mu.to(dtype)
-    square = mu.square()
     if prior_logvar is not None:
-        square = square * torch.exp(-prior_logvar.to(dtype))
+        mu = divided(mu, 0.5 * prior_logvar.to(dtype))
         logvar = logvar - prior_logvar.to(dtype)
-    return 0.5 * (square + exp_remainder(logvar))
+    return 0.5 * (mu.square() + exp_remainder(logvar))
 
 
 def gaussian_kl(
@@ -255,9 +254,23 @@ def normal(seed: Tensor, shape: tuple[int, ...], offset: int = 0) -> Tensor:
     return _box_muller(words).flatten()[offset - 4 * first :][:count].reshape(shape)
 
 
-def normal_at(seed: Tensor, index: Tensor) -> Tensor:
-    """The elements int64 [n] of that noise."""
-    return _box_muller(philox(seed, index >> 2)).gather(1, (index & 3)[:, None])[:, 0]
+def normal_rows(seed: Tensor, rows: Tensor, size: int) -> Tensor:
+    """Rows [n, size] of that noise, float32: row r has the elements r size to (r + 1) size - 1; rows is int64 [n]."""
+    index = (rows[:, None] * size + torch.arange(size, device=rows.device)).flatten()
+    numbers = _box_muller(philox(seed, index >> 2)).gather(1, (index & 3)[:, None])
+    return numbers.reshape(len(rows), size).float()
+
+
+def noise(seed: Tensor, shape: Sequence[int], first_sample: int = 0) -> Tensor:
+    """The noise [K, B, *latent] that `rsample` draws, float32: on a device that has kernels theirs, to the bit."""
+    if seed.device.type not in KERNEL_DEVICES:
+        return normal(seed, tuple(shape), first_sample * math.prod(shape[1:])).float()
+    size = math.prod(shape[1:])
+    rows = torch.arange(first_sample, first_sample + shape[0], device=seed.device)
+    return torch.ops.fastelbo._normal_rows(seed, rows, size).reshape(shape)  # type: ignore[no-any-return]
+
+
+KERNEL_DEVICES: set[str] = set()  # the types of device that have kernels; fastelbo._ops fills it, when it loads them
 
 
 def _box_muller(words: Tensor) -> Tensor:
@@ -308,8 +321,9 @@ class _Gated(torch.autograd.Function):
         if grad_log_ratio is None:
             return grad_z, None, None, None, None, None
         up = grad_log_ratio.reshape(path.shape)
-        of_q = (z - mu) * torch.exp(-logvar)  # -d log q / dz
-        of_p = (z if prior_mu is None else z - prior_mu) * (1 if prior_logvar is None else torch.exp(-prior_logvar))
+        of_q = divided(z - mu, logvar)  # -d log q / dz
+        of_p = z if prior_mu is None else z - prior_mu
+        of_p = of_p if prior_logvar is None else divided(of_p, prior_logvar)
         through_z = up * path * (of_q - of_p)
         grad_mu = -(up * score * of_q).sum(0)
         grad_logvar = 0.5 * (up * score * (1 - (z - mu) * of_q)).sum(0)
@@ -334,14 +348,14 @@ def rsample(
     lv_p = None if prior_logvar is None else prior_logvar.to(dtype)
     if eps is None:
         assert seed is not None
-        shape = (*(() if num_samples is None else (num_samples,)), *mu.shape)
-        eps = normal(seed, shape, first_sample * mu.numel())
+        eps = noise(seed, (1 if num_samples is None else num_samples, *mu.shape), first_sample)
+        eps = eps[0] if num_samples is None else eps
     e = eps.to(dtype)
     z = m + torch.exp(0.5 * lv) * e
-    terms = -0.5 * (z if m_p is None else z - m_p).square()
+    distance = z if m_p is None else z - m_p
     if lv_p is not None:
-        terms = terms * torch.exp(-lv_p)
-    terms = terms + 0.5 * e.square() + 0.5 * (lv if lv_p is None else lv - lv_p)
+        distance = divided(distance, 0.5 * lv_p)
+    terms = 0.5 * (e.square() - distance.square() + (lv if lv_p is None else lv - lv_p))
     log_ratio = _sum_from(terms, z.dim() - mu.dim() + 1)
     gates = log_ratio.new_empty(0) if num_samples is None else log_ratio.new_zeros(2, *log_ratio.shape)
     if num_samples is not None and forward_ad._current_level < 0:  # estimators have no forward-mode derivative
@@ -363,9 +377,8 @@ def rsample_kept(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rows (sample[i], datum[i]) of `rsample` with that seed: z [n, *latent], log_ratio [n] and gates [2, n]."""
     rows = [None if t is None else t.index_select(0, datum) for t in (mu, logvar, prior_mu, prior_logvar)]
-    size = math.prod(mu.shape[1:])
-    index = ((sample * mu.shape[0] + datum) * size)[:, None] + torch.arange(size, device=sample.device)
-    eps = normal_at(seed, index.flatten()).reshape(1, len(sample), *mu.shape[1:])
+    draw = torch.ops.fastelbo._normal_rows if seed.device.type in KERNEL_DEVICES else normal_rows
+    eps = draw(seed, sample * mu.shape[0] + datum, math.prod(mu.shape[1:])).reshape(1, len(sample), *mu.shape[1:])
     z, _, log_ratio, gates = rsample(rows[0], rows[1], 1, rows[2], rows[3], None, eps)  # type: ignore[arg-type]
     return z[0], log_ratio[0], gates[:, 0]
 
@@ -412,10 +425,22 @@ def elbo_loss(
     """-(mean_k log p(x | z_k) - beta KL) reduced over B; also log p [K?, B] and KL [B], this one without free bits."""
     log_likelihood = log_prob(recon, x, second, third, mask, likelihood)
     kl = gaussian_kl(mu, logvar, prior_mu, prior_logvar)
-    penalty = gaussian_kl(mu, logvar, prior_mu, prior_logvar, free_bits) if free_bits > 0 else kl
+    weight = kl.new_full((), beta) if beta_tensor is None else beta_tensor.to(kl.dtype)
+    latents = weighted_latents(weight, kl, mu, logvar, prior_mu, prior_logvar)
+    penalty = gaussian_kl(*latents, free_bits)  # type: ignore[arg-type]
     fit = log_likelihood.mean(0) if recon.dim() > x.dim() else log_likelihood
-    weight = beta if beta_tensor is None else beta_tensor.to(penalty.dtype)
     return reduce(weight * penalty - fit, reduction), log_likelihood, kl
+
+
+def weighted_latents(weight: Tensor, kl: Tensor, *latents: Tensor | None) -> list[Tensor | None]:
+    """The latents, with zeros where a weight of 0 meets an infinite KL ([B], or of every dimension): nothing is left of
+    it, nor a gradient. 0 times infinity is NaN, so they are replaced before the maths."""
+    lost = (weight == 0) & kl.isinf()
+
+    def replaced(t: Tensor) -> Tensor:
+        return torch.where(lost.reshape(lost.shape + (1,) * (t.dim() - lost.dim())), 0.0, t)
+
+    return [None if t is None else replaced(t) for t in latents]
 
 
 elbo_loss_forward = _with_gradients(elbo_loss, ("recon", "mu", "logvar", "prior_mu", "prior_logvar", "second", "third"))

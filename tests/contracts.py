@@ -208,6 +208,7 @@ def op_calls() -> dict[str, tuple]:
         "rsample seed": (ops.rsample.default, (mu, r(4, 5), 3, None, r(4, 5), seed, None, 1)),
         "rsample eps": (ops.rsample.default, (mu, r(4, 5), None, r(4, 5), None, None, r(4, 5), 0)),
         "rsample_kept": (ops._rsample_kept.default, (mu, r(4, 5), None, r(4, 5), *kept, seed)),
+        "normal_rows": (ops._normal_rows.default, (seed, kept[0], 5)),
         "gaussian_kl": (ops.gaussian_kl.default, (mu, r(4, 5), None, r(4, 5), 0.3)),
         "log_prob": (ops.log_prob.default, (r(3, 4, 6), x, None, None, mask, "bernoulli")),
         "log_prob pair": (ops.log_prob.default, (r(4, 6), r(4, 6), r(4, 6), None, None, "gaussian")),

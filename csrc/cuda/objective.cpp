@@ -48,9 +48,13 @@ void elbo_loss_forward(prepare::ElboLossForward& op) {
   run_shared_grads(op.rows, device.stream());
   if (op.reduction == Reduction::none) {
     const Tensor fit = op.log_likelihood.dim() == 2 ? op.log_likelihood.mean(0) : op.log_likelihood;
-    const Tensor weighted =
-        op.beta_tensor.has_value() ? penalty * op.beta_tensor->to(penalty.scalar_type()) : penalty * op.beta;
-    op.loss.copy_(weighted - fit);
+    // a weight of 0 leaves no KL, even an infinite one
+    if (op.beta_tensor.has_value()) {
+      const Tensor beta = op.beta_tensor->to(penalty.scalar_type());
+      op.loss.copy_((penalty * beta).masked_fill(penalty.isinf().logical_and(beta.eq(0)), 0) - fit);
+    } else {
+      op.loss.copy_((op.beta == 0 ? penalty.masked_fill(penalty.isinf(), 0) : penalty) * op.beta - fit);
+    }
   }
 }
 

@@ -35,17 +35,41 @@ FASTELBO_HD Terms<T> run(const Element<T>& in) {
   return run_steps<Formula>(in, w);
 }
 
-// What is known of an x that is not 0. A whole one is at least 1: lgamma(x) takes no recurrence there.
-enum class Count { any, from_one };
+// t if x is a count
+template <class T>
+FASTELBO_HD Terms<T> of_count(T x, const Terms<T>& t) {
+  const T inf = T(__builtin_huge_val());
+  return select(x < 0 || x == inf, Terms<T>{.value = -inf}, t);
+}
 
-// A likelihood of the formulas Zero, of x = 0, and Other<Count>.
-template <class ZeroFormula, template <Count> class OtherFormula>
+// Of any x other than 0: by Small below 1, else by Large.
+template <class Small, class Large>
+struct Either {
+  static constexpr int kSteps = Small::kSteps + Large::kSteps, kWork = Small::kWork + Large::kWork;
+
+  template <int kStep, class T>
+  FASTELBO_HD static void step(const Element<T>& in, T* w) {
+    if constexpr (kStep < Small::kSteps) {
+      Small::template step<kStep>(in, w);
+    } else {
+      Large::template step<kStep - Small::kSteps>(in, w + Small::kWork);
+    }
+  }
+
+  template <class T>
+  FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
+    return of_count(in.x, select(in.x < 1, Small::terms(in, w), Large::terms(in, w + Small::kWork)));
+  }
+};
+
+// A likelihood of the formulas of x = 0, of 0 < x < 1, which no whole count is, and of finite x >= 1.
+template <class ZeroFormula, class Small, class LargeFormula>
 struct Counts : Defaults {
   static constexpr Domain kDomain = Domain::counts;
   static constexpr bool kZeros = true;
   using Zero = ZeroFormula;
-  template <Count kCount>
-  using Other = OtherFormula<kCount>;
+  using Large = LargeFormula;
+  using Other = Either<Small, Large>;
 
   template <class T>
   FASTELBO_HD static Terms<T> eval(T first, T x, T) {
@@ -64,32 +88,13 @@ struct Counts : Defaults {
   template <class T>
   FASTELBO_HD static Terms<T> at(const Element<T>& in) {
 #if defined(__CUDA_ARCH__)
-    return in.x == 0 ? run<Zero>(in) : run<Other<Count::any>>(in);  // a branch: the registers of one formula at a time
+    if (in.x == 0) return run<Zero>(in);  // branches: the registers of one formula at a time
+    return of_count(in.x, in.x < 1 ? run<Small>(in) : run<Large>(in));
 #else
-    return select(in.x == 0, run<Zero>(in), run<Other<Count::any>>(in));
+    return select(in.x == 0, run<Zero>(in), run<Other>(in));
 #endif
   }
 };
-
-// t if x is a count
-template <Count kCount, class T>
-FASTELBO_HD Terms<T> of_count(T x, const Terms<T>& t) {
-  if constexpr (kCount == Count::from_one) {
-    return t;
-  } else {
-    const T inf = T(__builtin_huge_val());
-    return select(x < 0 || x == inf, Terms<T>{.value = -inf}, t);
-  }
-}
-
-template <Count kCount, class T>
-FASTELBO_HD Stirling<T> stirling_of(T a) {
-  if constexpr (kCount == Count::from_one) {
-    return stirling_from_one(a);
-  } else {
-    return stirling(a);
-  }
-}
 
 // digamma(x + 1), x >= 0
 template <class T>
@@ -102,36 +107,6 @@ FASTELBO_HD T digamma_of_next(T x) {
 template <class T>
 FASTELBO_HD T half_log_2pi(T a) {
   return T(0.5) * log_positive(T(6.2831853071795864769) * a);
-}
-
-// Logarithms beyond an edge count as that at the edge, and log p is continued in a straight line, so that ratios of two
-// exponentials are normal numbers:
-//   of theta  above, the Poisson is left: it differs by x^2 / 2 theta; below, theta is 0 next to anything
-//   of means  kMeanEdge lies so far above kThetaEdge that log(1 + m / theta) is log(m / theta); kFaint: no mean beside
-//   x
-template <class T>
-inline constexpr T kThetaEdge = 40;
-template <class T>
-inline constexpr T kFaintTheta = sizeof(T) == 4 ? -25 : -60;
-template <class T>
-inline constexpr T kMeanEdge = sizeof(T) == 4 ? 58 : 80;
-template <class T>
-inline constexpr T kLowestMean = sizeof(T) == 4 ? -85 : -700;
-template <class T>
-inline constexpr T kFaint = -60;
-
-template <class T>
-FASTELBO_HD T exp_between(T low, T log, T high) {
-  const T below = log > high ? high : log;
-  return exp_within(below < low ? low : below);
-}
-template <class T>
-FASTELBO_HD T above(T log, T edge) {
-  return log > edge ? log - edge : T(0);
-}
-template <class T>
-FASTELBO_HD T below(T log, T edge) {
-  return log < edge ? log - edge : T(0);
 }
 
 }  // namespace fastelbo::FASTELBO_ISA

@@ -20,8 +20,8 @@ struct Laplace : Defaults {
   template <class T>
   FASTELBO_HD static Terms<T> eval(T m, T s, T x, T inverse) {
     const T delta = x - m;
-    const T distance = abs_of(delta) * inverse;
-    const T slope = delta > 0 ? inverse : (delta < 0 ? -inverse : delta * inverse);
+    const T distance = times(abs_of(delta), inverse);
+    const T slope = delta > 0 ? inverse : (delta < 0 ? -inverse : distance);
     const T log_2 = T(0.69314718055994530942);
     return {.value = -(distance + s + log_2), .d_first = slope, .d_second = distance - 1, .d_x = -slope};
   }

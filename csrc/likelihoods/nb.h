@@ -1,26 +1,63 @@
 // Negative binomial with mean m = exp(l) and variance m + m^2 / theta, r = log theta.
 //
-// With f = (x - m) / (theta + m), and lgamma and digamma by Stirling (S and D as in math/special.h):
+// From x = 1 on, with f = (x - m) / (theta + m), and lgamma and digamma by Stirling (S and D as in math/special.h):
 //   log p = theta log(1 + f) + x log(1 - theta f / x) - 1/2 log(2 pi x (x + theta) / theta)
 //           + S(x + theta) - S(theta) - S(x)
 //   d/dl  = theta f
 //   d/dr  = theta [log(1 + f) - f - D(x + theta) + D(theta)] + x / (2 (x + theta))
 // The logarithms are of (x + theta) / (m + theta) and of that times m / x. Their terms are of the size of the result
-// for any theta: as it goes to infinity the Poisson is left (Loader 2000). At x = 0, log p = theta log(1 + f), and d/dr
-// has its first term alone.
+// for any theta: as it goes to infinity the Poisson is left (Loader 2000).
+//
+// Below x = 1 every term of
+//   log p = rising(x, theta) - lgamma(x + 1) + x l - (x + theta) log(1 + m / theta)
+// vanishes with x and m, as log p does. At x = 0 the last one is left.
 #pragma once
 
 #include "likelihoods/counts.h"
 
 namespace fastelbo::FASTELBO_ISA {
 
+// The range of l and r that exponentials are taken of. Beyond an edge log p is continued in a straight line.
+//   kThetaEdge    above, the Poisson is left: it differs by x^2 / 2 theta
+//   kMeanEdge     lies so far above kThetaEdge that log(1 + m / theta) is log(m / theta)
+//   kLowest       below, theta or m is 0 next to anything
+// The formula of x >= 1 takes quotients of them and of x, for which its range is shorter:
+//   kNegligible   beside x >= 1, theta + m is 0 if both lie below: log p depends on m / theta and is linear in r
+//   kFaintMean, kFaintTheta  below, it is 0 beside the other one, which is not negligible
 template <class T>
-FASTELBO_HD T nb_mean(T l) {
-  return exp_between(kLowestMean<T>, l, kMeanEdge<T>);
+inline constexpr T kThetaEdge = 40;
+template <class T>
+inline constexpr T kMeanEdge = sizeof(T) == 4 ? 58 : 80;
+template <class T>
+inline constexpr T kLowest = sizeof(T) == 4 ? -85 : -700;
+template <class T>
+inline constexpr T kNegligible = sizeof(T) == 4 ? -25 : -60;
+template <class T>
+inline constexpr T kFaintMean = sizeof(T) == 4 ? -45 : -100;
+template <class T>
+inline constexpr T kFaintTheta = sizeof(T) == 4 ? -60 : -150;
+
+template <class T>
+FASTELBO_HD T clamped(T low, T x, T high) {  // NaN stays
+  const T below = x > high ? high : x;
+  return below < low ? low : below;
 }
 template <class T>
-FASTELBO_HD T nb_theta(T r) {
-  return exp_between(kFaintTheta<T>, r, kThetaEdge<T>);
+FASTELBO_HD T above(T log, T edge) {
+  return log > edge ? log - edge : T(0);
+}
+template <class T>
+FASTELBO_HD T below(T log, T edge) {
+  return log < edge ? log - edge : T(0);
+}
+
+// log(theta / (theta + m)), and that less f = -m / (theta + m), from the ratio and f
+template <class T>
+FASTELBO_HD LogRatio<T> nb_share(T l, T r, T ratio, T f) {
+  const LogRatio<T> near = log_ratio(ratio, f);
+  const T excess = above(l, kMeanEdge<T>), log = clamped(kLowest<T>, r, kThetaEdge<T>) - l;
+  const bool far = log < -80;  // the ratio is theta / m, which may be no normal number
+  return {far ? log : near.log - excess, far ? log - f : near.curve - excess};
 }
 
 struct NbZero {
@@ -29,41 +66,66 @@ struct NbZero {
 
   template <int, class T>
   FASTELBO_HD static void step(const Element<T>& in, T* w) {
-    const T mean = nb_mean(in.first), theta = nb_theta(in.second), inverse = 1 / (theta + mean);
+    const T mean = exp_within(clamped(kLowest<T>, in.first, kMeanEdge<T>));
+    const T theta = exp_within(clamped(kLowest<T>, in.second, kThetaEdge<T>)), inverse = 1 / (theta + mean);
     w[kTheta] = theta, w[kRatio] = theta * inverse, w[kF] = -(mean * inverse);
   }
 
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
-    const LogRatio<T> ratio = log_ratio(w[kRatio], w[kF]);
-    const T theta = w[kTheta], excess = above(in.first, kMeanEdge<T>);
-    const T d_x = ratio.log - (T(0.5) / theta + stirling(theta).digamma) + (in.first - excess) - digamma_of_next(T(0));
-    return {.value = theta * (ratio.log - excess),
+    const LogRatio<T> share = nb_share(in.first, in.second, w[kRatio], w[kF]);
+    const T theta = w[kTheta];
+    const T d_x = share.log - (T(0.5) / theta + stirling(theta).digamma) + in.first - digamma_of_next(T(0));
+    return {.value = theta * share.log,
             .d_first = theta * w[kF],
-            .d_second = in.second > kThetaEdge<T> ? T(0) : theta * (ratio.curve - excess),
+            .d_second = in.second > kThetaEdge<T> ? T(0) : theta * share.curve,
             .d_x = d_x};
   }
 };
 
-template <Count kCount>
-struct NbOther {
-  static constexpr int kSteps = 4, kWork = 6;
-  enum { kTheta, kF, kMean, kRatio, kValue = kRatio, kCurve, kLog };
+struct NbSmall : NbZero {
+  template <class T>
+  FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
+    const T x = in.x, l = in.first, theta = w[kTheta], total = x + theta;
+    const T r = clamped(kLowest<T>, in.second, kThetaEdge<T>);
+    const LogRatio<T> share = nb_share(l, in.second, w[kRatio], w[kF]);
+    const Rising<T> of_x = rising(x, theta);
+    const T value = of_x.value - lgamma1p_unit(x) + (x * l + total * share.log);
+    const T psi = log_positive(total) - (T(0.5) / total + stirling(total).digamma);
+    return {.value = value + below(in.second, kLowest<T>),
+            .d_first = x * w[kRatio] + theta * w[kF],
+            .d_second = in.second > kThetaEdge<T> ? T(0) : of_x.slope + theta * share.curve - x * w[kF],
+            .d_x = psi + (l - r + share.log) - digamma_of_next(x)};
+  }
+};
+
+struct NbLarge {
+  static constexpr int kSteps = 4, kWork = 8;
+  enum { kL, kR, kTheta, kF, kMean, kRatio, kValue = kRatio, kCurve, kLog };
+
+  template <class T>
+  FASTELBO_HD static T larger(const Element<T>& in) {  // finite: that of two -inf has no difference
+    const T top = in.first > in.second ? in.first : in.second, lowest = T(-1e30f);
+    return top < lowest ? lowest : top;
+  }
 
   template <int kStep, class T>
   FASTELBO_HD static void step(const Element<T>& in, T* w) {
     const T x = in.x;
     if constexpr (kStep == 0) {
-      w[kMean] = nb_mean(in.first), w[kTheta] = nb_theta(in.second);
+      const T top = larger(in), edge = kNegligible<T>;
+      const bool raised = top < edge;  // both are, and keep their difference, which is exact where it is small
+      w[kL] = raised ? (in.first - top) + edge : in.first, w[kR] = raised ? (in.second - top) + edge : in.second;
+      w[kMean] = exp_within(clamped(kFaintMean<T>, w[kL], kMeanEdge<T>));
+      w[kTheta] = exp_within(clamped(kFaintTheta<T>, w[kR], kThetaEdge<T>));
       const T sum = w[kTheta] + w[kMean];  // two divisions: d/dr is as large as theta f where x is
       w[kRatio] = (x + w[kTheta]) / sum, w[kF] = (x - w[kMean]) / sum;
     } else if constexpr (kStep == 1) {
       const LogRatio<T> ratio = log_ratio(w[kRatio], w[kF]);
       w[kLog] = ratio.log, w[kCurve] = ratio.curve;
     } else if constexpr (kStep == 2) {
-      const T mean = in.first < kFaint<T> ? exp_within(kFaint<T>) : w[kMean];
-      const T log = log_ratio(w[kRatio] * (mean / x), -(w[kTheta] * w[kF]) / x).log;
-      w[kValue] = w[kTheta] * w[kLog] + x * log;
+      const T log = log_ratio(w[kRatio] * (w[kMean] / x), -(w[kTheta] * w[kF]) / x).log;
+      w[kValue] = w[kTheta] * w[kLog] + x * log, w[kLog] = log;
     } else {
       const Stirling<T> of_theta = stirling(w[kTheta]);
       w[kValue] -= of_theta.tail, w[kCurve] += of_theta.digamma;
@@ -73,19 +135,26 @@ struct NbOther {
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
     const T x = in.x, theta = w[kTheta], total = x + theta, excess = above(in.first, kMeanEdge<T>);
-    const Stirling<T> of_total = stirling_of<kCount>(total);
-    const T rest = of_total.tail - stirling_of<kCount>(x).tail - half_log_2pi(x * total / theta);
-    const T cut = x * below(in.first, kFaint<T>) + below(in.second, kFaintTheta<T>) - theta * excess;
-    const T d_x = w[kLog] - (T(0.5) / total + of_total.digamma) + (in.first - excess) - digamma_of_next(x);
+    const Stirling<T> of_total = stirling_from_one(total);
+    const bool tiny = theta < T(0x1p-30);  // x^2 / theta may overflow
+    const T square = x * (total / (tiny ? theta * T(0x1p60) : theta));
+    const T halves = half_log_2pi(square) + (tiny ? T(20.794415416798359283) : T(0));  // 30 log 2
+    const T rest = of_total.tail - stirling_from_one(x).tail - halves;
+    const T cut = x * below(w[kL], kFaintMean<T>) + below(w[kR], kFaintTheta<T>) + below(larger(in), kNegligible<T>) -
+                  theta * excess;
+    // digamma(x + theta) - digamma(x + 1) + log(m / (m + theta)); the logarithms as one and log(x / (x + 1))
+    const T next = x + 1, of_next = T(0.5) / next + stirling_from_one(next).digamma;
+    const T d_x = w[kLog] + log_ratio(x / next, -1 / next).log + below(w[kL], kFaintMean<T>) + of_next -
+                  (T(0.5) / total + of_total.digamma);
     const T d_r = theta * (w[kCurve] - of_total.digamma - excess) + x / (2 * total);
-    return of_count<kCount>(x, Terms<T>{.value = w[kValue] + (rest + cut),
-                                        .d_first = theta * w[kF],
-                                        .d_second = in.second > kThetaEdge<T> ? T(0) : d_r,
-                                        .d_x = d_x});
+    return {.value = w[kValue] + (rest + cut),
+            .d_first = theta * w[kF],
+            .d_second = in.second > kThetaEdge<T> ? T(0) : d_r,
+            .d_x = d_x};
   }
 };
 
-struct Nb : Counts<NbZero, NbOther> {
+struct Nb : Counts<NbZero, NbSmall, NbLarge> {
   static constexpr const char* name = "nb";
   static constexpr const char* parameters[] = {"log_mean", "log_theta"};
   static constexpr int kFewest = 2;

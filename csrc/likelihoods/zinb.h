@@ -42,9 +42,8 @@ struct ZinbZero {
   }
 };
 
-template <Count kCount>
+template <class Nb>
 struct ZinbOther {
-  using Nb = NbOther<kCount>;
   static constexpr int kSteps = Nb::kSteps + 1, kWork = Nb::kWork + 2;
   enum { kLogRest = Nb::kWork, kThird };
 
@@ -62,15 +61,17 @@ struct ZinbOther {
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
     const Terms<T> nb = Nb::terms(in, w);
-    return of_count<kCount>(in.x, Terms<T>{.value = w[kLogRest] + nb.value,
-                                           .d_first = nb.d_first,
-                                           .d_second = nb.d_second,
-                                           .d_third = w[kThird],
-                                           .d_x = nb.d_x});
+    const T value = w[kLogRest] + nb.value;
+    const bool poisoned = value != value;  // NaN in any of them is NaN in all gradients, as that of a zero is
+    return {.value = value,
+            .d_first = poisoned ? value : nb.d_first,
+            .d_second = poisoned ? value : nb.d_second,
+            .d_third = poisoned ? value : w[kThird],
+            .d_x = poisoned ? value : nb.d_x};
   }
 };
 
-struct Zinb : Counts<ZinbZero, ZinbOther> {
+struct Zinb : Counts<ZinbZero, ZinbOther<NbSmall>, ZinbOther<NbLarge>> {
   static constexpr const char* name = "zinb";
   static constexpr const char* parameters[] = {"log_mean", "log_theta", "zero_logits"};
   static constexpr int kFewest = 3;

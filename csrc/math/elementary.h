@@ -84,6 +84,13 @@ FASTELBO_HD T one_unless_negative(T x) {
   return bits_to<T>(bits_to<U>(T(1)) & ~negative);
 }
 
+// a b, where 0 times infinity is 0: of a difference that is exactly 0 and a scale that overflows. NaN stays NaN.
+template <class T>
+FASTELBO_HD T times(T a, T b) {
+  const T inf = T(__builtin_huge_val());
+  return a == 0 && (b == inf || b == -inf) ? T(0) : a * b;
+}
+
 // exp(r) - 1 for |r| <= ln(2)/2
 FASTELBO_HD float expm1_reduced(float r) {
   return r + r * r * poly(r, 4.999999345e-1f, 1.666652063e-1f, 4.16683881e-2f, 8.368716853e-3f, 1.38145956e-3f);

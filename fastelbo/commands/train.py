@@ -200,8 +200,8 @@ class Trainer:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
         if self._seeded and rows is None:
             return {"seed": seed.to(self.device)}
-        shape = (*(() if self._draws is None else (self._draws,)), len(x), self.config.latent_dim)
-        return {"eps": reference.normal(seed, shape).float()[..., rows or slice(None), :].to(self.device)}
+        eps = reference.noise(seed, (self._draws or 1, len(x), self.config.latent_dim))
+        return {"eps": (eps[0] if self._draws is None else eps)[..., rows or slice(None), :].to(self.device)}
 
     def _device_generator(self) -> torch.Generator:
         """For what draws on the device; on the CPU the run's own."""

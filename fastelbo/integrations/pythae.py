@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fastelbo
 from fastelbo import LossParts
+from fastelbo.functional import weighted
 from fastelbo.likelihoods import LOG_2PI
 
 __all__ = ["IWAE", "VAE", "VAMP", "BetaVAE"]
@@ -126,7 +127,7 @@ class VAMP(_Fused, models.VAMP):  # type: ignore[misc]
         kl = log_q - self._log_p_z(z)  # both without M / 2 log 2 pi
         warm_up = self.linear_scheduling
         beta = min(epoch / warm_up, 1.0) if warm_up > 0 and self.training else 1.0
-        return self._outputs(LossParts((beta * kl - log_likelihood).mean(), log_likelihood, kl), x)
+        return self._outputs(LossParts((weighted(beta, kl) - log_likelihood).mean(), log_likelihood, kl), x)
 
     def _log_prior_ratio(self, z: Tensor) -> Tensor:
         return self._log_p_z(z) + 0.5 * z.square().sum(1)  # type: ignore[no-any-return]

@@ -22,7 +22,7 @@ from torch.distributions import Distribution, Normal
 from torch.distributions.utils import lazy_property
 
 import fastelbo
-from fastelbo.functional import Recon, join_recon
+from fastelbo.functional import Recon, join_recon, weighted
 
 __all__ = ["PEAKVI", "SCVI", "FusedPEAKVAE", "FusedVAE"]
 
@@ -241,7 +241,7 @@ class FusedVAE(VAE):  # type: ignore[misc]
             kl_z = kl_z.expand(log_likelihood.shape)  # scvi repeats it for every sample
         else:
             log_likelihood, kl_z = px.log_prob(x).sum(-1), _kl(qz, generative_outputs[MODULE_KEYS.PZ_KEY])
-            loss = torch.mean(kl_weight * kl_z - log_likelihood)
+            loss = torch.mean(weighted(kl_weight, kl_z) - log_likelihood)
         if self.use_observed_lib_size:
             kl_l = torch.zeros_like(kl_z)
         else:
@@ -297,7 +297,7 @@ class FusedPEAKVAE(PEAKVAE):  # type: ignore[misc]
         f = 1 if self.region_factors is None else torch.sigmoid(self.region_factors)
         reconstruction = self.get_reconstruction_loss(p, d, f, tensors[REGISTRY_KEYS.X_KEY])
         kl = fastelbo.gaussian_kl(qz.loc, 2 * torch.log(qz.scale))
-        loss = (reconstruction.sum() + kl * kl_weight).sum()
+        loss = (reconstruction.sum() + weighted(kl_weight, kl)).sum()
         return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=kl)
 
 

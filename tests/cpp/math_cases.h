@@ -108,6 +108,35 @@ void special_of(Checks& c, const char* type) {
   report("D(a), a >= 1", digamma, limit(2.8e-7, 7e-16));
   report("S(a), a < 1, absolute", tail_below, limit(3e-7, 6e-16));
   report("D(a), a < 1", digamma_below, limit(1.5e-6, 3e-15));
+  double gamma = 0, rise = 0, slope = 0;
+  for (int i = 0; i <= 400; ++i) {
+    const T x = i < 200 ? T(i + 1) / 201 : T(exp2l(-(i - 199) * limit(0.5, 4.0)));
+    const auto exact_gamma = [](long double x) {  // by its series where x is small
+      return x > 1e-3L ? lgammal(1 + x)
+                       : x * (-0.577215664901532860607L +
+                              x * (0.822467033424113218236L -
+                                   x * (0.400685634386531428467L -
+                                        x * (0.270580808427784547879L -
+                                             x * (0.207385551028673985266L - x * 0.169557176997408189952L)))));
+    };
+    gamma = std::fmax(gamma, relative(lgamma1p_unit(x), exact_gamma(x)));
+    for (int j = -60; j <= 60; ++j) {
+      const T a = T(exp2l(j));
+      const auto s = exact_stirling(a), t = exact_stirling((long double)(a) + x);
+      const long double u = (long double)(x) / a, size = x + log1pl(u);
+      const long double log1p_less = u < 1e-3L ? curve_by_series(u) : log1pl(u) - u;
+      const long double value = a * log1p_less + (x - 0.5L) * log1pl(u) + (t.tail - s.tail);
+      const long double by_a =
+          a * (log1p_less + 0.5L * (1 / (long double)(a)-1 / (a + (long double)(x))) + s.digamma - t.digamma);
+      if (x < 1e-3L) continue;  // the differences of the exact tails have lost their digits
+      const Rising<T> got = rising(x, a);
+      rise = std::fmax(rise, double(fabsl(got.value - value) / size));
+      slope = std::fmax(slope, double(fabsl(got.slope - by_a) / size));
+    }
+  }
+  report("lgamma(1 + x), x in [0, 1]", gamma, limit(2e-7, 1.3e-15));
+  report("lgamma(a + x) - lgamma(a)", rise, limit(4e-7, 1.6e-15));
+  report("its slope", slope, limit(4e-7, 1.6e-15));
   double expm1 = 0, exp = 0;
   for (int i = 0; i <= kPoints; ++i) {
     const T x = -T(exp2l(limit(-100, -900) + i * ((limit(100, 900) + 6.4L) / kPoints)));

@@ -126,6 +126,53 @@ def test_every_digit_that_the_terms_leave(name, dtype):
     assert not wrong, f"{len(wrong)} of {len(rows)} rows:\n" + "\n".join(wrong[:20])
 
 
+EDGES = {  # log of float32's and of float64's smallest mean or theta; beyond the last, log p is continued
+    torch.float32: (-80.0, -61.0, -45.0, -30.0, -25.5, -24.0, -10.0, 0.0, 10.0),
+    torch.float64: (-300.0, -151.0, -101.0, -61.0, -59.0, -25.0, -10.0, 0.0, 10.0),
+}
+FEW = (1e-42, 1e-37, 1e-20, 1e-3, 0.01, 0.07, 0.6)  # counts below 1
+
+
+@every_float
+@pytest.mark.parametrize("name", FORMULAS)
+def test_means_and_thetas_at_the_edges_of_their_range(name, dtype):
+    """x, the mean and theta small and large, each beside each. Gradients of less than 1 are as exact as those of 1."""
+    edges = EDGES[dtype]
+    logs = [*product(edges, edges), (-1e10, -1e10), (-30.0, -40.0), (-20.0, -30.0), (-24.0, -26.0), (-24.0, -24.0)]
+    counts = (*FEW, 1, 3, 1e3)
+    if name == "poisson":
+        rows = [(x, log) for x in (*counts, 1e12, 1e20) for log in (*edges, 5.0, 57.0, 80.0)]
+    else:
+        rows = [(x, *pair) for x in (0, *counts) for pair in logs if x >= 1 or pair[1] > -1e3]
+    rows = [(*row, -1.5) if name == "zinb" else row for row in rows]
+    columns = [c.clone().requires_grad_() for c in torch.tensor(rows, dtype=torch.float64).to(dtype).T]
+    found, info = [t.tolist() for t in _found(name, *columns)], torch.finfo(dtype)
+    wrong = []
+    with mpmath.workdps(700):
+        for i, row in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            values, terms = FORMULAS[name](*map(mpmath.mpf, row))
+            for j, (exact, size) in enumerate(zip(values, terms, strict=True)):
+                if abs(exact) > info.max:
+                    assert found[j][i] == math.copysign(inf, exact)
+                    continue
+                allowed = 4 * info.eps * float(max(size, abs(exact), int(j > 0))) + info.tiny
+                if not abs(mpmath.mpf(found[j][i]) - exact) <= allowed:
+                    wrong.append(
+                        f"result {j} at {row}: {found[j][i]!r}, exactly {float(exact)!r}; allowed {allowed:.2g}"
+                    )
+    assert not wrong, f"{len(wrong)}:\n" + "\n".join(wrong[:20])
+
+
+@every_float
+def test_nan_in_any_argument_is_nan_in_every_gradient(dtype):
+    """Of zinb as in eager PyTorch, so that a guard by parameter sees it."""
+    for x in (0.0, 0.3, 2.0):
+        for bad in range(4):
+            given = [torch.tensor([[t]], dtype=dtype) for t in (x, 0.3, 0.2, -0.4)]
+            given[bad].fill_(nan)
+            assert all(t.isnan() for t in _found("zinb", *(t.requires_grad_() for t in given)))
+
+
 @every_likelihood
 @every_float
 def test_means_of_any_size(name, dtype):

@@ -148,3 +148,107 @@ def test_many_floors_of_free_bits_add_up(dtype):
     torch.testing.assert_close(
         fastelbo.gaussian_kl(zero, zero, free_bits=0.3), exact, rtol=torch.finfo(dtype).eps, atol=0
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Zero times infinity.
+
+every_float = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+both_paths = pytest.mark.parametrize("path", [contextlib.nullcontext, fastelbo.reference_mode], ids=["op", "twin"])
+
+
+def _with_gradients(value: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
+    return [value, *torch.autograd.grad(value.sum(), leaves)]
+
+
+@every_float
+@both_paths
+@pytest.mark.parametrize("log", [-80.0, -89.0, -100.0, -103.0, -200.0, -708.0, -720.0, -1500.0, -1e30])
+def test_a_difference_of_zero_is_zero_beside_any_scale(path, dtype, log):
+    mean, scale = torch.ones(1, 1, dtype=dtype).requires_grad_(), torch.full((1, 1), log, dtype=dtype).requires_grad_()
+    with path():
+        gaussian = _with_gradients(
+            fastelbo.log_prob((mean, scale), torch.ones_like(mean), likelihood="gaussian"), mean, scale
+        )
+        laplace = _with_gradients(
+            fastelbo.log_prob((mean, scale), torch.ones_like(mean), likelihood="laplace"), mean, scale
+        )
+        prior = mean.detach().clone().requires_grad_(), scale.detach().clone().requires_grad_()
+        leaves = (mean, scale, *prior)
+        for kl in (fastelbo.gaussian_kl(*leaves), fastelbo.gaussian_kl(*leaves, reduce=False)):
+            assert [t.item() for t in _with_gradients(kl, *leaves)] == [0.0] * 5
+        drawn = fastelbo.rsample(
+            *leaves[:2], 2, prior_mu=prior[0], prior_logvar=prior[1], eps=torch.zeros(2, 1, 1, dtype=dtype)
+        )
+        assert drawn.log_ratio.tolist() == [[0.0], [0.0]]
+        assert [g.item() for g in torch.autograd.grad(drawn.log_ratio.sum(), leaves)] == [0.0, 1.0, 0.0, -1.0]
+    exact = torch.tensor(log, dtype=dtype).double()
+    expected = [-0.5 * (exact + torch.log(torch.tensor(2 * torch.pi).double())), 0.0, -0.5]
+    assert [t.item() for t in gaussian] == [pytest.approx(float(e), rel=1e-6) for e in expected]
+    expected = [-(exact + torch.log(torch.tensor(2.0).double())), 0.0, -1.0]
+    assert [t.item() for t in laplace] == [pytest.approx(float(e), rel=1e-6) for e in expected]
+
+
+@both_paths
+def test_a_small_difference_beside_a_small_scale(path):
+    """The square overflows, or vanishes, where log p and the KL do, and not before."""
+    difference, logvar = torch.tensor([[1e-20, 3e-22, 1e-30]]), torch.tensor([[-90.0, -100.0, -140.0]])
+    zeros, exact = torch.zeros_like(logvar), 0.5 * (difference.double() * torch.exp(-0.5 * logvar.double())).square()
+    with path():
+        log_p = [
+            fastelbo.log_prob(
+                (zeros[:, i : i + 1], logvar[:, i : i + 1]), difference[:, i : i + 1], likelihood="gaussian"
+            )
+            for i in range(3)
+        ]
+        kl = fastelbo.gaussian_kl(difference, logvar, zeros, logvar, reduce=False)
+    expected = -exact - 0.5 * (logvar.double() + torch.log(torch.tensor(2 * torch.pi).double()))
+    torch.testing.assert_close(torch.stack(log_p, 1).double().squeeze(-1), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(kl.double(), exact, rtol=1e-6, atol=0)
+
+
+@every_float
+@both_paths
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("free_bits", [0.0, 0.5])
+@pytest.mark.parametrize("beta", ["float", "tensor", "learned", "per dimension", "kl_mask"])
+def test_a_weight_of_zero_leaves_nothing_of_an_infinite_kl(path, dtype, reduction, free_bits, beta):
+    """Minus the log-likelihood, and no gradient of the KL: the first step of a warm-up."""
+    if free_bits and beta in ("per dimension", "kl_mask"):
+        pytest.skip("free_bits excludes them")
+    recon, x = torch.randn(3, 4, dtype=dtype, requires_grad=True), torch.rand(3, 4, dtype=dtype)
+    mu, logvar = torch.randn(3, 2, dtype=dtype, requires_grad=True), torch.randn(3, 2, dtype=dtype)
+    logvar[1, 1] = 2000.0
+    logvar.requires_grad_()
+    zero = torch.zeros(2 if beta == "per dimension" else (), dtype=dtype, requires_grad=beta == "learned")
+    options = {"beta": 0.0 if beta in ("float", "kl_mask") else zero, "reduction": reduction, "free_bits": free_bits}
+    if beta == "kl_mask":
+        options["kl_mask"] = torch.ones(2, dtype=torch.bool)
+    with path():
+        parts = fastelbo.elbo_loss(recon, x, mu, logvar, return_parts=True, **options)
+        grads = torch.autograd.grad(parts.loss.sum(), (recon, mu, logvar))
+        only = -fastelbo.log_prob(recon, x)
+    only = {"mean": only.mean(), "sum": only.sum(), "none": only}[reduction]
+    assert parts.kl.isinf().tolist() == [False, True, False]
+    torch.testing.assert_close(parts.loss, only, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grads[0], torch.autograd.grad(only.sum(), recon)[0])
+    assert not grads[1].any() and not grads[2].any()
+
+
+@pytest.mark.parametrize("estimator", ["iwae", "dreg", "stl"])
+def test_a_kl_weight_of_zero_leaves_nothing_of_an_infinite_log_ratio(estimator):
+    mu = torch.full((2, 3), 1e25, requires_grad=True)
+    drawn = fastelbo.rsample(mu, torch.zeros(2, 3), 4, prior_logvar=torch.full((2, 3), -20.0), seed=0)
+    assert drawn.log_ratio.isinf().all()
+    log_p = torch.randn(4, 2, requires_grad=True)
+    loss = fastelbo.bound_loss(log_p, drawn, estimator=estimator, kl_weight=0.0)
+    expected = fastelbo.bound_loss(log_p, drawn._replace(log_ratio=torch.zeros(4, 2)), estimator=estimator)
+    torch.testing.assert_close(loss, expected)
+    assert not torch.autograd.grad(loss, mu)[0].any()
+
+
+def test_the_loss_has_the_dtype_of_its_inputs_beside_a_float64_beta():
+    zeros = torch.zeros(2, 3)
+    for beta in (torch.ones(3, dtype=torch.float64), torch.ones((), dtype=torch.float64)):
+        parts = fastelbo.elbo_loss(zeros, zeros, zeros, zeros, beta=beta, return_parts=True)
+        assert {t.dtype for t in parts} == {torch.float32}

@@ -192,3 +192,22 @@ def test_calls_of_one_compiled_graph_differ():
     torch.manual_seed(3)
     again = [*compiled(mu), *compiled(mu)]
     assert all(torch.equal(x, y) for x, y in zip(again, draws, strict=True))
+
+
+@pytest.mark.parametrize("samples, first", [(None, 0), (3, 0), (3, 5)])
+def test_every_path_draws_the_kernel_s_noise(samples, first):
+    """Under torch.func and with a graph of the gradient, float64 agrees to its own rounding."""
+    mu, logvar = torch.randn(2, 3, 5, dtype=torch.float64).requires_grad_().unbind()
+
+    def f(mu, logvar):
+        drawn = fastelbo.rsample(mu, logvar, samples, seed=7, first_sample=first)
+        return drawn.z.sin().sum() + drawn.log_ratio.square().sum()
+
+    expected = torch.autograd.grad(f(mu, logvar), (mu, logvar))
+    graphs = torch.autograd.grad(f(mu, logvar), (mu, logvar), create_graph=True)
+    functional = torch.func.grad(f, (0, 1))(mu.detach(), logvar.detach())
+    with fastelbo.reference_mode():
+        twin = torch.autograd.grad(f(mu, logvar), (mu, logvar))
+    for found in (graphs, functional, twin):
+        for a, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)

@@ -47,10 +47,8 @@ def double(t: object) -> object:
 def test_op(call):
     torch.manual_seed(0)
     op, args = op_calls()[call]
-    noise = (
-        2e-6 if any(isinstance(a, Tensor) and a.dtype == torch.int64 for a in args) else 0.0
-    )  # of float32 resolution
-    compare(op.name().split("::")[1], *map(double, args), atol=max(noise, 1e-11), rtol=max(noise, 1e-9))
+    noise = call == "normal_rows"  # of float32 resolution; the other twins take their noise from it
+    compare(op.name().split("::")[1], *map(double, args), atol=2e-6 if noise else 1e-11, rtol=2e-6 if noise else 1e-9)
 
 
 @pytest.mark.parametrize("call", [name for name in op_calls() if "ppca" not in name and "backward" not in name])
@@ -164,7 +162,7 @@ def test_em_takes_the_twins_where_the_functions_do(way, monkeypatch):
             assert used_ops(fit) == set()
             twin = fit()
     else:
-        monkeypatch.setattr(_ops, "KERNEL_DEVICES", frozenset(["meta"]))
+        monkeypatch.setattr(reference, "KERNEL_DEVICES", {"meta"})
         assert used_ops(fit) == set()
         twin = fit()
     assert ours.fit_report is not None and twin.fit_report is not None

@@ -31,8 +31,8 @@ template <class T>
 struct LatentTile {
   int64_t rows, columns, n;  // n = rows * columns
   alignas(64) T mu[kLatentTile], logvar[kLatentTile];
-  alignas(64) T delta[kLatentTile], t[kLatentTile], inv_p[kLatentTile];  // mu - mu_p, lv - lv_p, exp(-lv_p)
-  alignas(64) T std[kLatentTile];                                        // exp(lv / 2)
+  alignas(64) T delta[kLatentTile], t[kLatentTile];        // mu - mu_p, lv - lv_p
+  alignas(64) T std[kLatentTile], inv_std_p[kLatentTile];  // exp(lv / 2), exp(-lv_p / 2)
 
   void load_view(const View& v, int64_t b, int64_t column, T* to) {
     const T* from = load_rows(v, 0, b, column, rows, columns, to);
@@ -51,15 +51,15 @@ struct LatentTile {
       memcpy(delta, mu, sizeof(T) * n);
     }
     if (p.prior_logvar) {
-      load_view(p.prior_logvar, b, column, inv_p);
+      load_view(p.prior_logvar, b, column, inv_std_p);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        t[i] = logvar[i] - inv_p[i];
-        inv_p[i] = exp_full(-inv_p[i]);
+        t[i] = logvar[i] - inv_std_p[i];
+        inv_std_p[i] = exp_full(T(-0.5) * inv_std_p[i]);
       }
     } else {
       memcpy(t, logvar, sizeof(T) * n);
-      for (int64_t i = 0; i < n; ++i) inv_p[i] = 1;
+      for (int64_t i = 0; i < n; ++i) inv_std_p[i] = 1;
     }
     if constexpr (kStd) {
 #pragma omp simd
@@ -73,7 +73,7 @@ struct LatentTile {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) exp_t[i] = exp_full(t[i]);
   }
-  KlTerm<T> kl(int64_t i) const { return kl_term(delta[i], t[i], exp_t[i], inv_p[i]); }
+  KlTerm<T> kl(int64_t i) const { return kl_term(delta[i], t[i], exp_t[i], inv_std_p[i]); }
 };
 
 // All columns of the rows [b, b + rows): f(tile, column).
@@ -146,15 +146,15 @@ void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < tile.n; ++i) {
         const KlTerm<T> k = tile.kl(i);
         value[i] = k.value;
-        g.mu[i] = up[i] * k.d_mu;
-        g.logvar[i] = up[i] * k.d_logvar;
+        g.mu[i] = times(up[i], k.d_mu);
+        g.logvar[i] = times(up[i], k.d_logvar);
       }
       if (prior) {
 #pragma omp simd
         for (int64_t i = 0; i < tile.n; ++i) {
           const KlTerm<T> k = tile.kl(i);
-          g.prior_mu[i] = up[i] * k.d_prior_mu;
-          g.prior_logvar[i] = up[i] * k.d_prior_logvar;
+          g.prior_mu[i] = times(up[i], k.d_prior_mu);
+          g.prior_logvar[i] = times(up[i], k.d_prior_logvar);
         }
       }
       // the first column starts a row's sum: the outputs need no zeroing
@@ -223,7 +223,7 @@ template <class T>
 inline void sample_tile(const LatentTile<T>& tile, const T* __restrict eps, T* __restrict z, T* __restrict ratio) {
 #pragma omp simd
   for (int64_t i = 0; i < tile.n; ++i) {
-    const Sample<T> s = sample(tile.mu[i], tile.delta[i], tile.t[i], tile.std[i], tile.inv_p[i], eps[i]);
+    const Sample<T> s = sample(tile.mu[i], tile.delta[i], tile.t[i], tile.std[i], tile.inv_std_p[i], eps[i]);
     z[i] = s.z;
     ratio[i] = s.log_ratio;
   }
@@ -319,8 +319,8 @@ class SampleSums {
         const T lr = up && tile.columns ? up[begin] : T(0);
 #pragma omp simd
         for (int64_t i = begin; i < end; ++i) {
-          put(i,
-              gated_sample_grad(grad_z[i], lr, by_path, by_score, tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]));
+          put(i, gated_sample_grad(grad_z[i], lr, by_path, by_score, tile.delta[i], tile.std[i], tile.inv_std_p[i],
+                                   eps[i]));
         }
       }
     } else if (!up) {
@@ -329,13 +329,13 @@ class SampleSums {
     } else {
 #pragma omp simd
       for (int64_t i = 0; i < tile.n; ++i) {
-        put(i, sample_grad(grad_z[i], up[i], tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]));
+        put(i, sample_grad(grad_z[i], up[i], tile.delta[i], tile.std[i], tile.inv_std_p[i], eps[i]));
       }
     }
     if (up && prior_) {
 #pragma omp simd
       for (int64_t i = 0; i < tile.n; ++i) {
-        const SampleGrad<T> g = sample_grad(grad_z[i], up[i], tile.delta[i], tile.std[i], tile.inv_p[i], eps[i]);
+        const SampleGrad<T> g = sample_grad(grad_z[i], up[i], tile.delta[i], tile.std[i], tile.inv_std_p[i], eps[i]);
         part_.prior_mu[i] += g.prior_mu;
         part_.prior_logvar[i] += g.prior_logvar;
       }
@@ -383,11 +383,11 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
         const T g = row_number<T>(p.grad_kl, 0, b + r);
         for (int64_t i = r * tile.columns; i < (r + 1) * tile.columns; ++i) {
           const KlTerm<T> kl = tile.kl(i);
-          part.mu[i] = T(sums.total(0, i) + double(g * kl.d_mu));
-          part.logvar[i] = T(sums.total(1, i) + double(g * kl.d_logvar));
+          part.mu[i] = T(sums.total(0, i) + double(times(g, kl.d_mu)));
+          part.logvar[i] = T(sums.total(1, i) + double(times(g, kl.d_logvar)));
           if (!prior) continue;
-          part.prior_mu[i] = T(sums.total(2, i) + double(g * kl.d_prior_mu));
-          part.prior_logvar[i] = T(sums.total(3, i) + double(g * kl.d_prior_logvar));
+          part.prior_mu[i] = T(sums.total(2, i) + double(times(g, kl.d_prior_mu)));
+          part.prior_logvar[i] = T(sums.total(3, i) + double(times(g, kl.d_prior_logvar)));
         }
       }
       part.store_to(p.grad, b, column, tile);

@@ -259,8 +259,8 @@ inline void log_prob_elements(const Elements<T>& e, T factor, int64_t n, T* valu
 template <class L, int kCount, Grads kGrads, class T>
 inline void log_prob_counts(const Elements<T>& e, T factor, int64_t n, T* value, T* shared) {
   using Zero = typename L::Zero;
-  using Whole = typename L::template Other<Count::from_one>;
-  using Any = typename L::template Other<Count::any>;
+  using Large = typename L::Large;
+  using Other = typename L::Other;
   const T* __restrict x = e.x;
   uint8_t other[kTile];
 #pragma omp simd
@@ -294,8 +294,8 @@ inline void log_prob_counts(const Elements<T>& e, T factor, int64_t n, T* value,
     for (int64_t j = 0; j < count; ++j) others += !(in[3][j] >= 1 && in[3][j] < T(__builtin_huge_val()));
     const Elements<T> packed{in[0],  in[1],   in[2],   in[3], weighted ? in[4] : kOnes<T>.values, out[0], out[1],
                              out[2], nullptr, nullptr, {}};
-    others ? log_prob_elements<Any, kCount, kGrads>(packed, factor, count, values, shared)
-           : log_prob_elements<Whole, kCount, kGrads>(packed, factor, count, values, shared);
+    others ? log_prob_elements<Other, kCount, kGrads>(packed, factor, count, values, shared)
+           : log_prob_elements<Large, kCount, kGrads>(packed, factor, count, values, shared);
     unpack(values, value);
     if constexpr (kGrads != Grads::none) {
       unpack(out[0], e.d_first);

@@ -34,7 +34,7 @@ __device__ T draw_row(const Latents& q, int64_t b, uint64_t seed, int64_t start,
       if (i < 0 || i >= q.D) continue;
       const T e = eps ? load_at<T>(eps, eps_row + offset_of(eps, i)) : T(noise[j]);
       const Latent<T> l(q, b, i);
-      const Sample<T> s = sample(l.mu, l.delta, l.t, exp_full(T(0.5) * l.logvar), l.inv_p, e);
+      const Sample<T> s = sample(l.mu, l.delta, l.t, exp_full(T(0.5) * l.logvar), l.inv_std_p, e);
       z[j] = s.z;
       ratio += s.log_ratio;
     }
@@ -96,12 +96,12 @@ __global__ void __launch_bounds__(kThreads, 2) samples_kept_kernel(KeptParams p,
 
 // Of one element of sample (k, b), drawn with noise e: its gradients from grad_z (gz) and from the log ratio.
 template <class T, class P>
-__device__ SampleGrad<T> grad_of_sample(const P& p, int64_t k, int64_t b, T gz, T delta, T std, T inv_p, T e) {
+__device__ SampleGrad<T> grad_of_sample(const P& p, int64_t k, int64_t b, T gz, T delta, T std, T inv_std_p, T e) {
   if (!p.grad_log_ratio.data && !p.gate_path.data) return sample_grad(gz, std, e);
   const T up = p.grad_log_ratio.data ? row_number<T>(p.grad_log_ratio, k, b) : T(0);
-  if (!p.gate_path.data) return sample_grad(gz, up, delta, std, inv_p, e);
+  if (!p.gate_path.data) return sample_grad(gz, up, delta, std, inv_std_p, e);
   const T path = 1 + row_number<T>(p.gate_path, k, b), score = 1 + row_number<T>(p.gate_score, k, b);
-  return gated_sample_grad(gz, up, path, score, delta, std, inv_p, e);
+  return gated_sample_grad(gz, up, path, score, delta, std, inv_std_p, e);
 }
 
 // A thread takes one element of a datum, and adds up its rows in their order.
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2) samples_kept_backward_kernel(Kept
       const int s = int(index & 3);  // no index that varies: it would put the numbers in memory
       const T e = s == 0 ? noise[0] : s == 1 ? noise[1] : s == 2 ? noise[2] : noise[3];
       const T gz = p.grad_z ? load_at<T>(p.grad_z, row_of(p.grad_z, 0, row) + offset_of(p.grad_z, i)) : T(0);
-      const SampleGrad<T> g = grad_of_sample(p, 0, row, gz, l.delta, std, l.inv_p, e);
+      const SampleGrad<T> g = grad_of_sample(p, 0, row, gz, l.delta, std, l.inv_std_p, e);
       mu += g.mu, logvar += g.logvar;
       if (ratio && prior) prior_mu += g.prior_mu, prior_logvar += g.prior_logvar;
     }
@@ -143,13 +143,13 @@ struct Sums {
 template <class T>
 struct Column {
   int64_t b = 0, grad_z = 0, eps = 0, grad_eps = 0;  // the datum; where its first sample is in the views
-  T delta = 0, std = 0, inv_p = 0;
+  T delta = 0, std = 0, inv_std_p = 0;
 
   Column() = default;
   __device__ Column(const SampleBackwardParams& p, int64_t at) : b(at / p.q.D) {
     const int64_t i = at % p.q.D;
     const Latent<T> l(p.q, b, i);
-    delta = l.delta, std = exp_full(T(0.5) * l.logvar), inv_p = l.inv_p;
+    delta = l.delta, std = exp_full(T(0.5) * l.logvar), inv_std_p = l.inv_std_p;
     if (p.grad_z) grad_z = row_of(p.grad_z, 0, b) + offset_of(p.grad_z, i);
     if (p.eps) eps = row_of(p.eps, 0, b) + offset_of(p.eps, i);
     if (p.grad_eps) grad_eps = row_of(p.grad_eps, 0, b) + offset_of(p.grad_eps, i);
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBac
         const Column<T>& c = columns[j];
         const T e = p.eps ? load_at<T>(p.eps, k * p.eps.stride_k + c.eps) : T(noise[j]);
         const T gz = p.grad_z ? load_at<T>(p.grad_z, k * p.grad_z.stride_k + c.grad_z) : T(0);
-        const SampleGrad<T> g = grad_of_sample(p, k, c.b, gz, c.delta, c.std, c.inv_p, e);
+        const SampleGrad<T> g = grad_of_sample(p, k, c.b, gz, c.delta, c.std, c.inv_std_p, e);
         sums[j].mu += g.mu;
         sums[j].logvar += g.logvar;
         if (ratio && prior) {
@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBac
         if (p.grad_kl.data) {
           const T up = row_number<T>(p.grad_kl, 0, b);
           const KlTerm<T> kl = Latent<T>(p.q, b, i).kl();
-          mu += up * kl.d_mu, logvar += up * kl.d_logvar;
-          prior_mu += up * kl.d_prior_mu, prior_logvar += up * kl.d_prior_logvar;
+          mu += times(up, kl.d_mu), logvar += times(up, kl.d_logvar);
+          prior_mu += times(up, kl.d_prior_mu), prior_logvar += times(up, kl.d_prior_logvar);
         }
         store_one(p.grad.mu, b, i, T(mu));
         store_one(p.grad.logvar, b, i, T(logvar));

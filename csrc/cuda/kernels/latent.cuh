@@ -9,19 +9,19 @@ namespace fastelbo::cuda {
 // One element of q and of the prior.
 template <class T>
 struct Latent {
-  T mu, logvar, delta, t, inv_p;  // delta = mu - mu_p, t = lv - lv_p, inv_p = exp(-lv_p)
+  T mu, logvar, delta, t, inv_std_p;  // delta = mu - mu_p, t = lv - lv_p, inv_std_p = exp(-lv_p / 2)
 
   __device__ Latent(const Latents& p, int64_t b, int64_t i) {
     mu = load_at<T>(p.mu, row_of(p.mu, 0, b) + offset_of(p.mu, i));
     logvar = load_at<T>(p.logvar, row_of(p.logvar, 0, b) + offset_of(p.logvar, i));
-    delta = mu, t = logvar, inv_p = 1;
+    delta = mu, t = logvar, inv_std_p = 1;
     if (p.prior_mu) delta -= load_at<T>(p.prior_mu, row_of(p.prior_mu, 0, b) + offset_of(p.prior_mu, i));
     if (p.prior_logvar) {
       const T lv_p = load_at<T>(p.prior_logvar, row_of(p.prior_logvar, 0, b) + offset_of(p.prior_logvar, i));
-      t -= lv_p, inv_p = exp_full(-lv_p);
+      t -= lv_p, inv_std_p = exp_full(T(-0.5) * lv_p);
     }
   }
-  __device__ KlTerm<T> kl() const { return kl_term(delta, t, exp_full(t), inv_p); }
+  __device__ KlTerm<T> kl() const { return kl_term(delta, t, exp_full(t), inv_std_p); }
 };
 
 template <class T>
@@ -49,10 +49,10 @@ __device__ double kl_rows(const KlParams& p, T factor, void* out, void* floored_
         floored += free ? T(0) : k.value;
         below += free;
         if (!grads) continue;
-        store_one(p.grad.mu, b, i, free ? T(0) : up * k.d_mu);
-        store_one(p.grad.logvar, b, i, free ? T(0) : up * k.d_logvar);
-        store_one(p.grad.prior_mu, b, i, free ? T(0) : up * k.d_prior_mu);
-        store_one(p.grad.prior_logvar, b, i, free ? T(0) : up * k.d_prior_logvar);
+        store_one(p.grad.mu, b, i, free ? T(0) : times(up, k.d_mu));
+        store_one(p.grad.logvar, b, i, free ? T(0) : times(up, k.d_logvar));
+        store_one(p.grad.prior_mu, b, i, free ? T(0) : times(up, k.d_prior_mu));
+        store_one(p.grad.prior_logvar, b, i, free ? T(0) : times(up, k.d_prior_logvar));
       }
     }
     sum = group_sum(sum, g);

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<L, kCount, kPlain>)) rows_k
   if (p.kl.q.B != 0) {
     const double beta = read(p.beta);
     const double kl = kl_rows<T>(p.kl, T(beta), p.kl_out, p.floored_kl, kl_g);
-    part += p.kl_weight * beta * kl;
+    part += times(p.kl_weight * beta, kl);
   }
   add_to_total<T>(p.total, part);
 }

@@ -137,11 +137,13 @@ class Fused(Distribution):
         raise NotImplementedError(f"torch.distributions has no {type(self).__name__}")
 
     def _of_element(self, name: str) -> Distribution:
+        found = self._of_torch()
+        if getattr(type(found), name) is getattr(Distribution, name):
+            raise NotImplementedError(f"torch's {type(found).__name__} has no {name}")
         if self.event_shape:
             raise NotImplementedError(
                 f"{name} is defined for one element: give event_dims=0; got {len(self.event_shape)} event dimensions"
             )
-        found = self._of_torch()
         found._validate_args = self._validate_args
         return found
 

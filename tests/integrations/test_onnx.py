@@ -24,9 +24,11 @@ class Outputs(nn.Module):
         super().__init__()
         self.num_samples = num_samples
         torch.manual_seed(0)
-        self.vae = fastelbo.VAE(nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, 2 * M)), nn.Linear(M, D))
+        encoder, decoder = nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, 2 * M)), nn.Linear(M, D)
+        prior = nn.Parameter(torch.randn(M)), nn.Parameter(torch.tensor(0.3))
+        self.vae = fastelbo.VAE(encoder, decoder, prior=prior)
 
-    def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, ...]:
         recon, q = self.vae(x, self.num_samples, eps=eps)
         return recon, q.z, q.kl, q.log_ratio, self.vae.reconstruct(x)
 
@@ -51,6 +53,24 @@ def test_the_model_itself_for_any_batch(tmp_path: Path) -> None:
     x, eps = torch.rand(2 * B, D), torch.randn(2 * B, M)
     recon, *_ = onnxruntime.InferenceSession(path).run(None, {"x": x.numpy(), "eps": eps.numpy()})
     torch.testing.assert_close(torch.from_numpy(recon), vae(x, eps=eps).recon.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("num_samples", [None, K])
+def test_noise_of_onnx_s_own(num_samples: int | None, dynamo: bool, tmp_path: Path) -> None:
+    """Without eps, each run draws."""
+    model, path, x = Outputs(num_samples).eval(), tmp_path / "vae.onnx", torch.rand(2000, D)
+    torch.onnx.export(model, (x,), path, input_names=["x"], dynamo=dynamo)
+    session = onnxruntime.InferenceSession(path)
+    runs = [[torch.from_numpy(a) for a in session.run(None, {"x": x.numpy()})] for _ in range(2)]
+    with torch.no_grad():
+        mu, logvar = model.vae.encode(x)
+        for recon, z, *_ in runs:
+            eps = (z - mu) / torch.exp(0.5 * logvar)
+            torch.testing.assert_close(recon, model.vae.decode(z), rtol=1e-5, atol=1e-5)
+            assert eps.mean().abs() < 5 / eps.numel() ** 0.5 and (eps.var() - 1).abs() < 5 * (2 / eps.numel()) ** 0.5
+    first, second = ((run[1] - mu).flatten() for run in runs)
+    assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 5 / len(first) ** 0.5
 
 
 def test_the_kernels_are_exported_elsewhere() -> None:

@@ -408,10 +408,23 @@ def test_entropy_and_mode_at_the_edges():
     assert fd.NegativeBinomial(torch.tensor([2.0]), 200.0).mode == 7  # floor(exp(2))
 
 
-@pytest.mark.parametrize("call", [lambda d: d.cdf(t), lambda d: d.icdf(t), lambda d: d.enumerate_support()])
-def test_of_one_element(call):
-    with pytest.raises(NotImplementedError, match="for one element: give event_dims=0; got 1 event"):
-        call(fd.Bernoulli(t))
+ELEMENT = "is defined for one element: give event_dims=0; got 1 event dimensions"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fd.Gaussian(t).cdf(t), f"cdf {ELEMENT}"),
+        (lambda: fd.Laplace(t).icdf(t), f"icdf {ELEMENT}"),
+        (lambda: fd.Bernoulli(t).enumerate_support(), f"enumerate_support {ELEMENT}"),
+        (lambda: fd.Bernoulli(t).cdf(t), "torch's Bernoulli has no cdf"),
+        (lambda: fd.Poisson(t, event_dims=0).enumerate_support(), "torch's Poisson has no enumerate_support"),
+        (lambda: fd.ZeroInflatedNegativeBinomial(t, t, t).entropy(), "torch.distributions has no ZeroInflatedNeg"),
+    ],
+)
+def test_what_is_not_implemented_is_said(call, message):
+    with pytest.raises(NotImplementedError, match=message):
+        call()
 
 
 def test_cdf_checks_its_value_as_torch_s():

@@ -73,6 +73,13 @@ def test_noise_of_onnx_s_own(num_samples: int | None, dynamo: bool, tmp_path: Pa
     assert torch.corrcoef(torch.stack([first, second]))[0, 1].abs() < 5 / len(first) ** 0.5
 
 
+def test_a_seed_draws_fastelbo_s_noise(tmp_path: Path) -> None:
+    vae, path, x = Outputs().vae.eval(), tmp_path / "vae.onnx", torch.rand(B, D)
+    torch.onnx.export(vae, (x,), path, kwargs={"seed": 3}, input_names=["x"], dynamo=True)
+    _, z, *_ = onnxruntime.InferenceSession(path).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(z), vae(x, seed=3).posterior.z.detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_kernels_are_exported_elsewhere() -> None:
     """torch.export keeps the ops; only ONNX takes plain PyTorch."""
     program = torch.export.export(Outputs(), (torch.rand(B, D), torch.randn(B, M)))

@@ -11,12 +11,14 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, constraints, register_kl
+from torch import distributions as plain
+from torch.distributions import Distribution, Independent, Normal, constraints, kl_divergence, register_kl
 from torch.distributions.utils import lazy_property
 
 from fastelbo import functional, likelihoods, ordered
 from fastelbo.arguments import TABLE, number, refusal, size
 from fastelbo.functional import join_recon
+from fastelbo.likelihoods import LOG_2, LOG_2PI
 
 __all__ = [
     "Bernoulli",
@@ -58,6 +60,9 @@ class Fused(Distribution):
 
     Sizes: an event is the last `event_dims` dimensions, over which `log_prob` sums. batch_shape and event_shape are
     those of `torch.distributions.Independent(..., event_dims)`. Each parameter is an attribute [*batch, *event].
+
+    Each has what the class of torch.distributions has for which it stands, with the same values. As in torch, cdf, icdf
+    and enumerate_support are those of one element, event_dims=0.
     """
 
     likelihood: str
@@ -127,6 +132,55 @@ class Fused(Distribution):
         """E[x], [*batch, *event]."""
         return functional.likelihood_mean(join_recon(*self._recon), self.likelihood)
 
+    def _of_torch(self) -> Distribution:
+        """torch's distribution of each element [*batch, *event]."""
+        raise NotImplementedError(f"torch.distributions has no {type(self).__name__}")
+
+    def _of_element(self, name: str) -> Distribution:
+        found = self._of_torch()
+        if getattr(type(found), name) is getattr(Distribution, name):
+            raise NotImplementedError(f"torch's {type(found).__name__} has no {name}")
+        if self.event_shape:
+            raise NotImplementedError(
+                f"{name} is defined for one element: give event_dims=0; got {len(self.event_shape)} event dimensions"
+            )
+        found._validate_args = self._validate_args
+        return found
+
+    @property
+    def param_shape(self) -> torch.Size:
+        """[*batch, *event]."""
+        return self._recon[0].shape
+
+    @property
+    def mode(self) -> Tensor:
+        """The x of the largest p(x), [*batch, *event]."""
+        return self._of_torch().mode
+
+    def _entropies(self) -> Tensor:
+        return self._of_torch().entropy()
+
+    def entropy(self) -> Tensor:
+        """-E[log p(x)] [*batch], in nats, summed over the event."""
+        return _event_sum(self._entropies(), len(self.event_shape))
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """P(X <= value), of `Gaussian` and `Laplace` without event dimensions."""
+        return self._of_element("cdf").cdf(value)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """The inverse of `cdf`, at values in [0, 1]."""
+        return self._of_element("icdf").icdf(value)
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        """Whether `enumerate_support` works: of `Bernoulli` without event dimensions."""
+        return isinstance(self, Bernoulli) and not self.event_shape
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """All x, along a new first dimension [2, *batch]; with expand=False [2, 1, ...]."""
+        return self._of_element("enumerate_support").enumerate_support(expand)
+
     def _draw(self, sample_shape: Sequence[int]) -> Tensor:
         first, *others = self._recon
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -195,6 +249,10 @@ def _blank(cls: type[Fused]) -> Fused:
     return cls.__new__(cls)
 
 
+def _event_sum(t: Tensor, event_dims: int) -> Tensor:
+    return ordered.ordered_sum(t, *range(t.dim() - event_dims, t.dim())) if event_dims else t
+
+
 def _full(name: str, value: Any, like: Tensor) -> Tensor:
     return torch.full((), _number(name, value), dtype=like.dtype, device=like.device)
 
@@ -253,6 +311,9 @@ class Bernoulli(Fused):
         else:
             self._init("bernoulli_probs", probs, event_dims=event_dims, validate_args=validate_args)
 
+    def _of_torch(self) -> Distribution:
+        return plain.Bernoulli(**{likelihoods.get(self.likelihood).parameters[0]: self._recon[0]}, validate_args=False)
+
     @lazy_property
     def logits(self) -> Tensor:
         """log p - log(1 - p)."""
@@ -300,10 +361,26 @@ class Gaussian(Fused):
             logvar = 2 * _log_scale("Gaussian", "logvar", logvar, scale, validate_args)
         self._init("gaussian", mean, logvar, event_dims=event_dims, validate_args=validate_args)
 
+    def _of_torch(self) -> Distribution:
+        return Normal(self.mean, self.scale, validate_args=False)
+
+    def _entropies(self) -> Tensor:
+        return 0.5 * (self.logvar + (LOG_2PI + 1))
+
     @lazy_property
     def logvar(self) -> Tensor:
         """lv [*batch, *event]."""
         return torch.zeros_like(self.mean)
+
+    @property
+    def loc(self) -> Tensor:
+        """m, torch's name."""
+        return self.mean
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(lv / 2), the standard deviation."""
+        return torch.exp(0.5 * self.logvar)
 
     @property
     def variance(self) -> Tensor:
@@ -340,10 +417,26 @@ class Laplace(Fused):
             log_scale = _log_scale("Laplace", "log_scale", log_scale, scale, validate_args)
         self._init("laplace", mean, log_scale, event_dims=event_dims, validate_args=validate_args)
 
+    def _of_torch(self) -> Distribution:
+        return plain.Laplace(self.mean, self.scale, validate_args=False)
+
+    def _entropies(self) -> Tensor:
+        return self.log_scale + (LOG_2 + 1)
+
     @lazy_property
     def log_scale(self) -> Tensor:
         """s [*batch, *event]."""
         return torch.zeros_like(self.mean)
+
+    @property
+    def loc(self) -> Tensor:
+        """m, torch's name."""
+        return self.mean
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(s)."""
+        return torch.exp(self.log_scale)
 
     @property
     def variance(self) -> Tensor:
@@ -367,6 +460,14 @@ class Poisson(Fused):
     def __init__(self, log_rate: Tensor, *, event_dims: int = 1, validate_args: bool | None = None) -> None:
         self._init("poisson", log_rate, event_dims=event_dims, validate_args=validate_args)
 
+    def _of_torch(self) -> Distribution:
+        return plain.Poisson(self.rate, validate_args=False)
+
+    @property
+    def rate(self) -> Tensor:
+        """exp(l), the mean."""
+        return self.mean
+
     @property
     def variance(self) -> Tensor:
         """exp(l)."""
@@ -375,8 +476,6 @@ class Poisson(Fused):
 
 class NegativeBinomial(Fused):
     """Negative binomial of mean m = exp(log_mean) and variance m + m^2 / theta, as "nb" in `fastelbo.log_prob`.
-
-    torch's total_count is theta, and its logits are log_mean - log_theta.
 
     Args:
         log_mean: [*batch, *event], a floating dtype.
@@ -399,10 +498,33 @@ class NegativeBinomial(Fused):
     ) -> None:
         self._init("nb", log_mean, log_theta, event_dims=event_dims, validate_args=validate_args)
 
+    def _of_torch(self) -> Distribution:
+        return plain.NegativeBinomial(self.total_count, logits=self.logits, validate_args=False)
+
+    @property
+    def total_count(self) -> Tensor:
+        """theta."""
+        return torch.exp(self.log_theta)
+
+    @property
+    def logits(self) -> Tensor:
+        """log m - log theta."""
+        return self.log_mean - self.log_theta
+
+    @property
+    def probs(self) -> Tensor:
+        """m / (m + theta)."""
+        return torch.sigmoid(self.logits)
+
+    @property
+    def mode(self) -> Tensor:
+        """floor(m - m / theta), or 0; for theta too large for its dtype the Poisson's."""
+        return (self.mean - torch.exp(self.logits)).floor().clamp(min=0)
+
     @property
     def variance(self) -> Tensor:
         """m + m^2 / theta."""
-        return self.mean * (1 + torch.exp(self.log_mean - self.log_theta))
+        return self.mean * (1 + torch.exp(self.logits))
 
 
 class ZeroInflatedNegativeBinomial(Fused):
@@ -465,7 +587,8 @@ def gaussian_kl(q: Distribution, p: Distribution | None = None) -> Tensor:
     """KL(q || p) of Gaussian distributions with diagonal covariances, by the fused kernel of `fastelbo.gaussian_kl`.
 
     1/2 sum [exp(t) - 1 - t + (mu - mu_p)^2 exp(-lv_p)], t = lv - lv_p, summed over the event. It is also what
-    `torch.distributions.kl_divergence` returns where one of the two is a `Gaussian` of this module.
+    `torch.distributions.kl_divergence` returns where one of the two is a `Gaussian` of this module; of others it
+    returns torch's.
 
     Args:
         q, p: `Gaussian`, torch.distributions.Normal (logvar = 2 log(scale)) or Independent of them, of one event_shape;
@@ -496,14 +619,38 @@ def gaussian_kl(q: Distribution, p: Distribution | None = None) -> Tensor:
     return functional.gaussian_kl(*(ordered.expand(t, batch + event).reshape(rows) for t in tensors)).reshape(batch)
 
 
+def _elements(d: Distribution) -> Distribution:
+    """torch's distribution of the elements of d."""
+    if isinstance(d, Independent):
+        return _elements(d.base_dist)
+    return d._of_torch() if isinstance(d, Fused) else d
+
+
 def _registered_kl(q: Distribution, p: Distribution) -> Tensor:
     try:
         return gaussian_kl(q, p)
-    except TypeError:  # an Independent of something else
-        raise NotImplementedError from None
+    except TypeError:  # not both are Gaussian
+        if len(q.event_shape) != len(p.event_shape):
+            raise NotImplementedError from None
+        return _event_sum(kl_divergence(_elements(q), _elements(p)), len(q.event_shape))
 
 
-register_kl(Gaussian, Gaussian)(_registered_kl)
-for _other in (Normal, Independent):
-    register_kl(Gaussian, _other)(_registered_kl)
-    register_kl(_other, Gaussian)(_registered_kl)
+register_kl(Fused, Fused)(_registered_kl)
+# Each class with which torch has a KL of one of ours. Not Distribution: Pyro has KL(Delta, Distribution).
+for _other in (
+    Independent,
+    plain.Bernoulli,
+    plain.Beta,
+    plain.Binomial,
+    plain.ContinuousBernoulli,
+    plain.Exponential,
+    plain.Gamma,
+    plain.Gumbel,
+    plain.Laplace,
+    Normal,
+    plain.Pareto,
+    plain.Poisson,
+    plain.Uniform,
+):
+    register_kl(Fused, _other)(_registered_kl)
+    register_kl(_other, Fused)(_registered_kl)

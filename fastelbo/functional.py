@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastelbo import estimators, likelihoods, ordered, reference
-from fastelbo._ops import call, takes_twins
+from fastelbo._ops import call, exports_to_onnx, takes_twins
 from fastelbo.arguments import ORDINALS, checked
 from fastelbo.ordered import ordered_sum, reduce
 
@@ -202,6 +202,8 @@ def rsample(
         return _rsample_each(mu, logvar, p_mu, p_logvar, num_samples, seed, generator, eps, first_sample)._replace(
             mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar
         )
+    if eps is None and seed is None and exports_to_onnx():  # no seed can be drawn there, but noise can
+        eps = torch.randn_like(mu.expand(mu.shape if num_samples is None else (num_samples, *mu.shape)))
     if eps is None:
         key = seed_tensor(seed, generator, mu.device)
     elif seed is not None or generator is not None:

@@ -51,21 +51,41 @@ class PartsMixin:
         return parts.loss
 
 
+def _data(batch: Any) -> Tensor:
+    x: Tensor = batch[0] if isinstance(batch, list | tuple) else batch
+    return x
+
+
 class LightningVAE(PartsMixin, lightning.LightningModule):  # type: ignore[misc]
     """Trains a `fastelbo.VAE` with Adam. Batches are x, or a list or tuple that starts with x.
 
     Logs train/, val/ and test/ loss, log_likelihood and kl; val/ and test/ also log_marginal where `eval_samples` is
     given. Precision plugins, gradient accumulation and DDP work as for any LightningModule.
 
+    A checkpoint holds the weights and the arguments below, but not the networks:
+    `LightningVAE.load_from_checkpoint(path, model=fastelbo.VAE(...))`. What is given there replaces what was saved.
+
     Args:
         model: a `fastelbo.VAE`.
         lr: Adam's.
         eval_samples: K of the estimate of log p(x) in validation and test; 0: without it.
-        options: of `fastelbo.VAE.loss`, such as objective, num_samples, keep or beta.
+        options: of `fastelbo.VAE.loss`, such as objective, num_samples, keep or beta. A checkpoint leaves out
+            `generator`.
+
+    Raises:
+        TypeError: no model.
     """
 
-    def __init__(self, model: fastelbo.VAE, *, lr: float = 1e-3, eval_samples: int = 0, **options: Any) -> None:
+    def __init__(
+        self, model: fastelbo.VAE | None = None, *, lr: float = 1e-3, eval_samples: int = 0, **options: Any
+    ) -> None:
         super().__init__()
+        if model is None:
+            raise TypeError(
+                "model must be a fastelbo.VAE; got None: a checkpoint holds no networks, so give "
+                "load_from_checkpoint(path, model=fastelbo.VAE(...)) those that were trained"
+            )
+        self.save_hyperparameters(ignore=["model", "generator"])
         self.model, self.lr, self.eval_samples, self.options = model, lr, eval_samples, options
 
     def forward(self, x: Tensor) -> Any:
@@ -73,7 +93,7 @@ class LightningVAE(PartsMixin, lightning.LightningModule):  # type: ignore[misc]
         return self.model(x)
 
     def _step(self, batch: Any, stage: str) -> Tensor:
-        x = batch[0] if isinstance(batch, list | tuple) else batch
+        x = _data(batch)
         loss = self.log_parts(self.model.loss(x, return_parts=True, **self.options), stage)
         if stage != "train" and self.eval_samples:
             log_p = self.model.log_marginal(x, self.eval_samples).log_prob.mean()
@@ -91,6 +111,10 @@ class LightningVAE(PartsMixin, lightning.LightningModule):  # type: ignore[misc]
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Logs test/."""
         self._step(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """What the model returns: recon and posterior."""
+        return self(_data(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam."""

@@ -16,6 +16,7 @@ NEEDS = {
     "diffusers": ("diffusers",),
     "scikit-learn": ("skorch",),
     "PyTorch Geometric": ("torch_geometric",),
+    "ONNX": ("onnxscript", "onnxruntime"),
 }
 _, *PARTS = re.split(r"^## (.+)\n", (ROOT / "docs/adapters.md").read_text(), flags=re.MULTILINE)
 SECTIONS = {title: code_of(text) for title, text in zip(PARTS[::2], PARTS[1::2], strict=True)}
@@ -100,3 +101,14 @@ def test_torch_geometric() -> None:
         loss = model.recon_loss(mu, edges, other) + 0.1 * model.kl_loss() + model.kl_loss(2 * mu, logstd + 9)
         results.append([loss, *torch.autograd.grad(loss, (mu, logstd))])
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_onnx(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space = run("ONNX")
+    session = importlib.import_module("onnxruntime").InferenceSession("vae.onnx")
+    recon, *posterior = session.run(None, {name: space[name].numpy() for name in ("x", "eps")})
+    expected = space["vae"](space["x"], eps=space["eps"])
+    torch.testing.assert_close(torch.from_numpy(recon), expected.recon.detach(), rtol=1e-4, atol=1e-5)
+    assert len(posterior) == len([t for t in expected.posterior if t is not None])

@@ -152,6 +152,57 @@ def test_the_mixin_in_a_module_of_one_s_own() -> None:
     torch.testing.assert_close(logged["train/kl"] - logged["train/log_likelihood"], last.loss.detach())
 
 
+SETTINGS = {
+    "defaults": {},
+    "a bound": {"lr": 0.02, "eval_samples": 7, "objective": "vr", "num_samples": 4, "alpha": 0.3, "keep": 2},
+    "auto": {"objective": "iwae", "num_samples": 5, "keep": "auto", "seed": 3},
+    "a tensor": {"lr": 0.5, "beta": torch.full((M,), 0.5)},
+}
+
+
+@pytest.mark.parametrize("weights_only", [None, True])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_checkpoint_has_the_settings(settings, weights_only, tmp_path) -> None:
+    module, run, path = LightningVAE(model(), **settings), trainer(max_epochs=1), tmp_path / "last.ckpt"
+    run.fit(module, loader())
+    run.save_checkpoint(path)
+    again = LightningVAE.load_from_checkpoint(path, model=model(), weights_only=weights_only)
+    found = {"lr": again.lr, "eval_samples": again.eval_samples, **again.options}
+    expected = {"lr": 1e-3, "eval_samples": 0, **settings}
+    assert str(found) == str(expected)
+    assert again.configure_optimizers().defaults["lr"] == found["lr"]
+    x, losses = torch.rand(B, D), []
+    for one in (module, again):
+        torch.manual_seed(5)
+        losses.append(one.model.loss(x, **one.options))
+    torch.testing.assert_close(*losses)
+    assert LightningVAE.load_from_checkpoint(path, model=model(), lr=3.0).lr == 3.0
+
+
+def test_a_checkpoint_without_networks_and_a_subclass_that_builds_them(tmp_path) -> None:
+    class Built(LightningVAE):
+        def __init__(self, width: int, **options: object) -> None:
+            super().__init__(fastelbo.VAE(nn.Linear(D, 2 * width), nn.Linear(width, D)), **options)
+
+    for module in (LightningVAE(model(), generator=torch.Generator()), Built(2, lr=0.3, beta=0.5)):
+        run, path = trainer(max_epochs=1), tmp_path / "last.ckpt"
+        run.fit(module, loader())
+        run.save_checkpoint(path)
+        if isinstance(module, Built):
+            again = Built.load_from_checkpoint(path)
+            assert (again.lr, again.options, again.model.latent_shape) == (0.3, {"beta": 0.5}, (2,))
+        else:
+            with pytest.raises(TypeError, match=r"model must be a fastelbo.VAE; got None: .*\(path, model="):
+                LightningVAE.load_from_checkpoint(path)
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: (x,), lambda x: [x, torch.zeros(len(x))]])
+def test_predict_over_any_batches(make) -> None:
+    x = torch.rand(2, B, D)
+    out = trainer().predict(LightningVAE(model()), DataLoader([make(batch) for batch in x], batch_size=None))
+    torch.testing.assert_close([one.posterior.mu for one in out], [model().encode(batch)[0] for batch in x])
+
+
 def test_two_processes(tmp_path) -> None:
     """DDP over two processes of half the data each: the weights of one process with whole batches."""
     program = tmp_path / "program.py"

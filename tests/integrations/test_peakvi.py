@@ -65,3 +65,19 @@ def test_training_from_one_seed_is_the_same(tmp_path) -> None:
     models[1].save(str(tmp_path / "model"))
     again = scvi.model.PEAKVI.load(str(tmp_path / "model"), adata, accelerator="cpu")
     np.testing.assert_allclose(again.get_latent_representation(), latents[1].numpy(), rtol=1e-5)
+
+
+def test_saved_models_keep_their_settings(tmp_path) -> None:
+    adata = anndata.AnnData((np.random.default_rng(0).random((40, REGIONS)) < 0.3).astype("float32"))
+    PEAKVI.setup_anndata(adata)
+    model = PEAKVI(adata, n_hidden=8, n_latent=3, model_depth=False, region_factors=False, latent_distribution="ln")
+    model.train(max_epochs=1, accelerator="cpu", enable_progress_bar=False, logger=False)
+    model.save(str(tmp_path / "model"), save_anndata=True)
+    again = PEAKVI.load(str(tmp_path / "model"), accelerator="cpu")
+    assert type(again.module) is FusedPEAKVAE and str(again.module) == str(model.module)
+    assert again.init_params_ == model.init_params_ and again.module.region_factors is None
+    losses = []
+    for one in (model, again):
+        scvi.settings.seed = 1
+        losses.append(one.get_latent_representation(give_mean=False))
+    assert np.array_equal(*losses)

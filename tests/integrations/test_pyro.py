@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,17 @@ import pyro
 import pyro.distributions as dist
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.infer import MCMC, NUTS, SVI, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    MCMC,
+    NUTS,
+    SVI,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
 from torch import Tensor, nn
 
 import fastelbo
@@ -267,6 +278,39 @@ def test_mcmc_with_a_latent_of_ours():
     mcmc.run()
     z = mcmc.get_samples()["z"]
     assert (z.mean(0) - 0.5).abs().max() < 0.2 and (z.var(0) - 0.5).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("infer", [{}, {"enumerate": "parallel"}])
+def test_a_latent_is_enumerated(infer):
+    """The exact log p(x) of a mixture, whatever the seed."""
+    logits, x = torch.randn(B, dtype=torch.float64), data("gaussian")[:, 0]
+
+    def loss(bernoulli):
+        @config_enumerate
+        def model():
+            with pyro.plate("data", B):
+                z = pyro.sample("z", bernoulli(logits), infer=dict(infer))
+                pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
+
+        return TraceEnum_ELBO(max_plate_nesting=1).loss(model, lambda: None)
+
+    log_p = [
+        log_z + dist.Normal(mean, 1.0).log_prob(x)
+        for log_z, mean in (
+            (torch.nn.functional.logsigmoid(logits), 2.0),
+            (torch.nn.functional.logsigmoid(-logits), 0.0),
+        )
+    ]
+    expected = -torch.logaddexp(*log_p).sum().item()
+    for bernoulli in (lambda logits: fd.Bernoulli(logits, event_dims=0), lambda logits: dist.Bernoulli(logits=logits)):
+        assert loss(bernoulli) == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_delta_s_kl_is_pyro_s():
+    v, p = torch.randn(B, D), fd.Gaussian(torch.zeros(D))
+    with warnings.catch_warnings(action="error"):
+        kl = torch.distributions.kl_divergence(dist.Delta(v, event_dim=1), p)
+    torch.testing.assert_close(kl, -p.log_prob(v))
 
 
 def test_a_pickle_is_read_with_and_without_pyro(tmp_path):

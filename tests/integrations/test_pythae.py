@@ -115,6 +115,21 @@ def test_get_nll_takes_exactly_n_samples(double: None) -> None:
     assert abs(one - elbo) < 0.1 and many > one
 
 
+@pytest.mark.parametrize("recon", ["bce", "mse"])
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_models_keep_their_settings(name: str, recon: str, tmp_path) -> None:
+    """Of ours and of Pythae's, read by ours and by Pythae's; the loss reads the settings."""
+    x = torch.rand(B, *EVENT)
+    for who, model in enumerate(pair(name, recon, torch.float32)):
+        model.save(str(tmp_path / f"{who}"))
+        for cls in (getattr(models, name), getattr(fused, name)):
+            again = cls.load_from_folder(str(tmp_path / f"{who}"))
+            assert type(again) is cls and again.model_config == model.model_config
+            if cls is type(model):
+                epoch = {"epoch": 4} if name == "VAMP" else {}
+                torch.testing.assert_close(step(again, x, **epoch)[0].loss, step(model, x, **epoch)[0].loss)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_training_from_one_seed_is_the_same(name: str, tmp_path) -> None:
     """Two epochs by Pythae's pipeline: weights and evaluation losses; then files, read by either class."""

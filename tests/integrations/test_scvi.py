@@ -297,6 +297,18 @@ def test_saved_models_are_exchanged(adata, tmp_path, write, read):
     loaded.train(max_epochs=1, accelerator="cpu", enable_progress_bar=False, logger=None)
 
 
+def test_saved_models_keep_their_settings(adata, tmp_path):
+    options = {"gene_likelihood": "zinb", "dispersion": "gene-label", "latent_distribution": "ln", "n_layers": 2}
+    options |= {"dropout_rate": 0.3, "use_observed_lib_size": False, "encode_covariates": True}
+    model = trained(SCVI, adata, epochs=1, **options)
+    model.save(tmp_path / "model", save_anndata=True)
+    loaded = SCVI.load(tmp_path / "model", accelerator="cpu")
+    assert loaded.init_params_ == model.init_params_ and str(loaded.module) == str(model.module)
+    for name in ("gene_likelihood", "dispersion", "latent_distribution", "use_observed_lib_size"):
+        assert getattr(loaded.module, name) == options[name]
+    assert seeded(lambda m: m.get_elbo())(loaded) == seeded(lambda m: m.get_elbo())(model)
+
+
 def seeded(method):
     @functools.wraps(method)
     def call(model):

@@ -1,6 +1,7 @@
 """fastelbo.distributions against torch.distributions: log_prob, shapes, samples, moments, errors, and the KL."""
 
 import copy
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributions as td
 from torch import Tensor
+from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 import fastelbo
@@ -328,6 +330,108 @@ def test_copies(case):
         assert torch.equal(other.log_prob(x), one.log_prob(x))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What torch's classes have.
+
+OWN = {"arg_constraints", "expand", "set_default_validate_args"}  # ours name other parameters
+ARGUMENTS = {
+    "cdf": [(torch.linspace(-2, 2, D).double(),)],
+    "icdf": [(torch.linspace(0.1, 0.9, D).double(),)],
+    "enumerate_support": [(), (False,)],
+    "sample": [(), ((2,),)],
+    "rsample": [(), ((2,),)],
+    "sample_n": [(2,)],
+}
+
+
+def seen(d: td.Distribution, name: str, data: Tensor) -> list[object]:
+    """What an attribute is, or what a method returns or raises; of draws their shape."""
+    try:
+        found = getattr(d, name)
+        calls = [(data,)] if name == "log_prob" else ARGUMENTS.get(name, [()])
+        values = [found(*arguments) for arguments in calls] if callable(found) else [found]
+    except NotImplementedError:
+        return [NotImplementedError]
+    if "sample" in name and callable(found):
+        return [(value.shape, value.dtype) for value in values]
+    return [str(value) if isinstance(value, constraints.Constraint) else value for value in values]
+
+
+@pytest.mark.filterwarnings("ignore:.*sample_n")
+@pytest.mark.parametrize("event_dims", [0, 1])
+@every_case
+def test_what_torch_s_class_has(case, event_dims):
+    """Every public attribute and method, with torch's values."""
+    tensors, x = [t.detach() for t in parameters(case, (B, D), (D,), (1, D))], case.data(B, D)
+    ours, theirs = case.ours(*tensors, event_dims=event_dims), case.torch(*tensors)
+    if isinstance(theirs, ZeroInflated):
+        pytest.skip("torch has none")
+    names = {name for name in dir(theirs) if not name.startswith("_")} - OWN
+    assert {"entropy", "mode", "cdf", "icdf", "enumerate_support", "perplexity", "stddev"} <= names
+    whole = td.Independent(theirs, event_dims, validate_args=False) if event_dims else theirs
+    for name in names:
+        expected = seen(whole if hasattr(td.Independent, name) else theirs, name, x)
+        for found, other in zip(seen(ours, name, x), expected, strict=True):
+            if isinstance(other, Tensor):
+                torch.testing.assert_close(found, other, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+            else:
+                assert found == other, name
+
+
+@every_case
+def test_entropy_has_torch_s_gradients_and_compiles(case):
+    tensors = parameters(case, (B, D), (D,))
+    theirs = td.Independent(case.torch(*tensors), 1, validate_args=False)
+    try:
+        expected = theirs.entropy()
+    except NotImplementedError:
+        return
+
+    def entropy(*tensors: Tensor) -> Tensor:
+        return case.ours(*tensors, validate_args=False).entropy()
+
+    if not expected.requires_grad:  # of a unit scale: the mean counts for nothing
+        assert torch.equal(entropy(*tensors), expected)
+        return
+    read = tensors[-1:]
+    compare(entropy(*tensors), expected, read)
+    torch.compiler.reset()
+    compare(torch.compile(entropy, fullgraph=True, backend="aot_eager")(*tensors), expected, read, retain=False)
+
+
+def test_entropy_and_mode_at_the_edges():
+    """Scales that float32 does not hold, and the Poisson limit of the negative binomial."""
+    extreme = torch.tensor([-400.0, 400.0])
+    entropy = torch.tensor([-200.0, 200.0]) + 0.5 * math.log(2 * math.pi * math.e)
+    torch.testing.assert_close(fd.Gaussian(extreme, extreme, event_dims=0).entropy(), entropy)
+    torch.testing.assert_close(fd.Laplace(extreme, extreme, event_dims=0).entropy(), extreme + math.log(2 * math.e))
+    assert fd.NegativeBinomial(torch.tensor([2.0]), 200.0).mode == 7  # floor(exp(2))
+
+
+ELEMENT = "is defined for one element: give event_dims=0; got 1 event dimensions"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fd.Gaussian(t).cdf(t), f"cdf {ELEMENT}"),
+        (lambda: fd.Laplace(t).icdf(t), f"icdf {ELEMENT}"),
+        (lambda: fd.Bernoulli(t).enumerate_support(), f"enumerate_support {ELEMENT}"),
+        (lambda: fd.Bernoulli(t).cdf(t), "torch's Bernoulli has no cdf"),
+        (lambda: fd.Poisson(t, event_dims=0).enumerate_support(), "torch's Poisson has no enumerate_support"),
+        (lambda: fd.ZeroInflatedNegativeBinomial(t, t, t).entropy(), "torch.distributions has no ZeroInflatedNeg"),
+    ],
+)
+def test_what_is_not_implemented_is_said(call, message):
+    with pytest.raises(NotImplementedError, match=message):
+        call()
+
+
+def test_cdf_checks_its_value_as_torch_s():
+    with pytest.raises(ValueError, match="within the support"):
+        fd.Gaussian(t, event_dims=0, validate_args=True).cdf(t * torch.nan)
+
+
 def test_bernoulli_has_probs_and_logits():
     logits = normal(B, D)
     torch.testing.assert_close(fd.Bernoulli(logits).probs, torch.sigmoid(logits))
@@ -470,4 +574,63 @@ def test_kl_gradcheck_and_compiled():
 def test_kl_of_others_is_not_implemented():
     """By torch's contract: Pyro falls back on samples then."""
     with pytest.raises(NotImplementedError):
-        td.kl_divergence(gaussian(t, t), td.Independent(td.Laplace(t, t), 1))
+        td.kl_divergence(gaussian(t, t), td.Independent(td.Cauchy(t, t), 1))
+
+
+OURS = {
+    td.Bernoulli: (CASES["bernoulli"], CASES["bernoulli_probs"]),
+    td.Normal: (CASES["gaussian"],),
+    td.Laplace: (CASES["laplace"],),
+    td.Poisson: (CASES["poisson"],),
+    td.NegativeBinomial: (CASES["nb"],),
+}
+half = torch.full((D,), 0.5, dtype=torch.float64)
+OTHERS = {
+    td.Beta: td.Beta(2 + half, 3 * half),
+    td.Binomial: td.Binomial(3, half),
+    td.ContinuousBernoulli: td.ContinuousBernoulli(0.3 * half),
+    td.Exponential: td.Exponential(half),
+    td.Gamma: td.Gamma(2 + half, half),
+    td.Gumbel: td.Gumbel(half, 2 * half),
+    td.Pareto: td.Pareto(half, 3 + half),
+    td.Uniform: td.Uniform(-half, half),
+}
+PAIRS = [pair for pair in td.kl._KL_REGISTRY if set(pair) & set(OURS) and not set(pair) & {fd.Fused, td.Independent}]
+
+
+def of_kind(kind: type) -> list[tuple[td.Distribution, td.Distribution]]:
+    """Of each way to build it, ours and torch's; where none of ours stands for it, torch's twice."""
+    if kind not in OURS:
+        return [(OTHERS[kind], OTHERS[kind])]
+    found = []
+    for case in OURS[kind]:
+        tensors = parameters(case, (D,))
+        found.append((case.ours(*tensors, event_dims=0), case.torch(*tensors)))
+    return found
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " ".join(kind.__name__ for kind in pair))
+def test_every_kl_that_torch_has(pair):
+    for q, q_torch in of_kind(pair[0]):
+        for p, p_torch in of_kind(pair[1]):
+            expected = td.kl_divergence(q_torch, p_torch)
+            summed = td.kl_divergence(td.Independent(q_torch, 1), td.Independent(p_torch, 1))
+            for one, other in ((q, p), (q, p_torch), (q_torch, p)):
+                torch.testing.assert_close(td.kl_divergence(one, other), expected, rtol=1e-10, atol=1e-10)
+                kl = td.kl_divergence(td.Independent(one, 1), td.Independent(other, 1))
+                torch.testing.assert_close(kl, summed, rtol=1e-10, atol=1e-10)
+
+
+def test_kl_of_events():
+    """Ours with an event, torch's as Independent of it, and Independent of ours."""
+    q, p, p_torch = (make(normal(K, B, D)) for make in (fd.Poisson, fd.Poisson, lambda m: td.Poisson(m.exp())))
+    p = fd.Poisson(p_torch.rate.log())
+    expected = td.kl_divergence(td.Poisson(q.rate), p_torch).sum(-1)
+    for other in (p, td.Independent(p_torch, 1), td.Independent(fd.Poisson(p.log_rate, event_dims=0), 1)):
+        torch.testing.assert_close(td.kl_divergence(q, other), expected, rtol=1e-10, atol=1e-10)
+    nested = td.Independent(q, 1)
+    kl = td.kl_divergence(nested, fd.Poisson(p.log_rate, event_dims=2))
+    torch.testing.assert_close(kl, expected.sum(-1), rtol=1e-10, atol=1e-10)
+    for one, other in ((q, p_torch), (fd.NegativeBinomial(t, t), fd.NegativeBinomial(t, t))):
+        with pytest.raises(NotImplementedError):
+            td.kl_divergence(one, other)

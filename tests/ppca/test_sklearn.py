@@ -124,6 +124,18 @@ def test_pipeline_search_clone_and_pickle():
         fresh.transform(Z)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_every_parameter_survives_clone_and_pickle():
+    settings = {"n_components": 2, "method": "em", "max_iter": 7, "tol": 0.1, "min_noise_variance": 0.5}
+    settings |= {"random_state": 4}
+    m = PPCA(**settings).fit(data())
+    assert settings.keys() == m.get_params().keys()
+    assert all(value != getattr(PPCA(), name) for name, value in settings.items())
+    again = pickle.loads(pickle.dumps(m))
+    assert clone(m).get_params() == again.get_params() == settings
+    assert_same(clone(again).fit(data()), m, 0.0)
+
+
 @pytest.mark.parametrize("method", ["eig", "em"])
 def test_tables(method):
     X = pd.DataFrame(data(), columns=list("abcdefgh"), index=range(1000, 1200))

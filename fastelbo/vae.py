@@ -199,7 +199,8 @@ class VAE(nn.Module):
         prior: p(z) = N(mu_p, diag exp(logvar_p)): a pair of tensors or parameters (mu_p, logvar_p) that broadcast to
             [B, *latent], or a module that returns one, called with the condition if there is one. None: N(0, I).
         latent_shape: the shape of one latent, without B. None: taken from the latest `encode`, so that only
-            `decode` and `sample` before any `encode` need it. It travels in the state dict.
+            `decode` and `sample` before any `encode` need it. It travels in the state dict, which has no entry for it
+            before it is known; torch.distributed.checkpoint loads only entries that are there.
 
     Raises:
         ValueError: an unknown likelihood.
@@ -235,15 +236,25 @@ class VAE(nn.Module):
         return self.latent_shape
 
     def get_extra_state(self) -> Tensor:
-        """latent_shape, as int64; empty where it is not known."""
-        return torch.tensor(self.latent_shape or (), dtype=torch.int64)
+        """latent_shape as the size [0, *latent] of an empty tensor, so that no cast and no average can change it."""
+        like = self._like()
+        return torch.empty(0, *(self.latent_shape or ()), dtype=like.dtype, device=like.device)
 
-    def set_extra_state(self, state: Tensor) -> None:
-        if len(state):
-            self.latent_shape = tuple(state.tolist())
+    def set_extra_state(self, state: object) -> None:
+        if not isinstance(state, Tensor) or self.latent_shape is not None:
+            return
+        if state.numel() == 0 and state.dtype != torch.int64:
+            self.latent_shape = tuple(state.shape[1:])
+        elif not state.is_meta:  # by an older version, whose state has the numbers themselves, or none
+            self.latent_shape = tuple(round(size) for size in state.tolist()) or None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.latent_shape is None:
+            del destination[f"{prefix}_extra_state"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}_extra_state", torch.empty(0, dtype=torch.int64))  # saved by an older version
+        state_dict.setdefault(f"{prefix}_extra_state", None)  # where it was not known
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
@@ -307,8 +318,7 @@ class VAE(nn.Module):
                 "encoder must return mu and logvar of the same shape [B, *latent]; "
                 f"got {tuple(mu.shape)} and {tuple(logvar.shape)}"
             )
-        if self.latent_shape != tuple(mu.shape[1:]):
-            self.latent_shape = tuple(mu.shape[1:])
+        self.latent_shape = tuple(mu.shape[1:])  # not read before: compiled code would depend on what it was
         return mu, logvar
 
     @checked
@@ -607,7 +617,7 @@ class VAE(nn.Module):
 
     def _look(self, recon: Recon) -> None:
         """Warn of a first output that looks like probabilities where logits are due. On a CUDA device nobody waits."""
-        if self._looked or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._looked:
             return
         self._looked = True
         logits = split_recon(recon)[0].detach()
@@ -624,7 +634,7 @@ class VAE(nn.Module):
             )
 
     def _warn_of_ddp(self) -> None:
-        if not self._wrapped or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not self._wrapped or not torch.is_grad_enabled():
             return
         if DistributedDataParallel._active_ddp_module is None:
             self._wrapped = False  # once

@@ -355,8 +355,8 @@ class VAE(nn.Module):
             raise ValueError(f"decoder must return [{size}, *event] for {size} latents; got {tuple(first.shape)}")
         if lead == 2:
             whole = [t.dim() == first.dim() and t.shape[0] == size for t in others]
-            others = [t.unflatten(0, z.shape[:2]) if w else t for t, w in zip(others, whole, strict=True)]
-            first = first.unflatten(0, z.shape[:2])
+            others = [torch.unflatten(t, 0, z.shape[:2]) if w else t for t, w in zip(others, whole, strict=True)]
+            first = torch.unflatten(first, 0, z.shape[:2])  # torch.compile refuses the method under a default device
         return join_recon(first, *others)
 
     if TYPE_CHECKING:
@@ -546,7 +546,8 @@ class VAE(nn.Module):
                 runs over all K without a graph, in pieces that fit the cache, and once more over keep * B rows with a
                 graph, in half the time where keep is a tenth of K; neither z nor recon of all K exists at once.
                 "auto": the smallest of a few sizes that adds at most 5 % to the variance of the gradient, by the
-                weights of earlier batches; all samples where keeping fewer is no less work.
+                weights of earlier batches; all samples where keeping fewer is no less work. Compiled code takes the size
+                that calls in eager mode have found, and looks at no weights itself.
             reduction: "mean" (over B), "sum" or "none".
             return_parts: also return log p(x | z) and the KL per datum; with keep, log p(x | z) has no graph.
             seed, generator, eps: the noise, as in `fastelbo.rsample`; eps is [B, *latent] for "elbo" with one sample,
@@ -646,7 +647,8 @@ class VAE(nn.Module):
 
     def _auto_keep(self, row: Estimator, num_samples: int) -> kept.AutoKeep:
         """What `keep="auto"` has seen of an objective's weights, for checkpoints: `state_dict`, `load_state_dict`."""
-        return self._auto.setdefault((row, num_samples), kept.AutoKeep(num_samples))
+        known = self._auto.get if torch.compiler.is_compiling() else self._auto.setdefault
+        return known((row, num_samples), kept.AutoKeep(num_samples))
 
     def _kept_loss(
         self,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("lightning", reason="lightning is not installed: make test-integrations installs it")
 
 import lightning
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -170,6 +171,35 @@ def test_two_processes(tmp_path) -> None:
     whole.trainer = None
     trainer(max_epochs=1).fit(whole, DataLoader(loader(16).dataset, batch_size=16))
     torch.testing.assert_close(torch.load(out), whole.model.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-mixed"])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_checkpoints_bring_the_latent_shape(tmp_path, precision: str, averaged: bool) -> None:
+    """That of a model that has learned it in training, also of an average of its weights."""
+
+    def new() -> LightningVAE:
+        return LightningVAE(fastelbo.VAE(nn.Linear(D, 2 * M), nn.Linear(M, D)))
+
+    module, path = new(), tmp_path / "model.ckpt"
+    run = trainer(precision=precision, callbacks=[EMAWeightAveraging()] if averaged else [])
+    run.fit(module, loader(dtype=torch.bfloat16 if precision == "bf16-true" else torch.float32))
+    run.save_checkpoint(path)
+    fresh = LightningVAE.load_from_checkpoint(path, model=new().model, weights_only=False).model
+    assert fresh.latent_shape == (M,) and fresh.sample(2).shape == (2, D)
+
+
+def test_safetensors(tmp_path) -> None:
+    """By a state dict and by the model."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    for latent in ((M,), (2, 3)):
+        trained, path = fastelbo.VAE(nn.Linear(D, 2 * M), nn.Linear(M, D), latent_shape=latent), tmp_path / "model"
+        by_state, by_model = (fastelbo.VAE(nn.Linear(D, 2 * M), nn.Linear(M, D)) for _ in range(2))
+        safetensors.save_file(trained.state_dict(), path)
+        by_state.load_state_dict(safetensors.load_file(path))
+        safetensors.save_model(trained, path)
+        safetensors.load_model(by_model, path)
+        assert by_state.latent_shape == by_model.latent_shape == latent
 
 
 class Fixed(LightningVAE):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import fastelbo
 from fastelbo import VAE
 
 B, D, M = 6, 8, 3
@@ -127,19 +128,20 @@ def averaged(before: bool, **options: object) -> Callable[[VAE], VAE]:
         average = AveragedModel(new() if before else model, **options)
         for _ in range(3):
             average.update_parameters(step(model))
-        torch.testing.assert_close(average.module.encoder[1].running_mean, model.encoder[1].running_mean, atol=1, rtol=0)
+        torch.testing.assert_close(
+            average.module.encoder[1].running_mean, model.encoder[1].running_mean, atol=1, rtol=0
+        )
         return average.module
 
     return by
 
 
 def by_default_on_meta(model: VAE) -> VAE:
-    before = torch.get_default_device()
     torch.set_default_device("meta")
     try:
         state = model.state_dict()
     finally:
-        torch.set_default_device(before)
+        torch.set_default_device(None)
     assert {t.device.type for t in state.values()} == {"cpu"}
     model.load_state_dict(state)
     return model
@@ -224,3 +226,65 @@ def test_a_state_of_get_model_state_dict(options):
     fresh, state = new(), get_model_state_dict(trained(), options=StateDictOptions(**options))
     set_model_state_dict(fresh, state)
     assert fresh.latent_shape == (M,) and fresh.sample(2).shape == (2, D)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch.compile: what a call learns is not read by compiled code, which would be compiled anew once it is known.
+
+OPTIONS = {"objective": "iwae", "num_samples": 50}
+METHODS = {
+    "encode": lambda model, x: model.encode(x),
+    "encode, mask": lambda model, x: model.encode(x, mask=x > 0.1),
+    "forward": lambda model, x: model(x),
+    "forward, K": lambda model, x: model(x, 4),
+    "forward, objective": lambda model, x: model(x, objective="elbo"),
+    "loss": lambda model, x: model.loss(x),
+    "loss, K": lambda model, x: model.loss(x, **OPTIONS),
+    "loss, keep": lambda model, x: model.loss(x, **OPTIONS, keep=5),
+    "loss, auto": lambda model, x: model.loss(x, **OPTIONS, keep="auto"),
+    "reconstruct": lambda model, x: model.reconstruct(x),
+    "log_marginal": lambda model, x: model.log_marginal(x, 7),
+    "log_marginal, prior": lambda model, x: model.log_marginal(x, 7, proposal="prior"),
+    "importance_weights": lambda model, x: fastelbo.importance_weights(model, x, 7),
+    "decode": lambda model, x: model.decode(x[:, :M]),
+    "sample": lambda model, x: model.sample(4),
+}
+
+
+def test_every_method_is_here():
+    public = {name for name, f in vars(VAE).items() if callable(f) and name[0] != "_" and "extra_state" not in name}
+    assert public == {name.partition(",")[0] for name in METHODS} - {"importance_weights"}
+
+
+@pytest.fixture(params=[None, "cpu"], ids=["", "default device"])
+def default_device(request):
+    torch.set_default_device(request.param)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["compiled first", "eager first"])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.usefixtures("default_device")
+def test_each_method_is_compiled_once(name, before):
+    """In one graph, with calls in eager mode before, or in between."""
+    model, x = new(latent_shape=(M,) if name in ("decode", "sample") and not before else None).eval(), torch.rand(B, D)
+    torch._dynamo.reset()
+    compiled = torch.compile(METHODS[name], fullgraph=True, backend="eager")
+    calls = METHODS["loss"], METHODS["encode"], METHODS[name]
+    if before:
+        for call in calls:
+            call(model, x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            compiled(model, x)
+            for call in calls[:2]:
+                call(model, x)
+    assert model.latent_shape == (M,)
+
+
+def test_what_compiled_code_has_seen_is_known_after_it():
+    model = new()
+    torch._dynamo.reset()
+    torch.compile(model.loss, fullgraph=True, backend="eager")(torch.rand(B, D))
+    assert model.latent_shape == (M,) and model.sample(2).shape == (2, D)

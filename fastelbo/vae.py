@@ -546,8 +546,8 @@ class VAE(nn.Module):
                 runs over all K without a graph, in pieces that fit the cache, and once more over keep * B rows with a
                 graph, in half the time where keep is a tenth of K; neither z nor recon of all K exists at once.
                 "auto": the smallest of a few sizes that adds at most 5 % to the variance of the gradient, by the
-                weights of earlier batches; all samples where keeping fewer is no less work. Compiled code takes the size
-                that calls in eager mode have found, and looks at no weights itself.
+                weights of earlier batches; all samples where keeping fewer is no less work. Compiled code takes the
+                size that calls in eager mode have found, and looks at no weights itself.
             reduction: "mean" (over B), "sum" or "none".
             return_parts: also return log p(x | z) and the KL per datum; with keep, log p(x | z) has no graph.
             seed, generator, eps: the noise, as in `fastelbo.rsample`; eps is [B, *latent] for "elbo" with one sample,

@@ -318,7 +318,9 @@ class VAE(nn.Module):
                 "encoder must return mu and logvar of the same shape [B, *latent]; "
                 f"got {tuple(mu.shape)} and {tuple(logvar.shape)}"
             )
-        self.latent_shape = tuple(mu.shape[1:])  # not read before: compiled code would depend on what it was
+        # not read before, or compiled code would depend on what was there; but torch.export warns of what is written
+        if not torch.compiler.is_exporting() or self.latent_shape != tuple(mu.shape[1:]):
+            self.latent_shape = tuple(mu.shape[1:])
         return mu, logvar
 
     @checked

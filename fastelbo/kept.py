@@ -439,7 +439,9 @@ class AutoKeep:
         self.keep, self._steps, self._added = int(state["keep"]), int(state["steps"]), list(state["added"])
 
     def due(self) -> bool:
-        """Whether this step's weights are to be given to `update`; counts the steps."""
+        """Whether this step's weights are to be given to `update`; counts the steps. Compiled code has no steps."""
+        if torch.compiler.is_compiling():
+            return False
         self._steps += 1
         return bool(self.sizes) and self._steps % INTERVAL == 1
 

@@ -64,7 +64,6 @@ class LogMeanExp:
         self.count += count
         return self
 
-    @torch.no_grad()
     @checked
     def update(self, log_w: Tensor) -> LogMeanExp:
         """Add a chunk of log weights.
@@ -77,7 +76,7 @@ class LogMeanExp:
         """
         if log_w.dim() == 0 or len(log_w) == 0:
             raise ValueError(f"log_w must be [k, *batch] with k of at least 1; got {tuple(log_w.shape)}")
-        log_w = log_w.double()
+        log_w = log_w.detach().double()
         top = log_w.amax(0)
         weights = torch.exp(log_w - self._shift(top))
         return self._add(len(log_w), top, ordered_sum(weights, 0), ordered_sum(weights.square(), 0))

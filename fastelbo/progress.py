@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import torch
+
 _T = TypeVar("_T")
 
 
@@ -14,6 +16,9 @@ def progress(
     Args:
         unit: what is counted; `total` of them in all, `size(step)` in a step.
     """
+    if torch.compiler.is_compiling():
+        yield from steps
+        return
     try:
         from tqdm import tqdm
     except ImportError:  # it comes with fastelbo[train]

@@ -453,7 +453,7 @@ def scale_(t: Tensor, factor: Tensor) -> None:
 
 def _temper(log_w: Tensor, alpha: float, groups: int) -> Tensor:
     """(1 - alpha) log w, by groups: [K, B] -> [groups, K / groups, B]."""
-    tempered: Tensor = ((1 - alpha) * log_w).unflatten(0, (int(groups), -1))
+    tempered: Tensor = torch.unflatten((1 - alpha) * log_w, 0, (int(groups), -1))
     return tempered
 
 
@@ -595,7 +595,7 @@ def ppca_posterior(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> tuple
 def ppca_grams(observed: Tensor, W: Tensor) -> Tensor:
     """The sums over the observed d of W_d W_d' [N, M, M]; observed [N, D] is 0 and 1."""
     squares = (W.unsqueeze(2) * W.unsqueeze(1)).flatten(1)
-    found: Tensor = (observed @ squares).unflatten(1, (W.shape[1], -1))
+    found: Tensor = torch.unflatten(observed @ squares, 1, (W.shape[1], -1))
     return found
 
 

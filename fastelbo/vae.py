@@ -199,7 +199,8 @@ class VAE(nn.Module):
         prior: p(z) = N(mu_p, diag exp(logvar_p)): a pair of tensors or parameters (mu_p, logvar_p) that broadcast to
             [B, *latent], or a module that returns one, called with the condition if there is one. None: N(0, I).
         latent_shape: the shape of one latent, without B. None: taken from the latest `encode`, so that only
-            `decode` and `sample` before any `encode` need it. It travels in the state dict.
+            `decode` and `sample` before any `encode` need it. It travels in the state dict, which has no entry for it
+            before it is known; torch.distributed.checkpoint loads only entries that are there.
 
     Raises:
         ValueError: an unknown likelihood.
@@ -235,15 +236,25 @@ class VAE(nn.Module):
         return self.latent_shape
 
     def get_extra_state(self) -> Tensor:
-        """latent_shape, as int64; empty where it is not known."""
-        return torch.tensor(self.latent_shape or (), dtype=torch.int64)
+        """latent_shape as the size [0, *latent] of an empty tensor, so that no cast and no average can change it."""
+        like = self._like()
+        return torch.empty(0, *(self.latent_shape or ()), dtype=like.dtype, device=like.device)
 
-    def set_extra_state(self, state: Tensor) -> None:
-        if len(state):
-            self.latent_shape = tuple(state.tolist())
+    def set_extra_state(self, state: object) -> None:
+        if not isinstance(state, Tensor) or self.latent_shape is not None:
+            return
+        if state.numel() == 0 and state.dtype != torch.int64:
+            self.latent_shape = tuple(state.shape[1:])
+        elif not state.is_meta:  # by an older version, whose state has the numbers themselves, or none
+            self.latent_shape = tuple(round(size) for size in state.tolist()) or None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.latent_shape is None:
+            del destination[f"{prefix}_extra_state"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}_extra_state", torch.empty(0, dtype=torch.int64))  # saved by an older version
+        state_dict.setdefault(f"{prefix}_extra_state", None)  # where it was not known
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
@@ -307,7 +318,8 @@ class VAE(nn.Module):
                 "encoder must return mu and logvar of the same shape [B, *latent]; "
                 f"got {tuple(mu.shape)} and {tuple(logvar.shape)}"
             )
-        if self.latent_shape != tuple(mu.shape[1:]):
+        # not read before, or compiled code would depend on what was there; but torch.export warns of what is written
+        if not torch.compiler.is_exporting() or self.latent_shape != tuple(mu.shape[1:]):
             self.latent_shape = tuple(mu.shape[1:])
         return mu, logvar
 
@@ -345,8 +357,8 @@ class VAE(nn.Module):
             raise ValueError(f"decoder must return [{size}, *event] for {size} latents; got {tuple(first.shape)}")
         if lead == 2:
             whole = [t.dim() == first.dim() and t.shape[0] == size for t in others]
-            others = [t.unflatten(0, z.shape[:2]) if w else t for t, w in zip(others, whole, strict=True)]
-            first = first.unflatten(0, z.shape[:2])
+            others = [torch.unflatten(t, 0, z.shape[:2]) if w else t for t, w in zip(others, whole, strict=True)]
+            first = torch.unflatten(first, 0, z.shape[:2])  # torch.compile refuses the method under a default device
         return join_recon(first, *others)
 
     if TYPE_CHECKING:
@@ -536,7 +548,8 @@ class VAE(nn.Module):
                 runs over all K without a graph, in pieces that fit the cache, and once more over keep * B rows with a
                 graph, in half the time where keep is a tenth of K; neither z nor recon of all K exists at once.
                 "auto": the smallest of a few sizes that adds at most 5 % to the variance of the gradient, by the
-                weights of earlier batches; all samples where keeping fewer is no less work.
+                weights of earlier batches; all samples where keeping fewer is no less work. Compiled code takes the
+                size that calls in eager mode have found, and looks at no weights itself.
             reduction: "mean" (over B), "sum" or "none".
             return_parts: also return log p(x | z) and the KL per datum; with keep, log p(x | z) has no graph.
             seed, generator, eps: the noise, as in `fastelbo.rsample`; eps is [B, *latent] for "elbo" with one sample,
@@ -607,7 +620,7 @@ class VAE(nn.Module):
 
     def _look(self, recon: Recon) -> None:
         """Warn of a first output that looks like probabilities where logits are due. On a CUDA device nobody waits."""
-        if self._looked or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._looked:
             return
         self._looked = True
         logits = split_recon(recon)[0].detach()
@@ -624,7 +637,7 @@ class VAE(nn.Module):
             )
 
     def _warn_of_ddp(self) -> None:
-        if not self._wrapped or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not self._wrapped or not torch.is_grad_enabled():
             return
         if DistributedDataParallel._active_ddp_module is None:
             self._wrapped = False  # once
@@ -636,7 +649,8 @@ class VAE(nn.Module):
 
     def _auto_keep(self, row: Estimator, num_samples: int) -> kept.AutoKeep:
         """What `keep="auto"` has seen of an objective's weights, for checkpoints: `state_dict`, `load_state_dict`."""
-        return self._auto.setdefault((row, num_samples), kept.AutoKeep(num_samples))
+        known = self._auto.get if torch.compiler.is_compiling() else self._auto.setdefault
+        return known((row, num_samples), kept.AutoKeep(num_samples))
 
     def _kept_loss(
         self,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("lightning", reason="lightning is not installed: make test-integrations installs it")
 
 import lightning
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -221,6 +222,41 @@ def test_two_processes(tmp_path) -> None:
     whole.trainer = None
     trainer(max_epochs=1).fit(whole, DataLoader(loader(16).dataset, batch_size=16))
     torch.testing.assert_close(torch.load(out), whole.model.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def vae_of(checkpoint: Path, latent_shape: tuple[int, ...] | None = None) -> fastelbo.VAE:
+    """A model that has seen nothing but the checkpoint, if there is one."""
+    vae = fastelbo.VAE(nn.Linear(D, 2 * M), nn.Linear(M, D), latent_shape=latent_shape)
+    return LightningVAE.load_from_checkpoint(checkpoint, model=vae).model if checkpoint.exists() else vae
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_checkpoints_bring_the_latent_shape(tmp_path, precision: str, averaged: bool) -> None:
+    """That of a model that has learned it in training. An average that began before the first batch has not."""
+    path = tmp_path / "model.ckpt"
+    run = trainer(precision=precision, callbacks=[EMAWeightAveraging()] if averaged else [])
+    run.fit(LightningVAE(vae_of(path)), loader())
+    run.save_checkpoint(path)
+    fresh = vae_of(path)
+    if averaged:
+        with pytest.raises(ValueError, match=r"give VAE\(\.\.\., latent_shape="):
+            fresh.sample(2)
+        fresh = vae_of(path, (M,))
+    assert fresh.latent_shape == (M,) and fresh.sample(2).shape == (2, D)
+
+
+def test_safetensors(tmp_path) -> None:
+    """By a state dict and by the model."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    for latent in ((M,), (2, 3)):
+        trained, path = fastelbo.VAE(nn.Linear(D, 2 * M), nn.Linear(M, D), latent_shape=latent), tmp_path / "model"
+        by_state, by_model = (fastelbo.VAE(nn.Linear(D, 2 * M), nn.Linear(M, D)) for _ in range(2))
+        safetensors.save_file(trained.state_dict(), path)
+        by_state.load_state_dict(safetensors.load_file(path))
+        safetensors.save_model(trained, path)
+        safetensors.load_model(by_model, path)
+        assert by_state.latent_shape == by_model.latent_shape == latent
 
 
 class Fixed(LightningVAE):

@@ -1,4 +1,4 @@
-"""DistributedDataParallel around a VAE, and figures of all processes: two processes with gloo."""
+"""What wraps and shards a VAE, and figures of all processes: two processes with gloo."""
 
 import copy
 import socket
@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from toys import leave_group
 
@@ -35,11 +39,11 @@ def _start(rank: int, port: int, worker: Callable[..., object], folder: str, arg
     leave_group()
 
 
-def new_model() -> VAE:
+def new_model(latent_shape: tuple[int, ...] | None = None) -> VAE:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 2 * M))
     prior = nn.Parameter(torch.randn(M)), nn.Parameter(torch.randn(M))
-    return VAE(encoder, nn.Linear(M, D), prior=prior).double()
+    return VAE(encoder, nn.Linear(M, D), prior=prior, latent_shape=latent_shape).double()
 
 
 def _gradients(rank: int, x: Tensor, eps: Tensor, options: dict, accumulated: bool) -> list[Tensor]:
@@ -96,6 +100,64 @@ def test_the_names_that_ddp_ignores():
     model = new_model()
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["decoder.bias"])
     assert list(model._ddp_params_and_buffers_to_ignore) == ["decoder.bias"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# States of models that are wrapped before their first batch: whole, and as torch.distributed.checkpoint has them.
+
+
+WRAPPERS = {
+    "ddp": DistributedDataParallel,
+    "fsdp": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+    "fsdp, original parameters": lambda model: FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), use_orig_params=True
+    ),
+    "fully_shard": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (2,))),
+}
+
+
+def _train(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(torch.full((3, D), 0.7).double(), objective="elbo", eps=torch.ones(3, M).double()).backward()
+    optimizer.step()
+    return model
+
+
+def _states(rank: int, name: str, folder: str) -> dict[str, dict[str, Tensor]]:
+    warnings.simplefilter("ignore")  # of torch, of its own parts
+    wrap, whole = WRAPPERS[name], StateDictOptions(full_state_dict=True)
+    model = _train(wrap(new_model()))
+    found = {"whole": get_model_state_dict(model, options=whole)}
+    dcp.save(get_model_state_dict(model), checkpoint_id=folder)
+    for latent_shape in (None, (M,)):
+        fresh, broadcast = (wrap(new_model(latent_shape)) for _ in range(2))
+        dcp.load(state := get_model_state_dict(fresh), checkpoint_id=folder)
+        # under DistributedDataParallel, torch asks for an entry of whatever has a `get_extra_state`
+        set_model_state_dict(fresh, state, options=StateDictOptions(strict=name != "ddp"))
+        state = dict(found["whole"]) if rank == 0 else {}
+        set_model_state_dict(
+            broadcast, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        )
+        for by, other in (("dcp", fresh), ("broadcast", broadcast)):
+            found[f"{by}, {latent_shape}"] = get_model_state_dict(other, options=whole)
+    return found
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_states_of_wrapped_models(tmp_path, name):
+    alone = dict(_train(new_model()).named_parameters())
+    first, second = run(_states, tmp_path, name, str(tmp_path / "checkpoint"))
+    assert len(first) == 5
+    for by, state in first.items():
+        fresh = new_model()
+        fresh.load_state_dict(state)
+        torch.testing.assert_close(dict(fresh.named_parameters()), alone, rtol=1e-12, atol=0)
+        torch.testing.assert_close(second[by], state, rtol=0, atol=0)
+        if by == "dcp, None":  # it loads into entries that are there
+            with pytest.raises(ValueError, match=r"not known yet: .* give VAE\(\.\.\., latent_shape="):
+                fresh.sample(2)
+        else:
+            assert fresh.latent_shape == (M,) and fresh.sample(2).shape == (2, D), by
 
 
 def posterior(rows: slice):

@@ -264,6 +264,7 @@ class _Exported(nn.Module):
         return out if self.method != "forward" else (out.recon, *out.posterior[:3])
 
 
+@pytest.mark.filterwarnings("error:.*side effects")
 @pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method, args", [("decode", ()), ("forward", ()), ("forward", (K,)), ("reconstruct", ())])
 @pytest.mark.parametrize("kind", ["dense", "conv", "pair", "full pair", "three"])

@@ -161,11 +161,6 @@ cuda_sources = [source for source in sources if source.endswith(".cu") or source
 obstacle = "FASTELBO_CUDA=0" if CUDA_CHOICE == "0" else cuda_obstacle(cuda_sources)
 if CUDA_CHOICE == "1" and obstacle:
     sys.exit(f"FASTELBO_CUDA=1, but the CUDA kernels cannot be built: {obstacle}")
-print(
-    f"fastelbo: for torch {torch.__version__}, " + (f"CPU only ({obstacle})" if obstacle else "CPU and CUDA"),
-    flush=True,
-)
-
 os.environ.setdefault("CXX", "g++")
 if COMPILES & set(sys.argv):  # what cannot work is refused here, before anything is compiled
     if wrong := compiler_obstacle():
@@ -178,7 +173,8 @@ if COMPILES & set(sys.argv):  # what cannot work is refused here, before anythin
                 "free some, or set MAX_JOBS=1 to build all the same"
             )
         os.environ["MAX_JOBS"] = str(int(min(cores(), memory / COMPILER_GB)))
-    print(f"fastelbo: {os.environ['MAX_JOBS']} compilers at a time", flush=True)
+what = f"CPU only ({obstacle})" if obstacle else "CPU and CUDA"
+print(f"fastelbo: for torch {torch.__version__}, {what}, MAX_JOBS={os.environ.get('MAX_JOBS')}", flush=True)
 flags = lines("csrc/flags.txt") + [f"-isystem{path}" for path in include_paths()]  # no warnings of torch's headers
 include_dirs, library_dirs = [str(ROOT / "csrc")], []
 if not obstacle:

@@ -165,7 +165,7 @@ os.environ.setdefault("CXX", "g++")
 if COMPILES & set(sys.argv):  # what cannot work is refused here, before anything is compiled
     if wrong := compiler_obstacle():
         sys.exit(f"fastelbo needs g++ 11 or later and Python's headers; CXX={os.environ['CXX']}: {wrong}")
-    if "MAX_JOBS" not in os.environ:
+    if not os.environ.get("MAX_JOBS"):
         memory = memory_gb()
         if memory < COMPILER_GB:
             sys.exit(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,9 @@ Run = Callable[..., dict[str, Any]]
 
 
 def test_a_torch_that_is_missing_or_too_old(run_setup: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """setuptools, too: without isolation, pip does not ask for what pyproject.toml requires."""
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert required == [f"setuptools>={run_setup('sdist')['OLDEST']['setuptools']}"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as refused:
         patch.setattr(sys, "path", [*sys.path])
         patch.setitem(sys.modules, "torch", None)

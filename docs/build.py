@@ -1,10 +1,11 @@
-"""Builds the API reference: pdoc on the names of `fastelbo.__all__`, and the pages of docs/ beside it.
+"""Builds the API reference: pdoc on the names of `fastelbo.__all__`, and README.md and the pages of docs/ beside it.
 
-    python docs/build.py [DIR]        the pages go to DIR, build/docs if not given
+    python docs/build.py [DIR]        the pages go to DIR, build/docs if not given; index.html is README.md
 
 Fails on a warning, on a public name without a docstring, and on a `fastelbo.name` that does not exist.
 """
 
+import argparse
 import ast
 import inspect
 import pkgutil
@@ -17,14 +18,17 @@ from pathlib import Path
 
 import pdoc.doc
 import pdoc.render
+from pdoc.docstrings import embed_images
 
 import fastelbo
 import fastelbo.sklearn
 from fastelbo import distributions, reference
+from fastelbo.commands import cli
 
-HERE = Path(__file__).parent
-PROSE = ("concepts", "adapters", "kept_samples")
-RECIPES = HERE.parent / "examples" / "recipes"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PROSE = ("README", "concepts", "adapters", "kept_samples", "practice", "performance")
+RECIPES = ROOT / "examples" / "recipes"
 # called by torch, not by the user; and what scikit-learn adds to an estimator
 HOOKS = {"extra_repr", "get_extra_state", "set_extra_state", "set_fit_request", "set_partial_fit_request"}
 
@@ -78,13 +82,41 @@ def page(module: types.ModuleType) -> pdoc.doc.Module:
     return doc
 
 
-def prose(name: str) -> pdoc.doc.Module:
-    text = (HERE / f"{name}.md").read_text()
-    for public_name in re.findall(r"`fastelbo\.([\w.]+)", text):
-        pkgutil.resolve_name(f"fastelbo.{public_name}")  # an error: the page speaks of a name that does not exist
+def written(name: str, text: str) -> pdoc.doc.Module:
+    """A page of Markdown."""
     module = types.ModuleType(name, text)
     module.__docformat__ = "markdown"
     return pdoc.doc.Module(module)
+
+
+def source(name: str) -> Path:
+    return ROOT / "README.md" if name == "README" else HERE / f"{name}.md"
+
+
+def prose(name: str) -> pdoc.doc.Module:
+    """A page with its links to other pages; a link to any other file becomes text. Pictures are put in."""
+    path = source(name)
+    text = path.read_text()
+    for public_name in re.findall(r"`fastelbo\.([\w.]+)", text):
+        pkgutil.resolve_name(f"fastelbo.{public_name}")  # an error: the page speaks of a name that does not exist
+    targets = {source(page): f"{page}.html" for page in PROSE}
+    targets |= {recipe: f"recipes.html#{recipe.stem}" for recipe in RECIPES.glob("*.py")}
+
+    def link(match: re.Match[str]) -> str:
+        target = targets.get((path.parent / match[2]).resolve())
+        return f"[{match[1]}]({target})" if target else match[1]
+
+    text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)]+)\)", link, text)
+    return written(name, embed_images(text, path))
+
+
+def command() -> pdoc.doc.Module:
+    """What `fastelbo --help` and the help of its subcommands say."""
+    parser = cli._parser()
+    (commands,) = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    parts = {"fastelbo": parser} | {f"fastelbo {name}": each for name, each in commands.items()}
+    helps = (f"## {name}\n\n```text\n{each.format_help()}```\n" for name, each in parts.items())
+    return written("command", "# The command\n\n" + "\n".join(helps))
 
 
 def recipes() -> pdoc.doc.Module:
@@ -95,13 +127,11 @@ def recipes() -> pdoc.doc.Module:
         docstring = ast.get_docstring(ast.parse(source)) or ""
         code = source.split('"""', 2)[2].strip()
         text += f"\n## {path.stem}\n\n{markdown(docstring)}\n\n```python\n{code}\n```\n"
-    module = types.ModuleType("recipes", text)
-    module.__docformat__ = "markdown"
-    return pdoc.doc.Module(module)
+    return written("recipes", text)
 
 
 def build(out: Path) -> None:
-    pages = {name: prose(name) for name in PROSE} | {"recipes": recipes()}
+    pages = {name: prose(name) for name in PROSE} | {"command": command(), "recipes": recipes()}
     pages |= {module.__name__: page(module) for module in (fastelbo, distributions, reference, fastelbo.sklearn)}
     pdoc.render.configure(
         docformat="google",
@@ -114,7 +144,7 @@ def build(out: Path) -> None:
         path = out / f"{name.replace('.', '/')}.html"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(pdoc.render.html_module(module, pages))
-    (out / "index.html").write_text(pdoc.render.html_index({"fastelbo": pages["fastelbo"]}))
+    (out / "index.html").write_text((out / "README.html").read_text())
 
 
 if __name__ == "__main__":

@@ -19,36 +19,52 @@ from torch.autograd import forward_ad
 from fastelbo import reference
 
 _R = TypeVar("_R")
-_PIP = "pip install --no-build-isolation --force-reinstall --no-deps"
+_ROOT = Path(__file__).resolve().parents[1]
+_FROM_SOURCES = (_ROOT / "csrc").is_dir()
+_PIP = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps"  # pip's cache: of another torch
 
 
 def _rebuild() -> str:
-    """The command that builds this version again, from where it was installed from."""
+    """How to build this version again, from what it was installed from."""
+    if _FROM_SOURCES:
+        return f"build it again: {_PIP} -e {shlex.quote(str(_ROOT))}"
     try:
         installed = distribution("fastelbo")
     except PackageNotFoundError:
-        return f"{_PIP} . (in the folder of fastelbo's sources)"
-    url = json.loads(installed.read_text("direct_url.json") or "{}").get("url", "")
-    folder = url2pathname(urlsplit(url).path) if url.startswith("file:") else ""
-    if Path(folder, "setup.py").is_file():
-        return f"{_PIP} {shlex.quote(folder)}"
-    return f"{_PIP} --no-binary fastelbo fastelbo=={installed.version}"
+        return f"build it again, in the folder of fastelbo's sources: {_PIP} ."
+    pip = f"uv {_PIP}" if (installed.read_text("INSTALLER") or "").strip() == "uv" else _PIP
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    url = origin.get("url", "")
+    if not url:
+        return f"build it again: {pip} --no-binary fastelbo fastelbo=={installed.version}"
+    if url.endswith(".whl"):
+        return "build the wheel again, in the folder of fastelbo's sources: pip wheel --no-build-isolation --no-deps ."
+    if vcs := origin.get("vcs_info"):
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    elif url.startswith("file:"):
+        url = url2pathname(urlsplit(url).path)
+        if not (Path(url).is_file() or Path(url, "setup.py").is_file()):
+            return f"build it again, in the folder of fastelbo's sources, which is no longer {url}: {pip} ."
+    return f"build it again: {pip} {shlex.quote(url)}"
 
 
 if find_spec("fastelbo._C") is None:
-    raise ImportError(f"fastelbo's compiled library is not built here; build it: {_rebuild()}")
+    if _FROM_SOURCES:
+        _where = "you are in the source folder" if Path.cwd() == _ROOT else "this is the source folder"
+        raise ImportError(
+            f"{_where} {_ROOT}, whose library is not compiled for this Python; import an installed fastelbo from "
+            f"another folder, or compile it here: pip install --no-build-isolation -e {shlex.quote(str(_ROOT))}"
+        )
+    raise ImportError(f"fastelbo's compiled library is not here, or is one for another Python; {_rebuild()}")
 try:
     from fastelbo import _C as _C
 except ImportError as error:
-    raise ImportError(
-        f"fastelbo was not built against this PyTorch ({torch.__version__}); rebuild it: {_rebuild()}"
-    ) from error
+    raise ImportError(f"fastelbo was not built against this PyTorch ({torch.__version__}); {_rebuild()}") from error
 
 _BUILT_AGAINST = _C.build_info()["torch"]
 if torch.__version__.split(".")[:2] != _BUILT_AGAINST.split(".")[:2]:
     raise ImportError(
-        f"fastelbo was built against PyTorch {_BUILT_AGAINST}, but this is PyTorch {torch.__version__}; "
-        f"rebuild it: {_rebuild()}"
+        f"fastelbo was built against PyTorch {_BUILT_AGAINST}, but this is PyTorch {torch.__version__}; {_rebuild()}"
     )
 
 reference.KERNEL_DEVICES |= {"cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])}

@@ -26,6 +26,26 @@ def test_nan_is_not_below_the_floor_of_free_bits():
     assert fastelbo.elbo_loss(torch.zeros(4, 2), torch.ones(4, 2), mu, torch.zeros(4, 3), free_bits=0.5).isnan()
 
 
+def test_where_there_is_more_nan_than_in_eager():
+    """The three places that README.md names."""
+    mean = torch.full((1, 40), torch.nan, requires_grad=True)
+    value = fastelbo.log_prob(mean, torch.zeros(1, 40), likelihood="laplace")
+    assert torch.autograd.grad(value, mean)[0].isnan().all()
+    assert (torch.autograd.grad(mean.abs().sum(), mean)[0] == 0).all()
+
+    outside, x = torch.tensor([[1.1]]), torch.tensor([[0.5]])
+    assert fastelbo.log_prob(outside, x, likelihood="bernoulli_probs").isnan().all()
+    with pytest.raises(RuntimeError, match="between 0 and 1"):
+        torch.nn.functional.binary_cross_entropy(outside, x)
+
+    log_w = torch.zeros(8, 6, requires_grad=True)
+    nan = torch.zeros(8, 6)
+    nan[0, 1] = torch.nan
+    (grad,) = torch.autograd.grad(fastelbo.log_mean_exp(log_w + nan, 0).sum(), log_w)
+    assert grad.isnan().any(0).tolist() == [False, True, False, False, False, False]
+    assert fastelbo.keep_samples(log_w.detach() + nan, 4).scale.isnan().all()
+
+
 def test_an_absent_gradient_is_not_zero_times_infinity():
     mu, logvar = torch.zeros(1, 1, requires_grad=True), torch.full((1, 1), 90.0, requires_grad=True)
     z = fastelbo.rsample(mu, logvar, eps=torch.ones(1, 1)).z

@@ -1,5 +1,6 @@
 """The API reference: docs/build.py shows every public name, and refuses what it cannot show."""
 
+import html
 import os
 import re
 import subprocess
@@ -32,7 +33,7 @@ def test_every_public_name_is_in_the_reference(site: Path, name: str) -> None:
 
 def test_links_between_the_pages_lead_somewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
-        for target, anchor in re.findall(r'<a href="([^":#]*)#?([^"]*)"', page.read_text()):
+        for target, anchor in re.findall(r'<a href="(?!https?:)([^":#]*)#?([^"]*)"', page.read_text()):
             other = (page.parent / target) if target else page
             assert other.exists(), f"{page.name} links to {target}"
             assert not anchor or f'id="{anchor}"' in other.read_text(), f"{page.name} links to {target}#{anchor}"
@@ -58,6 +59,22 @@ def test_the_recipes_are_a_page(site: Path) -> None:
     page = (site / "recipes.html").read_text()
     for recipe in (ROOT / "examples/recipes").glob("*.py"):
         assert f'id="{recipe.stem}"' in page, recipe.stem
+
+
+def test_the_index_says_what_this_is(site: Path) -> None:
+    """It is README.md, with every page among its links, and the pictures in it."""
+    index = (site / "index.html").read_text()
+    assert "Fused losses for variational autoencoders" in index and "<title>README" in index
+    for page in ("README", "command", "concepts", "adapters", "kept_samples", "practice", "performance", "recipes"):
+        assert f'<li><a href="{page}.html">' in index, page
+    assert '<a href="recipes.html#vampprior">' in index and '<a href="CONTRIBUTING' not in index
+    assert not re.findall(r'<img[^>]*src="(?!data:)', index)
+
+
+def test_the_page_of_the_command_has_its_options(site: Path) -> None:
+    page = html.unescape((site / "command.html").read_text())
+    for heading, option in (("train", "--free-bits"), ("evaluate", "--chunk-size"), ("sample", "--mean")):
+        assert f'id="fastelbo-{heading}"' in page and option in page
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,6 +123,12 @@ def test_the_code_of_the_concepts_page_runs() -> None:
     space = run_page("concepts")
     assert tuple(space["estimate"].log_prob.shape) == (8,) and space["total"].count == 100
     assert space["prior_mu"].grad.shape == (20,) and space["logvar_x"].grad.shape == ()
+    assert space["model"].prior.mu.grad.shape == (20,) and space["bits"].shape == (8,)
+
+
+def test_the_code_of_the_page_on_practice_runs() -> None:
+    space = run_page("practice")
+    assert space["posterior"].z.shape == (8, 20)
 
 
 def test_the_code_of_the_page_on_kept_samples_runs() -> None:

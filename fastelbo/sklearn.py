@@ -122,13 +122,16 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
             sample_weight: [N], at least 0: a row of weight 2 counts as two equal rows. None is 1 each.
 
         Raises:
-            ValueError: NaN for method "eig", infinity, fewer than 2 rows, n_components not less than the rank.
+            ValueError: NaN for method "eig", infinity, fewer than 2 rows, n_components not less than the rank, which is
+                judged after scaling the columns.
             TypeError: masked cells for method "eig".
 
         Warns:
             sklearn.exceptions.ConvergenceWarning: "em" did not converge, with what to do.
         """
-        X = validate_data(self, self._unmasked(X), dtype=DTYPES, ensure_min_samples=2, ensure_min_features=2, **self._finite())
+        X = validate_data(
+            self, self._unmasked(X), dtype=DTYPES, ensure_min_samples=2, ensure_min_features=2, **self._finite()
+        )
         rows, weight = model.weighted(X, sample_weight)
         N, D = rows.shape
         if self.method == "eig" and N > D:
@@ -200,9 +203,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         self.components_ = np.divide(W, lengths, out=np.zeros_like(W), where=lengths > 0).T
         self.noise_variance_ = float(np.exp(log_sigma2))
         self.explained_variance_ = lengths**2 + self.noise_variance_
-        self.explained_variance_ratio_ = self.explained_variance_ / (
-            (lengths**2).sum() + len(b) * self.noise_variance_
-        )
+        self.explained_variance_ratio_ = self.explained_variance_ / ((lengths**2).sum() + len(b) * self.noise_variance_)
         self.n_samples_ = report.rows
         self.singular_values_ = np.sqrt(self.n_samples_ * self.explained_variance_)
         self.mean_ = b
@@ -231,7 +232,10 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
 
     def inverse_transform(self, X: ArrayLike) -> Array:
         """E[x | z] = W z + b. X: z [N, M] -> [N, D]."""
-        return self._fitted().inverse_transform(check_array(X, dtype=self.mean_.dtype))
+        fitted = self._fitted()
+        if np.ma.is_masked(X):
+            raise TypeError("X must have no masked cells: every coordinate of z is needed")
+        return fitted.inverse_transform(check_array(X, dtype=self.mean_.dtype))
 
     def impute(self, X: ArrayLike) -> Array:
         """X [N, D] with every NaN replaced by its expectation given the row's other cells, whatever the method."""

@@ -63,7 +63,8 @@ def advice(found: Fit) -> str:
     return (
         f"EM did not converge in {steps} steps{rose}. Raise max_iter or tol. If cells are missing, first try fewer "
         f"components than {found.W.shape[1]}, or a floor of sigma2, here {float(found.log_sigma2.exp()):.2g}: too many "
-        "components fit noise, and log p(x) of held-out rows is then lower"
+        "components fit noise, and log p(x) of held-out rows is then lower. If the scales of the columns differ, "
+        "standardize the columns"
     )
 
 
@@ -335,11 +336,8 @@ def eig(batches: Batches, n_components: int, group: Group, min_sigma2: float) ->
     return fit
 
 
-def _rank(values: Tensor, N: int, D: int, power: int = 1) -> int:
-    """How many eigenvalues, falling, are not rounding errors: those of a covariance, or, with power 2, squares of
-    lengths."""
-    rounding = (max(N, D) * torch.finfo(torch.float64).eps) ** power
-    return int((values > values[0] * rounding).sum()) if values[0] > 0 else 0
+def _rank(values: Tensor, N: int, D: int) -> int:
+    return int((values > values[0] * max(N, D) * torch.finfo(torch.float64).eps).sum()) if values[0] > 0 else 0
 
 
 def _small_gram(X: Tensor, w: Tensor, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -413,7 +411,9 @@ def _complete(
         # not eigh's values, whose errors are those of the largest: near the end, the rest of the span holds little
         values = (vectors * (second @ vectors)).sum(0).clamp_min(0)
         values, vectors = torch.cat([values, sums.rest.reshape(1) / N]), vectors[:, :M]
-        _check_count(N, _rank(values, N, D, 2), M)
+        # squares of lengths, whose rounding is that of the data
+        rounding = (max(N, D) * torch.finfo(torch.float64).eps) ** 2 * (values[0] + b.square().sum())
+        _check_count(N, min(int((values > rounding).sum()), N - 1), M)
         # s2 is the mean over the directions that are left; of those in the span too where they are below it
         s2 = torch.stack([values[k:].sum() / (D - k) for k in range(M + 1)])
         s2 = s2[(values[:M] > s2[1:]).sum()].clamp_min(min_sigma2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -187,8 +187,9 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
             return X
         if not missing and self.method != "em":
             raise TypeError('X must have no masked cells for method "eig"; method="em" takes them as missing')
-        masked = np.ma.asarray(X)
-        return masked.astype(masked.dtype if masked.dtype.kind == "f" else np.float64).filled(np.nan)
+        masked: Any = X
+        filled: ArrayLike = masked.astype(masked.dtype if masked.dtype.kind == "f" else np.float64).filled(np.nan)
+        return filled
 
     def _finite(self) -> dict[str, object]:
         return {"ensure_all_finite": "allow-nan" if self.method == "em" else True}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -70,10 +70,13 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
     Attributes:
         components_: [M, D], orthonormal rows, longest column of W first, the largest entry of each positive, as
             scikit-learn's. A row is 0 if its component has no more variance than the noise.
-        explained_variance_: [M], of the data along each component: |W_m|^2 + s2.
+        explained_variance_: [M], of the data along each component: |W_m|^2 + s2, as maximum likelihood has it.
+        explained_variance_ratio_: [M], its share of the trace of `get_covariance`.
+        singular_values_: [M], of the centered data: sqrt(N explained_variance_).
         noise_variance_: s2.
         mean_: [D], b.
-        n_components_, n_features_in_, feature_names_in_: M, D, and the names of the columns of a table.
+        n_components_, n_features_in_, n_samples_: M, D, and N: of rows whose weight is not 0.
+        feature_names_in_: the names of the columns of a table.
         n_iter_: steps of "em"; 1 for "eig".
         model_: the `fastelbo.PPCA`, for what it offers beyond: posterior, samples, ELBO.
 
@@ -119,12 +122,16 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
             sample_weight: [N], at least 0: a row of weight 2 counts as two equal rows. None is 1 each.
 
         Raises:
-            ValueError: NaN for method "eig", infinity, fewer than 2 rows, n_components not less than the rank.
+            ValueError: NaN for method "eig", infinity, fewer than 2 rows, n_components not less than the rank, which is
+                judged after scaling the columns.
+            TypeError: masked cells for method "eig".
 
         Warns:
             sklearn.exceptions.ConvergenceWarning: "em" did not converge, with what to do.
         """
-        X = validate_data(self, X, dtype=DTYPES, ensure_min_samples=2, ensure_min_features=2, **self._finite())
+        X = validate_data(
+            self, self._unmasked(X), dtype=DTYPES, ensure_min_samples=2, ensure_min_features=2, **self._finite()
+        )
         rows, weight = model.weighted(X, sample_weight)
         N, D = rows.shape
         if self.method == "eig" and N > D:
@@ -157,7 +164,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
                 f"partial_fit cannot go on from a fit of at most D={self.n_features_in_} rows, which keeps no scatter "
                 "matrix: let a clone begin with partial_fit"
             )
-        X = validate_data(self, X, dtype=DTYPES, reset=first, ensure_min_features=2 if first else 1)
+        X = validate_data(self, self._unmasked(X), dtype=DTYPES, reset=first, ensure_min_features=2 if first else 1)
         return self._update(None if first else self._moments, *model.weighted(X, sample_weight))
 
     def _update(self, before: Moments | None, rows: Tensor, weight: Tensor | None) -> PPCA:
@@ -165,7 +172,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         dtype = rows.dtype
         if before is not None:
             dtype = torch.promote_types(dtype, self.model_._parameters_()[0].dtype)
-        moments = deepcopy(before) or Moments(rows.shape[1], rows.device, scatter=True)
+        moments = deepcopy(before) or Moments(rows.shape[1], rows.device, covariance=True)
         moments.update(rows, weight)
         fitted = model.PPCA(self.n_components)
         fitted._take(fit.of_moments(moments, fitted.n_components, self._least()), dtype)
@@ -173,6 +180,16 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
 
     def _least(self) -> float:
         return model.variance("min_noise_variance", self.min_noise_variance)  # type: ignore[no-any-return]
+
+    def _unmasked(self, X: ArrayLike, missing: bool = False) -> ArrayLike:
+        """The masked cells of a masked array as NaN, which scikit-learn reads under the mask."""
+        if not np.ma.is_masked(X):
+            return X
+        if not missing and self.method != "em":
+            raise TypeError('X must have no masked cells for method "eig"; method="em" takes them as missing')
+        masked: Any = X
+        filled: ArrayLike = masked.astype(masked.dtype if masked.dtype.kind == "f" else np.float64).filled(np.nan)
+        return filled
 
     def _finite(self) -> dict[str, object]:
         return {"ensure_all_finite": "allow-nan" if self.method == "em" else True}
@@ -187,6 +204,9 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         self.components_ = np.divide(W, lengths, out=np.zeros_like(W), where=lengths > 0).T
         self.noise_variance_ = float(np.exp(log_sigma2))
         self.explained_variance_ = lengths**2 + self.noise_variance_
+        self.explained_variance_ratio_ = self.explained_variance_ / ((lengths**2).sum() + len(b) * self.noise_variance_)
+        self.n_samples_ = report.rows
+        self.singular_values_ = np.sqrt(self.n_samples_ * self.explained_variance_)
         self.mean_ = b
         self.n_components_ = len(lengths)
         self.n_iter_ = max(1, len(report.log_likelihood) - 1)
@@ -200,6 +220,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         return self.model_
 
     def _data(self, X: ArrayLike, **finite: object) -> Array:
+        X = self._unmasked(X, missing=bool(finite))
         found: Array = validate_data(self, X, dtype=self.mean_.dtype, reset=False, **(finite or self._finite()))
         return found
 
@@ -212,7 +233,10 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
 
     def inverse_transform(self, X: ArrayLike) -> Array:
         """E[x | z] = W z + b. X: z [N, M] -> [N, D]."""
-        return self._fitted().inverse_transform(check_array(X, dtype=self.mean_.dtype))
+        fitted = self._fitted()
+        if np.ma.is_masked(X):
+            raise TypeError("X must have no masked cells: every coordinate of z is needed")
+        return fitted.inverse_transform(check_array(X, dtype=self.mean_.dtype))
 
     def impute(self, X: ArrayLike) -> Array:
         """X [N, D] with every NaN replaced by its expectation given the row's other cells, whatever the method."""
@@ -231,3 +255,10 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         W = self._fitted()._parameters_()[0].detach().numpy()
         covariance: Array = W @ W.T + self.noise_variance_ * np.eye(len(W), dtype=W.dtype)
         return covariance
+
+    def get_precision(self) -> Array:
+        """The inverse of `get_covariance` [D, D], from the components."""
+        check_is_fitted(self)
+        U, s2 = self.components_, self.noise_variance_
+        precision: Array = (U.T * (1 / self.explained_variance_ - 1 / s2)) @ U + np.eye(U.shape[1], dtype=U.dtype) / s2
+        return precision

@@ -63,15 +63,9 @@ def advice(found: Fit) -> str:
     return (
         f"EM did not converge in {steps} steps{rose}. Raise max_iter or tol. If cells are missing, first try fewer "
         f"components than {found.W.shape[1]}, or a floor of sigma2, here {float(found.log_sigma2.exp()):.2g}: too many "
-        "components fit noise, and log p(x) of held-out rows is then lower"
+        "components fit noise, and log p(x) of held-out rows is then lower. If the scales of the columns differ, "
+        "standardize the columns"
     )
-
-
-class Count(NamedTuple):
-    """How many rows there are, and the sum of their weights."""
-
-    rows: int
-    weight: float
 
 
 class RankError(ValueError):
@@ -154,42 +148,64 @@ def _weights(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 class Moments:
-    """Rows, sum of their weights, mean and, where it is asked for, scatter matrix about the mean, of batches and of
-    processes."""
+    """Rows, sum of their weights, mean, variance and, where it is asked for, covariance, of batches and of processes.
 
-    def __init__(self, D: int, device: torch.device, scatter: bool = False) -> None:
+    Weights have a ratio's meaning: what is summed is a share of their sum, so that neither small nor large ones leave
+    float64's range.
+    """
+
+    def __init__(self, D: int, device: torch.device, covariance: bool = False) -> None:
         self.rows, self.count = torch.zeros(2, dtype=torch.float64, device=device)
         self.mean = torch.zeros(D, dtype=torch.float64, device=device)
-        self.square = torch.zeros((), dtype=torch.float64, device=device)  # trace of the scatter matrix
-        self.scatter = torch.zeros(D, D, dtype=torch.float64, device=device) if scatter else None
+        self.square = torch.zeros((), dtype=torch.float64, device=device)  # trace of the covariance
+        self.covariance = torch.zeros(D, D, dtype=torch.float64, device=device) if covariance else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "scatter" in state:  # of an older pickle: the sums
+            scatter = state.pop("scatter")
+            state["covariance"] = None if scatter is None else scatter / state["count"]
+            state["square"] = state["square"] / state["count"]
+        self.__dict__.update(state)
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
         for piece, w in _pieces(x, weight):
             r = read_data(piece, torch.float64)
-            n = len(r) if w is None else w.sum()
-            mean = r.mean(0) if w is None else w @ r / n
-            r = r - mean if w is None else (r - mean) * w.sqrt()[:, None]
+            n = torch.full_like(self.count, len(r)) if w is None else w.sum()
+            mean = r.mean(0) if w is None else (w / n) @ r
             count = self.count + n
-            delta, both = mean - self.mean, self.count * n / count
-            self.mean = self.mean + delta * (n / count)
-            self.square = self.square + r.square().sum() + both * delta.square().sum()
-            if self.scatter is not None:
-                self.scatter.addmm_(r.mT, r).addr_(both * delta, delta)
+            old, new = self.count / count, n / count
+            r = (r - mean) * (new / len(r) if w is None else (w / count)[:, None]).sqrt()
+            delta = mean - self.mean
+            self.mean = self.mean + delta * new
+            self.square = old * self.square + r.square().sum() + old * new * delta.square().sum()
+            if self.covariance is not None:
+                self.covariance.mul_(old).addmm_(r.mT, r).addr_(old * new * delta, delta)
             self.count = count
             self.rows = self.rows + len(r)
 
     def reduce(self, group: Group) -> None:
         """In place: the moments of the rows of all processes."""
-        ours, mean = self.count.clone(), self.count * self.mean
-        group.sum(self.rows, self.count, mean)
-        mean /= self.count.clamp_min(1)
+        if group.group is None:
+            return
+        ours = self.count.clone()
+        group.sum(self.rows, self.count)
+        share = ours / self.count if self.rows > 0 else ours
+        mean = share * self.mean
+        group.sum(mean)
         delta = self.mean - mean
-        self.square += ours * delta.square().sum()
-        if self.scatter is not None:
-            self.scatter.addr_(ours * delta, delta)
-            group.sum(self.scatter)
+        self.square = share * (self.square + delta.square().sum())
+        if self.covariance is not None:
+            self.covariance.addr_(delta, delta).mul_(share)
+            group.sum(self.covariance)
         group.sum(self.square)
         self.mean = mean
+
+
+def _relative(batches: Batches, mean_weight: float) -> Batches:
+    """The same rows, with weights of mean 1."""
+    if mean_weight == 1:
+        return batches
+    return lambda: ((x, _weights(x, w) / mean_weight) for x, w in batches())
 
 
 def _features(first: Tensor | None, group: Group) -> tuple[int, torch.device]:
@@ -209,7 +225,8 @@ def _check_count(count: int, rank: int, n_components: int) -> None:
     if rank <= n_components:
         raise RankError(
             f"n_components must be less than the rank {rank} of the centered data [{count} rows]; got {n_components}: "
-            "sigma2 would be 0 and the likelihood without a maximum"
+            "to rounding, sigma2 would be 0 and the likelihood without a maximum; if the scales of the columns differ, "
+            "standardize the columns"
         )
 
 
@@ -243,13 +260,22 @@ def of_moments(moments: Moments, n_components: int, min_sigma2: float) -> Fit:
 
     Reference: Tipping & Bishop 1999, eq. 7 and 8.
     """
-    assert moments.scatter is not None
+    assert moments.covariance is not None
     N, D = int(moments.rows), len(moments.mean)
     check_components(n_components, D)
-    values, vectors = torch.linalg.eigh(moments.scatter / moments.count)
-    values = values.flip(0).clamp_min(0)
-    _check_count(N, _rank(values, N, D), n_components)
-    return _closed_form(values, vectors.flip(1)[:, :n_components], moments.mean, N, min_sigma2)
+    deviation = torch.diagonal(moments.covariance).sqrt()
+    inverse = _inverse(deviation, moments.mean, N)
+    scaled, turn = torch.linalg.eigh(moments.covariance * inverse * inverse[:, None])
+    _check_count(N, _rank(scaled.flip(0), N, D), n_components)
+    # of a factor of the covariance: columns that are far smaller than others keep their digits
+    top, lengths, _ = torch.linalg.svd(deviation[:, None] * turn * scaled.clamp_min(0).sqrt())
+    return _closed_form(lengths.square(), top[:, :n_components], moments.mean, N, min_sigma2)
+
+
+def _inverse(deviation: Tensor, mean: Tensor, N: int) -> Tensor:
+    """1 / deviation [D]; 0 of columns that are constant but for the rounding of their mean."""
+    rounding = math.sqrt(N) * torch.finfo(torch.float64).eps * mean.abs()
+    return torch.where(deviation > rounding, 1 / deviation, 0.0)
 
 
 def _closed_form(values: Tensor, top: Tensor, mean: Tensor, N: int, min_sigma2: float) -> Fit:
@@ -281,7 +307,7 @@ def eig(batches: Batches, n_components: int, group: Group, min_sigma2: float) ->
             if moments is None and count <= x.shape[1]:
                 kept.append((x, weight))
                 continue
-            moments = moments or Moments(x.shape[1], x.device, scatter=True)
+            moments = moments or Moments(x.shape[1], x.device, covariance=True)
             for batch in (*kept, (x, weight)):
                 moments.update(*batch)
             kept.clear()
@@ -292,7 +318,7 @@ def eig(batches: Batches, n_components: int, group: Group, min_sigma2: float) ->
     N = int(total)
     if N > D:
         if moments is None:
-            moments = Moments(D, device, scatter=True)
+            moments = Moments(D, device, covariance=True)
             for batch in kept:
                 moments.update(*batch)
         moments.reduce(group)
@@ -326,15 +352,15 @@ def _small_gram(X: Tensor, w: Tensor, n_components: int) -> tuple[Tensor, Tensor
         for part, center in zip(X.split(size, 1), mean.split(size), strict=True):
             yield (part.double() - center) * share.sqrt()[:, None]
 
-    gram = torch.zeros(N, N, dtype=torch.float64, device=X.device)
-    for r in centered():
-        gram.addmm_(r, r.mT)
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)[:, :n_components]
-    rank = _rank(values, N, D) if N else 0
-    _check_count(N, rank, n_components)
-    scale = 1 / torch.sqrt(values[:n_components])
-    return values, torch.cat([r.mT @ vectors * scale for r in centered()]), mean
+    gram, R = torch.zeros(2, N, N, dtype=torch.float64, device=X.device)
+    for r, center in zip(centered(), mean.split(size), strict=True):
+        scaled = r * _inverse(torch.linalg.vector_norm(r, dim=0), center, N)
+        gram.addmm_(scaled, scaled.mT)
+        R = torch.linalg.qr(torch.cat([R, r.mT]), mode="r")[1]
+    _check_count(N, _rank(torch.linalg.eigvalsh(gram).flip(0), N, D) if N else 0, n_components)
+    _, lengths, vectors = torch.linalg.svd(R)
+    vectors = vectors.mT[:, :n_components] / lengths[:n_components]
+    return lengths.square(), torch.cat([r.mT @ vectors for r in centered()]), mean
 
 
 class _Sums:
@@ -362,7 +388,7 @@ class _Sums:
 
 
 def _complete(
-    batches: Batches, W: Tensor, b: Tensor, count: Count, n_components: int, min_sigma2: float, group: Group
+    batches: Batches, W: Tensor, b: Tensor, N: int, n_components: int, min_sigma2: float, group: Group
 ) -> Iterator[Step]:
     """Of the subspaces that steps reach, the best parameters.
 
@@ -380,12 +406,14 @@ def _complete(
         for piece in _read(batches, group):
             sums.update(*piece)
         group.sum(sums.cross, sums.second, sums.rest)
-        second = sums.second / count.weight
+        second = sums.second / N
         vectors = torch.linalg.eigh(second)[1].flip(1)
         # not eigh's values, whose errors are those of the largest: near the end, the rest of the span holds little
         values = (vectors * (second @ vectors)).sum(0).clamp_min(0)
-        values, vectors = torch.cat([values, sums.rest.reshape(1) / count.weight]), vectors[:, :M]
-        _check_count(count.rows, _rank(values, count.rows, D), M)
+        values, vectors = torch.cat([values, sums.rest.reshape(1) / N]), vectors[:, :M]
+        # squares of lengths, whose rounding is that of the data
+        rounding = (max(N, D) * torch.finfo(torch.float64).eps) ** 2 * (values[0] + b.square().sum())
+        _check_count(N, min(int((values > rounding).sum()), N - 1), M)
         # s2 is the mean over the directions that are left; of those in the span too where they are below it
         s2 = torch.stack([values[k:].sum() / (D - k) for k in range(M + 1)])
         s2 = s2[(values[:M] > s2[1:]).sum()].clamp_min(min_sigma2)
@@ -444,7 +472,7 @@ def _incomplete(
     W: Tensor,
     b: Tensor,
     log_sigma2: Tensor,
-    count: Count,
+    N: int,
     min_sigma2: float,
     floor: Tensor,
     group: Group,
@@ -462,7 +490,7 @@ def _incomplete(
         for piece in _read(batches, group):
             sums.update(*piece)
         W, b, log_s2 = sums.step(group)
-        return float(sums.log_prob) / count.weight, (W, b, log_s2.clamp_min(least))
+        return float(sums.log_prob) / N, (W, b, log_s2.clamp_min(least))
 
     def change(new: Parameters, old: Parameters) -> Parameters:
         return new[0] - old[0], new[1] - old[1], new[2] - old[2]
@@ -477,7 +505,7 @@ def _incomplete(
     yield before, first
     while True:
         if not min(first[2], second[2]) > floor:  # NaN too
-            _check_count(count.rows, W.shape[1], W.shape[1])
+            _check_count(N, W.shape[1], W.shape[1])
         middle, third = step(second)
         r = change(second, first)
         v = change(change(third, second), r)
@@ -491,13 +519,15 @@ def _incomplete(
         yield value, first
 
 
-def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, Count, bool]:
-    """Of observed cells: mean [D], mean variance, rows; and whether cells are missing."""
+def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, int, float, bool]:
+    """Of observed cells: mean [D], mean variance; rows, their mean weight; and whether cells are missing."""
     first, missing = None, False
     moments: Moments | None = None
+    total = [0.0, 0.0]  # rows, and their weight
     with group.together():
         for x, weight in batches():
             first = x if first is None else first
+            total = [total[0] + len(x), total[1] + (len(x) if weight is None else float(weight.sum()))]
             moments = moments or Moments(x.shape[1], x.device)
             if x.is_floating_point():
                 missing |= bool(x.isnan().any())
@@ -507,35 +537,33 @@ def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, Count
                 moments.update(x, weight)
     D, device = _features(first, group)
     moments = moments or Moments(D, device)
+    rows, weights = torch.tensor(total, dtype=torch.float64, device=device)
+    group.sum(rows, weights)
+    N, mean_weight = int(rows), float(weights / rows) if rows else 1.0
     if not group.largest(missing):
         moments.reduce(group)
-        count = Count(int(moments.rows), float(moments.count))
-        return moments.mean, moments.square / (moments.count * D), count, False
+        return moments.mean, moments.square / D, N, mean_weight, False
     # a second pass, by column; sums about the first row's values, where there are any
     seen, mean, square = (torch.zeros(D, dtype=torch.float64, device=device) for _ in range(3))
-    rows, weights = torch.zeros(2, dtype=torch.float64, device=device)
-    tiny = torch.finfo(torch.float64).tiny
-    for piece, weight in _read(batches, group):
-        w = _weights(piece, weight)
-        rows += len(piece)
-        weights += w.sum()
-        cells = ~piece.isnan() * w[:, None]
+    for piece, weight in _read(_relative(batches, mean_weight), group):
+        cells = ~piece.isnan() * _weights(piece, weight)[:, None]
         n = cells.sum(0)
         r = torch.nan_to_num(read_data(piece, torch.float64))
-        local = (r * cells).sum(0) / n.clamp_min(tiny)
+        local = (r * (cells / torch.where(n > 0, n, 1.0))).sum(0)
         square += ((r - local).square() * cells).sum(0)
-        delta, total = local - mean, (seen + n).clamp_min(tiny)
-        square += delta.square() * seen * n / total
-        mean += delta * n / total
-        seen += n
+        total_n = seen + n
+        delta, share = local - mean, n / torch.where(total_n > 0, total_n, 1.0)
+        square += delta.square() * seen * share
+        mean += delta * share
+        seen = total_n
     sums, ours = seen * mean, seen.clone()
-    group.sum(seen, sums, rows, weights)
+    group.sum(seen, sums)
     if (never := torch.nonzero(seen == 0).flatten().tolist()) != []:
         raise ValueError(f"X must have an observed cell in every column; none in {', '.join(map(str, never))}")
     center = sums / seen
     square += ours * (mean - center).square()
     group.sum(square)
-    return center, square.sum() / seen.sum(), Count(int(rows), float(weights)), True
+    return center, square.sum() / seen.sum(), N, mean_weight, True
 
 
 def _settled(history: list[float], tol: float) -> bool:
@@ -564,19 +592,20 @@ def em(
     It ends when less than `tol` nats per row seem left to gain. log p(x) never falls from one step to the next but by
     rounding; should it, the step before is the result, and the report says that it did not converge.
     """
-    b, variance, count, missing = _column_means(batches, group)
+    b, variance, N, mean_weight, missing = _column_means(batches, group)
+    batches = _relative(batches, mean_weight)
     D = len(b)
     check_components(n_components, D)
     rank = n_components + 1 if float(variance) > 0 else 0  # no more is known before the fit
-    _check_count(count.rows, rank, n_components)
+    _check_count(N, rank, n_components)
     W = torch.randn(D, n_components if missing else min(3 * n_components, D), dtype=torch.float64, generator=generator)
     W = W.to(b.device) * torch.sqrt(variance / (2 * n_components))
     group.same(W, b, variance)
     if missing:
         floor = torch.log(variance) + math.log(D * torch.finfo(torch.float64).eps)
-        steps = _incomplete(batches, W, b, torch.log(variance / 2), count, min_sigma2, floor, group)
+        steps = _incomplete(batches, W, b, torch.log(variance / 2), N, min_sigma2, floor, group)
     else:
-        steps = _complete(batches, W, b, count, n_components, min_sigma2, group)
+        steps = _complete(batches, W, b, N, n_components, min_sigma2, group)
     history: list[float] = []
     converged = False
     for value, found in progress(islice(steps, max_iter + 1), "EM", "step", max_iter + 1):
@@ -588,6 +617,6 @@ def em(
         best = found
         if converged := _settled(history, tol):
             break
-    fit = Fit(canonical(best[0]), *best[1:], FitReport("em", count.rows, converged, tuple(history)))
+    fit = Fit(canonical(best[0]), *best[1:], FitReport("em", N, converged, tuple(history)))
     group.same(*fit[:3])
     return fit

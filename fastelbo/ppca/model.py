@@ -47,6 +47,8 @@ def _from_numpy(X: Any) -> Tensor:
     if isinstance(X, np.ma.MaskedArray):
         if np.ma.is_masked(X) and X.dtype.kind in "bu":
             X = X / np.float32(255 if X.dtype == np.uint8 else 1)
+        if np.ma.is_masked(X) and X.dtype.kind != "f":  # their fill value would be read
+            raise TypeError(f"a masked array must be floating, uint8 or bool; got {X.dtype}")
         a = X.filled(np.nan) if np.ma.is_masked(X) and X.dtype.kind == "f" else X.filled()
     else:
         a = np.asarray(X)

@@ -4,6 +4,7 @@ import math
 import socket
 from itertools import pairwise
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -121,6 +122,51 @@ def test_a_large_mean_costs_no_digits(N, D):
     torch.testing.assert_close(c.log_sigma2, a.log_sigma2, rtol=1e-3, atol=0)
 
 
+def exact(x: Tensor, M: int) -> tuple[float, list[float]]:
+    """s2 and the largest eigenvalues, in 60 digits."""
+    with mpmath.workdps(60):
+        X = mpmath.matrix(x.tolist())
+        N, D = x.shape
+        for j in range(D):
+            mean = sum(X[:, j]) / N
+            for i in range(N):
+                X[i, j] -= mean
+        values = sorted(mpmath.eigsy(X.T * X / N, eigvals_only=True), reverse=True)
+        return float(sum(values[M:]) / (D - M)), [float(value) for value in values[:M]]
+
+
+@pytest.mark.parametrize("method", ["eig", "em"])
+@pytest.mark.parametrize("scale", [1e-7, 1e7, 4e7, 1e10])
+@pytest.mark.parametrize("N, D, M", [(300, 4, 1), (300, 4, 2), (5, 9, 2)])
+def test_columns_of_other_scales(method, scale, N, D, M):
+    x = torch.randn(N, D, dtype=F64, generator=torch.Generator().manual_seed(0))
+    x[:, 1] *= scale
+    m = PPCA(M).fit(x, method, tol=1e-13, generator=torch.Generator().manual_seed(0))
+    s2, values = exact(x, M)
+    assert m.log_sigma2.exp().item() == pytest.approx(s2, rel=1e-6)
+    found = m.W.detach().square().sum(0) + s2
+    torch.testing.assert_close(found, torch.tensor(values, dtype=F64), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", ["eig", "em"])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize("N", [300, 5])
+def test_the_rank_is_that_of_the_columns_whatever_their_scales(method, offset, N):
+    x = torch.randn(N, 6, dtype=F64, generator=torch.Generator().manual_seed(0))
+    x[:, 1] *= 1e7
+    x[:, 2:] = x[:, :1] * torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=F64)  # rank 2
+    x += offset
+    with pytest.raises(ValueError, match=r"less than the rank 2 of .* to rounding, .* standardize the columns"):
+        PPCA(2).fit(x, method)
+
+
+def test_with_missing_cells_the_message_names_the_scales():
+    x = gaps(data(300, 5, 2), 0.2)
+    x[:, 1] *= 1e9
+    with pytest.warns(RuntimeWarning, match=r"did not converge .* standardize the columns"):
+        PPCA(2).fit(x, "em")
+
+
 def test_float32_data_are_fitted_in_float64():
     x = data(400, 10, 3).float()
     m = PPCA(3).fit(x)
@@ -208,7 +254,7 @@ def test_a_fall_of_the_likelihood_ends_em_at_the_best_step(monkeypatch):
 @pytest.mark.parametrize("more", [0, 1])
 def test_em_with_as_many_components_as_the_rank(N, rank, more):
     x = data(N, 20, rank, sigma=0.0)
-    with pytest.raises(ValueError, match=rf"n_components must be less than the rank {rank + (more and N == 5)} "):
+    with pytest.raises(ValueError, match=rf"n_components must be less than the rank {rank} "):
         PPCA(rank + more).fit(x, "em")
 
 
@@ -253,6 +299,29 @@ def test_weights_are_repeated_rows(N, D, method, missing):
     assert a.fit_report.log_likelihood[-1] == pytest.approx(b.fit_report.log_likelihood[-1], rel=1e-9)
     options |= {"sample_weight": weight, "generator": torch.Generator().manual_seed(0)}
     assert torch.equal(PPCA(2).fit_transform(x, method, **options), a.transform(x))
+
+
+@pytest.mark.parametrize("total", [1e-300, 1e-8, 0.5, 1e8, 1e300])
+@pytest.mark.parametrize("N, D", [(200, 6), (10, 30)])
+@pytest.mark.parametrize("method, missing", [("eig", False), ("em", False), ("em", True)])
+def test_weights_have_a_ratios_meaning(N, D, method, missing, total):
+    x = 1e5 * (gaps(data(N, D, 2), 0.1) if missing else data(N, D, 2))
+    weight = torch.randint(0, 4, (N,), generator=torch.Generator().manual_seed(0))
+    options = {"tol": 1e-12, "max_iter": 3000}
+    a, b = (
+        PPCA(2).fit(t, method, sample_weight=w, generator=torch.Generator().manual_seed(0), **options)
+        for t, w in ((x, weight.double() * (total / int(weight.sum()))), (x.repeat_interleave(weight, 0), None))
+    )
+    same_model(a, b, 1e-9, 1e-4) if method == "eig" else same_model(a, b, 1e-5, 1)
+    assert a.fit_report.log_likelihood[-1] == pytest.approx(b.fit_report.log_likelihood[-1], rel=1e-9)
+
+
+def test_a_column_that_only_a_row_of_the_least_weight_has():
+    x = data(50, 5, 1)
+    x[1:, 3] = math.nan
+    weight = torch.ones(50, dtype=F64)
+    weight[0] = 1e-310
+    assert fit._column_means(lambda: [(x, weight)], fit.Group(None))[0][3].item() == pytest.approx(x[0, 3].item())
 
 
 def test_bad_floors_and_weights():
@@ -356,11 +425,13 @@ def test_eig_takes_an_iterator():
 # Several processes.
 
 
-def _worker(rank: int, size: int, port: int, shards: list[Tensor], method: str, folder: str) -> None:
+def _worker(rank: int, size: int, port: int, shards: list[Tensor], method: str, folder: str, weights=None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     torch.manual_seed(rank)  # the processes must agree all the same
     options = {"max_iter": 25} if method == "em" else {}
+    if weights is not None:
+        options["sample_weight"] = weights[rank]
     m = PPCA(2).fit(shards[rank], method, group=dist.group.WORLD, **options)
     torch.save((m.state_dict(), m.fit_report), f"{folder}/{rank}.pt")
     leave_group()
@@ -394,6 +465,28 @@ def test_processes_give_what_one_gives(tmp_path, method, N, D, sizes, missing):
     alone = PPCA(2).fit(x, method, **({"max_iter": 25} if method == "em" else {}))
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-7, atol=1e-9)
+    assert np.allclose(report.log_likelihood, alone.fit_report.log_likelihood, rtol=1e-9)
+
+
+@pytest.mark.parametrize("total", [1e-300, 0.01, 1e300])
+@pytest.mark.parametrize(
+    "method, D, missing", [("eig", 6, False), ("eig", 90, False), ("em", 6, False), ("em", 6, True)]
+)
+def test_weights_of_processes_have_a_ratios_meaning(tmp_path, method, D, missing, total):
+    x = 1e3 * (gaps(data(60, D, 2), 0.2) if missing else data(60, D, 2))
+    weight = torch.randint(1, 4, (60,), generator=torch.Generator().manual_seed(0))
+    weights = (weight.double() * (total / int(weight.sum()))).split([40, 20])
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    arguments = 2, port, list(x.split([40, 20])), method, str(tmp_path), weights
+    mp.start_processes(_worker, arguments, 2, start_method="fork")
+    state, report = torch.load(tmp_path / "0.pt", weights_only=False)
+    torch.manual_seed(0)
+    repeated = x.repeat_interleave(weight, 0)
+    alone = PPCA(2).fit(repeated, method, **({"max_iter": 25} if method == "em" else {}))
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-7, atol=1e-6)
     assert np.allclose(report.log_likelihood, alone.fit_report.log_likelihood, rtol=1e-9)
 
 

@@ -61,6 +61,11 @@ def test_the_same_as_pca(N, D, method, rtol):
     for name in ("mean_", "noise_variance_", "explained_variance_"):
         np.testing.assert_allclose(getattr(ours, name), getattr(other, name), rtol=rtol, atol=1e-12)
     np.testing.assert_allclose(ours.get_covariance(), other.get_covariance(), rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(ours.get_precision(), np.linalg.inv(other.get_covariance()), rtol=100 * rtol, atol=rtol)
+    ratio = other.explained_variance_ / X.var(0).sum()
+    np.testing.assert_allclose(ours.explained_variance_ratio_, ratio, rtol=rtol)
+    np.testing.assert_allclose(ours.singular_values_, np.linalg.svd(X - center)[1][:3], rtol=rtol)
+    assert ours.n_samples_ == N == other.n_samples_
     new = data(20, D, seed=3)
     np.testing.assert_allclose(ours.score_samples(new), other.score_samples(new), rtol=rtol)
     assert ours.score(new) == pytest.approx(other.score(new), rel=rtol)
@@ -216,6 +221,54 @@ def test_weights_are_repeated_rows(N, D, method, missing):
         np.testing.assert_allclose(
             a.model_.fit_report.log_likelihood[:5], b.model_.fit_report.log_likelihood[:5], rtol=1e-9
         )
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-3, 1e300])
+@pytest.mark.parametrize("method", ["eig", "em"])
+def test_the_scale_of_weights_is_free(method, scale):
+    X = 1e6 * data()
+    weight = np.random.default_rng(2).integers(1, 4, len(X))
+    whole = PPCA(2, method=method, random_state=0, tol=1e-12).fit(np.repeat(X, weight, axis=0))
+    scaled = weight * (scale / weight.sum())
+    found = [PPCA(2, method=method, random_state=0, tol=1e-12).fit(X, sample_weight=scaled)]
+    if method == "eig":
+        parts = PPCA(2).partial_fit(X[:99], sample_weight=scaled[:99])
+        found.append(parts.partial_fit(X[99:], sample_weight=scaled[99:]))
+    for m in found:
+        for name in ("components_", "explained_variance_", "noise_variance_", "mean_"):
+            rtol = 1e-9 if method == "eig" else 1e-4
+            np.testing.assert_allclose(getattr(m, name), getattr(whole, name), rtol=rtol, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [float, np.float32, int])
+def test_masked_cells_are_missing(dtype):
+    X = (100 * data()).astype(dtype)
+    hidden = np.isnan(gaps(X.astype(float)))
+    masked = np.ma.MaskedArray(np.where(hidden, 10_000, X).astype(dtype), hidden)
+    missing = masked.astype(masked.dtype if dtype is not int else float).filled(np.nan)
+    options = {"method": "em", "random_state": 0}
+    a, b = (PPCA(2, **options).fit(x) for x in (masked, missing))
+    assert_same(a, b, 0.0)
+    for name in ("transform", "impute", "score_samples"):
+        assert np.array_equal(getattr(a, name)(masked), getattr(a, name)(missing))
+    assert a.score(masked) == a.score(missing)
+    eig = PPCA(2).fit(np.ma.MaskedArray(X, False))
+    assert np.array_equal(eig.impute(masked), eig.impute(missing))
+    for use in (PPCA(2).fit, PPCA(2).partial_fit, eig.partial_fit, eig.transform, eig.score, eig.score_samples):
+        with pytest.raises(TypeError, match='X must have no masked cells for method "eig"; method="em" takes them'):
+            use(masked)
+    with pytest.raises(TypeError, match="no masked cells"):
+        eig.inverse_transform(masked[:, :2])
+
+
+@pytest.mark.parametrize("dtype", [float, int])
+def test_masked_weights_are_refused(dtype):
+    weight = np.ma.MaskedArray(np.ones(200, dtype), np.arange(200) == 3)
+    for m in (PPCA(2), PPCA(2, method="em")):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"sample_weight must be finite|masked array must be floating"
+        ):
+            m.fit(data(), sample_weight=weight)
 
 
 def test_a_wrong_weight_or_floor_is_refused():

@@ -562,7 +562,8 @@ class VAE(nn.Module):
         Raises:
             ValueError: an unknown objective, an option that the objective does not read or is not defined for.
             ValueError: keep with "elbo" or "stl", whose samples all weigh the same, with eps, or with a decoder whose
-                two runs differ: dropout, and batch norm in training mode.
+                two runs differ: dropout, batch norm and spectral norm in training mode, by their modules; any other
+                by log p of the kept samples, on the CPU and where nothing is compiled.
             ValueError: NaN in x that no mask leaves out, on the CPU; elsewhere the loss is NaN.
             ValueError: a first batch or a decoder that contradicts the likelihood; see `VAE`.
             ValueError, TypeError: as in `forward`, `fastelbo.elbo_loss` and `fastelbo.multi_sample_loss`.
@@ -697,6 +698,7 @@ class VAE(nn.Module):
         left = None if mask is None else expand("mask", mask, x.shape, "x").index_select(0, chosen.datum)
         self._look(x, mask, recon)
         rows = log_prob(recon, x.index_select(0, chosen.datum), likelihood=self.likelihood, mask=left)
+        kept.check_runs(rows, chosen, log_likelihood, split_recon(recon)[0])
         loss = kept.loss_of(rows, posterior, chosen, weights, row)
         return LossParts(reduce(loss, reduction), log_likelihood, posterior.kl)
 

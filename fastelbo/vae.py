@@ -28,7 +28,18 @@ from fastelbo.functional import (
     seed_tensor,
     split_recon,
 )
-from fastelbo.marginal import Condition, LogMeanExp, MarginalEstimate, fold, given, log_weights, pieces, rows_of
+from fastelbo.marginal import (
+    Condition,
+    LogMeanExp,
+    MarginalEstimate,
+    by_rows,
+    fold,
+    given,
+    log_weights,
+    pieces,
+    rows_between,
+    rows_of,
+)
 from fastelbo.ordered import reduce
 from fastelbo.progress import progress
 
@@ -457,6 +468,9 @@ class VAE(nn.Module):
     def reconstruct(self, x: Tensor, condition: Condition | None = None, *, mask: Tensor | None = None) -> Tensor:
         """E[x | z = mu(x)]: the mean of the likelihood at the posterior mean; draws nothing.
 
+        Without a graph (`torch.no_grad()`), in pieces: beside the result, the memory does not grow with B. Modules run
+        in the mode they are in: call `eval()` first.
+
         Args:
             x: [B, *event], of a dtype that `encode` takes.
             condition, mask: see `VAE`. With a mask, what it leaves out is imputed.
@@ -467,7 +481,17 @@ class VAE(nn.Module):
         Raises:
             ValueError, TypeError: as in `encode` and `decode`.
         """
-        return likelihood_mean(self.decode(self.encode(x, condition, mask=mask)[0], condition), self.likelihood)
+
+        def rebuilt(x: Tensor, condition: Condition | None, mask: Tensor | None) -> Tensor:
+            return likelihood_mean(self.decode(self.encode(x, condition, mask=mask)[0], condition), self.likelihood)
+
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.dim() == 0:
+            return rebuilt(x, condition, mask)
+        fold(condition, (len(x),))  # refuses one of another number of rows
+        left = None if mask is None else expand("mask", mask, x.shape, "x")
+        return by_rows(
+            lambda a, b: rebuilt(x[a:b], rows_between(condition, a, b), None if left is None else left[a:b]), len(x)
+        )
 
     @torch.no_grad()
     @checked
@@ -480,6 +504,9 @@ class VAE(nn.Module):
         generator: Generator | None = None,
     ) -> Tensor:
         """Ancestral samples: z ~ p(z), then x ~ p(x | z).
+
+        The decoder runs in pieces: beside the result and z, the memory does not grow with n. Modules run in the mode
+        they are in: call `eval()` first.
 
         Args:
             n: how many.
@@ -497,10 +524,15 @@ class VAE(nn.Module):
         z = torch.randn(n, *self._latent_shape(), dtype=like.dtype, device=like.device, generator=generator)
         if prior := self._prior_parameters(condition):
             z = prior["prior_mu"] + torch.exp(0.5 * prior["prior_logvar"]) * z
-        recon = self.decode(z, condition)
-        if mean:
-            return likelihood_mean(recon, self.likelihood)
-        return likelihood_sample(recon, self.likelihood, generator=generator)
+        fold(condition, (n,))  # refuses one of another number of rows
+
+        def drawn(first: int, last: int) -> Tensor:
+            recon = self.decode(z[first:last], rows_between(condition, first, last))
+            if mean:
+                return likelihood_mean(recon, self.likelihood)
+            return likelihood_sample(recon, self.likelihood, generator=generator)
+
+        return by_rows(drawn, n)
 
     @overload
     def loss(self, x: Tensor, *, return_parts: Literal[False] = False, **options: Unpack[VAEOptions]) -> Tensor: ...

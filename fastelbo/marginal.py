@@ -184,6 +184,9 @@ def blocks_of(
     x: Tensor, condition: Condition | None, mask: Tensor | None
 ) -> Iterator[tuple[Tensor, Condition | None, Tensor | None]]:
     """x [B, *event] with its condition and mask, cut along B so that each block stays in the cache."""
+    if x.dim() == 0:  # the model says what is wrong
+        yield x, condition, mask
+        return
     fold(condition, (len(x),))  # refuses one of another number of rows
     whole = None if mask is None else expand("mask", mask, x.shape, "x")
     for a, b in cut(0, len(x), x.numel() // max(1, len(x)), x.device):
@@ -226,7 +229,7 @@ def _weigh(
     seed: int | Tensor | None,
     generator: Generator | None,
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """Chunk by chunk, its samples and log weights in pieces: z [k, B, *latent] ([k, 1, ...] of one prior), log w [k, B]."""
+    """Chunk by chunk, samples z [k, B, *latent] (or [k, 1, ...], of one prior) and log weights [k, B] in pieces."""
     if proposal not in PROPOSALS:
         raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}; got {proposal!r}")
     key = seed_tensor(seed, generator, x.device)

@@ -223,6 +223,8 @@ class VAE(nn.Module):
     Reference: Kingma & Welling 2014; conditions: Sohn et al. 2015.
     """
 
+    _stated_shape: tuple[int, ...] | None = None  # the latent_shape that was given; pickles of older versions have none
+
     @checked
     def __init__(
         self,

@@ -14,7 +14,7 @@ from fastelbo import likelihoods, reference
 
 # All of x costs a sixth of `elbo_loss` with its backward: a function that is called at every step looks at the first
 # calls of a likelihood and a shape, and then at every 64th.
-FIRST, INTERVAL = 16, 64
+FIRST, INTERVAL = 64, 64
 _calls: dict[tuple[str, torch.Size], int] = {}
 
 _BOUNDS = {
@@ -37,6 +37,7 @@ _BOUNDS = {
 }
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias", "ToCopy"}
 _PICKS = {"Permute", "Transpose", "T", "Squeeze", "Unsqueeze", "Split", "Unbind", "Slice", "Select", "Clone", "Alias"}
+_POINTWISE = {*_BOUNDS, "LeakyRelu", "Elu", "Celu", "Hardtanh", "Clamp", "Mul", "Add"} - {"Softmax", "LogSoftmax"}
 _LOGITS = ("logits", "zero_logits", "log_rate", "log_mean")
 _LOG_SCALES = ("logvar", "log_scale", "log_theta")
 REACH = 2.0  # a logit, or the logarithm of a mean, takes values on both sides of 0, at least as far as this
@@ -62,9 +63,7 @@ def check_data(x: Tensor, likelihood: str, mask: Tensor | None = None) -> None:
         ValueError: with the range of x.
     """
     counts = likelihoods.get(likelihood).domain == "counts"
-    if not (x.is_floating_point() or counts) or x.dtype == torch.bool or x.numel() == 0:
-        return
-    if not readable(x):
+    if not readable(x) or not (x.is_floating_point() or counts) or x.dtype == torch.bool or x.numel() == 0:
         return
     x = x.detach()
     objection = likelihoods.objection("x", *_range_of(x), likelihood)
@@ -91,7 +90,7 @@ def check_some(first: Tensor, x: Tensor, likelihood: str, mask: Tensor | None = 
 
 
 def _check_probabilities(t: Tensor, x: Tensor, likelihood: str, mask: Tensor | None) -> None:
-    if t.numel() == 0 or not readable(t):
+    if not readable(t) or t.numel() == 0:
         return
     low, high = _range_of(t.detach())
     if (low < 0 or high > 1) and mask is not None:
@@ -186,8 +185,7 @@ def check_decoder(recon: Sequence[Tensor], x: Tensor, likelihood: str, mask: Ten
                 why = f"its {summed} results sum to 1, where the data have the mean {data.mean():.3g}: leave it out"
         if why is not None:
             raise ValueError(
-                f"decoder ends in {layer}, so that {name} lies in [{low:g}, {high:g}], but for likelihood "
-                f"{likelihood!r} {why}"
+                f"decoder ends in {layer}, with {name} in [{low:g}, {high:g}], but for likelihood {likelihood!r} {why}"
             )
 
 
@@ -199,9 +197,7 @@ def check_halved(out: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or out.dim() < 3 or out.grad_fn is None:
         return
-    node = _source(out.grad_fn, _VIEWS)
-    if node is not None and _name(node) == "Add":  # of a bias
-        node = _source(node.next_functions[0][0], _VIEWS)
+    node = _source(out.grad_fn, _VIEWS | _POINTWISE)
     if node is None:
         return
     if _name(node) == "NativeLayerNorm":

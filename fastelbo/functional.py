@@ -325,7 +325,7 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
       log sigmoid(-pi) + nb(x) where x > 0, and log[sigmoid(pi) + sigmoid(-pi) exp(nb(0))] where x = 0
 
     Counts x may be fractional. Of what is no count, negative or infinite, log p is -inf; of NaN it is NaN.
-    Outside of [0, 1] a Bernoulli has no log p. The first 16 calls of a shape, and then every 64th, look at the values
+    Outside of [0, 1] a Bernoulli has no log p. The first 64 calls of a shape, and then every 64th, look at the values
     and refuse them, on the CPU and where nothing is compiled; so do the losses.
 
     Args:

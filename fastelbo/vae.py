@@ -257,7 +257,7 @@ class VAE(nn.Module):
         return torch.tensor(self.latent_shape or (), dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        if len(state):
+        if len(state) and self._stated_shape is None:
             self.latent_shape = tuple(state.tolist())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

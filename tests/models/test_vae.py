@@ -616,7 +616,7 @@ def test_a_last_layer_that_reaches_no_logits_is_refused(kind, options):
             if len(row.parameters) == 1:
                 decoder = nn.Sequential(nn.Linear(2, 16), layer, nn.Unflatten(1, (4, 4)), nn.Flatten())
             model = VAE(nn.Linear(16, 4), decoder, likelihood)
-            refusal = rf"decoder ends in {name}, so that {parameter} lies in .* leave {name} out"
+            refusal = rf"decoder ends in {name}, with {parameter} in .* leave {name} out"
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with torch.no_grad():  # an evaluation before, such as Lightning's, has no graph
@@ -630,7 +630,7 @@ def test_a_last_layer_that_reaches_no_logits_is_refused(kind, options):
 def test_a_scale_where_its_logarithm_is_due_is_refused(likelihood, layer):
     name = likelihoods.get(likelihood).parameters[1]
     model = VAE(nn.Linear(16, 4), Scaled(likelihood, name, layer), likelihood)
-    with pytest.raises(ValueError, match=rf"{name} lies in .*, as of a logarithm: leave"):
+    with pytest.raises(ValueError, match=rf"{name} in .*, as of a logarithm: leave"):
         model.loss(data_of(likelihood))
 
 
@@ -657,7 +657,7 @@ def test_a_scale_where_its_logarithm_is_due_is_refused(likelihood, layer):
 def test_a_mean_has_to_reach_the_data(layer, x, refused, likelihood):
     for model in (flat(layer, likelihood), VAE(nn.Linear(16, 4), Scaled(likelihood, "mean", layer), likelihood)):
         if refused:
-            with pytest.raises(ValueError, match=r"decoder ends in .* so that mean lies in"):
+            with pytest.raises(ValueError, match=r"decoder ends in .* with mean in"):
                 model.loss(x)
             left = (x >= 0) & (x <= 0.5)
             if left.any() and not isinstance(layer, nn.Softmax):
@@ -719,8 +719,14 @@ def by_rows(*layers: nn.Module, **options) -> VAE:
 
 @pytest.mark.parametrize(
     "layers",
-    [(nn.Linear(8, 4),), (nn.Linear(8, 4, bias=False),), (nn.Linear(8, 4), nn.LayerNorm(4))],
-    ids=["linear", "without bias", "norm"],
+    [
+        (nn.Linear(8, 4),),
+        (nn.Linear(8, 4, bias=False),),
+        (nn.Linear(8, 4), nn.LayerNorm(4)),
+        (nn.Linear(8, 4), nn.LeakyReLU(), nn.Dropout(0.1)),
+        (nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), nn.Linear(8, 4)),
+    ],
+    ids=["linear", "without bias", "norm", "activation", "transformer"],
 )
 def test_one_tensor_is_not_halved_along_rows(layers):
     x, refusal = (
@@ -758,6 +764,10 @@ def test_a_latent_shape_that_was_given_stays():
     for call in (model.encode, model.forward, model.loss, model.reconstruct):
         with pytest.raises(ValueError, match=refusal):
             call(x)
+    assert model.latent_shape == (3,)
+    other = flat()
+    other.encode(x)
+    model.load_state_dict(other.state_dict())
     assert model.latent_shape == (3,)
     learned = convolutional()  # of pictures of any size
     for size in ((6, 4), (8, 8)):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastelbo import reference
 from fastelbo.arguments import checked, refusal
-from fastelbo.functional import Posterior
-from fastelbo.marginal import LogMeanExp
+from fastelbo.functional import Posterior, expand
+from fastelbo.marginal import LogMeanExp, cut
 from fastelbo.ordered import ordered_sum
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, sec. 5.2 and app. C
@@ -39,7 +39,11 @@ def _ess(log_w: Tensor, batch: int) -> Tensor:
     """The sum over B of the effective sample sizes."""
     if log_w.dim() != 2 or log_w.shape[1] != batch:
         raise ValueError(f"log_w must be [K, B] with B={batch} from posterior; got {tuple(log_w.shape)}")
-    return ordered_sum(LogMeanExp().update(log_w).result().ess, 0)
+    found = [
+        ordered_sum(LogMeanExp().update(log_w[:, a:b]).result().ess, 0)
+        for a, b in cut(0, batch, len(log_w), log_w.device)
+    ]
+    return found[0] if len(found) == 1 else torch.stack(found).sum()
 
 
 class DiagnosticsMeter:
@@ -64,17 +68,17 @@ class DiagnosticsMeter:
             ValueError, TypeError: log_w of another shape or dtype.
         """
         ess = None if log_w is None else _ess(log_w.detach(), len(posterior.mu))
-        mu, count = posterior.mu.detach().double(), len(posterior.mu)
+        count = len(posterior.mu)
         if count == 0:
             return self
-        kl = reference.kl_terms(
-            posterior.mu.detach().double(),
-            posterior.logvar.detach().double(),
-            None if posterior.prior_mu is None else posterior.prior_mu.detach().double(),
-            None if posterior.prior_logvar is None else posterior.prior_logvar.detach().double(),
-        )
-        mean = ordered_sum(mu, 0) / count
-        self._add(count, ordered_sum(kl, 0), mean, ordered_sum((mu - mean).square(), 0))
+        given = posterior.mu, posterior.logvar, posterior.prior_mu, posterior.prior_logvar
+        whole = [None if t is None else expand("prior", t.detach(), posterior.mu.shape, "mu") for t in given]
+        for a, b in cut(0, count, posterior.mu[0].numel(), posterior.mu.device):
+            mu, *others = (None if t is None else t[a:b].double() for t in whole)
+            assert mu is not None and others[0] is not None
+            mean = ordered_sum(mu, 0) / (b - a)
+            kl = reference.kl_terms(mu, others[0], *others[1:])
+            self._add(b - a, ordered_sum(kl, 0), mean, ordered_sum((mu - mean).square(), 0))
         if ess is not None:
             self._ess = ess if self._weighed == 0 else self._ess + ess
             self._weighed += count

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastelbo import estimators, likelihoods, ordered, reference
+from fastelbo import domains, estimators, likelihoods, ordered, reference
 from fastelbo._ops import call, exports_to_onnx, takes_twins
 from fastelbo.arguments import ORDINALS, checked
 from fastelbo.ordered import ordered_sum, reduce
@@ -332,6 +332,8 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
       log sigmoid(-pi) + nb(x) where x > 0, and log[sigmoid(pi) + sigmoid(-pi) exp(nb(0))] where x = 0
 
     Counts x may be fractional. Of what is no count, negative or infinite, log p is -inf; of NaN it is NaN.
+    Outside of [0, 1] a Bernoulli has no log p. The first 64 calls of a shape, and then every 64th, look at the values
+    and refuse them, on the CPU and where nothing is compiled; so do the losses.
 
     Args:
         recon: [B, *event] or [K, B, *event], or a tuple of two or three tensors of which that is the first, by the
@@ -346,11 +348,14 @@ def log_prob(recon: Recon, x: Tensor, *, likelihood: str = "bernoulli", mask: Te
 
     Raises:
         ValueError, TypeError: an unknown likelihood, shapes or dtypes that do not fit.
+        ValueError: x, or probabilities, outside of [0, 1] for a Bernoulli, where values are looked at.
 
     Reference: Kingma & Welling 2014, app. C; counts: Lopez et al. 2018 (scVI), methods.
     """
-    parameters = _parameters(recon, x)
-    return call(_op.log_prob.default, reference.log_prob, parameters[0], x, *parameters[1:], _mask(mask, x), likelihood)
+    first, second, third = _parameters(recon, x)
+    found = call(_op.log_prob.default, reference.log_prob, first, x, second, third, _mask(mask, x), likelihood)
+    domains.check_some(first, x, likelihood, mask)
+    return found
 
 
 def _of_row(recon: Recon, likelihood: str) -> tuple[likelihoods.Likelihood, tuple[Tensor, ...]]:
@@ -586,6 +591,7 @@ def elbo_loss(
         likelihood,
         reduction,
     )
+    domains.check_some(first, x, likelihood, mask)
     return LossParts(*parts) if return_parts else parts[0]
 
 
@@ -651,6 +657,7 @@ def iwae_loss(
         list(estimators.ESTIMATORS["iwae"].make()),
         reduction,
     )
+    domains.check_some(first, x, likelihood, mask)
     if not return_parts:
         return loss
     return LossParts(loss, log_likelihood, ordered_sum(log_ratio.to(log_likelihood.dtype), 0) / -log_ratio.shape[0])
@@ -774,6 +781,7 @@ def multi_sample_loss(
         loss, log_likelihood = call(
             _op.multi_sample_loss.default, reference.multi_sample_loss, *args, numbers, reduction
         )
+    domains.check_some(first, x, likelihood, mask)
     return LossParts(loss, log_likelihood, mean_kl(posterior)) if return_parts else loss
 
 

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
-from fastelbo import estimators, reference
+from fastelbo import domains, estimators, reference
 from fastelbo._ops import call
 from fastelbo.arguments import checked
 from fastelbo.functional import Posterior, expand, gaussian_kl, seed_tensor
@@ -362,7 +363,8 @@ def _differs(module: nn.Module) -> str | None:
         return None
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "its mean and variance are those of the rows that it sees"
-    if isinstance(module, nn.utils.parametrizations._SpectralNorm):
+    hooks = module._forward_pre_hooks.values()
+    if isinstance(module, nn.utils.parametrizations._SpectralNorm) or any(isinstance(h, SpectralNorm) for h in hooks):
         return "each run moves the vectors of its power iteration"
     drops = getattr(module, "p", 0.0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0.0
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
@@ -384,6 +386,30 @@ def check_repeats(decoder: nn.Module) -> None:
                 f"keep runs the decoder twice, and two runs of {name}, a {type(module).__name__} in training mode, "
                 f"differ: {why}; call model.{name}.eval(), take another module, or leave keep out"
             )
+
+
+def check_runs(rows: Tensor, kept: Kept, log_likelihood: Tensor, recon: Tensor) -> None:
+    """Refuse log p of the kept rows [n] that differs from that of all samples [K, B], where nothing waits for a device.
+
+    More than half of the rows have to differ by more than a rounding may amount to: what the decoder does by itself
+    changes them all.
+
+    Raises:
+        ValueError: with the change.
+    """
+    if not domains.readable(rows) or rows.numel() == 0:
+        return
+    rows = rows.detach()
+    before = log_likelihood[kept.sample, kept.datum]
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else recon.dtype
+    change = (rows - before).abs()
+    allowed = max(3e-4, 2 * torch.finfo(dtype).eps)  # products of other numbers of rows are rounded in other ways
+    if (change / (1 + before.abs())).median() > allowed:  # a median of NaN is NaN
+        raise ValueError(
+            f"keep runs the decoder twice, and its two runs differ: log p of the kept samples changed by "
+            f"{change.median():.3g} nats; take out what draws noise, keeps a state or depends on the other rows, call "
+            "model.decoder.eval(), or leave keep out"
+        )
 
 
 @contextmanager

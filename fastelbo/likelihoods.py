@@ -199,6 +199,27 @@ LIKELIHOODS = {
 DEFAULTS: dict[Domain, str] = {"[0, 1]": "bernoulli", "reals": "gaussian", "counts": "nb"}
 
 
+ROUNDING = 1e-4  # by so much data may leave [0, 1]: resized pictures do
+
+
+def objection(name: str, low: float, high: float, likelihood: str) -> str | None:
+    """What is wrong with data from low to high under a likelihood; None where nothing is, or where they are NaN."""
+    domain = get(likelihood).domain
+    if domain == "[0, 1]" and (low < -ROUNDING or high > 1 + ROUNDING):
+        return (
+            f"{name} must lie in [0, 1] for likelihood {likelihood!r}; it goes from {low:.4g} to {high:.4g} "
+            "(scale it, store it as uint8, or take likelihood 'gaussian')"
+        )
+    if math.isinf(low) or math.isinf(high):
+        return f"{name} must be finite; it goes from {low:.4g} to {high:.4g}"
+    if domain == "counts" and low < 0:
+        return (
+            f"{name} must be counts, at least 0, for likelihood {likelihood!r}; the lowest is {low:.4g} "
+            "(take likelihood 'gaussian')"
+        )
+    return None
+
+
 def get(name: str) -> Likelihood:
     """The row of a likelihood.
 

@@ -158,12 +158,63 @@ def _expand_batch(recon: Recon, x: Tensor) -> Recon:
     return join_recon(first.expand(shape), *(t.expand(shape) if t.dim() == first.dim() else t for t in others))
 
 
-def pieces(x: Tensor, start: int, end: int) -> list[tuple[int, int]]:
-    """Samples start to end, cut so that recon of each piece, for data like x [B, *event], stays in the cache."""
-    limit = PIECE_ELEMENTS.get(x.device.type, PIECE_ELEMENTS["other"])
-    piece = max(1, limit // max(1, x.numel()))
+def _limit(device: torch.device) -> int:
+    return PIECE_ELEMENTS.get(device.type, PIECE_ELEMENTS["other"])
+
+
+def cut(start: int, end: int, elements: int, device: torch.device) -> list[tuple[int, int]]:
+    """start to end in pieces that stay in the cache, each step of so many elements."""
+    piece = max(1, _limit(device) // max(1, elements))
     count = max(1, round((end - start) / piece))
     return list(pairwise(start + (end - start) * i // count for i in range(count + 1)))  # of nearly equal size
+
+
+def pieces(x: Tensor, start: int, end: int) -> list[tuple[int, int]]:
+    """Samples start to end, cut so that recon of each piece, for data like x [B, *event], stays in the cache."""
+    return cut(start, end, x.numel(), x.device)
+
+
+def rows_between(condition: Condition | None, start: int, end: int) -> Condition | None:
+    """The condition of the data from start to end."""
+    return _each(lambda t: t[start:end], condition)
+
+
+def blocks_of(
+    x: Tensor, condition: Condition | None, mask: Tensor | None
+) -> Iterator[tuple[Tensor, Condition | None, Tensor | None]]:
+    """x [B, *event] with its condition and mask, cut along B so that each block stays in the cache."""
+    if x.dim() == 0:  # the model says what is wrong
+        yield x, condition, mask
+        return
+    fold(condition, (len(x),))  # refuses one of another number of rows
+    whole = None if mask is None else expand("mask", mask, x.shape, "x")
+    for a, b in cut(0, len(x), x.numel() // max(1, len(x)), x.device):
+        yield x[a:b], rows_between(condition, a, b), None if whole is None else whole[a:b]
+
+
+FIRST_ROWS = 16  # of which the size of a row is learned
+
+
+def by_rows(function: Callable[[int, int], Tensor], n: int) -> Tensor:
+    """function(first, last) [last - first, ...] of rows 0 to n, in pieces and put into one tensor."""
+    if n < 2 * FIRST_ROWS or torch.compiler.is_compiling():
+        return function(0, n)
+    found = function(0, FIRST_ROWS)
+    whole = found.new_empty(n, *found.shape[1:])
+    whole[:FIRST_ROWS] = found
+    for a, b in cut(FIRST_ROWS, n, found[0].numel(), found.device):
+        whole[a:b] = function(a, b)
+    return whole
+
+
+def encode_blocks(
+    model: Model, x: Tensor, condition: Condition | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`model.encode`, in blocks that stay in the cache."""
+    mu, logvar = zip(
+        *(model.encode(part, *given(c), mask=m) for part, c, m in blocks_of(x, condition, mask)), strict=True
+    )
+    return torch.cat(mu), torch.cat(logvar)
 
 
 def _weigh(
@@ -176,14 +227,14 @@ def _weigh(
     mask: Tensor | None,
     seed: int | Tensor | None,
     generator: Generator | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples and their log weights, chunk by chunk: z [k, B, *latent] ([k, 1, ...] of one prior), log w [k, B]."""
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """Chunk by chunk, samples z [k, B, *latent] (or [k, 1, ...], of one prior) and log weights [k, B] in pieces."""
     if proposal not in PROPOSALS:
         raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}; got {proposal!r}")
     key = seed_tensor(seed, generator, x.device)
     from_prior = proposal == "prior"
     with torch.no_grad():
-        mu, logvar = model.encode(x, condition, mask=mask)
+        mu, logvar = encode_blocks(model, x, condition, mask)
         prior = model._prior_parameters(condition)
         if from_prior:
             # without a condition, the same samples for every datum: K of them are decoded, not K times B
@@ -194,18 +245,26 @@ def _weigh(
 
     def weigh(first: int, count: int) -> tuple[Tensor, Tensor]:
         drawn = rsample(mu, logvar, count, **prior, seed=key, first_sample=first)
-        recon = model.decode(drawn.z, condition)
-        if from_prior:
-            whole = recon if len(mu) == len(x) else _expand_batch(recon, x)
+        if len(mu) != len(x):  # one prior for all data
+            whole = _expand_batch(model.decode(drawn.z, condition), x)
             return drawn.z, log_prob(whole, x, likelihood=model.likelihood, mask=mask)
-        return drawn.z, log_prob(recon, x, likelihood=model.likelihood, mask=mask) + drawn.log_ratio
+        log_p, start = [], 0
+        for part, of_part, left in blocks_of(x, condition, mask):
+            recon = model.decode(drawn.z[:, start : start + len(part)], of_part)
+            log_p.append(log_prob(recon, part, likelihood=model.likelihood, mask=left))
+            start += len(part)
+        log_likelihood = torch.cat(log_p, 1)
+        return drawn.z, log_likelihood if from_prior else log_likelihood + drawn.log_ratio
 
-    for start in range(0, num_samples, chunk := chunk_size or CHUNK):
-        end = min(start + chunk, num_samples)
-        with torch.no_grad():
-            found = [weigh(first, last - first) for first, last in pieces(x[: len(mu)], start, end)]
-            z, log_w = (torch.cat(parts) for parts in zip(*found, strict=True))
-        yield z, log_w
+    def chunk(start: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for first, last in cut(start, end, max(x[: len(mu)].numel(), len(x)), x.device):
+            with torch.no_grad():
+                found = weigh(first, last - first)
+            yield found
+
+    size = chunk_size or max(1, min(CHUNK, _limit(x.device) // max(1, len(x))))
+    for start in range(0, num_samples, size):
+        yield chunk(start, min(start + size, num_samples))
 
 
 @checked
@@ -222,8 +281,8 @@ def log_weights(
     generator: Generator | None = None,
 ) -> Iterator[Tensor]:
     """The log importance weights of `VAE.log_marginal`, chunk by chunk: [k, B]. It explains the arguments."""
-    for _, log_w in _weigh(model, x, num_samples, chunk_size, proposal, condition, mask, seed, generator):
-        yield log_w
+    for chunk in _weigh(model, x, num_samples, chunk_size, proposal, condition, mask, seed, generator):
+        yield torch.cat([log_w for _, log_w in chunk])
 
 
 class ImportanceWeights(NamedTuple):
@@ -273,6 +332,7 @@ def importance_weights(
 
     Reference: Burda et al. 2016, eq. 8; Owen, Monte Carlo, ch. 9.2 (self-normalized importance sampling).
     """
-    found = list(_weigh(model, x, num_samples, None, "posterior", condition, mask, seed, generator))
+    chunks = _weigh(model, x, num_samples, None, "posterior", condition, mask, seed, generator)
+    found = [piece for chunk in chunks for piece in chunk]
     z, log_w = (torch.cat(parts) for parts in zip(*found, strict=True))
     return ImportanceWeights(log_w, z)

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastelbo import kept, likelihoods, reference
+from fastelbo import domains, kept, likelihoods, reference
 from fastelbo.arguments import ORDINALS, checked
 from fastelbo.estimators import ESTIMATORS, Estimator
 from fastelbo.functional import (
@@ -28,7 +28,18 @@ from fastelbo.functional import (
     seed_tensor,
     split_recon,
 )
-from fastelbo.marginal import Condition, LogMeanExp, MarginalEstimate, fold, given, log_weights, pieces, rows_of
+from fastelbo.marginal import (
+    Condition,
+    LogMeanExp,
+    MarginalEstimate,
+    by_rows,
+    fold,
+    given,
+    log_weights,
+    pieces,
+    rows_between,
+    rows_of,
+)
 from fastelbo.ordered import reduce
 from fastelbo.progress import progress
 
@@ -189,24 +200,31 @@ class VAE(nn.Module):
     that read x take a `mask` as in `fastelbo.log_prob`: what it leaves out counts for nothing, and the encoder sees 0
     there (the zero imputation of Mattei & Frellsen 2019).
 
+    The first batch of `loss` is looked at, on the CPU and where nothing is compiled: data outside of the likelihood's
+    domain, and a decoder whose last layer cannot reach its parameters (a Tanh where logits are due, a ReLU below data
+    that are negative), are refused. A compiled model, and one on another device, is not checked.
+
     Under DistributedDataParallel, call the wrapped model: `ddp(x, objective="iwae", num_samples=50)` is the loss.
 
     Args:
-        encoder: a module x [B, *event] -> (mu, logvar), each [B, *latent], or one tensor that is halved on dim 1.
+        encoder: a module x [B, *event] -> (mu, logvar), each [B, *latent], or one tensor that is halved on dim 1:
+            [B, 2 M], or channels [B, 2 C, ...]. Where a layer acts on the last of several dimensions, return the pair.
         decoder: a module z [B, *latent] -> recon [B, *event], or a tuple such as (mean, logvar) whose further tensors
             broadcast to the first: [B, *event], [*event], or 0-d for one learned variance.
         likelihood: a name of `fastelbo.log_prob`, which says what recon means.
         prior: p(z) = N(mu_p, diag exp(logvar_p)): a pair of tensors or parameters (mu_p, logvar_p) that broadcast to
             [B, *latent], or a module that returns one, called with the condition if there is one. None: N(0, I).
-        latent_shape: the shape of one latent, without B. None: taken from the latest `encode`, so that only
-            `decode` and `sample` before any `encode` need it. It travels in the state dict, which has no entry for it
-            before it is known; torch.distributed.checkpoint loads only entries that are there.
+        latent_shape: the shape of one latent, without B; `encode` refuses another. None: taken from the latest
+            `encode`, so that only `decode` and `sample` before any `encode` need it. It travels in the state dict, which
+            has no entry for it before it is known; torch.distributed.checkpoint loads only entries that are there.
 
     Raises:
         ValueError: an unknown likelihood.
 
     Reference: Kingma & Welling 2014; conditions: Sohn et al. 2015.
     """
+
+    _stated_shape: tuple[int, ...] | None = None  # the latent_shape that was given; pickles of older versions have none
 
     @checked
     def __init__(
@@ -221,9 +239,9 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
         self.prior = prior if prior is None or isinstance(prior, nn.Module) else _Pair(*prior)
-        self.latent_shape = latent_shape
+        self.latent_shape = self._stated_shape = latent_shape
         self._wrapped = False  # by DistributedDataParallel
-        self._looked = False  # whether a first output of the decoder was looked at
+        self._looked = 0  # of first batches: 1 after one without a graph, 2 after one with it
         self._auto: dict[tuple[object, ...], kept.AutoKeep] = {}  # of keep="auto", by objective
 
     def _like(self) -> Tensor:
@@ -293,7 +311,7 @@ class VAE(nn.Module):
 
         Raises:
             ValueError, TypeError: x of another dtype; an encoder that returns neither a pair of one shape nor a tensor
-                that halves on dim 1.
+                that halves on dim 1, or latents of another shape than the `latent_shape` that was given.
 
         Reference: Kingma & Welling 2014, sec. 2.4.
         """
@@ -308,6 +326,8 @@ class VAE(nn.Module):
                     "encoder must return a pair (mu, logvar), or one tensor of even size on dim 1 to split in half; "
                     f"got a tensor {tuple(out.shape)}"
                 )
+            if self._stated_shape is None:
+                domains.check_halved(out)
             mu, logvar = out.chunk(2, 1)
         elif isinstance(out, tuple | list) and len(out) == 2 and all(isinstance(t, Tensor) for t in out):
             mu, logvar = out
@@ -317,6 +337,12 @@ class VAE(nn.Module):
             raise ValueError(
                 "encoder must return mu and logvar of the same shape [B, *latent]; "
                 f"got {tuple(mu.shape)} and {tuple(logvar.shape)}"
+            )
+        if self._stated_shape is not None and tuple(mu.shape[1:]) != self._stated_shape:
+            halved = f", half of one tensor {tuple(out.shape)} on dim 1" if isinstance(out, Tensor) else ""
+            raise ValueError(
+                f"encoder must return latents of the latent_shape={self._stated_shape} that was given; got "
+                f"{tuple(mu.shape[1:])}{halved}: return a pair (mu, logvar) of that shape, or give another latent_shape"
             )
         # not read before, or compiled code would depend on what was there; but torch.export warns of what is written
         if not torch.compiler.is_exporting() or self.latent_shape != tuple(mu.shape[1:]):
@@ -456,6 +482,9 @@ class VAE(nn.Module):
     def reconstruct(self, x: Tensor, condition: Condition | None = None, *, mask: Tensor | None = None) -> Tensor:
         """E[x | z = mu(x)]: the mean of the likelihood at the posterior mean; draws nothing.
 
+        Without a graph (`torch.no_grad()`), in pieces: beside the result, the memory does not grow with B. Modules run
+        in the mode they are in: call `eval()` first.
+
         Args:
             x: [B, *event], of a dtype that `encode` takes.
             condition, mask: see `VAE`. With a mask, what it leaves out is imputed.
@@ -466,7 +495,17 @@ class VAE(nn.Module):
         Raises:
             ValueError, TypeError: as in `encode` and `decode`.
         """
-        return likelihood_mean(self.decode(self.encode(x, condition, mask=mask)[0], condition), self.likelihood)
+
+        def rebuilt(x: Tensor, condition: Condition | None, mask: Tensor | None) -> Tensor:
+            return likelihood_mean(self.decode(self.encode(x, condition, mask=mask)[0], condition), self.likelihood)
+
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.dim() == 0:
+            return rebuilt(x, condition, mask)
+        fold(condition, (len(x),))  # refuses one of another number of rows
+        left = None if mask is None else expand("mask", mask, x.shape, "x")
+        return by_rows(
+            lambda a, b: rebuilt(x[a:b], rows_between(condition, a, b), None if left is None else left[a:b]), len(x)
+        )
 
     @torch.no_grad()
     @checked
@@ -479,6 +518,9 @@ class VAE(nn.Module):
         generator: Generator | None = None,
     ) -> Tensor:
         """Ancestral samples: z ~ p(z), then x ~ p(x | z).
+
+        The decoder runs in pieces: beside the result and z, the memory does not grow with n. Modules run in the mode
+        they are in: call `eval()` first.
 
         Args:
             n: how many.
@@ -496,10 +538,15 @@ class VAE(nn.Module):
         z = torch.randn(n, *self._latent_shape(), dtype=like.dtype, device=like.device, generator=generator)
         if prior := self._prior_parameters(condition):
             z = prior["prior_mu"] + torch.exp(0.5 * prior["prior_logvar"]) * z
-        recon = self.decode(z, condition)
-        if mean:
-            return likelihood_mean(recon, self.likelihood)
-        return likelihood_sample(recon, self.likelihood, generator=generator)
+        fold(condition, (n,))  # refuses one of another number of rows
+
+        def drawn(first: int, last: int) -> Tensor:
+            recon = self.decode(z[first:last], rows_between(condition, first, last))
+            if mean:
+                return likelihood_mean(recon, self.likelihood)
+            return likelihood_sample(recon, self.likelihood, generator=generator)
+
+        return by_rows(drawn, n)
 
     @overload
     def loss(self, x: Tensor, *, return_parts: Literal[False] = False, **options: Unpack[VAEOptions]) -> Tensor: ...
@@ -562,8 +609,10 @@ class VAE(nn.Module):
         Raises:
             ValueError: an unknown objective, an option that the objective does not read or is not defined for.
             ValueError: keep with "elbo" or "stl", whose samples all weigh the same, with eps, or with a decoder whose
-                two runs differ: dropout, and batch norm in training mode.
+                two runs differ: dropout, batch norm and spectral norm in training mode, by their modules; any other
+                by log p of the kept samples, on the CPU and where nothing is compiled.
             ValueError: NaN in x that no mask leaves out, on the CPU; elsewhere the loss is NaN.
+            ValueError: a first batch or a decoder that contradicts the likelihood; see `VAE`.
             ValueError, TypeError: as in `forward`, `fastelbo.elbo_loss` and `fastelbo.multi_sample_loss`.
 
         Reference: Kingma & Welling 2014, eq. 10; those of `fastelbo.multi_sample_loss`.
@@ -599,7 +648,7 @@ class VAE(nn.Module):
             generator=generator,
             eps=eps,
         )
-        self._look(recon)
+        self._look(x, mask, recon)
         parts = objective_loss(
             objective,
             recon,
@@ -618,15 +667,22 @@ class VAE(nn.Module):
             auto.update(kept.weigh(parts.log_likelihood + posterior.log_ratio, row).a)
         return parts if return_parts else parts.loss
 
-    def _look(self, recon: Recon) -> None:
-        """Warn of a first output that looks like probabilities where logits are due. On a CUDA device nobody waits."""
-        if torch.compiler.is_compiling() or self._looked:
+    def _look(self, x: Tensor, mask: Tensor | None, recon: Recon | None = None) -> None:
+        """Refuse what contradicts the likelihood in a first batch, and in the first with a graph; see `domains`."""
+        if torch.compiler.is_compiling():
             return
-        self._looked = True
-        logits = split_recon(recon)[0].detach()
-        if self.likelihood != "bernoulli" or logits.device.type != "cpu" or logits.numel() < 64:
+        if not self._looked:
+            domains.check_data(x, self.likelihood, mask)
+        if recon is None:
             return
-        if torch._C._are_functorch_transforms_active():
+        parameters = split_recon(recon)
+        level = 1 + parameters[0].requires_grad
+        if self._looked >= level:
+            return
+        domains.check_decoder(parameters, x, self.likelihood, mask)
+        first, self._looked = not self._looked, level
+        logits = parameters[0].detach()
+        if self.likelihood != "bernoulli" or not first or logits.numel() < 64 or not domains.readable(logits):
             return
         low, high = logits.aminmax()
         if 0 <= low < high <= 1:
@@ -668,6 +724,7 @@ class VAE(nn.Module):
         """The loss of all samples, whose graph holds `keep` of them per datum."""
         kept.check_repeats(self.decoder)
         mu, logvar = self.encode(x, condition, mask=mask)
+        self._look(x, mask)
         prior = self._prior_parameters(condition)
         key = seed_tensor(seed, generator, mu.device)
         log_p, log_ratio = [], []
@@ -687,8 +744,9 @@ class VAE(nn.Module):
         posterior = kept.rsample_kept(mu, logvar, chosen, **prior, seed=key)
         recon = self.decode(posterior.z, rows_of(condition, chosen.datum))
         left = None if mask is None else expand("mask", mask, x.shape, "x").index_select(0, chosen.datum)
-        self._look(recon)
+        self._look(x, mask, recon)
         rows = log_prob(recon, x.index_select(0, chosen.datum), likelihood=self.likelihood, mask=left)
+        kept.check_runs(rows, chosen, log_likelihood, split_recon(recon)[0])
         loss = kept.loss_of(rows, posterior, chosen, weights, row)
         return LossParts(reduce(loss, reduction), log_likelihood, posterior.kl)
 

@@ -222,8 +222,8 @@ DEFECTS = [
     Defect(
         "log_marginal by the prior reads what the mask leaves out",
         "fastelbo/marginal.py",
-        "return drawn.z, log_prob(whole, x, likelihood=model.likelihood, mask=mask)",
-        "return drawn.z, log_prob(whole, x, likelihood=model.likelihood)",
+        "            return drawn.z, log_prob(whole, x, likelihood=model.likelihood, mask=mask)",
+        "            return drawn.z, log_prob(whole, x, likelihood=model.likelihood)",
         ("models/test_conditional.py", "models/test_marginal.py"),
     ),
     Defect(

@@ -238,14 +238,9 @@ def _check_values(x: Tensor, likelihood: str, missing: bool) -> None:
         return
     if not x.isfinite().all():
         raise ValueError(f"data must be finite; {int((~x.isfinite()).sum())} of {x.numel()} values are not")
-    low, high = x.min().item(), x.max().item()
-    if domain == "[0, 1]" and (low < 0 or high > 1):
-        raise ValueError(
-            f"data must lie in [0, 1] for likelihood {likelihood!r}; it goes from {low:.4g} to {high:.4g} "
-            "(scale it, store it as uint8, or take likelihood 'gaussian')"
-        )
-    if domain == "counts" and low < 0:
-        raise ValueError(f"data must be counts, at least 0, for likelihood {likelihood!r}; the lowest is {low:.4g}")
+    objection = likelihoods.objection("data", x.min().item(), x.max().item(), likelihood)
+    if objection is not None:
+        raise ValueError(objection)
 
 
 def _from_path(path: Path, part: str = "") -> tuple[Tensor, Tensor | None]:

@@ -20,6 +20,7 @@ from fastelbo.commands.data import Dataset
 from fastelbo.commands.ppca import Row
 from fastelbo.commands.train import Metrics
 from fastelbo.likelihoods import Domain
+from fastelbo.marginal import encode_blocks
 from fastelbo.ppca import PPCA
 from fastelbo.vae import VAE
 
@@ -77,9 +78,12 @@ def _show(axes: Axes, images: Tensor, columns: int, limits: tuple[float, float])
     axes.set_axis_off()
 
 
+LIMIT_VALUES = 1_000_000
+
+
 def _limits(x: Tensor) -> tuple[float, float]:
     """The grey scale: all values but the most extreme ones."""
-    low, high = x.flatten()[:1_000_000].quantile(torch.tensor([0.003, 0.997])).tolist()
+    low, high = x.flatten()[:LIMIT_VALUES].quantile(torch.tensor([0.003, 0.997])).tolist()
     return low, max(high, low + 1e-6)
 
 
@@ -119,7 +123,7 @@ def reconstructions(model: VAE, x: Tensor, path: Path, columns: int = 16, rows: 
 def prior_samples(model: VAE, x: Tensor, path: Path, columns: int = 16, rows: int = 8) -> Path | None:
     """E[x | z] for z ~ N(0, I), on the grey scale of the data x; None where the data are no images."""
     domain = likelihoods.get(model.likelihood).domain
-    data = as_images(x, domain)
+    data = as_images(x[: 1 + LIMIT_VALUES // max(1, x[0].numel())], domain)
     images = as_images(model.sample(rows * columns, mean=True, generator=torch.Generator().manual_seed(0)), domain)
     if data is None or images is None:
         return None
@@ -133,7 +137,7 @@ def prior_samples(model: VAE, x: Tensor, path: Path, columns: int = 16, rows: in
 def _posterior(model: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior means [N, M] and mean KL [M] of every latent dimension."""
     with torch.no_grad():
-        mu, logvar = model.encode(x)
+        mu, logvar = encode_blocks(model, x)
         return mu.flatten(1), reference.kl_terms(mu, logvar).mean(0).flatten()
 
 

@@ -55,6 +55,15 @@ def double(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_data_outside_of_the_unit_interval_are_refused(name: str, double: None) -> None:
+    epoch = {"epoch": 4} if name == "VAMP" else {}
+    for x in (2 * torch.rand(B, *EVENT) - 1, 255 * torch.rand(B, *EVENT)):
+        for model in pair(name):
+            with pytest.raises((ValueError, RuntimeError), match=r"must lie in \[0, 1\]|between 0 and 1"):
+                step(model, x, **epoch)
+
+
 @pytest.mark.parametrize("recon", ["bce", "mse"])
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_parts_and_gradients(name: str, recon: str, double: None) -> None:

@@ -584,6 +584,68 @@ def test_modules_that_hold_dropout_themselves():
         kept.check_repeats(module.eval())
 
 
+class Body(nn.Module):
+    """A decoder around a function that no module's name tells of."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.function, self.runs = nn.Linear(M, 6), nn.Linear(6, D), function, 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.runs += 1
+        return self.last(self.function(self, self.first(z)))
+
+
+DIFFERENT = {
+    "dropout": lambda self, h: nn.functional.dropout(h, 0.1),
+    "noise": lambda self, h: h + 0.1 * torch.randn_like(h),
+    "a state": lambda self, h: h * (1 + 0.1 * self.runs),
+    "other rows": lambda self, h: h / h.std(0),
+    "the number of rows": lambda self, h: h + len(h) / 100,
+    "gradients": lambda self, h: h if torch.is_grad_enabled() else h.round(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_runs_that_differ_unseen_by_name_are_refused(kind, dtype):
+    torch.manual_seed(0)
+    model, x = VAE(nn.Linear(D, 2 * M), Body(DIFFERENT[kind])), torch.rand(16, D, dtype=dtype)
+    with torch.no_grad():
+        model.decoder.last.weight.mul_(20)
+    options = {"objective": "iwae", "num_samples": 8}
+    with pytest.raises(ValueError, match=r"two runs differ: log p of the kept samples changed by .* leave keep out"):
+        model.to(dtype).loss(x, keep=2, **options)
+    model.loss(x, **options).backward()
+    same = VAE(model.encoder, Body(lambda self, h: h)).to(dtype)
+    same.loss(x, keep=2, **options).backward()
+
+
+def test_both_forms_of_spectral_norm_are_refused_and_taken_in_eval():
+    for norm in (nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm):
+        model, x = VAE(nn.Linear(D, 2 * M), nn.Sequential(nn.Linear(M, 6), norm(nn.Linear(6, D)))), torch.rand(B, D)
+        with pytest.raises(ValueError, match=r"two runs of decoder\.1.*, a .* in training mode"):
+            model.loss(x, objective="iwae", num_samples=8, keep=2)
+        model.decoder.eval()
+        model.loss(x, objective="iwae", num_samples=8, keep=2).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=str)
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_rounding_is_no_difference(dtype, likelihood):
+    """Of large decoders, whose products depend on the number of rows, at any size of log p."""
+    torch.manual_seed(0)
+    for scale in (0.1, 1.0, 10.0):
+        decoder = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 784))
+        with torch.no_grad():
+            for p in decoder.parameters():
+                p.mul_(scale)
+        model = VAE(nn.Linear(784, 16), decoder, likelihood)
+        for keep in (1, 5, 16):
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                model.loss(torch.rand(13, 784), objective="dreg", num_samples=24, keep=keep)
+
+
 def test_what_differs_in_no_run_is_taken():
     for module in (nn.Dropout(0.0), nn.LayerNorm(6), nn.GELU(), nn.Identity()):
         model = VAE(nn.Linear(D, 2 * M), Custom(module))

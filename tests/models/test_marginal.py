@@ -1,6 +1,7 @@
 """LogMeanExp, VAE.log_marginal and the diagnostics, against what is known exactly."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -283,3 +284,106 @@ def test_diagnostics_refuse_weights_of_other_data(log_w, error, message):
         meter.update(drawn, log_w)
     for a, e in zip(meter.result(), before, strict=True):
         assert torch.equal(a, e)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pieces: what comes out does not depend on them, and beside it nothing grows with the data.
+
+
+def conditional() -> tuple[fastelbo.VAE, Callable[[int], dict[str, Tensor]]]:
+    """Of one batch, with a condition and a mask of its own for every datum."""
+
+    class Joined(torch.nn.Linear):
+        def forward(self, t: Tensor, condition: Tensor) -> Tensor:
+            return super().forward(torch.cat([t, condition], 1))
+
+    torch.manual_seed(0)
+    model = fastelbo.VAE(Joined(D + 3, 2 * M), Joined(M + 3, D), latent_shape=(M,)).double()
+
+    def options(n: int) -> dict[str, Tensor]:
+        return {"condition": torch.randn(n, 3).double(), "mask": torch.rand(n, D) < 0.8}
+
+    return model, options
+
+
+@pytest.mark.parametrize("n", [31, 32, 33, 200])
+def test_pieces_change_nothing(n, monkeypatch):
+    model, options = conditional()
+    x, given = torch.rand(n, D).double(), options(n)
+    drawn = fastelbo.rsample(torch.randn(n, 3), torch.randn(n, 3), 6, prior_mu=torch.randn(3))
+
+    def found() -> dict[str, Tensor]:
+        with torch.no_grad():
+            results = {"reconstruct": model.reconstruct(x, **given)}
+        generator = torch.Generator().manual_seed(1)
+        results["sample"] = model.sample(n, given["condition"], mean=True, generator=generator)
+        for proposal in ("posterior", "prior"):
+            estimate = model.log_marginal(x, 20, proposal=proposal, seed=1, **given)
+            results |= {f"{proposal} {name}": t for name, t in estimate._asdict().items()}
+        weights = fastelbo.importance_weights(model, x, 20, seed=1, **given)
+        results |= {"log_w": weights.log_w, "z": weights.z}
+        plain = fastelbo.VAE(torch.nn.Linear(D, 2 * M), torch.nn.Linear(M, D)).double()
+        for p in plain.parameters():
+            torch.nn.init.constant_(p, 0.1)
+        results["one prior"] = plain.log_marginal(x, 20, proposal="prior", seed=1).log_prob
+        figures = fastelbo.diagnostics(drawn, 3 * log_w)._asdict()
+        return results | {f"diagnostics {name}": t for name, t in figures.items()}
+
+    log_w = torch.randn(6, n)
+    whole = found()
+    torch.testing.assert_close(whole["reconstruct"], model.reconstruct(x, **given).detach(), rtol=1e-12, atol=1e-12)
+    monkeypatch.setitem(marginal.PIECE_ELEMENTS, "cpu", 7 * D)
+    seen: list[int] = []
+    handle = model.decoder.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    for name, t in found().items():
+        torch.testing.assert_close(t, whole[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    handle.remove()
+    assert max(seen) <= max(16, 31 if n < 32 else 0)
+
+
+def test_draws_in_pieces_are_those_of_the_likelihood():
+    model = fastelbo.VAE(torch.nn.Linear(1, 2), torch.nn.Linear(1, 1), "poisson", latent_shape=(1,))
+    torch.nn.init.zeros_(model.decoder.weight), torch.nn.init.constant_(model.decoder.bias, 1.0)
+    drawn = model.sample(600_000, generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (600_000, 1) and abs(drawn.mean().item() - math.e) < 0.02
+    assert abs(drawn.var().item() - math.e) < 0.03
+
+
+def test_a_condition_of_another_number_of_rows_is_refused_as_a_whole():
+    model, options = conditional()
+    for rows in (99, 101):
+        with torch.no_grad():
+            for call in (
+                lambda c: model.sample(100, c),
+                lambda c: model.reconstruct(torch.rand(100, D).double(), c),
+                lambda c: model.log_marginal(torch.rand(100, D).double(), 3, condition=c),
+            ):
+                with pytest.raises(ValueError, match=rf"condition must be \[B, ...\] with B=100 .*; got \({rows}, 3\)"):
+                    call(options(rows)["condition"])
+
+
+class Wide(torch.nn.Sequential):
+    """From one size to another by way of a hidden layer."""
+
+    def __init__(self, first: int, last: int) -> None:
+        super().__init__(torch.nn.Linear(first, 1000), torch.nn.ReLU(), torch.nn.Linear(1000, last))
+
+
+def test_memory_beside_the_result_does_not_grow_with_the_data():
+    """Latents of 4 numbers, weights and estimates may; recon and hidden layers of 2,000 data more would be 14 MB."""
+    model = fastelbo.VAE(Wide(784, 8), Wide(4, 784))
+    few, many = torch.rand(1000, 784), torch.rand(3000, 784)
+    model.encode(few[:2])
+    calls = {
+        "sample": (lambda x: model.sample(len(x)), 784),
+        "reconstruct": (model.reconstruct, 784),
+        "log_marginal": (lambda x: model.log_marginal(x, 2), 0),
+        "log_marginal, prior": (lambda x: model.log_marginal(x, 2, proposal="prior"), 0),
+    }
+    with torch.no_grad():
+        for name, (call, result) in calls.items():
+            sizes = [peak(lambda x=x, call=call: call(x)) - 4 * result * len(x) for x in (few, many)]
+            assert sizes[1] - sizes[0] < 4e6, (name, sizes)
+    drawn = [fastelbo.rsample(torch.zeros(n, 50), torch.zeros(n, 50), 3) for n in (20_000, 100_000)]
+    sizes = [peak(lambda p=p: fastelbo.diagnostics(p, p.log_ratio)) for p in drawn]
+    assert sizes[1] - sizes[0] < 4e6, sizes  # pieces are of nearly equal size

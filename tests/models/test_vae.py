@@ -1,5 +1,6 @@
 """VAE, likelihoods and data: shapes, the folding of K, and losses against the float64 formulas."""
 
+import math
 import sys
 import types
 import warnings
@@ -13,7 +14,8 @@ from scipy import sparse
 from torch import Tensor, nn
 from toys import LearnedVariance, M, ThreeParameters, dense
 
-from fastelbo import likelihoods, reference
+import fastelbo
+from fastelbo import domains, likelihoods, reference
 from fastelbo.commands import data
 from fastelbo.functional import likelihood_mean, likelihood_sample
 from fastelbo.vae import VAE
@@ -474,11 +476,18 @@ def test_files_that_do_not_fit(tmp_path):
         data.load(str(tmp_path / "two.npz"))
 
 
+class Halved(nn.Module):
+    """After which nothing says that a sigmoid came before, but the numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
 @pytest.mark.parametrize("options", [{}, {"objective": "iwae", "num_samples": 8, "keep": 4}], ids=str)
 def test_probabilities_given_as_logits_are_said_once(options):
     x = torch.rand(8, 16)
     decoders = {
-        "sigmoid": nn.Sequential(nn.Linear(2, 16), nn.Sigmoid()),
+        "sigmoid": nn.Sequential(nn.Linear(2, 16), Halved(), nn.Sigmoid(), Halved()),
         "logits": nn.Linear(2, 16),
         "zeros": nn.Sequential(nn.Linear(2, 16), nn.Threshold(1e9, 0.0)),
     }
@@ -493,3 +502,285 @@ def test_probabilities_given_as_logits_are_said_once(options):
             found = [str(w.message) for w in told]
             assert len(found) == ((name, likelihood) == ("sigmoid", "bernoulli")), (name, found)
             assert all("takes logits: leave out the sigmoid, or take 'bernoulli_probs'" in text for text in found)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What contradicts: data, the decoder's last layer, the encoder's halves, latent_shape.
+
+
+def flat(last: nn.Module | None = None, likelihood: str = "bernoulli", **options) -> VAE:
+    decoder = nn.Linear(2, 16) if last is None else nn.Sequential(nn.Linear(2, 16), last)
+    return VAE(nn.Linear(16, 4), decoder, likelihood, **options)
+
+
+class Scaled(nn.Module):
+    """A decoder of every parameter of a likelihood, of which one ends in a layer."""
+
+    def __init__(self, likelihood: str, name: str, layer: nn.Module) -> None:
+        super().__init__()
+        self.names, self.name, self.layer = likelihoods.get(likelihood).parameters, name, layer
+        self.parts = nn.ModuleList(nn.Linear(2, 16) for _ in self.names)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        parts = [part(z) for part in self.parts]
+        return tuple(self.layer(t) if n == self.name else t for n, t in zip(self.names, parts, strict=True))
+
+
+UNIT = torch.rand(8, 16)
+OUTSIDE = {"images in [-1, 1]": 2 * UNIT - 1, "bytes as floats": 255 * UNIT, "one below": UNIT.clone()}
+OUTSIDE["one below"][5, 3] = -0.01
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "bernoulli_probs"])
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_data_outside_of_the_unit_interval_are_refused(kind, likelihood):
+    x, refusal = OUTSIDE[kind], rf"x must lie in \[0, 1\] for likelihood '{likelihood}'; it goes from"
+    last = nn.Sigmoid() if likelihood == "bernoulli_probs" else None
+    for options in ({}, {"objective": "iwae", "num_samples": 8}, {"objective": "dreg", "num_samples": 8, "keep": 2}):
+        model = flat(last, likelihood)
+        for _ in range(2):  # not only once
+            with pytest.raises(ValueError, match=refusal):
+                model.loss(x, **options)
+        with torch.no_grad(), pytest.raises(ValueError, match=refusal):
+            flat(last, likelihood).loss(x, **options)
+        assert model.loss(UNIT, **options).isfinite()
+        assert model.loss(x, mask=(x >= 0) & (x <= 1), **options).isfinite()
+    recon, posterior = flat(last, likelihood)(UNIT, 3, seed=1)
+    domains._calls.clear()
+    calls = {
+        "log_prob": lambda x, **o: fastelbo.log_prob(recon, x, likelihood=likelihood, **o),
+        "elbo_loss": lambda x, **o: fastelbo.elbo_loss(recon, x, *posterior[3:5], likelihood=likelihood, **o),
+        "iwae_loss": lambda x, **o: fastelbo.iwae_loss(recon, x, posterior.log_ratio, likelihood=likelihood, **o),
+        "multi_sample_loss": lambda x, **o: fastelbo.multi_sample_loss(recon, x, posterior, likelihood=likelihood, **o),
+    }
+    for call in calls.values():
+        assert call(UNIT).isfinite().all() and call(x, mask=(x >= 0) & (x <= 1)).isfinite().all()
+        with pytest.raises(ValueError, match=refusal):
+            call(x)
+
+
+@pytest.mark.parametrize(
+    "likelihood, x, message",
+    [
+        (
+            "poisson",
+            torch.full((8, 16), -1.0),
+            "x must be counts, at least 0, for likelihood 'poisson'; the lowest is -1",
+        ),
+        ("poisson", torch.full((8, 16), -1, dtype=torch.int32), "x must be counts"),
+        ("gaussian", torch.full((8, 16), math.inf), "x must be finite; it goes from inf to inf"),
+    ],
+)
+def test_other_domains(likelihood, x, message):
+    with pytest.raises(ValueError, match=message):
+        flat(likelihood=likelihood).loss(x)
+
+
+def test_rounding_leaves_the_unit_interval():
+    assert flat().loss(UNIT * (1 + 2e-5) / UNIT.max()).isfinite()
+
+
+SQUASHING = {
+    "Sigmoid": nn.Sigmoid(),
+    "Tanh": nn.Tanh(),
+    "Relu": nn.ReLU(),
+    "Softplus": nn.Softplus(),
+    "Softmax": nn.Softmax(1),
+    "Hardtanh": nn.Hardtanh(),
+    "Hardtanh of six": nn.ReLU6(),
+    "Hardsigmoid": nn.Hardsigmoid(),
+    "Softsign": nn.Softsign(),
+    "Elu": nn.ELU(),
+    "Elu of self-normalizing nets": nn.SELU(),
+    "Celu": nn.CELU(),
+    "Silu": nn.SiLU(),
+    "Gelu": nn.GELU(),
+    "Mish": nn.Mish(),
+    "Hardswish": nn.Hardswish(),
+    "LogSigmoid": nn.LogSigmoid(),
+    "LogSoftmax": nn.LogSoftmax(1),
+}
+
+
+def data_of(likelihood: str) -> Tensor:
+    return torch.poisson(3 * UNIT) if likelihoods.get(likelihood).domain == "counts" else UNIT
+
+
+@pytest.mark.parametrize("kind", SQUASHING)
+@pytest.mark.parametrize("options", [{}, {"objective": "iwae", "num_samples": 8, "keep": 4}], ids=["", "keep"])
+def test_a_last_layer_that_reaches_no_logits_is_refused(kind, options):
+    layer, name = SQUASHING[kind], kind.split()[0]
+    for likelihood in ("bernoulli", "poisson", "nb", "zinb"):
+        row = likelihoods.get(likelihood)
+        for parameter in {row.parameters[0], *row.parameters} & {"logits", "log_rate", "log_mean", "zero_logits"}:
+            decoder = Scaled(likelihood, parameter, layer)
+            if len(row.parameters) == 1:
+                decoder = nn.Sequential(nn.Linear(2, 16), layer, nn.Unflatten(1, (4, 4)), nn.Flatten())
+            model = VAE(nn.Linear(16, 4), decoder, likelihood)
+            refusal = rf"decoder ends in {name}, with {parameter} in .* leave {name} out"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with torch.no_grad():  # an evaluation before, such as Lightning's, has no graph
+                    model.loss(data_of(likelihood), **options)
+            with pytest.raises(ValueError, match=refusal):
+                model.loss(data_of(likelihood), **options)
+
+
+@pytest.mark.parametrize("layer", [nn.Sigmoid(), nn.Softplus(), nn.ReLU(), nn.Softmax(1)], ids=repr)
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace", "nb"])
+def test_a_scale_where_its_logarithm_is_due_is_refused(likelihood, layer):
+    name = likelihoods.get(likelihood).parameters[1]
+    model = VAE(nn.Linear(16, 4), Scaled(likelihood, name, layer), likelihood)
+    with pytest.raises(ValueError, match=rf"{name} in .*, as of a logarithm: leave"):
+        model.loss(data_of(likelihood))
+
+
+@pytest.mark.parametrize(
+    "layer, x, refused",
+    [
+        (nn.Sigmoid(), UNIT, False),
+        (nn.Sigmoid(), (255 * UNIT).byte(), False),
+        (nn.Sigmoid(), (UNIT > 0.5).float() + 0.1 * torch.randn(8, 16), False),  # the noise is the likelihood's
+        (nn.Sigmoid(), 2 * UNIT - 1, True),
+        (nn.Sigmoid(), 255 * UNIT, True),
+        (nn.Sigmoid(), torch.randn(8, 16), True),
+        (nn.Tanh(), 2 * UNIT - 1, False),
+        (nn.Tanh(), 3 * torch.randn(8, 16), True),
+        (nn.ReLU(), 9 * UNIT, False),
+        (nn.ReLU(), torch.randn(8, 16), True),
+        (nn.Softplus(), -UNIT, True),
+        (nn.Hardtanh(-3, 3), torch.randn(8, 16), False),
+        (nn.Softmax(1), UNIT, True),
+        (nn.Softmax(1), torch.softmax(torch.randn(8, 16), 1), False),
+    ],
+)
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
+def test_a_mean_has_to_reach_the_data(layer, x, refused, likelihood):
+    for model in (flat(layer, likelihood), VAE(nn.Linear(16, 4), Scaled(likelihood, "mean", layer), likelihood)):
+        if refused:
+            with pytest.raises(ValueError, match=r"decoder ends in .* with mean in"):
+                model.loss(x)
+            left = (x >= 0) & (x <= 0.5)
+            if left.any() and not isinstance(layer, nn.Softmax):
+                model.loss(x, mask=left)
+        else:
+            model.loss(x).backward()
+
+
+def test_what_reaches_is_taken():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for last in (None, nn.LeakyReLU(), nn.PReLU(), nn.Hardtanh(-9, 9), nn.Tanhshrink(), nn.Identity()):
+            flat(last).loss(UNIT).backward()
+        VAE(nn.Linear(16, 4), Function(lambda z: 5 * torch.tanh(z.repeat(1, 8)))).loss(UNIT).backward()
+        VAE(nn.Linear(16, 4), Function(lambda z: z.repeat(1, 8).clamp(max=10))).loss(UNIT).backward()
+        flat(nn.Sigmoid(), "bernoulli_probs").loss(UNIT).backward()
+
+
+class Function(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.function(z)
+
+
+def test_probabilities_have_to_be_some():
+    for last in (None, nn.Tanh(), nn.Softplus()):
+        model = flat(last, "bernoulli_probs")
+        with torch.no_grad():
+            (model.decoder if last is None else model.decoder[0]).weight.mul_(9)
+        refusal = r"probabilities in \[0, 1\] for likelihood 'bernoulli_probs'; they go"
+        for options in ({}, {"objective": "iwae", "num_samples": 8, "keep": 4}):
+            with pytest.raises(ValueError, match=refusal):
+                model.loss(UNIT, **options)
+        domains._calls.clear()
+        recon = model(UNIT, 3).recon
+        with pytest.raises(ValueError, match=refusal):
+            fastelbo.log_prob(recon, UNIT, likelihood="bernoulli_probs")
+        inside = ((recon >= 0) & (recon <= 1)).all(0)
+        assert fastelbo.log_prob(recon, UNIT, likelihood="bernoulli_probs", mask=inside).isfinite().all()
+
+
+class Encoder(nn.Module):
+    def __init__(self, *layers: nn.Module, pair: bool = False) -> None:
+        super().__init__()
+        self.layers, self.pair = nn.Sequential(*layers), pair
+
+    def forward(self, x: Tensor):
+        out = self.layers(x)
+        return out.chunk(2, -1) if self.pair else out
+
+
+def by_rows(*layers: nn.Module, **options) -> VAE:
+    """x [B, 6, 8], latents [6, 2]."""
+    return VAE(Encoder(*layers, pair=options.pop("pair", False)), nn.Linear(2, 8), **options)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.Linear(8, 4),),
+        (nn.Linear(8, 4, bias=False),),
+        (nn.Linear(8, 4), nn.LayerNorm(4)),
+        (nn.Linear(8, 4), nn.LeakyReLU(), nn.Dropout(0.1)),
+        (nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), nn.Linear(8, 4)),
+    ],
+    ids=["linear", "without bias", "norm", "activation", "transformer"],
+)
+def test_one_tensor_is_not_halved_along_rows(layers):
+    x, refusal = (
+        torch.rand(5, 6, 8),
+        r"one tensor \(5, 6, 4\), which would be halved on dim 1: return out.chunk\(2, -1\)",
+    )
+    with pytest.raises(ValueError, match=refusal):
+        by_rows(*layers).loss(x)
+    stated = by_rows(*layers, latent_shape=(6, 2))
+    with pytest.raises(ValueError, match=r"latent_shape=\(6, 2\) that was given; got \(3, 4\), half of one tensor"):
+        stated.loss(x)
+    by_rows(*layers, pair=True, latent_shape=(6, 2)).loss(x).backward()
+    assert by_rows(*layers, latent_shape=(3, 4)).encode(x)[0].shape == (5, 3, 4)
+
+
+def test_channels_are_halved():
+    for encoder, event, latent in (
+        (nn.Conv1d(6, 4, 3), (6, 8), (2, 6)),
+        (nn.Conv2d(1, 4, 2, 2), (1, 6, 4), (2, 3, 2)),
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 24), nn.Unflatten(1, (4, 6))), (6, 8), (2, 6)),
+        (nn.Sequential(nn.Linear(8, 6), nn.Conv1d(6, 4, 1)), (6, 8), (2, 6)),
+        (Encoder(nn.Linear(8, 4), Transposed()), (6, 8), (2, 6)),
+    ):
+        assert VAE(encoder, nn.Linear(1, 1)).encode(torch.rand(5, *event))[0].shape == (5, *latent)
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+def test_a_latent_shape_that_was_given_stays():
+    model, x = flat(latent_shape=(3,)), UNIT
+    refusal = r"encoder must return latents of the latent_shape=\(3,\) that was given; got \(2,\)"
+    for call in (model.encode, model.forward, model.loss, model.reconstruct):
+        with pytest.raises(ValueError, match=refusal):
+            call(x)
+    assert model.latent_shape == (3,)
+    other = flat()
+    other.encode(x)
+    model.load_state_dict(other.state_dict())
+    assert model.latent_shape == (3,)
+    learned = convolutional()  # of pictures of any size
+    for size in ((6, 4), (8, 8)):
+        learned.loss(torch.rand(2, 1, *size).double())
+        assert learned.latent_shape == (2, size[0] // 2, size[1] // 2)
+
+
+def test_what_is_compiled_or_traced_is_not_looked_at():
+    x = 255 * UNIT
+    model = flat(nn.Tanh())
+    torch.compile(model.loss, backend="eager", fullgraph=True)(x)
+    assert not model._looked
+    torch.func.vmap(lambda x: fastelbo.log_prob(torch.zeros(2, 16), x))(x.unflatten(0, (4, 2)))
+    with pytest.raises(ValueError, match="x must lie"):
+        model.loss(x)

@@ -137,6 +137,7 @@ def test_numbers_that_change_from_call_to_call_need_no_new_graph(option, dtype):
     calls = _Calls(5, 7).to(dtype)
     shapes = (K, 4, 5), (4, 5), (4, 7), (4, 7)
     inputs = [(0.7 * torch.randn(s)).to(dtype).requires_grad_(i != 1) for i, s in enumerate(shapes)]
+    inputs[1].sigmoid_()
     leaves = [*inputs, *calls.parameters()]
     call, counter = getattr(calls, option), CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()

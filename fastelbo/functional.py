@@ -6,11 +6,13 @@ Half and bfloat16 inputs: arithmetic, sums and returned losses are float32, grad
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastelbo import estimators, likelihoods, ordered, reference
 from fastelbo._ops import call
@@ -140,10 +142,23 @@ def _mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return None if mask is None else expand("mask", mask, x.shape, "x")
 
 
+def _save(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
 def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """int64 [1] on the device: the seed as a tensor, or one drawn from the generator (torch's default one if None)."""
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
+
+        def draw() -> Tensor:
+            return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
+
+        if not torch.compiler.is_dynamo_compiling():
+            return draw()
+        # torch's partitioner may compute a result again in the backward, a draw too: the backward's noise would differ
+        save = partial(create_selective_checkpoint_contexts, _save)
+        drawn: Tensor = checkpoint(draw, use_reentrant=False, context_fn=save)
+        return drawn
     if generator is not None:
         raise ValueError("seed and generator exclude each other: give one of them")
     return seed if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)

@@ -17,7 +17,7 @@ from torch.distributions.utils import lazy_property
 
 from fastelbo import functional, likelihoods, ordered
 from fastelbo.arguments import TABLE, number, refusal, size
-from fastelbo.functional import join_recon
+from fastelbo.functional import drawn_once, join_recon
 from fastelbo.likelihoods import LOG_2, LOG_2PI
 
 __all__ = [
@@ -186,7 +186,8 @@ class Fused(Distribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         if torch.is_grad_enabled():
             others = [ordered.expand(t, shape) for t in others]
-        return likelihoods.get(self.likelihood).draw(None, ordered.expand(first, shape), *others)
+        draw = likelihoods.get(self.likelihood).draw
+        return drawn_once(lambda: draw(None, ordered.expand(first, shape), *others))
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:

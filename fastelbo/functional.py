@@ -5,12 +5,14 @@ Sizes: B batch, K samples, M latent dimensions, D data dimensions (all event dim
 Half and bfloat16 inputs: arithmetic, sums and returned losses are float32, gradients have the input's type.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast, overload
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastelbo import domains, estimators, likelihoods, ordered, reference
 from fastelbo._ops import call, exports_to_onnx, takes_twins
@@ -145,10 +147,25 @@ def _mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return None if mask is None else expand("mask", mask, x.shape, "x")
 
 
+def _save(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
+def drawn_once(draw: Callable[[], Tensor]) -> Tensor:
+    """draw(), which torch's partitioner, while compiling, must not compute again in the backward: it would be another
+    draw there."""
+    if not torch.compiler.is_dynamo_compiling():
+        return draw()
+    save = partial(create_selective_checkpoint_contexts, _save)
+    drawn: Tensor = checkpoint(draw, use_reentrant=False, context_fn=save)
+    return drawn
+
+
 def seed_tensor(seed: int | Tensor | None, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """int64 [1] on the device: the seed as a tensor, or one drawn from the generator (torch's default one if None)."""
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device, generator=generator)
+        options: dict[str, Any] = {"dtype": torch.int64, "device": device, "generator": generator}
+        return drawn_once(lambda: torch.randint(-(2**63), 2**63 - 1, (1,), **options))
     if generator is not None:
         raise ValueError("seed and generator exclude each other: give one of them")
     return seed if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=device)
@@ -178,7 +195,8 @@ def rsample(
         num_samples: K. None draws one sample without the K dimension.
         prior_mu, prior_logvar: broadcast to mu; N(0, I) without them.
         seed: an int, or an int64 tensor with one element on mu's device. None: the seed is drawn from `generator`, so
-            that `torch.manual_seed` reproduces the samples.
+            that `torch.manual_seed` reproduces the samples. A graph compiled with an activation_memory_budget of 0
+            draws it again in the backward: give the seed there, as a tensor.
         generator: the source of the seed; torch's default one if None.
         eps: [K?, B, *latent]. The noise, in place of a seed; the result is then that of plain PyTorch on this noise.
         first_sample: index of the first of these K samples in a longer run that is drawn in chunks.

@@ -21,7 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from fastelbo import domains, estimators, reference
 from fastelbo._ops import call
 from fastelbo.arguments import checked
-from fastelbo.functional import Posterior, expand, gaussian_kl, seed_tensor
+from fastelbo.functional import Posterior, drawn_once, expand, gaussian_kl, seed_tensor
 from fastelbo.ordered import ordered_sum, reduce
 
 _op = torch.ops.fastelbo
@@ -85,7 +85,7 @@ def select(
     device, dtype = weights.device, reference.noise_dtype(weights.device)
     n, w = keep * B, weights.to(dtype).abs().mT.reshape(-1)  # datum by datum: each has its share, or one more
     if u is None:
-        u = torch.rand((), dtype=dtype, device=device, generator=generator)
+        u = drawn_once(lambda: torch.rand((), dtype=dtype, device=device, generator=generator))
     if n == 0:
         empty = torch.empty(0, dtype=torch.int64, device=device)
         return Kept(empty, empty, empty.to(dtype))

@@ -130,7 +130,9 @@ def _nb_terms(x: Tensor, log_mean: Tensor, log_theta: Tensor) -> Tensor:
     log_theta = torch.where(log_theta > LOG_THETA_LIMIT, LOG_THETA_LIMIT, log_theta)  # NaN reaches the gradient too
     theta = torch.exp(log_theta)
     log1p_ratio = -F.logsigmoid(log_theta - log_mean)  # log(1 + mean / theta)
-    rising = (x + (theta - 0.5)) * torch.log1p(x / theta) - x + (stirling_tail(x + theta) - stirling_tail(theta))
+    # at x = 0 what rises is 0 for every theta, and 1 / theta^2, of its second derivative, overflows
+    size = torch.where((x == 0) & (theta < 1e-15), 1.0, theta)
+    rising = (x + (size - 0.5)) * torch.log1p(x / size) - x + (stirling_tail(x + size) - stirling_tail(size))
     return rising + (x * log_mean - (x + theta) * log1p_ratio - torch.lgamma(x + 1))
 
 
@@ -142,6 +144,12 @@ def _nb(x: Tensor, log_mean: Tensor, log_theta: Tensor) -> Tensor:
     return _of_counts(_nb_terms, x, log_mean, log_theta)
 
 
+def _log_add_exp(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)); torch.logaddexp has NaN second derivatives where exp(|a - b|) overflows."""
+    high, low = torch.where(a > b, a, b), torch.where(a > b, b, a)
+    return high - F.logsigmoid(torch.where(low == -torch.inf, 1e4, high - low))
+
+
 def _zinb(x: Tensor, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
     """Zero with probability sigmoid(pi), pi the zero logit, else negative binomial:
     log sigmoid(-pi) + nb where x > 0, and log(sigmoid(pi) + sigmoid(-pi) exp(nb)) where x = 0.
@@ -149,7 +157,7 @@ def _zinb(x: Tensor, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -
 
     def log_p(x: Tensor, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
         nb = _nb_terms(x, log_mean, log_theta)
-        return torch.where(x > 0, nb, torch.logaddexp(zero_logits, nb)) + F.logsigmoid(-zero_logits)
+        return torch.where(x > 0, nb, _log_add_exp(zero_logits, nb)) + F.logsigmoid(-zero_logits)
 
     return _of_counts(log_p, x, log_mean, log_theta, zero_logits)
 

@@ -1,5 +1,7 @@
 """Derivatives of every order, and the ways PyTorch has to ask for them: autograd, torch.func, forward mode."""
 
+from itertools import product
+
 import pytest
 import torch
 from contracts import FUNCTIONS
@@ -8,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastelbo
+from fastelbo.likelihoods import LIKELIHOODS
 
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 B, D = 2, 3
@@ -101,3 +104,58 @@ def test_forward_mode(name):
     grads = torch.autograd.grad(scalar(name)(*(again := [t.requires_grad_() for t in inputs])), again)
     expected = sum((g * v).sum() for g, v in zip(grads, tangents, strict=True))
     torch.testing.assert_close(directional, expected, rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Second derivatives over the range of a dtype
+
+DATA = {"reals": (0.0, 1.0, -3.0, 1e3), "[0, 1]": (0.0, 0.3, 1.0), "counts": (0.0, 1e-3, 1.0, 5.0, 1e3, 1e10)}
+SIZES = (0.0, 1e-30, 1.0, 17.0, 40.0, 80.0, 89.0, 104.0, 500.0, 710.0, 746.0, 1e4, 1e20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_second_derivatives_are_numbers_where_the_first_are_finite(likelihood, dtype):
+    row = LIKELIHOODS[likelihood]
+    sizes = [*SIZES, torch.finfo(dtype).max / 4]
+    values = [s * v for s in (1, -1) for v in sizes]
+    if likelihood == "bernoulli_probs":
+        values = [0.0, 1e-30, 1e-3, 0.5, 0.999, 1.0]
+    columns = torch.tensor(list(product(DATA[row.domain], *[values] * len(row.parameters))), dtype=dtype)
+    x, *parameters = columns.unbind(1)
+    parameters = [p.clone().requires_grad_() for p in parameters]
+    log_p = row.log_prob(x, *parameters)
+    first = torch.autograd.grad(log_p.sum(), parameters, create_graph=True)
+    finite = torch.stack([log_p, *first]).isfinite().all(0)
+    assert finite.any()
+    for gradient in first:
+        for second in torch.autograd.grad(gradient.sum(), parameters, retain_graph=True, materialize_grads=True):
+            wrong = finite & second.isnan()
+            assert not wrong.any(), columns[wrong][:3].tolist()
+
+
+@pytest.mark.parametrize("zero_logit", [-800.0, -90.0, -3.0, 0.0, 2.0, 90.0, 800.0])
+@pytest.mark.parametrize("log_theta", [-300.0, -1.0, 4.0])
+def test_second_derivatives_of_zinb_at_zero(zero_logit, log_theta):
+    """Those of log(sigmoid(pi) + sigmoid(-pi) exp(nb)), by mpmath's differences with 800 digits."""
+    mpmath = pytest.importorskip("mpmath")
+    log_mean = 0.5
+
+    def log_p(m, t, pi):
+        m, t, pi = (mpmath.mpf(v) for v in (m, t, pi))
+        nb = -mpmath.exp(t) * mpmath.log1p(mpmath.exp(m - t))
+        return mpmath.log((mpmath.exp(pi) + mpmath.exp(nb)) / (1 + mpmath.exp(pi)))
+
+    point = torch.tensor([log_mean, log_theta, zero_logit], dtype=torch.float64)
+    call = LIKELIHOODS["zinb"].log_prob
+    found = torch.func.hessian(lambda p: call(torch.zeros((), dtype=p.dtype), *p))(point)
+    with mpmath.workdps(800):
+        h, at = mpmath.mpf(10) ** -40, point.tolist()
+
+        def shifted(*moves):
+            return log_p(*[mpmath.mpf(v) + h * sum(s for j, s in moves if j == i) for i, v in enumerate(at)])
+
+        for i, j in product(range(3), repeat=2):
+            corners = [a * b * shifted((i, a), (j, b)) for a in (1, -1) for b in (1, -1)]
+            exact = float(mpmath.fsum(corners) / (4 * h * h))
+            assert found[i, j].item() == pytest.approx(exact, rel=1e-9, abs=1e-15)

@@ -211,3 +211,40 @@ def test_every_path_draws_the_kernel_s_noise(samples, first):
     for found in (graphs, functional, twin):
         for a, e in zip(found, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A compiled backward has the noise of its forward, whatever the partitioner computes again
+
+RECOMPUTED = [{"activation_memory_budget": 0.3}, {"activation_memory_budget": 0.7}, {"aggressive_recomputation": True}]
+
+
+def _by_rsample(mu, logvar):
+    z = fastelbo.rsample(mu, logvar, 3).z
+    return z.sin().sum(), z
+
+
+def _by_a_distribution(mu, logvar):
+    z = fastelbo.distributions.Gaussian(mu, logvar).rsample((3,))
+    return z.sin().sum(), z
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", RECOMPUTED, ids=str)
+@pytest.mark.parametrize("draw", [_by_rsample, _by_a_distribution])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_recomputed_gradients_have_the_noise_of_the_forward(backend, draw, config):
+    """d sin(z) / d logvar = cos(z) (z - mu) / 2; a second call draws anew, without a graph too."""
+    torch._dynamo.reset()
+    mu, logvar = (torch.randn(8, 5).requires_grad_() for _ in range(2))
+    with torch._functorch.config.patch(**config):
+        compiled = torch.compile(draw, backend=backend)
+        loss, z = compiled(mu, logvar)
+        (found,) = torch.autograd.grad(loss, logvar)
+        again = compiled(mu, logvar)[1]
+        with torch.no_grad():
+            others = [compiled(mu, logvar)[1] for _ in range(2)]
+    z = z.detach()
+    torch.testing.assert_close(found, (z.cos() * (z - mu.detach()) / 2).sum(0))
+    draws = [z, again.detach(), *others]
+    assert all(not torch.equal(draws[i], draws[j]) for i in range(4) for j in range(i))

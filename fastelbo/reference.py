@@ -427,7 +427,7 @@ def elbo_loss(
     kl = gaussian_kl(mu, logvar, prior_mu, prior_logvar)
     weight = kl.new_full((), beta) if beta_tensor is None else beta_tensor.to(kl.dtype)
     latents = weighted_latents(weight, kl, mu, logvar, prior_mu, prior_logvar)
-    penalty = gaussian_kl(*latents, free_bits)  # type: ignore[arg-type]
+    penalty = gaussian_kl(*latents, free_bits)  # type: ignore[arg-type, call-arg]
     fit = log_likelihood.mean(0) if recon.dim() > x.dim() else log_likelihood
     return reduce(weight * penalty - fit, reduction), log_likelihood, kl
 

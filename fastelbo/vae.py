@@ -215,8 +215,9 @@ class VAE(nn.Module):
         prior: p(z) = N(mu_p, diag exp(logvar_p)): a pair of tensors or parameters (mu_p, logvar_p) that broadcast to
             [B, *latent], or a module that returns one, called with the condition if there is one. None: N(0, I).
         latent_shape: the shape of one latent, without B; `encode` refuses another. None: taken from the latest
-            `encode`, so that only `decode` and `sample` before any `encode` need it. It travels in the state dict, which
-            has no entry for it before it is known; torch.distributed.checkpoint loads only entries that are there.
+            `encode`, so that only `decode` and `sample` before any `encode` need it. It travels in the state dict,
+            which has no entry for it before it is known; torch.distributed.checkpoint loads only entries that are
+            there.
 
     Raises:
         ValueError: an unknown likelihood.

@@ -84,11 +84,24 @@ FASTELBO_HD T one_unless_negative(T x) {
   return bits_to<T>(bits_to<U>(T(1)) & ~negative);
 }
 
+// 0 where the condition holds, else y: by bits, as above
+template <class T>
+FASTELBO_HD T zero_if(bool condition, T y) {
+  using U = typename Float<T>::UInt;
+  return bits_to<T>(bits_to<U>(y) & (U(condition) - 1));
+}
+template <class T>
+FASTELBO_HD bool is_zero(T x) {
+  using U = typename Float<T>::UInt;
+  return U(bits_to<U>(x) << 1) == 0;
+}
+
 // a b, where 0 times infinity is 0: of a difference that is exactly 0 and a scale that overflows. NaN stays NaN.
 template <class T>
 FASTELBO_HD T times(T a, T b) {
-  const T inf = T(__builtin_huge_val());
-  return a == 0 && (b == inf || b == -inf) ? T(0) : a * b;
+  using U = typename Float<T>::UInt;
+  const bool infinite = U(bits_to<U>(b) << 1) == U(bits_to<U>(T(__builtin_huge_val())) << 1);
+  return zero_if(is_zero(a) & infinite, a * b);
 }
 
 // exp(r) - 1 for |r| <= ln(2)/2

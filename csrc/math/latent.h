@@ -50,7 +50,7 @@ FASTELBO_HD SampleGrad<T> gated_sample_grad(T grad_z, T grad_lr, T path, T score
   const T step = std * eps, distance = times(delta + step, inv_std_p);
   const T slope = times(grad_lr, times(distance, inv_std_p)), g = path * (grad_z - slope);
   const T of_q = grad_lr * (path - score), score_mu = of_q * eps;
-  return {g + (score_mu == 0 ? score_mu : score_mu / std), T(0.5) * (g * step + (score_mu * eps + grad_lr * score)),
+  return {g + zero_if(is_zero(score_mu), score_mu / std), T(0.5) * (g * step + (score_mu * eps + grad_lr * score)),
           g * std + grad_lr * path * eps, slope, T(0.5) * (times(grad_lr, distance * distance) - grad_lr)};
 }
 

@@ -229,6 +229,10 @@ MORE = {
     "distributions.ZeroInflatedNegativeBinomial.log_prob": Function(
         _density(distributions.ZeroInflatedNegativeBinomial), lambda b, d: [_r(b, d), _r(d), _r(), _r(b, 1)]
     ),
+    "distributions.Fused.entropy": Function(
+        lambda *parameters: distributions.Gaussian(*parameters, validate_args=False).entropy(),
+        lambda b, d: [_r(b, d), 0.5 * _r(d)],
+    ),
     "distributions.gaussian_kl": Function(_kl, lambda b, d: [_r(b, d), 0.5 * _r(d), _r(d), 0.5 * _r(b, 1)]),
 }
 
@@ -325,7 +329,9 @@ NO_SUMS = {
 }
 OF_MODULES = {"extra_repr", "get_extra_state", "set_extra_state"}
 OF_DISTRIBUTIONS = {  # element by element
-    *("expand", "sample", "rsample", "support", "mean", "variance", "logits", "probs", "logvar", "log_scale")
+    *("expand", "sample", "rsample", "support", "mean", "variance", "logits", "probs", "logvar", "log_scale"),
+    *("cdf", "icdf", "enumerate_support", "has_enumerate_support", "mode", "param_shape", "loc", "scale"),
+    *("total_count", "rate"),
 }
 
 

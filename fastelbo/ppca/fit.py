@@ -220,8 +220,21 @@ def check_components(n_components: int, D: int) -> None:
 
 
 def _check_finite(x: Tensor, what: str) -> None:
-    if x.is_floating_point() and not bool(x.isfinite().all()):
-        raise ValueError(f"X must be finite for method {what}; {int((~x.isfinite()).sum())} values are not")
+    if x.is_floating_point():
+        bad = sum(int((~piece.isfinite()).sum()) for piece, _ in _pieces(x, None))
+        if bad:
+            raise ValueError(f"X must be finite for method {what}; {bad} values are not")
+        _check_squares(x)
+
+
+def _check_squares(x: Tensor) -> None:
+    """ValueError where a sum of squares of finite cells, NaN aside, would leave the range of float64."""
+    if x.dtype == torch.float64 and x.numel():
+        largest = max(float(torch.nan_to_num(piece, 0.0).abs().max()) for piece, _ in _pieces(x, None))
+        if largest > math.sqrt(torch.finfo(torch.float64).max / x.numel()) / 2:
+            raise ValueError(
+                f"X must have squares in the range of float64; its largest value is {largest:.1e}: scale the data"
+            )
 
 
 def canonical(W: Tensor) -> Tensor:
@@ -500,9 +513,11 @@ def _column_means(batches: Batches, group: Group) -> tuple[Tensor, Tensor, Count
             first = x if first is None else first
             moments = moments or Moments(x.shape[1], x.device)
             if x.is_floating_point():
-                missing |= bool(x.isnan().any())
-                if x.isinf().any():
-                    raise ValueError('X must be finite or NaN (a missing cell) for method "em"; it holds infinity')
+                for piece, _ in _pieces(x, None):
+                    missing |= bool(piece.isnan().any())
+                    if piece.isinf().any():
+                        raise ValueError('X must be finite or NaN (a missing cell) for method "em"; it holds infinity')
+                _check_squares(x)
             if not missing:
                 moments.update(x, weight)
     D, device = _features(first, group)
@@ -569,7 +584,9 @@ def em(
     check_components(n_components, D)
     rank = n_components + 1 if float(variance) > 0 else 0  # no more is known before the fit
     _check_count(count.rows, rank, n_components)
-    W = torch.randn(D, n_components if missing else min(3 * n_components, D), dtype=torch.float64, generator=generator)
+    columns = n_components if missing else min(3 * n_components, D)
+    device = "cpu" if generator is None else generator.device  # not torch's default device
+    W = torch.randn(D, columns, dtype=torch.float64, device=device, generator=generator)
     W = W.to(b.device) * torch.sqrt(variance / (2 * n_components))
     group.same(W, b, variance)
     if missing:

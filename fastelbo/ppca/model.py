@@ -36,7 +36,11 @@ variance = arguments.number(lambda value: 0 <= value < math.inf, "at least 0 and
 
 
 def _is_array(X: Any) -> bool:
-    return isinstance(X, Tensor) or hasattr(X, "__array__")
+    return isinstance(X, Tensor) or hasattr(X, "__array__") or _is_sparse(X)
+
+
+def _is_sparse(X: Any) -> bool:
+    return X.layout is not torch.strided if isinstance(X, Tensor) else hasattr(X, "toarray")
 
 
 def _from_numpy(X: Any) -> Tensor:
@@ -50,16 +54,25 @@ def _from_numpy(X: Any) -> Tensor:
         a = X.filled(np.nan) if np.ma.is_masked(X) and X.dtype.kind == "f" else X.filled()
     else:
         a = np.asarray(X)
-    usable = a.dtype.isnative and a.flags.writeable and all(stride >= 0 for stride in a.strides)
-    return torch.as_tensor(a if usable else a.astype(a.dtype.newbyteorder("="), order="C"))
+    usable = a.dtype.isnative and all(stride >= 0 for stride in a.strides)
+    with warnings.catch_warnings():
+        # such as of a file opened by numpy.memmap, which is not to be copied: nothing here writes to X
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(a if usable else a.astype(a.dtype.newbyteorder("="), order="C"), device="cpu")
+
+
+def _numbers(X: Any, name: str, shape: str) -> Tensor:
+    if _is_sparse(X):
+        raise TypeError(f"{name} must be dense; got a sparse {_kind(X)}: give {name}.toarray() or {name}.to_dense()")
+    try:
+        return X if isinstance(X, Tensor) else _from_numpy(X) if _is_array(X) else torch.as_tensor(X, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor or an array of numbers {shape}; got {_kind(X)}") from error
 
 
 def _tensor(X: Any, name: str, shape: str = "[N, D]") -> Tensor:
     """A tensor or an array as a matrix of a dtype that the model reads."""
-    try:
-        x = X if isinstance(X, Tensor) else _from_numpy(X) if _is_array(X) else torch.as_tensor(X)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor or an array of numbers {shape}; got {_kind(X)}") from error
+    x = _numbers(X, name, shape)
     if not x.is_floating_point() and x.dtype not in (torch.uint8, torch.bool):
         raise TypeError(f"{name} must be floating, uint8 (read as x / 255) or bool; got {x.dtype}")
     if x.dim() != 2:
@@ -76,7 +89,7 @@ def weighted(X: object, sample_weight: object) -> fit.Batch:
     x = _tensor(X, "X").detach()
     if sample_weight is None:
         return x, None
-    w = sample_weight if isinstance(sample_weight, Tensor) else _from_numpy(sample_weight)
+    w = _numbers(sample_weight, "sample_weight", "[N]")
     if w.shape != x.shape[:1]:
         raise ValueError(f"sample_weight must be [N] with N={len(x)} from X; got {tuple(w.shape)}")
     w = w.detach().to(x.device, torch.float64)
@@ -106,7 +119,13 @@ def _fit_batches(X: Any, method: str, sample_weight: Any) -> fit.Batches:
         D = None
         for batch in X:
             # a DataLoader of a TensorDataset gives lists: data, and labels
-            x = _tensor(batch[0] if isinstance(batch, tuple | list) else batch, "a batch of X").detach()
+            rows = _numbers(batch[0] if isinstance(batch, tuple | list) else batch, "a batch of X", "[n, D]")
+            if rows.dim() < 2:
+                raise ValueError(
+                    f"X must be one array, or an iterable of batches [n, D]; got {type(X).__name__} of single rows: "
+                    "give numpy.asarray(X), or torch.stack(X) of tensors"
+                )
+            x = _tensor(rows, "a batch of X").detach()
             D = x.shape[1] if D is None else D
             if x.shape[1] != D:
                 raise ValueError(f"every batch of X must be [n, {D}], as the first one; got {tuple(x.shape)}")
@@ -472,6 +491,12 @@ class PPCA(nn.Module):
         over = fit.Group(group)
         with over.together():
             source = _fit_batches(X, method, sample_weight)
+        most, least = over.largest(self.n_components), -over.largest(-self.n_components)
+        if most != least:
+            raise ValueError(
+                f"n_components must be the same in every process of the group; they have {least} to {most}, "
+                f"this one {self.n_components}"
+            )
 
         def batches() -> Iterator[fit.Batch]:
             for x, weight in source():

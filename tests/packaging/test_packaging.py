@@ -51,7 +51,7 @@ def sdist(tree: Path) -> Path:
     setup(tree, "-q", "sdist", "--dist-dir", str(tree.parent))
     (path,) = tree.parent.glob("*.tar.gz")
     with tarfile.open(path) as archive:
-        archive.extractall(tree.parent / "unpacked", filter="data")
+        archive.extractall(tree.parent / "unpacked")  # filter="data" came with Python 3.11.4
     (folder,) = (tree.parent / "unpacked").iterdir()
     return folder
 
@@ -143,7 +143,7 @@ def test_a_torch_that_is_missing_or_too_old(run_setup: Run, monkeypatch: pytest.
         ("g++ -D__clang__", "this is not g++ 11 or later"),
         ("g++ -U__GNUC__ -D__GNUC__=10", "this is not g++ 11 or later"),
         ("g++ -std=c++2099", "-std=c++2099"),
-        ("g++ -nostdinc", "Python.h:"),
+        ("g++ -nostdinc", "No such file or directory"),
         ("false", "CXX=false: it exits with 1"),
     ],
 )

@@ -3,12 +3,14 @@
 import math
 import subprocess
 import sys
+import warnings
 
 import mpmath as mp
 import numpy as np
 import pytest
 import torch
 from oracle import FLOOR, changes, check, evaluate, peak
+from scipy.sparse import csr_matrix
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -311,6 +313,28 @@ def test_missing_cells_against_scipy():
         torch.testing.assert_close(cov[n], torch.eye(3, dtype=F64) - gain @ m.W.detach()[o], rtol=1e-9, atol=1e-12)
 
 
+def test_functional_derivatives_of_missing_cells():
+    """torch.func of the op beside the same of torch's densities, row by row, of the observed cells alone."""
+    x, o = torch.randn(4, 5, dtype=F64), torch.rand(4, 5) < 0.7
+    inputs = parameters(5, 2)
+
+    def ours(W, b, log_sigma2):
+        return fastelbo.ppca_log_prob(x, W, b, log_sigma2, observed=o)
+
+    def theirs(W, b, log_sigma2):
+        C = W @ W.T + log_sigma2.exp() * torch.eye(5, dtype=F64)
+        rows = [
+            MultivariateNormal(b[i], C[i][:, i], validate_args=False).log_prob(r[i])
+            for r, i in zip(x, cells, strict=True)
+        ]
+        return torch.stack(rows)
+
+    cells = [row.nonzero().flatten() for row in o]
+    assert all(len(i) > 0 for i in cells) and not o.all()
+    for of in (torch.func.jacrev, torch.func.hessian, lambda f, n: torch.func.grad(lambda *t: f(*t).sum(), n)):
+        torch.testing.assert_close(of(ours, (0, 1, 2))(*inputs), of(theirs, (0, 1, 2))(*inputs), rtol=1e-9, atol=1e-9)
+
+
 def test_missing_cells_of_complete_rows_change_nothing():
     m, x = model(30, 5), torch.randn(40, 30, dtype=F64)
     every = fastelbo.ppca_log_prob(x, m.W, m.b, m.log_sigma2, observed=torch.ones_like(x, dtype=torch.bool))
@@ -467,6 +491,65 @@ def test_checkpoint():
         PPCA(3).load_state_dict(m.state_dict())
 
 
+@pytest.mark.parametrize("method, gaps", [("eig", False), ("em", False), ("em", True)])
+@pytest.mark.parametrize("rows", [5, 60])
+def test_a_default_device_changes_nothing(method, gaps, rows):
+    """Of the default device "meta", a tensor without a device of its own would have no values."""
+    x = np.random.default_rng(0).normal(size=(rows, 6))
+    if gaps:
+        x[::3, 1] = math.nan
+
+    def found():
+        generator = torch.Generator().manual_seed(0)
+        options = {"sample_weight": np.ones(rows), "max_iter": 2} if method == "em" else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            m = PPCA(2).fit(x, method, generator=generator, **options)
+        again = PPCA(2)
+        again.load_state_dict(m.state_dict())
+        z = again.transform(x)
+        draw = again.sample(3, generator=generator).numpy()
+        return z, again.log_prob(x), again.inverse_transform(z), again.impute(x), again.posterior(x)[1], draw
+
+    expected = found()
+    with torch.device("meta"):
+        for ours, theirs in zip(found(), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("method", ["eig", "em"])
+def test_a_mapped_file_is_not_copied(method, tmp_path):
+    """Memory of tensors and of arrays that is no file's, beside a file of 128 MB that is opened for reading."""
+    code = f"""
+import threading, time, warnings
+import numpy as np, torch
+from fastelbo import PPCA
+from fastelbo.ppca import fit
+fit.PIECE_ELEMENTS = 1 << 18
+warnings.simplefilter("ignore", RuntimeWarning)
+x = np.memmap({str(tmp_path / "x")!r}, np.float32, "w+", shape=(1 << 21, 16))
+for i in range(0, len(x), 1 << 17):
+    x[i : i + (1 << 17)] = np.random.default_rng(i).standard_normal((1 << 17, 16), np.float32)
+x = np.memmap({str(tmp_path / "x")!r}, np.float32, "r", shape=x.shape)
+def used():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 2**10
+PPCA(2).fit(x[:1000], {method!r}, max_iter=2)
+before, most, done = used(), [0.0], threading.Event()
+def watch():
+    while not done.wait(0.001):
+        most[0] = max(most[0], used())
+watcher = threading.Thread(target=watch)
+watcher.start()
+PPCA(2).fit(x, {method!r}, max_iter=2)
+done.set()
+watcher.join()
+print(most[0] - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 100
+
+
 def test_fit_keeps_the_parameters_of_an_optimizer():
     m = PPCA(2, 6)
     before = list(m.parameters())
@@ -513,6 +596,14 @@ def test_fit_keeps_the_parameters_of_an_optimizer():
         (lambda m, x: m.fit(None), TypeError, "X must be a tensor, an array, or an iterable of batches; got NoneType"),
         (lambda m, x: m.fit("abc"), TypeError, "X must be a tensor, an array, or an iterable of batches; got str"),
         (lambda m, x: m.fit(["abc"]), TypeError, "a batch of X must be a tensor or an array .*; got str"),
+        (lambda m, x: m.fit(x.tolist()), ValueError, r"batches \[n, D\]; got list of single rows: give numpy.asarray"),
+        (lambda m, x: m.fit(list(x.numpy())), ValueError, r"got list of single rows"),
+        (lambda m, x: m.fit(x.to_sparse()), TypeError, r"X must be dense; got a sparse Tensor .* X.to_dense"),
+        (lambda m, x: m.fit(csr_matrix(x.numpy())), TypeError, r"X must be dense; got a sparse csr_matrix .*toarray"),
+        (lambda m, x: m.log_prob(csr_matrix(x.numpy())), TypeError, "x must be dense; got a sparse csr_matrix"),
+        (lambda m, x: m.fit(x, sample_weight=["a"] * 9), TypeError, "sample_weight must be a tensor .*numbers"),
+        (lambda m, x: m.fit(x * 1e160), ValueError, "squares in the range of float64; .*scale the data"),
+        (lambda m, x: m.fit(x * 1e160, "em"), ValueError, "squares in the range of float64; .*scale the data"),
         (lambda m, x: m.fit(x + 0j), TypeError, "X must be floating, .*; got torch.complex128"),
         (lambda m, x: m.fit(x, 3), TypeError, 'method must be a str, one of "eig", "em"; got int'),
         (lambda m, x: m.fit(x, "svd"), ValueError, 'method must be one of "eig", "em"; got "svd"'),

@@ -490,11 +490,13 @@ def test_weights_of_processes_have_a_ratios_meaning(tmp_path, method, D, missing
     assert np.allclose(report.log_likelihood, alone.fit_report.log_likelihood, rtol=1e-9)
 
 
-def _bad_worker(rank: int, size: int, port: int, shards: list, method: str, folder: str) -> None:
+def _bad_worker(
+    rank: int, size: int, port: int, shards: list, method: str, folder: str, components: tuple[int, int] = (2, 2)
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     try:
-        PPCA(2).fit(shards[rank], method, group=dist.group.WORLD)
+        PPCA(components[rank]).fit(shards[rank], method, group=dist.group.WORLD)
         told = "nothing"
     except (ValueError, TypeError) as error:
         told = str(error)
@@ -518,6 +520,18 @@ def test_bad_rows_of_one_process_raise_in_all(tmp_path, method, kind):
     mp.start_processes(_bad_worker, (2, port, [x, bad], method, str(tmp_path)), 2, start_method="fork")
     told = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert told[0].startswith("X is refused by another process") and told[1].startswith(message)
+
+
+@pytest.mark.parametrize("method", ["eig", "em"])
+def test_processes_with_other_numbers_of_components_all_say_so(tmp_path, method):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = (2, port, [data(40, 6, 2)] * 2, method, str(tmp_path), (2, 3))
+    mp.start_processes(_bad_worker, options, 2, start_method="fork")
+    for rank, M in enumerate((2, 3)):
+        expected = f"n_components must be the same in every process of the group; they have 2 to 3, this one {M}"
+        assert torch.load(tmp_path / f"{rank}.pt") == expected
 
 
 def test_public_names():

@@ -166,6 +166,17 @@ def test_random_state():
     assert a.n_iter_ == 3
 
 
+@pytest.mark.parametrize("N, D", ROWS)
+@pytest.mark.parametrize("method", ["eig", "em"])
+def test_a_default_device_changes_nothing(N, D, method):
+    X, weight = data(N, D), np.arange(1, N + 1)
+    expected = PPCA(2, method=method, random_state=0).fit(X, sample_weight=weight)
+    with torch.device("meta"):
+        found = PPCA(2, method=method, random_state=0).fit(X, sample_weight=weight)
+        assert_same(found, expected, 0.0)
+        assert np.array_equal(found.impute(X), expected.impute(X)) and found.score(X) == expected.score(X)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # partial_fit and weights.
 
@@ -265,9 +276,7 @@ def test_masked_cells_are_missing(dtype):
 def test_masked_weights_are_refused(dtype):
     weight = np.ma.MaskedArray(np.ones(200, dtype), np.arange(200) == 3)
     for m in (PPCA(2), PPCA(2, method="em")):
-        with pytest.raises(
-            (TypeError, ValueError), match=r"sample_weight must be finite|masked array must be floating"
-        ):
+        with pytest.raises((TypeError, ValueError), match="sample_weight must be"):
             m.fit(data(), sample_weight=weight)
 
 

@@ -112,18 +112,12 @@ def check(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
         op(*map(stand_in, args))
 
 
-def exports_to_onnx() -> bool:
-    """Whether this is a trace of torch.onnx.export."""
-    tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing and torch.onnx.is_in_onnx_export()  # the latter takes longer than all else that is asked here
-
-
 def takes_twins(t: Tensor) -> bool:
     """Whether plain PyTorch computes: in reference mode, under torch.func, in forward-mode AD, without kernels, for
     ONNX, which has no function for an op."""
     return (
         _mode.blocks > 0
-        or exports_to_onnx()
+        or reference.exports_to_onnx()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or t.device.type not in reference.KERNEL_DEVICES

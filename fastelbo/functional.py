@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fastelbo import domains, estimators, likelihoods, ordered, reference
-from fastelbo._ops import call, exports_to_onnx, takes_twins
+from fastelbo._ops import call, takes_twins
 from fastelbo.arguments import ORDINALS, checked
 from fastelbo.ordered import ordered_sum, reduce
 
@@ -220,7 +220,7 @@ def rsample(
         return _rsample_each(mu, logvar, p_mu, p_logvar, num_samples, seed, generator, eps, first_sample)._replace(
             mu=mu, logvar=logvar, prior_mu=prior_mu, prior_logvar=prior_logvar
         )
-    if eps is None and seed is None and exports_to_onnx():  # no seed can be drawn there, but noise can
+    if eps is None and seed is None and reference.exports_to_onnx():  # no seed can be drawn there, but noise can
         eps = torch.randn_like(mu.expand(mu.shape if num_samples is None else (num_samples, *mu.shape)))
     if eps is None:
         key = seed_tensor(seed, generator, mu.device)

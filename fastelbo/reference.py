@@ -216,6 +216,12 @@ def gaussian_kl(
 gaussian_kl_backward = _backward(gaussian_kl, ("mu", "logvar", "prior_mu", "prior_logvar"))
 
 
+def exports_to_onnx() -> bool:
+    """Whether this is a trace of torch.onnx.export."""
+    tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing and torch.onnx.is_in_onnx_export()  # the latter takes longer than all else that is asked here
+
+
 def philox(seed: Tensor, index: Tensor) -> Tensor:
     """Philox 4x32-10 (Salmon et al. 2011) of the counters int64 [n] -> int64 [n, 4] in [0, 2^32)."""
     low = 0xFFFFFFFF
@@ -261,9 +267,13 @@ def normal_rows(seed: Tensor, rows: Tensor, size: int) -> Tensor:
     return numbers.reshape(len(rows), size).float()
 
 
+def draws_by_kernel(seed: Tensor) -> bool:
+    return seed.device.type in KERNEL_DEVICES and not exports_to_onnx()
+
+
 def noise(seed: Tensor, shape: Sequence[int], first_sample: int = 0) -> Tensor:
     """The noise [K, B, *latent] that `rsample` draws, float32: on a device that has kernels theirs, to the bit."""
-    if seed.device.type not in KERNEL_DEVICES:
+    if not draws_by_kernel(seed):
         return normal(seed, tuple(shape), first_sample * math.prod(shape[1:])).float()
     size = math.prod(shape[1:])
     rows = torch.arange(first_sample, first_sample + shape[0], device=seed.device)
@@ -377,7 +387,7 @@ def rsample_kept(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rows (sample[i], datum[i]) of `rsample` with that seed: z [n, *latent], log_ratio [n] and gates [2, n]."""
     rows = [None if t is None else t.index_select(0, datum) for t in (mu, logvar, prior_mu, prior_logvar)]
-    draw = torch.ops.fastelbo._normal_rows if seed.device.type in KERNEL_DEVICES else normal_rows
+    draw = torch.ops.fastelbo._normal_rows if draws_by_kernel(seed) else normal_rows
     eps = draw(seed, sample * mu.shape[0] + datum, math.prod(mu.shape[1:])).reshape(1, len(sample), *mu.shape[1:])
     z, _, log_ratio, gates = rsample(rows[0], rows[1], 1, rows[2], rows[3], None, eps)  # type: ignore[arg-type]
     return z[0], log_ratio[0], gates[:, 0]

@@ -345,8 +345,10 @@ class VAE(nn.Module):
                 f"encoder must return latents of the latent_shape={self._stated_shape} that was given; got "
                 f"{tuple(mu.shape[1:])}{halved}: return a pair (mu, logvar) of that shape, or give another latent_shape"
             )
-        # not read before, or compiled code would depend on what was there; but torch.export warns of what is written
-        if not torch.compiler.is_exporting() or self.latent_shape != tuple(mu.shape[1:]):
+        # not read before, or compiled code would depend on what was there; but torch.export warns of what is written,
+        # and torch.jit.trace refuses a state dict that changes
+        learns = not torch.compiler.is_exporting() or self.latent_shape != tuple(mu.shape[1:])
+        if learns and not torch._C._is_tracing():
             self.latent_shape = tuple(mu.shape[1:])
         return mu, logvar
 

@@ -26,7 +26,7 @@ class Outputs(nn.Module):
         torch.manual_seed(0)
         encoder, decoder = nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, 2 * M)), nn.Linear(M, D)
         prior = nn.Parameter(torch.randn(M)), nn.Parameter(torch.tensor(0.3))
-        self.vae = fastelbo.VAE(encoder, decoder, prior=prior)
+        self.vae = fastelbo.VAE(encoder, decoder, prior=prior, latent_shape=(M,))
 
     def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, ...]:
         recon, q = self.vae(x, self.num_samples, eps=eps)

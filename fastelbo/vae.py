@@ -348,7 +348,7 @@ class VAE(nn.Module):
         # not read before, or compiled code would depend on what was there; but torch.export warns of what is written,
         # and torch.jit.trace refuses a state dict that changes
         learns = not torch.compiler.is_exporting() or self.latent_shape != tuple(mu.shape[1:])
-        if learns and not torch._C._is_tracing():
+        if learns and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.latent_shape = tuple(mu.shape[1:])
         return mu, logvar
 

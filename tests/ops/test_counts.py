@@ -127,10 +127,10 @@ def test_every_digit_that_the_terms_leave(name, dtype):
 
 
 EDGES = {  # log of float32's and of float64's smallest mean or theta; beyond the last, log p is continued
-    torch.float32: (-80.0, -61.0, -45.0, -30.0, -25.5, -24.0, -10.0, 0.0, 10.0),
-    torch.float64: (-300.0, -151.0, -101.0, -61.0, -59.0, -25.0, -10.0, 0.0, 10.0),
+    torch.float32: (-80.0, -61.0, -45.0, -25.5, 0.0, 10.0),
+    torch.float64: (-300.0, -151.0, -101.0, -59.0, 0.0, 10.0),
 }
-FEW = (1e-42, 1e-37, 1e-20, 1e-3, 0.01, 0.07, 0.6)  # counts below 1
+FEW = (1e-42, 1e-20, 1e-3, 0.07, 0.6)  # counts below 1
 
 
 @every_float
@@ -148,7 +148,7 @@ def test_means_and_thetas_at_the_edges_of_their_range(name, dtype):
     columns = [c.clone().requires_grad_() for c in torch.tensor(rows, dtype=torch.float64).to(dtype).T]
     found, info = [t.tolist() for t in _found(name, *columns)], torch.finfo(dtype)
     wrong = []
-    with mpmath.workdps(700):
+    with mpmath.workdps(350):
         for i, row in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
             values, terms = FORMULAS[name](*map(mpmath.mpf, row))
             for j, (exact, size) in enumerate(zip(values, terms, strict=True)):

@@ -109,6 +109,15 @@ def digamma_tail(v):
     return a**2 * (mp.log(a) - v / 2 - mp.digamma(a))
 
 
+def lgamma1p(x):
+    """lgamma(1 + x) / (x (x - 1)); at the roots, its limits."""
+    if abs(x) < mp.mpf("1e-12"):
+        return mp.euler
+    if abs(x - 1) < mp.mpf("1e-12"):
+        return 1 - mp.euler
+    return mp.loggamma(1 + x) / (x * (x - 1))
+
+
 if __name__ == "__main__":
     reach = mp.log(2) / 2 * mp.mpf("1.0001")
     exp_tail = quotient(mp.exp, [1, 1], 2)
@@ -137,3 +146,6 @@ if __name__ == "__main__":
     for name, f, degree in (("S(a), double: v P22", stirling, 22), ("D(a), double: v^2 P24", digamma_tail, 24)):
         # around the middle, where the coefficients are small
         show(f"{name}(v - 1/2)", lambda t: f(t + half), -half, half, degree, lambda t: 1 / f(t + half), 19)  # noqa: B023
+    for degree, digits in ((9, 10), (20, 19)):
+        name = f"lgamma(1 + x): x (x - 1) P{degree}(x - 1/2)"
+        show(name, lambda t: lgamma1p(t + half), -half, half, degree, lambda t: 1 / lgamma1p(t + half), digits)

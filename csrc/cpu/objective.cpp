@@ -1,10 +1,9 @@
 // The objectives on the CPU: value and gradient of a loss in one pass over recon and x.
 #include <torch/library.h>
 
-#include <cmath>
-
 #include "cpu/latent.h"
 #include "cpu/likelihood.h"
+#include "math/elementary.h"
 #include "prepare/objective.h"
 
 namespace fastelbo {
@@ -43,8 +42,7 @@ void elbo_loss_forward(prepare::ElboLossForward& op) {
   for (int64_t b = 0; b < B; ++b) {
     double sum = 0;
     for (int64_t k = 0; k < K; ++k) sum += log_p[k * B + b];
-    const double weighted = beta == 0 && std::isinf(penalty[b]) ? 0 : beta * penalty[b];  // no KL, even an infinite one
-    losses[b] = weighted - sum / double(K);
+    losses[b] = baseline::times(beta, penalty[b]) - sum / double(K);
   }
   reduce(losses.data(), B, op.reduction, op.loss);
   write(log_p.data(), op.log_likelihood);

@@ -1,4 +1,4 @@
-// What the likelihoods of counts share: zeros and other counts have formulas of their own, in steps.
+// What the likelihoods of counts share: x = 0, 0 < x < 1 and other x have formulas of their own, in steps.
 //
 // x may be fractional. log p is -inf, with a gradient of 0, where x is negative or infinite, and NaN where x is.
 //

@@ -15,7 +15,7 @@ from benchmarks.plain import PLAIN, digits_model, one_bce
 from benchmarks.steps import Step
 from fastelbo import reference
 from fastelbo.estimators import ESTIMATORS
-from fastelbo.functional import join_recon
+from fastelbo.losses import join_recon
 
 # options of the estimators that have any, in the benchmarks
 OPTIONS: dict[str, dict[str, Any]] = {"vr": {"alpha": 0.5}, "ciwae": {"beta": 0.5}, "miwae": {"groups": 5}}

@@ -15,8 +15,8 @@ from torch.distributions import Normal
 
 import fastelbo
 from benchmarks.steps import Step
-from fastelbo.commands.networks import build_model
 from fastelbo.estimators import ESTIMATORS
+from fastelbo.nets import build_model
 
 LOG_2PI = math.log(2 * math.pi)
 

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 import fastelbo
-from fastelbo.commands.networks import build_model
+from fastelbo.nets import build_model
 
 
 class Step(nn.Module):

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastelbo import VAE
-from fastelbo.commands.networks import build_model
+from fastelbo.nets import build_model
 
 LATENT, HIDDEN, BATCH, LR = 50, 200, 100, 1e-3
 EPOCHS, LOOKS = 50, (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 35, 40, 45, 50)  # epochs after which log p(x) is estimated

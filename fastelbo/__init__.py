@@ -1,17 +1,19 @@
 """Fused losses for latent-variable models: faster and right, as a drop-in for plain PyTorch."""
 
+import importlib
+import sys
 from typing import TypedDict, cast
 
-from fastelbo import _ops, distributions, reference
-from fastelbo._ops import reference_mode
-from fastelbo.bounds import bound_loss
-from fastelbo.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
-from fastelbo.functional import (
+from fastelbo import distributions, reference
+from fastelbo._internal import ops as _ops
+from fastelbo._internal.ops import reference_mode
+from fastelbo.losses import (
     ELBOLoss,
     IWAELoss,
     LossParts,
     Posterior,
     bernoulli_log_prob,
+    bound_loss,
     elbo_loss,
     gaussian_kl,
     gaussian_log_prob,
@@ -21,11 +23,12 @@ from fastelbo.functional import (
     multi_sample_loss,
     rsample,
 )
-from fastelbo.kept import Kept, estimator_weights, keep_samples, kept_loss, rsample_kept
-from fastelbo.loading import load
-from fastelbo.marginal import ImportanceWeights, LogMeanExp, MarginalEstimate, importance_weights
+from fastelbo.losses.kept import Kept, estimator_weights, keep_samples, kept_loss, rsample_kept
+from fastelbo.models.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
+from fastelbo.models.loading import load
+from fastelbo.models.marginal import ImportanceWeights, LogMeanExp, MarginalEstimate, importance_weights
+from fastelbo.models.vae import VAE
 from fastelbo.ppca import PPCA, FitReport, ppca_log_prob
-from fastelbo.vae import VAE
 
 __version__ = "0.1.0"
 
@@ -87,3 +90,15 @@ def build_info() -> BuildInfo:
     """What was built, for bug reports; `fastelbo info` prints it."""
     info = {"fastelbo": __version__, **_ops._C.build_info(), "devices": sorted(reference.KERNEL_DEVICES)}
     return cast(BuildInfo, info)
+
+
+# Pickles of earlier versions name the modules that held their classes then.
+for _then, _now in {
+    "vae": "models.vae",
+    "marginal": "models.marginal",
+    "diagnostics": "models.diagnostics",
+    "functional": "losses.functional",
+    "kept": "losses.kept",
+    "commands.networks": "nets",
+}.items():
+    sys.modules[f"{__name__}.{_then}"] = importlib.import_module(f"{__name__}.{_now}")

@@ -15,10 +15,11 @@ from torch import distributions as plain
 from torch.distributions import Distribution, Independent, Normal, constraints, kl_divergence, register_kl
 from torch.distributions.utils import lazy_property
 
-from fastelbo import functional, likelihoods, ordered
-from fastelbo.arguments import TABLE, number, refusal, size
-from fastelbo.functional import drawn_once, join_recon
+from fastelbo import likelihoods
+from fastelbo._internal import ordered
+from fastelbo._internal.arguments import TABLE, number, refusal, size
 from fastelbo.likelihoods import LOG_2, LOG_2PI
+from fastelbo.losses import drawn_once, functional, join_recon
 
 __all__ = [
     "Bernoulli",

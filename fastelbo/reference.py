@@ -280,7 +280,7 @@ def noise(seed: Tensor, shape: Sequence[int], first_sample: int = 0) -> Tensor:
     return torch.ops.fastelbo._normal_rows(seed, rows, size).reshape(shape)  # type: ignore[no-any-return]
 
 
-KERNEL_DEVICES: set[str] = set()  # the types of device that have kernels; fastelbo._ops fills it, when it loads them
+KERNEL_DEVICES: set[str] = set()  # the types of device that have kernels; fastelbo._internal.ops fills it
 
 
 def _box_muller(words: Tensor) -> Tensor:

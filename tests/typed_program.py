@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fastelbo
 from fastelbo import LossParts, MarginalEstimate, Posterior
-from fastelbo.functional import Recon
+from fastelbo.losses import Recon
 
 x, mu, logvar, recon = (torch.zeros(4, 3) for _ in range(4))
 flag = bool(torch.rand(()) < 0.5)

@@ -36,7 +36,7 @@ std::array<bool, N> needs(AutogradContext* ctx, const std::array<Tensor, N>& inp
 }
 
 // The backward ops dispatch to the device's kernel; where a graph of the gradient is being built they go through
-// autograd, which there is the plain-PyTorch twin (fastelbo/_ops.py).
+// autograd, which there is the plain-PyTorch twin (fastelbo/_internal/ops.py).
 class BelowAutogradUnlessGraph {
   std::optional<at::AutoDispatchBelowADInplaceOrView> guard_;
 

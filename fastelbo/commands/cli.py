@@ -17,15 +17,16 @@ import torch
 import torch.distributed as dist
 
 import fastelbo
-from fastelbo.commands import data, evaluate, files, networks, options, ppca, train
+from fastelbo import nets
+from fastelbo.commands import data, evaluate, files, options, ppca, train
 from fastelbo.commands.data import BUILT_IN
 from fastelbo.commands.ppca import PPCAConfig
 from fastelbo.commands.train import IMPLS, Config, Metrics
-from fastelbo.diagnostics import ACTIVE_VARIANCE
 from fastelbo.likelihoods import LIKELIHOODS
+from fastelbo.models.diagnostics import ACTIVE_VARIANCE
+from fastelbo.models.vae import OBJECTIVES
 from fastelbo.ppca import PPCA
 from fastelbo.ppca.model import METHODS
-from fastelbo.vae import OBJECTIVES
 
 MODELS = ("vae", "ppca")
 LOGGERS = ("tensorboard",)
@@ -103,7 +104,7 @@ def _parser() -> _Parser:
         type=int,
         metavar="N",
     )
-    option("--net", "net", "dense layers, or convolutions for images", choices=networks.NETS)
+    option("--net", "net", "dense layers, or convolutions for images", choices=nets.NETS)
     option("--amp", "amp", "autocast of the training steps", choices=train.AMP)
     option("--device", "device", "auto is cuda where torch sees a GPU", choices=train.DEVICES)
     training.add_argument("--method", choices=METHODS, help="of ppca: the closed form (default), or EM")

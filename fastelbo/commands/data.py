@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastelbo import likelihoods, reference
 from fastelbo.commands import files
-from fastelbo.functional import likelihood_sample
 from fastelbo.likelihoods import Domain
+from fastelbo.losses import likelihood_sample
 
 PATCH = 8  # side of an image patch, in pixels
 HEADER = 1 << 16  # bytes; numpy refuses headers of more than 10000

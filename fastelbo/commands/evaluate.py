@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastelbo.diagnostics import DiagnosticsMeter
-from fastelbo.functional import rsample
-from fastelbo.marginal import LogMeanExp, MarginalEstimate, log_weights
-from fastelbo.progress import progress
-from fastelbo.vae import VAE
+from fastelbo._internal.progress import progress
+from fastelbo.losses import rsample
+from fastelbo.models.diagnostics import DiagnosticsMeter
+from fastelbo.models.marginal import LogMeanExp, MarginalEstimate, log_weights
+from fastelbo.models.vae import VAE
 
 BATCH = 500  # data that are encoded at a time
 

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from fastelbo.arguments import count, integer, keep, number, size
+from fastelbo._internal.arguments import count, integer, keep, number, size
 
 _weight = number(lambda value: 0 <= value < math.inf, "finite and at least 0")
 

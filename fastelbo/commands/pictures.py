@@ -20,9 +20,9 @@ from fastelbo.commands.data import Dataset
 from fastelbo.commands.ppca import Row
 from fastelbo.commands.train import Metrics
 from fastelbo.likelihoods import Domain
-from fastelbo.marginal import encode_blocks
+from fastelbo.models.marginal import encode_blocks
+from fastelbo.models.vae import VAE
 from fastelbo.ppca import PPCA
-from fastelbo.vae import VAE
 
 TRAIN, HELD_OUT = "#9aa5b1", "#1f5fa8"
 

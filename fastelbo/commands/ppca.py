@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fastelbo.arguments import one_of
+from fastelbo._internal.arguments import one_of
 from fastelbo.commands import data, files, options
 from fastelbo.ppca import PPCA
 from fastelbo.ppca.fit import RankError

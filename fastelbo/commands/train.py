@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastelbo import kept, reference, reference_mode
-from fastelbo.arguments import one_of
+from fastelbo import reference, reference_mode
+from fastelbo._internal.arguments import one_of
+from fastelbo._internal.progress import progress
 from fastelbo.commands import data, evaluate, files, options
-from fastelbo.commands.networks import NETS, build_model
-from fastelbo.diagnostics import ACTIVE_VARIANCE, DiagnosticsMeter
 from fastelbo.estimators import Estimator, estimator
-from fastelbo.functional import LossParts, Posterior, Recon, join_recon, log_prob, rsample, split_recon
-from fastelbo.progress import progress
-from fastelbo.vae import VAE, VAEOutput, check_objective, draws, objective_loss
+from fastelbo.losses import LossParts, Posterior, Recon, join_recon, kept, log_prob, rsample, split_recon
+from fastelbo.models.diagnostics import ACTIVE_VARIANCE, DiagnosticsMeter
+from fastelbo.models.vae import VAE, VAEOutput, check_objective, draws, objective_loss
+from fastelbo.nets import NETS, build_model
 
 IMPLS = ("fused", "reference")
 LR_SCHEDULES = ("constant", "cosine")

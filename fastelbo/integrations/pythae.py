@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import fastelbo
 from fastelbo import LossParts
-from fastelbo.functional import weighted
 from fastelbo.likelihoods import LOG_2PI
+from fastelbo.losses import weighted
 
 __all__ = ["IWAE", "VAE", "VAMP", "BetaVAE"]
 

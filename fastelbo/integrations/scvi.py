@@ -22,7 +22,7 @@ from torch.distributions import Distribution, Normal
 from torch.distributions.utils import lazy_property
 
 import fastelbo
-from fastelbo.functional import Recon, join_recon, weighted
+from fastelbo.losses import Recon, join_recon, weighted
 
 __all__ = ["PEAKVI", "SCVI", "FusedPEAKVAE", "FusedVAE"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastelbo import reference
-from fastelbo._ops import takes_twins
-from fastelbo.ordered import ordered_sum
+from fastelbo._internal.ops import takes_twins
+from fastelbo._internal.ordered import ordered_sum
 
 _op = torch.ops.fastelbo
 PIECE_ELEMENTS = 1 << 20  # of the products W_di W_dj that are in memory at a time

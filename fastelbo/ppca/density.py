@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastelbo import reference
-from fastelbo._ops import call, check
-from fastelbo.arguments import checked
+from fastelbo._internal.arguments import checked
+from fastelbo._internal.ops import call, check
 from fastelbo.ppca import missing
 
 _op = torch.ops.fastelbo

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastelbo import reference
-from fastelbo._ops import call
+from fastelbo._internal.ops import call
+from fastelbo._internal.progress import progress
 from fastelbo.likelihoods import LOG_2PI
 from fastelbo.ppca import algebra, missing
-from fastelbo.progress import progress
 from fastelbo.reference import read_data
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastelbo import ordered
+from fastelbo._internal import ordered
+from fastelbo._internal.ordered import ordered_sum
 from fastelbo.likelihoods import LOG_2PI
-from fastelbo.ordered import ordered_sum
 from fastelbo.ppca.algebra import grams, product, solution
 from fastelbo.reference import read_data
 

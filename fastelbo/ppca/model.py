@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from fastelbo import arguments, ordered
-from fastelbo.functional import gaussian_kl
+from fastelbo._internal import arguments, ordered
+from fastelbo._internal.ordered import ordered_sum
 from fastelbo.likelihoods import LOG_2PI
-from fastelbo.ordered import ordered_sum
+from fastelbo.losses import gaussian_kl
 from fastelbo.ppca import algebra, fit, missing
 from fastelbo.ppca.algebra import product
 from fastelbo.ppca.density import ppca_log_prob

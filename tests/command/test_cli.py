@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import fastelbo
-from fastelbo import PPCA, kept
+from fastelbo import PPCA
 from fastelbo.commands import cli, evaluate, pictures, train
 from fastelbo.commands import ppca as commands_ppca
 from fastelbo.commands.data import counts_model, load
-from fastelbo.commands.networks import build_model
 from fastelbo.commands.ppca import METRICS as METRICS_OF_PPCA
 from fastelbo.commands.train import LATENT_METRICS, METRICS, Config, Trainer
+from fastelbo.losses import kept
+from fastelbo.nets import build_model
 
 TIMES = {"ms_per_step", "loss_share"}
 PICTURES = ("curves", "reconstructions", "prior_samples", "latent_plane", "kl_per_dimension")

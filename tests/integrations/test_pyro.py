@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import fastelbo
 from fastelbo import distributions as fd
-from fastelbo.functional import join_recon
+from fastelbo.losses import join_recon
 
 K, B, D, M = 4, 6, 7, 3
 ROOT = Path(__file__).parent.parent.parent

@@ -14,6 +14,7 @@ from toys import log_normal
 import fastelbo
 from fastelbo import VAE
 from fastelbo.commands import cli
+from fastelbo.losses import kept
 
 B, D, M, C, K = 5, 6, 3, 4, 7
 OBJECTIVES = [("elbo", 1), ("elbo", K), ("stl", K), ("iwae", K), ("dreg", K), ("rws", K)]
@@ -108,7 +109,7 @@ def test_kept_samples(shape):
     for keep in (K - 1, 2):
         torch.testing.assert_close(model.loss(x, keep=keep, **options), whole, rtol=1e-12, atol=1e-12)
     # all samples kept by the functions that keep fewer: the gradient is the whole one
-    row = fastelbo.kept.row_of("dreg", K)
+    row = kept.row_of("dreg", K)
     parts = model._kept_loss(x, c, mask, row, K, K, None, "mean", 3, None)
     for ours, theirs in zip(
         torch.autograd.grad(parts.loss, parameters), torch.autograd.grad(whole, parameters), strict=True

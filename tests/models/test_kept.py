@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from toys import D, LearnedVariance, M, ThreeParameters, dense, leave_group, model_of
 
 import fastelbo
-from fastelbo import VAE, Kept, kept
+from fastelbo import VAE, Kept
 from fastelbo.estimators import ESTIMATORS
-from fastelbo.functional import split_recon
+from fastelbo.losses import kept, split_recon
 
 B, SEED = 5, 3
 CASES = [case for case in paper.CASES if case[0] not in ("elbo", "stl")]

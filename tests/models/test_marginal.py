@@ -10,7 +10,8 @@ from torch import Tensor
 from toys import D, M, linear_gaussian, model_of
 
 import fastelbo
-from fastelbo import LogMeanExp, marginal
+from fastelbo import LogMeanExp
+from fastelbo.models import marginal
 
 inf, nan = float("inf"), float("nan")
 

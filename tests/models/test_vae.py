@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from toys import LearnedVariance, M, ThreeParameters, dense
 
 import fastelbo
-from fastelbo import domains, likelihoods, reference
+from fastelbo import likelihoods, reference
+from fastelbo._internal import domains
 from fastelbo.commands import data
-from fastelbo.functional import likelihood_mean, likelihood_sample
-from fastelbo.vae import VAE
+from fastelbo.losses import likelihood_mean, likelihood_sample
+from fastelbo.models.vae import VAE
 
 B, K = 5, 3
 

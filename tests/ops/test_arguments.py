@@ -11,7 +11,7 @@ from contracts import B, D, K, M, public
 from torch import Tensor, nn
 
 import fastelbo
-from fastelbo.arguments import TABLE, checked
+from fastelbo._internal.arguments import TABLE, checked
 
 
 def _quantized() -> Tensor:

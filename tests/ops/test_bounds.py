@@ -16,7 +16,7 @@ from toys import log_normal
 
 import fastelbo
 from fastelbo import Posterior, bound_loss, gaussian_kl, rsample
-from fastelbo.functional import LossParts
+from fastelbo.losses import LossParts
 
 B, D, M = 4, 6, 3
 every_case = pytest.mark.parametrize("case", paper.CASES, ids=paper.CASE_IDS)

@@ -12,8 +12,8 @@ from scipy import stats
 from torch import Tensor
 
 import fastelbo
-from fastelbo.functional import likelihood_mean, likelihood_sample
 from fastelbo.likelihoods import LOG_THETA_LIMIT
+from fastelbo.losses import likelihood_mean, likelihood_sample
 from fastelbo.reference import COUNTS
 
 inf, nan = float("inf"), float("nan")

@@ -15,8 +15,8 @@ from torch.nn.functional import logsigmoid
 
 import fastelbo
 from fastelbo import distributions as fd
-from fastelbo import functional
 from fastelbo.likelihoods import LIKELIHOODS
+from fastelbo.losses import functional
 
 K, B, D = 5, 4, 3
 

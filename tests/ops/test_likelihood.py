@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 import fastelbo
 from fastelbo import likelihoods
-from fastelbo.functional import likelihood_mean, likelihood_sample
+from fastelbo.losses import likelihood_mean, likelihood_sample
 from fastelbo.reference import COUNTS
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=LIKELIHOOD_IDS)

@@ -5,8 +5,8 @@ import torch
 from contracts import _r
 from torch import Tensor
 
-from fastelbo import ordered
-from fastelbo.ordered import ordered_sum
+from fastelbo._internal import ordered
+from fastelbo._internal.ordered import ordered_sum
 
 SHAPES = [(40_001,), (300, 131), (1, 50_000), (50_000, 1), (7, 70, 77)]
 LAYOUTS = {

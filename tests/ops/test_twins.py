@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import fastelbo
-from fastelbo import PPCA, _ops, reference
+from fastelbo import PPCA, reference
+from fastelbo._internal import ops as _ops
 
 ops = torch.ops.fastelbo
 ALL = [True] * 7

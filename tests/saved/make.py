@@ -22,7 +22,7 @@ from saved import reading
 from saved.reading import MORE, RECORDED, D, Figures, M, fractions, numbers
 
 import fastelbo
-from fastelbo.commands.networks import build_model
+from fastelbo.nets import build_model
 
 Write = Callable[[Path], Any]  # writes to a path -> what was written, as reading.SAVED[...].figures takes it
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from fastelbo.models.vae import VAE
 from fastelbo.ppca import PPCA
-from fastelbo.vae import VAE
 
 
 def load(path: str | Path) -> VAE | PPCA:

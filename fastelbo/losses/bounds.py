@@ -10,11 +10,12 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from fastelbo import estimators, ordered, reference
-from fastelbo._ops import call
-from fastelbo.arguments import checked
-from fastelbo.functional import LossParts, Posterior, bound_varies, mean_kl, steered, weighted
-from fastelbo.ordered import ordered_sum, reduce
+from fastelbo import estimators, reference
+from fastelbo._internal import ordered
+from fastelbo._internal.arguments import checked
+from fastelbo._internal.ops import call
+from fastelbo._internal.ordered import ordered_sum, reduce
+from fastelbo.losses.functional import LossParts, Posterior, bound_varies, mean_kl, steered, weighted
 
 _op = torch.ops.fastelbo
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastelbo import reference
-from fastelbo.arguments import checked, refusal
-from fastelbo.functional import Posterior, expand
-from fastelbo.marginal import LogMeanExp, cut
-from fastelbo.ordered import ordered_sum
+from fastelbo._internal.arguments import checked, refusal
+from fastelbo._internal.ordered import ordered_sum
+from fastelbo.losses import Posterior, expand
+from fastelbo.models.marginal import LogMeanExp, cut
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, sec. 5.2 and app. C
 

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from fastelbo import reference
 
 _R = TypeVar("_R")
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _FROM_SOURCES = (_ROOT / "csrc").is_dir()
 _PIP = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps"  # pip's cache: of another torch
 

@@ -14,7 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastelbo import _ops, reference
+from fastelbo import reference
+from fastelbo._internal import ops as _ops
 
 Check = Callable[[str, Any], Any]  # (name, value) -> the value, in the type that is expected; raises what is wrong
 _P = ParamSpec("_P")

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from fastelbo import domains, estimators, reference
-from fastelbo._ops import call
-from fastelbo.arguments import checked
-from fastelbo.functional import Posterior, drawn_once, expand, gaussian_kl, seed_tensor
-from fastelbo.ordered import ordered_sum, reduce
+from fastelbo import estimators, reference
+from fastelbo._internal import domains
+from fastelbo._internal.arguments import checked
+from fastelbo._internal.ops import call
+from fastelbo._internal.ordered import ordered_sum, reduce
+from fastelbo.losses.functional import Posterior, drawn_once, expand, gaussian_kl, seed_tensor
 
 _op = torch.ops.fastelbo
 

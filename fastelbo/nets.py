@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastelbo import likelihoods
-from fastelbo.vae import VAE
+from fastelbo.models.vae import VAE
 
 NETS = ("mlp", "conv")
 

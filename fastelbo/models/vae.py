@@ -8,10 +8,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastelbo import domains, kept, likelihoods, reference
-from fastelbo.arguments import ORDINALS, checked
+from fastelbo import likelihoods, reference
+from fastelbo._internal import domains
+from fastelbo._internal.arguments import ORDINALS, checked
+from fastelbo._internal.ordered import reduce
+from fastelbo._internal.progress import progress
 from fastelbo.estimators import ESTIMATORS, Estimator
-from fastelbo.functional import (
+from fastelbo.losses import (
     LossParts,
     Posterior,
     Prior,
@@ -20,6 +23,7 @@ from fastelbo.functional import (
     expand,
     gaussian_kl,
     join_recon,
+    kept,
     likelihood_mean,
     likelihood_sample,
     log_prob,
@@ -28,7 +32,7 @@ from fastelbo.functional import (
     seed_tensor,
     split_recon,
 )
-from fastelbo.marginal import (
+from fastelbo.models.marginal import (
     Condition,
     LogMeanExp,
     MarginalEstimate,
@@ -40,8 +44,6 @@ from fastelbo.marginal import (
     rows_between,
     rows_of,
 )
-from fastelbo.ordered import reduce
-from fastelbo.progress import progress
 
 # Every objective with the options that it reads; the others must keep their defaults.
 # "elbo" is the one with the KL in closed form; the others are the estimators of `multi_sample_loss`.

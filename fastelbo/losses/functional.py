@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fastelbo import domains, estimators, likelihoods, ordered, reference
-from fastelbo._ops import call, takes_twins
-from fastelbo.arguments import ORDINALS, checked
-from fastelbo.ordered import ordered_sum, reduce
+from fastelbo import estimators, likelihoods, reference
+from fastelbo._internal import domains, ordered
+from fastelbo._internal.arguments import ORDINALS, checked
+from fastelbo._internal.ops import call, takes_twins
+from fastelbo._internal.ordered import ordered_sum, reduce
 
 Recon = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 _Result = TypeVar("_Result")  # of a loss module: Tensor or LossParts, by return_parts

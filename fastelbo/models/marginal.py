@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
-from fastelbo.arguments import checked, refusal
-from fastelbo.functional import Prior, Recon, expand, join_recon, log_prob, rsample, seed_tensor, split_recon
-from fastelbo.ordered import ordered_sum
+from fastelbo._internal.arguments import checked, refusal
+from fastelbo._internal.ordered import ordered_sum
+from fastelbo.losses import Prior, Recon, expand, join_recon, log_prob, rsample, seed_tensor, split_recon
 
 Condition = Tensor | tuple[Tensor, ...]  # what a model's modules take besides x or z; each tensor [B, ...]
 

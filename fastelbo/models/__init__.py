@@ -1,0 +1,1 @@
+"""The VAE and what is told of it: marginal likelihood, diagnostics."""

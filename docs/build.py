@@ -27,7 +27,10 @@ from fastelbo.commands import cli
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PROSE = ("README", "concepts", "adapters", "kept_samples", "practice", "performance")
+PROSE = (
+    *("README", "installation", "functions", "models", "concepts", "kept_samples", "counts", "ppca", "adapters"),
+    *("practice", "limits", "performance"),
+)
 RECIPES = ROOT / "examples" / "recipes"
 # called by torch, not by the user; and what scikit-learn adds to an estimator
 HOOKS = {"extra_repr", "get_extra_state", "set_extra_state", "set_fit_request", "set_partial_fit_request"}

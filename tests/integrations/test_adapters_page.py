@@ -1,4 +1,6 @@
-"""The code of docs/adapters.md, with the packages themselves. `make test-integrations` has the environment for it."""
+"""The code of docs/adapters.md and docs/counts.md, with the packages themselves. `make test-integrations` has the
+environment for it.
+"""
 
 import importlib.util
 import re
@@ -66,7 +68,7 @@ def test_lightning() -> None:
 
 def test_scvi() -> None:
     space = run("scvi-tools")
-    (line,) = (code for code in code_of((ROOT / "README.md").read_text()) if code.startswith("from fastelbo.integr"))
+    (line,) = code_of((ROOT / "docs/counts.md").read_text())
     exec(line)
     assert space["SCVI"]._module_cls.__name__ == "FusedVAE" and space["PEAKVI"]._module_cls.__name__ == "FusedPEAKVAE"
 

@@ -84,8 +84,8 @@ def test_the_page_of_the_command_has_its_options(site: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The code of README.md and of the pages. That of docs/adapters.md and docs/counts.md, which need other packages, runs in
-# tests/integrations/test_adapters_page.py.
+# The code of README.md and of the pages. That of docs/adapters.md and docs/counts.md, which need other packages, is run
+# by tests/integrations/test_adapters_page.py.
 
 
 def page_code(name: str) -> list[str]:

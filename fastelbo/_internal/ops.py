@@ -67,7 +67,7 @@ if torch.__version__.split(".")[:2] != _BUILT_AGAINST.split(".")[:2]:
         f"fastelbo was built against PyTorch {_BUILT_AGAINST}, but this is PyTorch {torch.__version__}; {_rebuild()}"
     )
 
-reference.KERNEL_DEVICES |= {"cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])}
+reference.random.KERNEL_DEVICES |= {"cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def takes_twins(t: Tensor) -> bool:
         or reference.exports_to_onnx()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or t.device.type not in reference.KERNEL_DEVICES
+        or t.device.type not in reference.random.KERNEL_DEVICES
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
-from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -174,13 +173,13 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
 
     def _update(self, before: Moments | None, rows: Tensor, weight: Tensor) -> PPCA:
         """The fit of the rows, and of those that the moments are of."""
-        dtypes = [rows.dtype, *(p.dtype for p in self.model_.parameters())] if before else [rows.dtype]
+        dtype = torch.promote_types(rows.dtype, next(self.model_.parameters()).dtype) if before else rows.dtype
         moments = deepcopy(before) or Moments(rows.shape[1], rows.device)
         for piece in data.pieces(rows, weight):
             moments.update(*piece)
         fitted = model.PPCA(self.n_components)
         parameters, fitted.fit_report = of_moments(moments, fitted.n_components, self._least())
-        fitted.load_state_dict(parameters.to(reduce(torch.promote_types, dtypes))._asdict())
+        fitted.load_state_dict(parameters.to(dtype)._asdict())
         return self._set(fitted, moments)
 
     def _least(self) -> float:

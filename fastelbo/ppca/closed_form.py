@@ -67,7 +67,7 @@ def _of_rows(kept: list[Batch], rows: Data, min_sigma2: float) -> Fit:
     share = weight / weight.sum()
 
     def centered() -> Iterator[tuple[Tensor, Tensor]]:
-        for part in X.split(max(1, data.PIECE_ELEMENTS // max(1, N)), 1):
+        for part in X.split(max(1, data.PIECE_ELEMENTS // N), 1):
             wide = part.double()
             center = share @ wide
             yield (wide - center) * share.sqrt()[:, None], center
@@ -92,7 +92,7 @@ def _inverse(deviation: Tensor, mean: Tensor, N: int) -> Tensor:
 
 def _rank(values: Tensor, N: int, D: int) -> int:
     """Of a covariance with these eigenvalues, falling."""
-    return int((values > (values[0] * max(N, D) * EPS).clamp_min(0)).sum()) if N else 0
+    return int((values > (values[0] * max(N, D) * EPS).clamp_min(0)).sum())
 
 
 def _fit(lengths: Tensor, vectors: Tensor, mean: Tensor, N: int, min_sigma2: float) -> Fit:

@@ -207,8 +207,6 @@ class PPCA(nn.Module):
     def impute(self, x: _Array) -> _Array:
         """x [N, D] with every NaN replaced by its expectation given the row's other cells. Raises as `log_prob`."""
         x_, parameters = self._data(x)
-        if not x_.is_floating_point():
-            return x
         mean = density.decode(density.posterior(x_, parameters)[0], parameters)
         return self._as(x, torch.where(x_.isnan(), mean.to(x_.dtype), x_))
 
@@ -327,7 +325,7 @@ def advice(model: PPCA) -> str:
     history, s2 = model.fit_report.log_likelihood, math.exp(model.log_sigma2.item())
     rose = f": log p(x) rose by {history[-1] - history[-2]:.1e} nats per row in the last one" if history[1:] else ""
     return (
-        f"EM did not converge in {len(history) - 1} steps{rose}. Raise max_iter or tol. If cells are missing, first try "
-        f"fewer components than {model.n_components}, or a floor of sigma2, here {s2:.2g}: too many components fit noise, "
-        "and log p(x) of held-out rows is then lower. If the scales of the columns differ, standardize the columns"
+        f"EM did not converge in {len(history) - 1} steps{rose}. Raise max_iter or tol. If cells are missing, first "
+        f"try fewer components than {model.n_components}, or a floor of sigma2, here {s2:.2g}: too many components fit "
+        "noise, and log p(x) of held-out rows is then lower. If the scales of the columns differ, standardize the columns"
     )

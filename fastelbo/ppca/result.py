@@ -51,8 +51,6 @@ def check_components(n_components: int, D: int) -> None:
 
 def check_rank(rank: int, N: int, n_components: int) -> None:
     """ValueError unless N centered rows of this rank have a direction of their own for the noise."""
-    if N < 2:
-        raise ValueError(f"X must hold at least 2 rows; got {N}")
     if rank <= n_components:
         raise RankError(
             f"n_components must be less than the rank {rank} of the centered data [{N} rows]; got {n_components}: "

@@ -6,6 +6,7 @@ Methods, options, seeds and files stay: either class loads the models of the oth
 gets the same after `scvi.model.SCVI._module_cls = FusedVAE`. Written for scvi-tools 1.4.
 """
 
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -16,13 +17,12 @@ from scvi.module import PEAKVAE, VAE
 from scvi.module._constants import MODULE_KEYS
 from scvi.module.base import LossOutput, auto_move_data
 from scvi.nn import DecoderSCVI
-from scvi.utils import unsupported_if_adata_minified
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 from torch.distributions.utils import lazy_property
 
 import fastelbo
-from fastelbo.losses import Recon, join_recon, weighted
+from fastelbo.losses import join_recon
 
 __all__ = ["PEAKVI", "SCVI", "FusedPEAKVAE", "FusedVAE"]
 
@@ -70,27 +70,16 @@ class _Fused:
     def _mean(self) -> Tensor:
         return torch.exp(self.library) * self.scale
 
-    def _recon(self) -> Recon:
-        """The parameters as `fastelbo.log_prob` takes them."""
+    def log_prob_of_cells(self, x: Tensor) -> Tensor:
+        """log p(x), summed over genes: [K?, B, 1]."""
         if isinstance(self.activation, nn.Softmax):
             log_mean = self.library + F.log_softmax(self.logits, dim=-1)
         else:
             log_mean = torch.log(self._mean() + EPS)
         others = self.log_theta, vars(self).get("zi_logits")
         # autocast leaves the others in half
-        return join_recon(log_mean, *(t.to(log_mean.dtype) for t in others if t is not None))
-
-    def elbo_loss(self, x: Tensor, qz: Normal, kl_weight: Tensor | float) -> fastelbo.LossParts:
-        """-log p(x | z) + kl_weight KL(qz || N(0, I)), averaged over cells, and its parts."""
-        return fastelbo.elbo_loss(
-            self._recon(),
-            x,
-            qz.loc,
-            2 * torch.log(qz.scale),
-            likelihood=self.likelihood,
-            beta=kl_weight,
-            return_parts=True,
-        )
+        recon = join_recon(log_mean, *(t.to(log_mean.dtype) for t in others if t is not None))
+        return fastelbo.log_prob(recon, x, likelihood=self.likelihood).unsqueeze(-1)
 
     def __repr__(self) -> str:
         for name in self.arg_constraints:  # scvi shows what is there
@@ -138,20 +127,11 @@ FUSED: dict[str, type[_Fused]] = {
 # The module and the model.
 
 
-def _kl(q: Normal, p: Normal) -> Tensor:
-    """KL(q || p), summed over the last dimension."""
-    shape = torch.broadcast_shapes(q.loc.shape, p.loc.shape)
-    tensors = (q.loc, 2 * torch.log(q.scale), p.loc, 2 * torch.log(p.scale))
-    mu, logvar, prior_mu, prior_logvar = (t.expand(shape).reshape(-1, shape[-1]) for t in tensors)
-    return fastelbo.gaussian_kl(mu, logvar, prior_mu, prior_logvar).view(shape[:-1])
-
-
 class FusedVAE(VAE):  # type: ignore[misc]
-    """scvi.module.VAE whose loss is computed by `fastelbo.elbo_loss`.
+    """scvi.module.VAE whose log p(x | z) in the loss is computed by `fastelbo.log_prob`.
 
-    -log p(x | z) + kl_weight KL(q(z | x) || p(z)) + KL(q(l | x) || p(l)), averaged over cells; l is the log library
-    size where it is inferred. The likelihoods "nb", "zinb" and "poisson" are fused, with every `dispersion`; for others
-    ("normal"), and for decoders other than scvi's DecoderSCVI, scvi computes log p.
+    The likelihoods "nb", "zinb" and "poisson" are fused, with every `dispersion`; for others ("normal"), and for
+    decoders other than scvi's DecoderSCVI, scvi computes log p.
 
     Arguments, parameters, outputs and random draws are those of scvi's class, and so is everything computed without a
     loss, to the last bit. The loss differs in three ways:
@@ -225,7 +205,6 @@ class FusedVAE(VAE):  # type: ignore[misc]
         index: Any = batch_index if self.dispersion == "gene-batch" else y
         return F.linear(F.one_hot(index.squeeze(-1), px_r.shape[1]).to(px_r.dtype), px_r)
 
-    @unsupported_if_adata_minified  # type: ignore[untyped-decorator]
     def loss(
         self,
         tensors: dict[str, Tensor],
@@ -234,32 +213,12 @@ class FusedVAE(VAE):  # type: ignore[misc]
         kl_weight: Tensor | float = 1.0,
     ) -> LossOutput:
         """As scvi's."""
-        x, px = tensors[REGISTRY_KEYS.X_KEY], generative_outputs[MODULE_KEYS.PX_KEY]
-        qz = inference_outputs[MODULE_KEYS.QZ_KEY]
-        if isinstance(px, _Fused):
-            loss, log_likelihood, kl_z = px.elbo_loss(x, qz, kl_weight)
-            kl_z = kl_z.expand(log_likelihood.shape)  # scvi repeats it for every sample
-        else:
-            log_likelihood, kl_z = px.log_prob(x).sum(-1), _kl(qz, generative_outputs[MODULE_KEYS.PZ_KEY])
-            loss = torch.mean(weighted(kl_weight, kl_z) - log_likelihood)
-        if self.use_observed_lib_size:
-            kl_l = torch.zeros_like(kl_z)
-        else:
-            kl_l = _kl(inference_outputs[MODULE_KEYS.QL_KEY], generative_outputs[MODULE_KEYS.PL_KEY])
-            loss = loss + kl_l.mean()
-        extra = {}
-        if self.extra_payload_autotune:
-            extra = {
-                "z": inference_outputs[MODULE_KEYS.Z_KEY],
-                "batch": tensors[REGISTRY_KEYS.BATCH_KEY],
-                "labels": tensors[REGISTRY_KEYS.LABELS_KEY],
+        px = generative_outputs[MODULE_KEYS.PX_KEY]
+        if isinstance(px, _Fused):  # scvi sums over the last dimension
+            generative_outputs = generative_outputs | {
+                MODULE_KEYS.PX_KEY: SimpleNamespace(log_prob=px.log_prob_of_cells)
             }
-        return LossOutput(
-            loss=loss,
-            reconstruction_loss=-log_likelihood,
-            kl_local={MODULE_KEYS.KL_L_KEY: kl_l, MODULE_KEYS.KL_Z_KEY: kl_z},
-            extra_metrics=extra,
-        )
+        return super().loss(tensors, inference_outputs, generative_outputs, kl_weight)  # type: ignore[no-any-return]
 
 
 class SCVI(model.SCVI):  # type: ignore[misc]
@@ -273,7 +232,7 @@ class SCVI(model.SCVI):  # type: ignore[misc]
 
 
 class FusedPEAKVAE(PEAKVAE):  # type: ignore[misc]
-    """scvi.module.PEAKVAE whose log-likelihood and KL are computed by fastelbo: the same loss and gradients.
+    """scvi.module.PEAKVAE whose log-likelihood is computed by fastelbo: the same loss and gradients.
 
     As scvi's, the loss of B cells is B times the sum of their reconstruction losses, plus kl_weight times the sum of
     their KL: the KL counts 1 / B of what it does in the ELBO.
@@ -284,21 +243,6 @@ class FusedPEAKVAE(PEAKVAE):  # type: ignore[misc]
     def get_reconstruction_loss(self, p: Tensor, d: Tensor | int, f: Tensor | int, x: Tensor) -> Tensor:
         """-log p(x > 0) [B], of the probabilities p d f [B, G]."""
         return -fastelbo.log_prob(p * d * f, x > 0, likelihood="bernoulli_probs")
-
-    def loss(
-        self,
-        tensors: dict[str, Tensor],
-        inference_outputs: dict[str, Any],
-        generative_outputs: dict[str, Any],
-        kl_weight: Tensor | float = 1.0,
-    ) -> LossOutput:
-        """As scvi's."""
-        qz, d, p = inference_outputs["qz"], inference_outputs["d"], generative_outputs["px"]
-        f = 1 if self.region_factors is None else torch.sigmoid(self.region_factors)
-        reconstruction = self.get_reconstruction_loss(p, d, f, tensors[REGISTRY_KEYS.X_KEY])
-        kl = fastelbo.gaussian_kl(qz.loc, 2 * torch.log(qz.scale))
-        loss = (reconstruction.sum() + weighted(kl_weight, kl)).sum()
-        return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=kl)
 
 
 class PEAKVI(model.PEAKVI):  # type: ignore[misc]

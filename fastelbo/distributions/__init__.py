@@ -15,7 +15,7 @@ from torch.distributions.utils import lazy_property
 from fastelbo import losses
 from fastelbo._internal import ordered
 from fastelbo._internal.arguments import Floats, NumberOrFloats, Size, checked, either, floats, number, refusal
-from fastelbo.distributions.base import Fused, blank, broadcast, event_sum
+from fastelbo.distributions.base import Fused, blank, broadcast, event_sum, torch_s
 from fastelbo.likelihoods import LOG_2, LOG_2PI
 
 __all__ = [
@@ -51,11 +51,6 @@ def _log_scale(of: str, name: str, other: float | Tensor | None, scale: float | 
 # The likelihoods.
 
 
-def _of_torch(name: str, doc: str) -> Tensor:
-    """An attribute of torch's distribution of the same elements."""
-    return property(lambda self: getattr(self.of_torch(), name), doc=doc)  # type: ignore[return-value]
-
-
 class Bernoulli(Fused):
     """Bernoulli: x l - softplus(l), l the logit, summed over the event; x anywhere in [0, 1].
 
@@ -85,7 +80,7 @@ class Bernoulli(Fused):
         if (logits is None) == (probs is None):
             raise ValueError(f"Bernoulli takes logits or probs; got {'neither' if probs is None else 'both'}")
         likelihood, given = ("bernoulli_probs", probs) if logits is None else ("bernoulli", logits)
-        super().__init__(likelihood, given, event_dims=event_dims, validate_args=validate_args)
+        super().__init__(likelihood, given, event_dims=event_dims, validate_args=validate_args)  # type: ignore[arg-type]
 
     def of_torch(self) -> Distribution:
         """torch's Bernoulli."""
@@ -125,8 +120,8 @@ class Gaussian(Fused):
 
     arg_constraints: ClassVar = {"mean": constraints.real, "logvar": constraints.real}
     has_rsample = True
-    loc = _of_torch("loc", "m, torch's name.")
-    scale = _of_torch("scale", "exp(lv / 2), the standard deviation.")
+    loc = torch_s("loc", "m, torch's name.")
+    scale = torch_s("scale", "exp(lv / 2), the standard deviation.")
 
     @checked
     def __init__(
@@ -170,8 +165,8 @@ class Laplace(Fused):
 
     arg_constraints: ClassVar = {"mean": constraints.real, "log_scale": constraints.real}
     has_rsample = True
-    loc = _of_torch("loc", "m, torch's name.")
-    scale = _of_torch("scale", "exp(s).")
+    loc = torch_s("loc", "m, torch's name.")
+    scale = torch_s("scale", "exp(s).")
 
     @checked
     def __init__(
@@ -212,7 +207,7 @@ class Poisson(Fused):
     """
 
     arg_constraints: ClassVar = {"log_rate": constraints.real}
-    rate = _of_torch("rate", "exp(l), the mean.")
+    rate = torch_s("rate", "exp(l), the mean.")
 
     @checked
     def __init__(self, log_rate: Floats, *, event_dims: Size = 1, validate_args: bool | None = None) -> None:
@@ -241,9 +236,9 @@ class NegativeBinomial(Fused):
     arg_constraints: ClassVar = {"log_mean": constraints.real, "log_theta": constraints.real}
     log_mean: Tensor
     log_theta: Tensor
-    total_count = _of_torch("total_count", "theta.")
-    logits = _of_torch("logits", "log m - log theta.")
-    probs = _of_torch("probs", "m / (m + theta).")
+    total_count = torch_s("total_count", "theta.")
+    logits = torch_s("logits", "log m - log theta.")
+    probs = torch_s("probs", "m / (m + theta).")
 
     @checked
     def __init__(
@@ -257,12 +252,12 @@ class NegativeBinomial(Fused):
         return plain.NegativeBinomial(theta, logits=logits, validate_args=False)
 
     @property
-    def mode(self) -> Tensor:
+    def mode(self) -> Tensor:  # type: ignore[override]
         """floor(m - m / theta), or 0; for theta too large for its dtype the Poisson's."""
         return (self.mean - torch.exp(self.logits)).floor().clamp(min=0)
 
     @property
-    def variance(self) -> Tensor:
+    def variance(self) -> Tensor:  # type: ignore[override]
         """m + m^2 / theta."""
         return self.mean * (1 + torch.exp(self.logits))
 
@@ -299,7 +294,7 @@ class ZeroInflatedNegativeBinomial(Fused):
         super().__init__("zinb", log_mean, log_theta, zero_logits, event_dims=event_dims, validate_args=validate_args)
 
     @property
-    def variance(self) -> Tensor:
+    def variance(self) -> Tensor:  # type: ignore[override]
         """m (1 - p) [1 + m / theta + m p], p the probability of an inflated zero."""
         m = torch.exp(self.log_mean)
         return self.mean * (1 + torch.exp(self.log_mean - self.log_theta) + m * torch.sigmoid(self.zero_logits))

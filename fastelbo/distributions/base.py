@@ -35,6 +35,11 @@ def _with_pyro(cls: type) -> type:
     return type(cls.__name__, (cls, mixin), body)
 
 
+def torch_s(name: str, doc: str) -> Tensor:
+    """The property of this name of `of_torch()`."""
+    return property(lambda self: getattr(self.of_torch(), name), doc=doc)  # type: ignore[return-value]
+
+
 class Fused(Distribution):
     """What the distributions of this module share: each is a likelihood of `fastelbo.log_prob`.
 
@@ -114,15 +119,8 @@ class Fused(Distribution):
         """torch's distribution of each element [*batch, *event]."""
         raise NotImplementedError(f"torch.distributions has no {type(self).__name__}")
 
-    @property
-    def mode(self) -> Tensor:
-        """The x of the largest p(x), [*batch, *event]."""
-        return self.of_torch().mode
-
-    @property
-    def variance(self) -> Tensor:
-        """E[(x - mean)^2], [*batch, *event]."""
-        return self.of_torch().variance
+    mode = torch_s("mode", "The x of the largest p(x), [*batch, *event].")
+    variance = torch_s("variance", "E[(x - mean)^2], [*batch, *event].")
 
     def _entropies(self) -> Tensor:
         return self.of_torch().entropy()
@@ -202,14 +200,13 @@ class Fused(Distribution):
                 raise ValueError(f"value must be in the domain {domain!r} of {kind}; got\n{value}")
         if shape[len(shape) - len(own) :] != own:  # it repeats inside of the batch
             own = shape
-        repeats, data = shape[: len(shape) - len(own)], math.prod(own)
-        front = (math.prod(repeats), data) if repeats else (data,)  # [K, B] or [B]
+        front = math.prod(shape[: len(shape) - len(own)]), math.prod(own)  # K, B
         first, *others = self._recon
         recon = [ordered.expand(first, shape + event).reshape(front + event)]
         for t in others:
             shared = _shared(t, event)
             recon.append(ordered.expand(t, shape + event).reshape(front + event) if shared is None else shared)
-        x = value.expand(own + event).reshape(data, *event)
+        x = value.expand(own + event).reshape(front[1], *event)
         return log_prob(join_recon(*recon), x, likelihood=self.likelihood).reshape(shape)
 
 
@@ -221,7 +218,7 @@ def blank(cls: type[Fused]) -> Fused:
 def broadcast(name: str, shape: torch.Size, other: torch.Size, like: str) -> torch.Size:
     """The shape to which both broadcast; what is refused is the argument `name`."""
     try:
-        return torch.broadcast_shapes(shape, other)
+        return torch.broadcast_shapes(shape, other)  # type: ignore[no-any-return]
     except RuntimeError:
         raise ValueError(f"{name} must broadcast with {like}; got {tuple(shape)}") from None
 

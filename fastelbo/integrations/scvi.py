@@ -26,6 +26,7 @@ from fastelbo.losses import join_recon
 
 __all__ = ["PEAKVI", "SCVI", "FusedPEAKVAE", "FusedVAE"]
 
+Outputs = dict[str, Any]  # tensors and distributions, by scvi's keys
 EPS = 1e-8  # scvi adds it to a mean before it takes the logarithm
 
 
@@ -36,13 +37,13 @@ EPS = 1e-8  # scvi adds it to a mean before it takes the logarithm
 class _Fused:
     """The tensors of which scvi computes a distribution's parameters; a fused loss starts from them.
 
-    Set by `of_outputs`. The constructor is that of scvi's class: scvi rebuilds distributions from their parameters.
+    `of_outputs` sets them. The constructor is that of scvi's class: scvi rebuilds distributions from their parameters.
 
     Attributes:
         library: [K?, B, 1]. log of the factor between `scale` and the mean.
         activation, logits: a module, and its argument [K?, B, G]; the result is `scale`.
         log_theta: [G] or [K?, B, G]; None for Poisson.
-        zi_logits: [K?, B, G], of ZeroInflatedNegativeBinomial alone.
+        zi_logits: [K?, B, G]; None but for ZeroInflatedNegativeBinomial.
     """
 
     likelihood: ClassVar[str]
@@ -51,6 +52,7 @@ class _Fused:
     activation: nn.Module
     logits: Tensor
     log_theta: Any
+    zi_logits: Any
 
     @classmethod
     def of_outputs(cls, **outputs: Any) -> "_Fused":
@@ -76,10 +78,9 @@ class _Fused:
             log_mean = self.library + F.log_softmax(self.logits, dim=-1)
         else:
             log_mean = torch.log(self._mean() + EPS)
-        others = self.log_theta, vars(self).get("zi_logits")
         # autocast leaves the others in half
-        recon = join_recon(log_mean, *(t.to(log_mean.dtype) for t in others if t is not None))
-        return fastelbo.log_prob(recon, x, likelihood=self.likelihood).unsqueeze(-1)
+        others = (t.to(log_mean.dtype) for t in (self.log_theta, self.zi_logits) if t is not None)
+        return fastelbo.log_prob(join_recon(log_mean, *others), x, likelihood=self.likelihood).unsqueeze(-1)
 
     def __repr__(self) -> str:
         for name in self.arg_constraints:  # scvi shows what is there
@@ -156,12 +157,11 @@ class FusedVAE(VAE):  # type: ignore[misc]
         size_factor: Tensor | None = None,
         y: Tensor | None = None,
         transform_batch: Tensor | None = None,
-    ) -> dict[str, Any]:
+    ) -> Outputs:
         """As scvi's. The distribution of x computes its parameters when they are asked for: the loss asks for none."""
         if self.gene_likelihood not in FUSED or type(self.decoder) is not DecoderSCVI:
-            return super().generative(  # type: ignore[no-any-return]
-                z, library, batch_index, cont_covs, cat_covs, size_factor, y, transform_batch
-            )
+            optional = (cont_covs, cat_covs, size_factor, y, transform_batch)
+            return super().generative(z, library, batch_index, *optional)  # type: ignore[no-any-return]
         if transform_batch is not None:
             batch_index = torch.ones_like(batch_index) * transform_batch
 
@@ -175,21 +175,19 @@ class FusedVAE(VAE):  # type: ignore[misc]
         decoder = self.decoder
         hidden = decoder.px_decoder(torch.cat(inputs, dim=-1), *categories, y)
         linear, activation = decoder.px_scale_decoder
-        outputs = {
-            "library": size_factor if self.use_size_factor_key else library,
-            "activation": activation,
-            "logits": linear(hidden),
-            "log_theta": None if self.gene_likelihood == "poisson" else self._log_theta(hidden, batch_index, y),
-        }
-        if self.gene_likelihood == "zinb":
-            outputs["zi_logits"] = decoder.px_dropout_decoder(hidden)
-
+        px = FUSED[self.gene_likelihood].of_outputs(
+            library=size_factor if self.use_size_factor_key else library,
+            activation=activation,
+            logits=linear(hidden),
+            log_theta=None if self.gene_likelihood == "poisson" else self._log_theta(hidden, batch_index, y),
+            zi_logits=decoder.px_dropout_decoder(hidden) if self.gene_likelihood == "zinb" else None,
+        )
         pl = None
         if not self.use_observed_lib_size:
             mean, variance = self._compute_local_library_params(batch_index)
             pl = Normal(mean, variance.sqrt())
         return {
-            MODULE_KEYS.PX_KEY: FUSED[self.gene_likelihood].of_outputs(**outputs),
+            MODULE_KEYS.PX_KEY: px,
             MODULE_KEYS.PL_KEY: pl,
             MODULE_KEYS.PZ_KEY: Normal(torch.zeros_like(z), torch.ones_like(z)),
         }
@@ -206,18 +204,13 @@ class FusedVAE(VAE):  # type: ignore[misc]
         return F.linear(F.one_hot(index.squeeze(-1), px_r.shape[1]).to(px_r.dtype), px_r)
 
     def loss(
-        self,
-        tensors: dict[str, Tensor],
-        inference_outputs: dict[str, Any],
-        generative_outputs: dict[str, Any],
-        kl_weight: Tensor | float = 1.0,
+        self, tensors: Outputs, inference_outputs: Outputs, generative_outputs: Outputs, kl_weight: Tensor | float = 1.0
     ) -> LossOutput:
         """As scvi's."""
         px = generative_outputs[MODULE_KEYS.PX_KEY]
         if isinstance(px, _Fused):  # scvi sums over the last dimension
-            generative_outputs = generative_outputs | {
-                MODULE_KEYS.PX_KEY: SimpleNamespace(log_prob=px.log_prob_of_cells)
-            }
+            summed = SimpleNamespace(log_prob=px.log_prob_of_cells)
+            generative_outputs = {**generative_outputs, MODULE_KEYS.PX_KEY: summed}
         return super().loss(tensors, inference_outputs, generative_outputs, kl_weight)  # type: ignore[no-any-return]
 
 

@@ -164,7 +164,7 @@ DEFECTS = [
     ),
     Defect(
         "an expanded distribution checks no values",
-        "fastelbo/distributions.py",
+        "fastelbo/distributions/base.py",
         "        new._validate_args = self._validate_args\n",
         "",
         ("ops/test_distributions.py",),

@@ -10,20 +10,27 @@ from fastelbo._internal.ops import reference_mode
 from fastelbo.losses import (
     ELBOLoss,
     IWAELoss,
+    Kept,
     LossParts,
     Posterior,
     bernoulli_log_prob,
     bound_loss,
+    bound_parts,
     elbo_loss,
+    elbo_parts,
+    estimator_weights,
     gaussian_kl,
     gaussian_log_prob,
     iwae_loss,
+    iwae_parts,
+    keep_samples,
+    kept_loss,
     log_mean_exp,
     log_prob,
     multi_sample_loss,
+    multi_sample_parts,
     rsample,
 )
-from fastelbo.losses.kept import Kept, estimator_weights, keep_samples, kept_loss, rsample_kept
 from fastelbo.models.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
 from fastelbo.models.loading import load
 from fastelbo.models.marginal import ImportanceWeights, LogMeanExp, MarginalEstimate, importance_weights
@@ -48,26 +55,29 @@ __all__ = [
     "Posterior",
     "bernoulli_log_prob",
     "bound_loss",
+    "bound_parts",
     "build_info",
     "diagnostics",
     "distributions",
     "elbo_loss",
+    "elbo_parts",
     "estimator_weights",
     "gaussian_kl",
     "gaussian_log_prob",
     "importance_weights",
     "iwae_loss",
+    "iwae_parts",
     "keep_samples",
     "kept_loss",
     "load",
     "log_mean_exp",
     "log_prob",
     "multi_sample_loss",
+    "multi_sample_parts",
     "ppca_log_prob",
     "reference",
     "reference_mode",
     "rsample",
-    "rsample_kept",
 ]
 
 
@@ -97,8 +107,7 @@ for _then, _now in {
     "vae": "models.vae",
     "marginal": "models.marginal",
     "diagnostics": "models.diagnostics",
-    "functional": "losses.functional",
+    "functional": "losses",
     "kept": "losses.kept",
-    "commands.networks": "nets",
 }.items():
     sys.modules[f"{__name__}.{_then}"] = importlib.import_module(f"{__name__}.{_now}")

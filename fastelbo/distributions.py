@@ -15,11 +15,12 @@ from torch import distributions as plain
 from torch.distributions import Distribution, Independent, Normal, constraints, kl_divergence, register_kl
 from torch.distributions.utils import lazy_property
 
-from fastelbo import likelihoods
+from fastelbo import likelihoods, losses
 from fastelbo._internal import ordered
-from fastelbo._internal.arguments import TABLE, number, refusal, size
+from fastelbo._internal.arguments import floats as _floats
+from fastelbo._internal.arguments import number, refusal, size
 from fastelbo.likelihoods import LOG_2, LOG_2PI
-from fastelbo.losses import drawn_once, functional, join_recon
+from fastelbo.losses import drawn_once, join_recon
 
 __all__ = [
     "Bernoulli",
@@ -32,7 +33,6 @@ __all__ = [
     "gaussian_kl",
 ]
 
-_floats = TABLE["mean"]
 _number = number(expected="a float or a torch.Tensor")
 _positive = number(lambda value: value > 0, "positive", "a float or a torch.Tensor")
 
@@ -131,7 +131,7 @@ class Fused(Distribution):
     @property
     def mean(self) -> Tensor:
         """E[x], [*batch, *event]."""
-        return functional.likelihood_mean(join_recon(*self._recon), self.likelihood)
+        return losses.likelihood_mean(join_recon(*self._recon), self.likelihood)
 
     def _of_torch(self) -> Distribution:
         """torch's distribution of each element [*batch, *event]."""
@@ -244,7 +244,7 @@ class Fused(Distribution):
             shared = _shared(t, event)
             recon.append(ordered.expand(t, shape + event).reshape(front + event) if shared is None else shared)
         x = value.expand(own + event).reshape(data, *event)
-        return functional.log_prob(join_recon(*recon), x, likelihood=self.likelihood).reshape(shape)
+        return losses.log_prob(join_recon(*recon), x, likelihood=self.likelihood).reshape(shape)
 
 
 def _blank(cls: type[Fused]) -> Fused:
@@ -618,7 +618,7 @@ def gaussian_kl(q: Distribution, p: Distribution | None = None) -> Tensor:
                 f"p must broadcast with the batch_shape {tuple(batch)} of q; got {tuple(p.batch_shape)}"
             ) from None
     rows = (math.prod(batch), *event)
-    return functional.gaussian_kl(*(ordered.expand(t, batch + event).reshape(rows) for t in tensors)).reshape(batch)
+    return losses.gaussian_kl(*(ordered.expand(t, batch + event).reshape(rows) for t in tensors)).reshape(batch)
 
 
 def _elements(d: Distribution) -> Distribution:

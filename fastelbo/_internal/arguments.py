@@ -1,7 +1,8 @@
-"""What every argument of the public functions must be: one table, and the decorator that checks by it.
+"""Types of arguments that say what an argument must be, and the decorator that checks by them.
 
-Checked here are types, the dtype of each tensor by itself, and what needs no other argument. Shapes, devices and what
-goes with what are checked by the ops (csrc/prepare/checks.h).
+`Count = Annotated[int, integer(1)]`: the check stands in the annotation of a parameter. Checked here are types, the
+dtype of each tensor by itself, and what needs no other argument. Shapes, devices and what goes with what are checked by
+the ops (csrc/prepare/checks.h).
 """
 
 import functools
@@ -9,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def refusal(name: str, expected: str, value: Any) -> TypeError:
     return TypeError(f"{name} must be {expected}; got {came}")
 
 
-def _tensor(*dtypes: torch.dtype) -> Check:
+def tensor(*dtypes: torch.dtype) -> Check:
     allowed, strided = frozenset(dtypes), torch.strided
     *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     expected = f"{', '.join(first)} or {last}" if first else last
@@ -88,12 +89,12 @@ def number(valid: Callable[[float], bool] | None = None, words: str = "", expect
     return check
 
 
-def _either(tensor: Check, other: Check) -> Check:
+def either(tensor: Check, other: Check) -> Check:
     return lambda name, value: (tensor if isinstance(value, Tensor) else other)(name, value)
 
 
 def _scalar(name: str, value: Any) -> Tensor:
-    if _floats(name, value).dim() != 0:
+    if floats(name, value).dim() != 0:
         raise ValueError(f"{name} must be a float or a 0-d tensor; got the shape {tuple(value.shape)}")
     return value  # type: ignore[no-any-return]
 
@@ -122,13 +123,13 @@ def one_of(names: tuple[str, ...]) -> Check:
 
 def _recon(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
-        return _floats(name, value)
+        return floats(name, value)
     several = isinstance(value, tuple | list) and 2 <= len(value) <= len(ORDINALS)
     if not several or not all(isinstance(t, Tensor) for t in value):
         raise refusal(name, "a tensor, or a tuple of two or three tensors such as (mean, logvar)", value)
-    _floats(name, value[0])
+    floats(name, value[0])
     for t, ordinal in zip(value[1:], ORDINALS[1:], strict=False):
-        _floats(f"the {ordinal} tensor of {name}", t)
+        floats(f"the {ordinal} tensor of {name}", t)
     return value
 
 
@@ -156,12 +157,6 @@ def _kept(name: str, value: Any) -> Any:
     return value
 
 
-def keep(name: str, value: Any) -> Any:
-    if isinstance(value, str) and value != "auto":
-        raise ValueError(f'{name} must be an int or "auto"; got "{value}"')
-    return value if isinstance(value, str) else count(name, value)
-
-
 def _shape(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple | list):
         raise refusal(name, "a tuple of ints", value)
@@ -181,7 +176,7 @@ def _prior(name: str, value: Any) -> Any:
     if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(t, Tensor) for t in value):
         raise refusal(name, "an nn.Module, or a pair of tensors (mu, logvar)", value)
     for t in value:
-        _floats(f"every tensor of {name}", t)
+        floats(f"every tensor of {name}", t)
     return value
 
 
@@ -191,75 +186,65 @@ def _batch_dims(name: str, value: Any) -> int:
     return int(value)
 
 
-_floats = _tensor(*FLOATS)
-_number = number(expected="a float or a 0-d tensor")
-_data = _tensor(*FLOATS, torch.uint8, torch.bool, *reference.COUNTS)  # the likelihood takes a part of them
-_mask = _tensor(*FLOATS, torch.uint8, torch.bool)
-_text = instance(str, "a str")
-_flag = instance(bool, "a bool")
-_module = instance(nn.Module, "an nn.Module")
+floats = tensor(*FLOATS)
 size = integer(0)
 count = integer(1)
 generator = instance(torch.Generator, "a torch.Generator")
-not_negative = number(lambda value: value >= 0, "at least 0")
 
-# An argument by its name, or by the function's and its own where two functions mean different things by one name.
-# None is taken where it is the default.
-TABLE: dict[str, Check] = {
-    **dict.fromkeys(("mu", "logvar", "prior_mu", "prior_logvar", "eps", "z", "log_ratio", "log_w"), _floats),
-    **dict.fromkeys(("log_likelihood", "weights"), _floats),
-    **dict.fromkeys(("logits", "mean", "W", "b", "log_sigma2"), _floats),
-    "gaussian_log_prob.logvar": _either(_floats, number(expected="a float or a torch.Tensor")),
-    "x": _data,
-    "mask": _mask,
-    "observed": instance(Tensor, "a bool torch.Tensor"),
-    "recon": _recon,
-    "posterior": _posterior,
-    "bound_loss.posterior": _posteriors,
-    # not math.isfinite: torch's compiler takes no number that varies as its argument
-    "bound_loss.kl_weight": _either(
-        _scalar, number(lambda value: -math.inf < value < math.inf, "finite", "a float or a 0-d tensor")
-    ),
-    "kept": _kept,
-    "likelihood": one_of(LIKELIHOODS),
-    "reduction": one_of(REDUCTIONS),
-    **dict.fromkeys(("estimator", "objective", "proposal"), _text),  # their tables know the names
-    "u": _either(_scalar, number(lambda value: 0 <= value < 1, "in [0, 1)", "a float or a 0-d tensor")),
-    "beta": _either(_scalar, _number),
-    **dict.fromkeys((f"{name}.beta" for name in ("elbo_loss", "VAE.loss")), _either(_floats, _number)),
-    **dict.fromkeys(
-        (f"{name}.beta" for name in ("multi_sample_loss", "bound_loss", "kept_loss", "estimator_weights")), number()
-    ),
-    **dict.fromkeys(("gaussian_kl.mask", "kl_mask"), _tensor(torch.bool)),
-    "reduce": _flag,
-    "batch_dims": _batch_dims,
-    "alpha": number(),
-    "free_bits": not_negative,
-    **dict.fromkeys(("num_samples", "chunk_size", "keep"), count),
-    "VAE.loss.keep": keep,
-    **dict.fromkeys(("first_sample", "n"), size),
-    **dict.fromkeys(("dim", "groups"), integer()),
-    "seed": _either(_tensor(torch.int64), integer(expected="an int or an int64 tensor")),
-    "generator": generator,
-    "return_parts": _flag,
-    "VAE.sample.mean": _flag,
-    **dict.fromkeys(("encoder", "decoder", "model"), _module),
-    "condition": _condition,
-    "prior": _prior,
-    "latent_shape": _shape,
-}
+Flag = Annotated[bool, instance(bool, "a bool")]
+Text = Annotated[str, instance(str, "a str")]  # a name that a table of its own knows
+Size = Annotated[int, size]
+Count = Annotated[int, count]
+Integer = Annotated[int, integer()]
+BatchDims = Annotated[int, _batch_dims]
+Float = Annotated[float, number()]
+Number = Annotated[float | Tensor, either(_scalar, number(expected="a float or a 0-d tensor"))]
+NotNegative = Annotated[
+    float | Tensor, either(_scalar, number(lambda value: value >= 0, "at least 0", "a float or a 0-d tensor"))
+]
+# not math.isfinite: torch's compiler takes no number that varies as its argument
+Finite = Annotated[
+    float | Tensor,
+    either(_scalar, number(lambda value: -math.inf < value < math.inf, "finite", "a float or a 0-d tensor")),
+]
+Fraction = Annotated[
+    float | Tensor, either(_scalar, number(lambda value: 0 <= value < 1, "in [0, 1)", "a float or a 0-d tensor"))
+]
+NumberOrFloats = Annotated[float | Tensor, either(floats, number(expected="a float or a torch.Tensor"))]
+Floats = Annotated[Tensor, floats]
+Anything = Annotated[Tensor, instance(Tensor, "a torch.Tensor")]
+# the likelihood takes a part of these types
+Data = Annotated[Tensor, tensor(*FLOATS, torch.uint8, torch.bool, *reference.COUNTS)]
+Mask = Annotated[Tensor, tensor(*FLOATS, torch.uint8, torch.bool)]
+BoolMask = Annotated[Tensor, tensor(torch.bool)]
+Observed = Annotated[Tensor, instance(Tensor, "a bool torch.Tensor")]
+Seed = Annotated[int | Tensor, either(tensor(torch.int64), integer(expected="an int or an int64 tensor"))]
+Generator = Annotated[torch.Generator, generator]
+Likelihood = Annotated[str, one_of(LIKELIHOODS)]
+Reduction = Annotated[str, one_of(REDUCTIONS)]
+Recon = Annotated[Tensor | tuple[Tensor, ...], _recon]  # the parameters of a likelihood
+AnyPosterior = Annotated[Any, _posterior]
+AnyPosteriors = Annotated[Any, _posteriors]
+AnyKept = Annotated[Any, _kept]
+Prior = Annotated[nn.Module | tuple[Tensor, Tensor], _prior]
+Module = Annotated[nn.Module, instance(nn.Module, "an nn.Module")]
+Condition = Annotated[Tensor | tuple[Tensor, ...], _condition]
+Shape = Annotated[tuple[int, ...], _shape]
 
 
-def _check_of(function: Callable[..., Any], name: str) -> Check:
-    if name == "self":
-        return lambda name, value: value
-    return TABLE.get(f"{function.__qualname__}.{name}") or TABLE[name]
+def _check_of(annotation: Any) -> Check | None:
+    """The check that an annotation holds, by itself or in a union with None."""
+    for part in (annotation, *get_args(annotation)):
+        if hasattr(part, "__metadata__"):
+            check: Check = part.__metadata__[0]
+            return check
+    return None
 
 
 def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function, whose arguments are checked by the table before it is called. A default is taken unseen."""
+    """The function, whose arguments are checked by their annotations before it is called. A default is taken unseen."""
     parameters = inspect.signature(function).parameters.values()
-    rows = {p.name: (p.name, p.default, _check_of(function, p.name)) for p in parameters}
+    rows = {p.name: (p.name, p.default, _check_of(p.annotation)) for p in parameters}
     positional = tuple(rows[p.name] for p in parameters if p.kind is not p.KEYWORD_ONLY)
 
     @functools.wraps(function)
@@ -269,14 +254,14 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
             if i == len(positional):
                 break  # the function says what is wrong
             name, default, check = positional[i]
-            if value is not default:
+            if check is not None and value is not default:
                 taken = check(name, value)
                 if taken is not value:
                     args = (*args[:i], taken, *args[i + 1 :])
         for name, value in kwargs.items():
             if name in rows:
                 name, default, check = rows[name]
-                if value is not default:
+                if check is not None and value is not default:
                     taken = check(name, value)
                     if taken is not value:
                         kwargs[name] = taken

@@ -4,32 +4,22 @@
 estimators and their coefficients from fastelbo/estimators.py and csrc/math/weights.h.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastelbo import estimators, reference
-from fastelbo._internal import ordered
+from fastelbo._internal import arguments, ordered
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
 from fastelbo._internal.ordered import ordered_sum, reduce
-from fastelbo.losses.functional import LossParts, Posterior, bound_varies, mean_kl, steered, weighted
+from fastelbo.losses.inputs import weighted
+from fastelbo.losses.multi_sample import mean_kl, steered
+from fastelbo.losses.parts import LossParts, loss_of
+from fastelbo.losses.sampling import Posterior
 
 _op = torch.ops.fastelbo
-
-
-class BoundOptions(TypedDict, total=False):
-    """Options of `bound_loss`."""
-
-    estimator: str
-    alpha: float
-    beta: float
-    groups: int
-    log_ratio: Tensor | None
-    kl_weight: float | Tensor
-    reduction: str
 
 
 class _MinusBound(torch.autograd.Function):
@@ -69,50 +59,19 @@ def _added(name: str, t: Tensor, shape: torch.Size) -> Tensor:
     return t
 
 
-@overload
-def bound_loss(
-    log_likelihood: Tensor,
-    posterior: Posterior | Sequence[Posterior],
-    *,
-    return_parts: Literal[False] = False,
-    **options: Unpack[BoundOptions],
-) -> Tensor: ...
-
-
-@overload
-def bound_loss(
-    log_likelihood: Tensor,
-    posterior: Posterior | Sequence[Posterior],
-    *,
-    return_parts: Literal[True],
-    **options: Unpack[BoundOptions],
-) -> LossParts: ...
-
-
-@overload
-def bound_loss(
-    log_likelihood: Tensor,
-    posterior: Posterior | Sequence[Posterior],
-    *,
-    return_parts: bool,
-    **options: Unpack[BoundOptions],
-) -> Tensor | LossParts: ...
-
-
 @checked
-def bound_loss(
-    log_likelihood: Tensor,
-    posterior: Posterior | Sequence[Posterior],
+def bound_parts(
+    log_likelihood: arguments.Floats,
+    posterior: arguments.AnyPosteriors,
     *,
-    estimator: str = "iwae",
-    alpha: float = 0.0,
-    beta: float = 0.5,
-    groups: int = 1,
-    log_ratio: Tensor | None = None,
-    kl_weight: float | Tensor = 1.0,
-    reduction: str = "mean",
-    return_parts: bool = False,
-) -> Tensor | LossParts:
+    estimator: arguments.Text = "iwae",
+    alpha: arguments.Number = 0.0,
+    beta: arguments.Number = 0.5,
+    groups: arguments.Integer = 1,
+    log_ratio: arguments.Floats | None = None,
+    kl_weight: arguments.Finite = 1.0,
+    reduction: arguments.Reduction = "mean",
+) -> LossParts:
     """Minus a K-sample bound of any log p(x | z), with the gradient estimator of your choice.
 
     log w_k = log p(x | z_k) + kl_weight [sum over the posteriors of their log ratios + log_ratio]_k; the bounds and
@@ -127,11 +86,11 @@ def bound_loss(
             of z_0, log p(z) - log N(z_0; 0, I) + log |det df/dz_0|; of a mixture prior, log p(z) - log N(z; 0, I).
         kl_weight: anneals the log ratios; a float or a 0-d tensor on the device. Not for "rws".
         reduction: "mean" (over B), "sum" or "none".
-        return_parts: also return log p(x | z) and the analytic KL of the posteriors, summed.
 
     Returns:
-        A scalar, or [B] with reduction="none", in nats: minus the bound, whatever the gradient. With return_parts,
-        LossParts(loss, log_likelihood [K, B], kl [B]); a KL [K, B] is averaged over K.
+        `bound_loss`: a scalar, or [B] with reduction="none", in nats: minus the bound, whatever the gradient.
+        `bound_parts`: LossParts(loss, log_likelihood [K, B], kl [B]), with the analytic KL of the posteriors, summed; a
+        KL [K, B] is averaged over K.
 
     Raises:
         ValueError, TypeError: unknown names, shapes that do not fit, groups that do not divide K, kl_weight with "rws".
@@ -173,12 +132,9 @@ def bound_loss(
         if gates is not None:  # of dreg: b = a (1 - kl_weight + kl_weight a), by the steps of Tucker et al. 2019, eq. 8
             gates = torch.stack([kl_weight * gates[0], gates[1]])
     log_w = log_likelihood.to(dtype) + ratio
-    if bound_varies(row):
-        minus_bound = -reference.bound(log_w, row.elbo_weight, row.alpha, row.groups)
-    else:
-        numbers = [float(number) for number in row]
-        minus_bound = call(_minus_bound, reference.minus_bound, log_w, gates, numbers)
-    loss = reduce(minus_bound, reduction)
-    if not return_parts:
-        return loss
-    return LossParts(loss, log_likelihood, ordered_sum(torch.stack([mean_kl(p) for p in posteriors]), 0))
+    minus_bound = call(_minus_bound, reference.minus_bound, log_w, gates, [float(number) for number in row])
+    kl = ordered_sum(torch.stack([mean_kl(p) for p in posteriors]), 0)
+    return LossParts(reduce(minus_bound, reduction), log_likelihood, kl)
+
+
+bound_loss = loss_of(bound_parts, "bound_loss")

@@ -3,7 +3,7 @@
 A few of K importance weights carry nearly all of the sum, so most of the gradient of a decoder that runs K times is
 spent on samples that count for nothing. Here the decoder runs without a graph over all K, which gives the bound and
 every weight, and with a graph over n = keep * B of the K * B samples, chosen by weight: `keep_samples`. Their noise is
-drawn again from the seed (`rsample_kept`), so that neither z nor recon of all K samples exists at once.
+drawn again from the seed (`rsample`), so that neither z nor recon of all K samples exists at once.
 
 Every estimator's gradient is a sum over samples with coefficients that depend on the log weights alone
 (csrc/math/estimator.h), and all three are 0 where a is. So one selection, in proportion to a, serves them all.
@@ -19,21 +19,13 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastelbo import estimators, reference
-from fastelbo._internal import domains
+from fastelbo._internal import arguments, domains
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
 from fastelbo._internal.ordered import ordered_sum, reduce
-from fastelbo.losses.functional import Posterior, drawn_once, expand, gaussian_kl, seed_tensor
+from fastelbo.losses.sampling import Kept, Posterior, drawn_once
 
 _op = torch.ops.fastelbo
-
-
-class Kept(NamedTuple):
-    """n of K * B samples, in the order of the data and, within a datum, of the samples."""
-
-    sample: Tensor  # int64 [n]: k
-    datum: Tensor  # int64 [n]: b
-    scale: Tensor  # float64 [n]: how often the sample counts, 1 / (the probability that it is kept); 0: not at all
 
 
 class Weights(NamedTuple):
@@ -116,12 +108,12 @@ def _samples_of(log_w: Tensor) -> int:
 @torch.no_grad()
 @checked
 def keep_samples(
-    log_w: Tensor,
-    keep: int,
+    log_w: arguments.Floats,
+    keep: arguments.Count,
     *,
-    weights: Tensor | None = None,
-    u: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
+    weights: arguments.Floats | None = None,
+    u: arguments.Fraction | None = None,
+    generator: arguments.Generator | None = None,
 ) -> Kept:
     """Choose n = keep * B of K * B samples by weight, so that sums over them are unbiased for sums over all.
 
@@ -157,56 +149,6 @@ def keep_samples(
     if u is not None and generator is not None:
         raise ValueError("u and generator exclude each other: give one of them")
     return select(weights, keep, u, generator)
-
-
-@checked
-def rsample_kept(
-    mu: Tensor,
-    logvar: Tensor,
-    kept: Kept,
-    *,
-    prior_mu: Tensor | None = None,
-    prior_logvar: Tensor | None = None,
-    seed: int | Tensor,
-) -> Posterior:
-    """The kept rows of the samples that `rsample` draws with the same seed, with their log ratio.
-
-    z_i = mu_b + exp(logvar_b / 2) eps_kb, b = datum_i, k = sample_i. The noise is drawn again from (seed, k, b), here
-    and in the backward; nothing of the other samples exists. The gradients of a datum's rows are added up in their
-    order, which makes them the same for any number of threads.
-
-    Args:
-        mu, logvar: [B, *latent], a floating dtype; as they were given to `rsample`.
-        kept: from `keep_samples`.
-        prior_mu, prior_logvar: broadcast to mu; N(0, I) without them.
-        seed: what `rsample` was given.
-
-    Returns:
-        Posterior(z [n, *latent], kl [B], log_ratio [n], mu, logvar, prior_mu, prior_logvar, gates [2, n]), as in
-        `rsample`.
-
-    Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
-        IndexError: an index of `kept` that is out of range. On CUDA devices nothing waits to see it: its row is NaN.
-
-    Reference: Kingma & Welling 2014, sec. 2.4.
-    """
-    p_mu = None if prior_mu is None else expand("prior_mu", prior_mu, mu.shape, "mu")
-    p_logvar = None if prior_logvar is None else expand("prior_logvar", prior_logvar, mu.shape, "mu")
-    key = seed_tensor(seed, None, mu.device)
-    z, log_ratio, gates = call(
-        _op._rsample_kept.default,
-        reference.rsample_kept,
-        mu,
-        logvar,
-        p_mu,
-        p_logvar,
-        kept.sample,
-        kept.datum,
-        key,
-    )
-    kl = gaussian_kl(mu, logvar, p_mu, p_logvar)
-    return Posterior(z, kl, log_ratio, mu, logvar, prior_mu, prior_logvar, gates)
 
 
 class _Loss(torch.autograd.Function):
@@ -273,16 +215,16 @@ def loss_of(
 
 @checked
 def kept_loss(
-    log_likelihood: Tensor,
-    posterior: Posterior,
-    kept: Kept,
-    log_w: Tensor,
+    log_likelihood: arguments.Floats,
+    posterior: arguments.AnyPosterior,
+    kept: arguments.AnyKept,
+    log_w: arguments.Floats,
     *,
-    estimator: str = "iwae",
-    alpha: float = 0.0,
-    beta: float = 0.5,
-    groups: int = 1,
-    reduction: str = "mean",
+    estimator: arguments.Text = "iwae",
+    alpha: arguments.Float = 0.0,
+    beta: arguments.Float = 0.5,
+    groups: arguments.Integer = 1,
+    reduction: arguments.Reduction = "mean",
 ) -> Tensor:
     """Minus the K-sample bound of all samples, exactly; its gradient goes through the kept ones and is unbiased.
 
@@ -292,7 +234,7 @@ def kept_loss(
     Args:
         log_likelihood: [n]. log p(x | z) of the kept samples, with a graph: `log_prob(decoder(posterior.z),
             x[kept.datum], mask=mask[kept.datum])`.
-        posterior: from `rsample_kept`.
+        posterior: from `rsample`.
         kept: from `keep_samples`, with weights that are 0 only where the estimator's own are. Its default is best for
             "iwae", "dreg" and "rws"; for "vr", "ciwae" and "miwae" there is `estimator_weights`.
         log_w: [K, B]. log p(x | z) + log_ratio of all samples, without a graph.
@@ -317,7 +259,7 @@ def kept_loss(
         raise ValueError(f"log_likelihood must be [n] with n={n} from kept; got {tuple(log_likelihood.shape)}")
     if posterior.log_ratio.shape != (n,):
         raise ValueError(
-            f"posterior must be of the kept samples, log_ratio [n] with n={n}: draw it with rsample_kept; "
+            f"posterior must be of the kept samples, log_ratio [n] with n={n}: draw it with rsample; "
             f"got log_ratio {tuple(posterior.log_ratio.shape)}"
         )
     return reduce(loss_of(log_likelihood, posterior, kept, weigh(log_w, row), row), reduction)
@@ -326,7 +268,12 @@ def kept_loss(
 @torch.no_grad()
 @checked
 def estimator_weights(
-    log_w: Tensor, *, estimator: str = "iwae", alpha: float = 0.0, beta: float = 0.5, groups: int = 1
+    log_w: arguments.Floats,
+    *,
+    estimator: arguments.Text = "iwae",
+    alpha: arguments.Float = 0.0,
+    beta: arguments.Float = 0.5,
+    groups: arguments.Integer = 1,
 ) -> Tensor:
     """What every sample counts in an estimator's gradient: a_kb = d bound_b / d log w_kb.
 

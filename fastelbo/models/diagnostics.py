@@ -71,7 +71,7 @@ class DiagnosticsMeter:
         count = len(posterior.mu)
         if count == 0:
             return self
-        given = posterior.mu, posterior.logvar, posterior.prior_mu, posterior.prior_logvar
+        given = posterior.mu, posterior.logvar, *posterior.prior
         whole = [None if t is None else expand("prior", t.detach(), posterior.mu.shape, "mu") for t in given]
         for a, b in cut(0, count, posterior.mu[0].numel(), posterior.mu.device):
             mu, *others = (None if t is None else t[a:b].double() for t in whole)

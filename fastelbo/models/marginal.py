@@ -1,18 +1,16 @@
 """Marginal likelihood: a streaming log mean exp of importance weights, and the estimate of log p(x) made of it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Generator, Tensor
 
 from fastelbo._internal.arguments import checked, refusal
 from fastelbo._internal.ordered import ordered_sum
-from fastelbo.losses import Prior, Recon, expand, join_recon, log_prob, rsample, seed_tensor, split_recon
+from fastelbo.losses import Recon, expand, join_recon, log_prob, rsample, seed_tensor, split_recon
 
 Condition = Tensor | tuple[Tensor, ...]  # what a model's modules take besides x or z; each tensor [B, ...]
 
@@ -49,7 +47,7 @@ class LogMeanExp:
     def _shift(top: Tensor) -> Tensor:
         return torch.where(top.isfinite(), top, 0.0)
 
-    def _add(self, count: int, top: Tensor, total: Tensor, squares: Tensor) -> LogMeanExp:
+    def _add(self, count: int, top: Tensor, total: Tensor, squares: Tensor) -> Self:
         if self.count == 0:
             self.count, self._top, self._sum, self._squares = count, top, total, squares
             return self
@@ -65,7 +63,7 @@ class LogMeanExp:
         return self
 
     @checked
-    def update(self, log_w: Tensor) -> LogMeanExp:
+    def update(self, log_w: Tensor) -> Self:
         """Add a chunk of log weights.
 
         Args:
@@ -81,7 +79,7 @@ class LogMeanExp:
         weights = torch.exp(log_w - self._shift(top))
         return self._add(len(log_w), top, ordered_sum(weights, 0), ordered_sum(weights.square(), 0))
 
-    def merge(self, other: LogMeanExp) -> LogMeanExp:
+    def merge(self, other: "LogMeanExp") -> Self:
         """Add the samples that another accumulator has added up for the same data; the other does not change.
 
         Raises:
@@ -121,7 +119,7 @@ class Model(Protocol):
 
     def decode(self, z: Tensor, condition: Condition | None = None) -> Recon: ...
 
-    def _prior_parameters(self, condition: Condition | None = None) -> Prior: ...
+    def _prior_parameters(self, condition: Condition | None = None) -> dict[str, Tensor]: ...
 
 
 def given(condition: Condition | None) -> tuple[Condition, ...]:

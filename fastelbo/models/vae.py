@@ -17,9 +17,8 @@ from fastelbo.estimators import ESTIMATORS, Estimator
 from fastelbo.losses import (
     LossParts,
     Posterior,
-    Prior,
     Recon,
-    elbo_loss,
+    elbo_parts,
     expand,
     gaussian_kl,
     join_recon,
@@ -27,7 +26,7 @@ from fastelbo.losses import (
     likelihood_mean,
     likelihood_sample,
     log_prob,
-    multi_sample_loss,
+    multi_sample_parts,
     rsample,
     seed_tensor,
     split_recon,
@@ -137,22 +136,20 @@ def objective_loss(
     """The loss of an objective by its name, on what `VAE.forward` returned; the arguments are those of `VAE.loss`."""
     check_objective(objective, beta=beta, free_bits=free_bits, alpha=alpha, groups=groups)
     if objective == "elbo":
-        return elbo_loss(
+        return elbo_parts(
             recon,
             x,
             posterior.mu,
             posterior.logvar,
-            prior_mu=posterior.prior_mu,
-            prior_logvar=posterior.prior_logvar,
+            **posterior.prior_options,
             likelihood=likelihood,
             mask=mask,
             beta=1.0 if beta is None else beta,
             free_bits=free_bits,
             reduction=reduction,
-            return_parts=True,
         )
     assert not isinstance(beta, Tensor)
-    return multi_sample_loss(
+    return multi_sample_parts(
         recon,
         x,
         posterior,
@@ -163,7 +160,6 @@ def objective_loss(
         beta=0.5 if beta is None else beta,
         groups=groups,
         reduction=reduction,
-        return_parts=True,
     )
 
 
@@ -289,7 +285,7 @@ class VAE(nn.Module):
     def _ddp_params_and_buffers_to_ignore(self, names: Sequence[str]) -> None:
         self.__dict__["_ddp_ignored"] = names
 
-    def _prior_parameters(self, condition: Condition | None = None) -> Prior:
+    def _prior_parameters(self, condition: Condition | None = None) -> dict[str, Tensor]:
         """prior_mu and prior_logvar, as `fastelbo.rsample` and the losses take them; nothing for N(0, I)."""
         if self.prior is None:
             return {}
@@ -746,7 +742,7 @@ class VAE(nn.Module):
             loss = -weights.bound.to(log_likelihood.dtype)
             return LossParts(reduce(loss, reduction), log_likelihood, gaussian_kl(mu, logvar, **prior))
         chosen = kept.select(weights.a, keep, generator=generator)
-        posterior = kept.rsample_kept(mu, logvar, chosen, **prior, seed=key)
+        posterior = rsample(mu, logvar, kept=chosen, **prior, seed=key)
         recon = self.decode(posterior.z, rows_of(condition, chosen.datum))
         left = None if mask is None else expand("mask", mask, x.shape, "x").index_select(0, chosen.datum)
         self._look(x, mask, recon)

@@ -1,0 +1,165 @@
+"""log p(x | recon) of every likelihood, its mean, and draws from it."""
+
+import torch
+from torch import Tensor
+
+from fastelbo import likelihoods, reference
+from fastelbo._internal import arguments, domains
+from fastelbo._internal.arguments import checked
+from fastelbo._internal.ops import call
+from fastelbo.losses.inputs import Recon, expand, expand_like, padded, parameters, split_recon
+
+_op = torch.ops.fastelbo
+
+
+@checked
+def log_prob(
+    recon: arguments.Recon,
+    x: arguments.Data,
+    *,
+    likelihood: arguments.Likelihood = "bernoulli",
+    mask: arguments.Mask | None = None,
+) -> Tensor:
+    """log p(x | recon) under any likelihood, summed over the event dimensions.
+
+    What recon holds, and log p of one element, by the likelihood:
+
+    - "bernoulli": logits l. x l - softplus(l)
+    - "bernoulli_probs": probabilities p in [0, 1]. x log p + (1 - x) log(1 - p), logarithms clamped at -100 as in
+      torch's BCE
+    - "gaussian": mean (unit variance) or (mean, logvar). -1/2 [(x - m)^2 exp(-lv) + lv + log 2 pi]
+    - "laplace": mean (unit scale) or (mean, log_scale). -[|x - m| exp(-s) + s + log 2]
+    - "poisson": log_rate l. x l - exp(l) - lgamma(x + 1)
+    - "nb", negative binomial of mean m = exp(log_mean) and variance m + m^2 / theta: (log_mean, log_theta).
+      lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + theta log(theta / (theta + m)) + x log(m / (theta + m)),
+      computed without a difference of two lgammas; log_theta counts as at most 40, where this is the Poisson
+    - "zinb", zero with probability sigmoid(pi), else the former: (log_mean, log_theta, zero_logits pi).
+      log sigmoid(-pi) + nb(x) where x > 0, and log[sigmoid(pi) + sigmoid(-pi) exp(nb(0))] where x = 0
+
+    Counts x may be fractional. Of what is no count, negative or infinite, log p is -inf; of NaN it is NaN.
+    Outside of [0, 1] a Bernoulli has no log p. The first 64 calls of a shape, and then every 64th, look at the values
+    and refuse them, on the CPU and where nothing is compiled; so do the losses.
+
+    Args:
+        recon: [B, *event] or [K, B, *event], or a tuple of two or three tensors of which that is the first, by the
+            parameters of the likelihood above. Each further tensor has the shape of the first, [*event] or is 0-d; its
+            gradient is summed in that shape.
+        x: [B, *event]. recon's dtype (or float32 beside half types), or uint8 (read as x / 255), or bool. Counts:
+            recon's dtype (or float32), or uint8, int16, int32 or int64, read as they are.
+        mask: broadcasts to x. 0 and 1, or weights of the elements' terms; an element of weight 0 is not read.
+
+    Returns:
+        [B] or [K, B], in nats; float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError: an unknown likelihood, shapes or dtypes that do not fit.
+        ValueError: x, or probabilities, outside of [0, 1] for a Bernoulli, where values are looked at.
+
+    Reference: Kingma & Welling 2014, app. C; counts: Lopez et al. 2018 (scVI), methods.
+    """
+    given = parameters(recon, x)
+    mask = expand_like("mask", mask, x, "x")
+    found: Tensor = call(_op.log_prob.default, reference.log_prob, *padded(given, x), mask, likelihood)
+    domains.check_some(given[0], x, likelihood, mask)
+    return found
+
+
+def _of_row(recon: Recon, likelihood: str) -> tuple[likelihoods.Likelihood, tuple[Tensor, ...]]:
+    """The row of a likelihood, and its parameters."""
+    row, parameters = likelihoods.get(likelihood), split_recon(recon)
+    names, count = ", ".join(row.parameters), len(parameters)
+    if not row.fewest <= count <= len(row.parameters):
+        raise ValueError(f"recon must hold the parameters ({names}) of likelihood {likelihood!r}; got {count} tensors")
+    return row, parameters
+
+
+@checked
+def likelihood_mean(recon: arguments.Recon, likelihood: arguments.Likelihood = "bernoulli") -> Tensor:
+    """E[x | recon], the mean of the likelihood: for example sigmoid(logits), or exp(log_rate).
+
+    Args:
+        recon: [..., *event], or a tuple of two or three tensors, as in `log_prob`.
+        likelihood: as in `log_prob`.
+
+    Returns:
+        [..., *event], in recon's dtype.
+
+    Raises:
+        ValueError, TypeError: an unknown likelihood, another number of parameters, or a recon that is neither a tensor
+            nor a tuple of them.
+    """
+    row, parameters = _of_row(recon, likelihood)
+    return row.mean(*parameters)
+
+
+@checked
+def likelihood_sample(
+    recon: arguments.Recon,
+    likelihood: arguments.Likelihood = "bernoulli",
+    *,
+    generator: arguments.Generator | None = None,
+) -> Tensor:
+    """A draw x ~ p(x | recon), not differentiable; arguments and errors as in `likelihood_mean`.
+
+    Args:
+        generator: the source of the noise; torch's default one if None.
+
+    Returns:
+        [..., *event], in recon's dtype.
+    """
+    row, parameters = _of_row(recon, likelihood)
+    with torch.no_grad():
+        return row.draw(generator, *parameters)
+
+
+@checked
+def bernoulli_log_prob(logits: arguments.Floats, x: arguments.Data, *, mask: arguments.Mask | None = None) -> Tensor:
+    """Bernoulli log-likelihood from logits: sum_d [x l - softplus(l)], exact for any size of l.
+
+    Args:
+        logits: [B, *event] or [K, B, *event].
+        x: [B, *event], anywhere in [0, 1]; recon's dtype, uint8 (read as x / 255) or bool.
+        mask: broadcasts to x; see `log_prob`.
+
+    Returns:
+        [B] or [K, B], in nats.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
+
+    Reference: Kingma & Welling 2014, app. C.1.
+    """
+    return log_prob(logits, x, likelihood="bernoulli", mask=mask)
+
+
+@checked
+def gaussian_log_prob(
+    mean: arguments.Floats,
+    x: arguments.Data,
+    logvar: arguments.NumberOrFloats = 0.0,
+    *,
+    mask: arguments.Mask | None = None,
+) -> Tensor:
+    """Gaussian log-likelihood: -1/2 sum_d [(x - m)^2 exp(-lv) + lv + log 2 pi]; log 2 pi is always kept.
+
+    Args:
+        mean: [B, *event] or [K, B, *event].
+        x: [B, *event].
+        logvar: a float, a 0-d tensor, [*event], or the shape of mean.
+        mask: broadcasts to x; see `log_prob`.
+
+    Returns:
+        [B] or [K, B], in nats.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
+
+    Reference: Kingma & Welling 2014, app. C.2.
+    """
+    if not isinstance(logvar, Tensor):
+        if logvar == 0.0:
+            return log_prob(mean, x, likelihood="gaussian", mask=mask)
+        logvar = torch.ones((), dtype=reference.compute_dtype(mean), device=mean.device) * logvar
+    elif logvar.dim() != 0 and logvar.shape != x.shape[1:]:
+        logvar = expand("logvar", logvar, mean.shape, "mean")
+    return log_prob((mean, logvar), x, likelihood="gaussian", mask=mask)

@@ -29,6 +29,7 @@ __all__ = [
     "Laplace",
     "NegativeBinomial",
     "Poisson",
+    "StudentT",
     "ZeroInflatedNegativeBinomial",
     "gaussian_kl",
 ]
@@ -444,6 +445,62 @@ class Laplace(Fused):
     def variance(self) -> Tensor:
         """2 exp(2 s)."""
         return 2 * torch.exp(2 * self.log_scale)
+
+
+class StudentT(Fused):
+    """Student's t of nu = exp(log_df) degrees of freedom, as "student_t" in `fastelbo.log_prob`; reparameterized.
+
+    Args:
+        loc: [*batch, *event], a floating dtype: the centre, which is the mean where nu > 1.
+        log_scale: a float, or a tensor that broadcasts with loc.
+        log_df: as log_scale. It counts as at least -80 and at most 80, where this is the Gaussian.
+        event_dims, validate_args: as in `Bernoulli`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, named with what was expected and what came.
+    """
+
+    arg_constraints: ClassVar = {"loc": constraints.real, "log_scale": constraints.real, "log_df": constraints.real}
+    has_rsample = True
+
+    def __init__(
+        self,
+        loc: Tensor,
+        log_scale: float | Tensor,
+        log_df: float | Tensor,
+        *,
+        event_dims: int = 1,
+        validate_args: bool | None = None,
+    ) -> None:
+        self._init("student_t", loc, log_scale, log_df, event_dims=event_dims, validate_args=validate_args)
+
+    def _of_torch(self) -> Distribution:
+        return plain.StudentT(self.df, self.loc, self.scale, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """loc where nu > 1, elsewhere NaN."""
+        return self._of_torch().mean
+
+    @property
+    def loc(self) -> Tensor:
+        """The centre."""
+        return self._recon[0]
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(log_scale)."""
+        return torch.exp(self.log_scale)
+
+    @property
+    def df(self) -> Tensor:
+        """nu."""
+        return torch.exp(self.log_df)
+
+    @property
+    def variance(self) -> Tensor:
+        """exp(2 log_scale) nu / (nu - 2) where nu > 2, infinite down to 1, and then NaN."""
+        return self._of_torch().variance
 
 
 class Poisson(Fused):

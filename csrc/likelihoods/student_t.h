@@ -1,10 +1,11 @@
 // Student's t from the mean m, the log scale s and the logarithm r of the degrees of freedom nu:
 //   log p = lgamma((nu + 1) / 2) - lgamma(nu / 2) - 1/2 log(nu pi) - s - (nu + 1) / 2 log(1 + q),
-// with t = (x - m) exp(-s) and q = t^2 / nu. By rising(1/2, nu / 2) no two lgammas are subtracted: the first three terms
-// are that and -1/2 log 2 pi. With the share q / (1 + q):
+// with t = (x - m) exp(-s) and q = t^2 / nu. By rising(1/2, nu / 2) no two lgammas are subtracted: the first three
+// terms are that and -1/2 log 2 pi. With the share q / (1 + q):
 //   d/dm = (nu + 1) share / (x - m),  d/ds = (nu + 1) share - 1
 //   d/dr = the slope of rising + nu / 2 [share - log(1 + q)] + 1/2 share
-// As nu goes to infinity the Gaussian is left: every term of d/dr vanishes then, and d/dm = (1 + 1 / nu) t exp(-s) / (1 + q).
+// As nu goes to infinity the Gaussian is left, and every term of d/dr vanishes. Where the share is small,
+//   d/dm = (1 + 1 / nu) t exp(-s) / (1 + q)
 #pragma once
 
 #include "likelihoods/terms.h"
@@ -34,7 +35,7 @@ struct StudentT : Defaults {
     const LogRatio<T> log = log_ratio(far ? distance : rest, far ? distance - 1 : -share);
     const T log_distance = distance == T(__builtin_huge_val()) ? distance : log.log;
     const T log_rest = far ? 2 * (s - log_distance) + bounded : log.log;  // -log(1 + q)
-    const T curve = far ? 1 + log_rest : log.curve;                      // share - log(1 + q)
+    const T curve = far ? 1 + log_rest : log.curve;                       // share - log(1 + q)
     const Rising<T> of_half = rising(T(0.5), T(0.5) * df);
     const T half_log_2pi = T(0.91893853320467274178);
     const T near_slope = times(times(t * (1 + inverse_df) * rest, inverse_root), inverse_root);

@@ -451,8 +451,8 @@ class StudentT(Fused):
     """Student's t of nu = exp(log_df) degrees of freedom, as "student_t" in `fastelbo.log_prob`; reparameterized.
 
     Args:
-        loc: [*batch, *event], a floating dtype: the centre, which is the mean where nu > 1.
-        log_scale: a float, or a tensor that broadcasts with loc.
+        mean: [*batch, *event], a floating dtype: the centre, `loc`, which is the mean where nu > 1.
+        log_scale: a float, or a tensor that broadcasts with mean.
         log_df: as log_scale. It counts as at least -80 and at most 80, where this is the Gaussian.
         event_dims, validate_args: as in `Bernoulli`.
 
@@ -465,14 +465,14 @@ class StudentT(Fused):
 
     def __init__(
         self,
-        loc: Tensor,
+        mean: Tensor,
         log_scale: float | Tensor,
         log_df: float | Tensor,
         *,
         event_dims: int = 1,
         validate_args: bool | None = None,
     ) -> None:
-        self._init("student_t", loc, log_scale, log_df, event_dims=event_dims, validate_args=validate_args)
+        self._init("student_t", mean, log_scale, log_df, event_dims=event_dims, validate_args=validate_args)
 
     def _of_torch(self) -> Distribution:
         return plain.StudentT(self.df, self.loc, self.scale, validate_args=False)

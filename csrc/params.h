@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "likelihoods/info.h"
 #include "math/estimator.h"
 
 namespace fastelbo {
@@ -39,8 +40,6 @@ constexpr T row_number(const RowScalars& s, int64_t k, int64_t b) {
 inline constexpr int64_t kSegment = 4096;                  // of a row, in one work item
 inline constexpr int64_t kTile = 1024, kLatentTile = 512;  // what is in the L1 cache at a time
 inline constexpr int64_t segments(int64_t d) { return d <= kSegment ? 1 : (d + kSegment - 1) / kSegment; }
-
-inline constexpr int kMaxParameters = 4;
 
 // The gradient of a parameter that rows share, [*event] or 0-d: its sums over the rows of every chunk.
 struct SharedGrad {

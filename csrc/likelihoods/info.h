@@ -11,10 +11,12 @@ constexpr const char* data_of(Domain domain) {
                                   : "a float type, uint8 (read as x / 255) or bool";
 }
 
+inline constexpr int kMaxParameters = 4;
+
 struct LikelihoodInfo {
   const char* name;
   int fewest, most;  // parameters
-  const char* parameters[4];
+  const char* parameters[kMaxParameters];
   Domain domain;  // of x
 };
 

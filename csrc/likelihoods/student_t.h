@@ -40,11 +40,9 @@ struct StudentT : Defaults {
     const T half_log_2pi = T(0.91893853320467274178);
     const T near_slope = times(times(t * (1 + inverse_df) * rest, inverse_root), inverse_root);
     const T slope = q >= 1 ? (df + 1) * share / delta : near_slope;
-    const T d_third = of_half.slope + T(0.5) * (df * curve + share);
+    const T d_df = of_half.slope + T(0.5) * (df * curve + share);
     return {.value = of_half.value - (half_log_2pi + s) + T(0.5) * (df + 1) * log_rest,
-            .d_first = slope,
-            .d_second = (df + 1) * share - 1,
-            .d_third = abs_of(r) > edge ? T(0) : d_third,
+            .d = {slope, (df + 1) * share - 1, abs_of(r) > edge ? T(0) : d_df},
             .d_x = -slope};
   }
 };

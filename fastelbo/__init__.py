@@ -34,6 +34,7 @@ from fastelbo.losses import (
 from fastelbo.models.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
 from fastelbo.models.loading import load
 from fastelbo.models.marginal import ImportanceWeights, LogMeanExp, MarginalEstimate, importance_weights
+from fastelbo.models.objective import Objective
 from fastelbo.models.vae import VAE
 from fastelbo.ppca import PPCA, FitReport, ppca_log_prob
 
@@ -52,6 +53,7 @@ __all__ = [
     "LogMeanExp",
     "LossParts",
     "MarginalEstimate",
+    "Objective",
     "Posterior",
     "bernoulli_log_prob",
     "bound_loss",

@@ -43,6 +43,19 @@ def weigh(log_w: Tensor, row: estimators.Estimator) -> Weights:
     return Weights(*call(_op._multi_sample_weights.default, reference.multi_sample_weights, log_w, numbers))
 
 
+def check_weighs(estimator: str) -> None:
+    """Refuse an estimator whose samples all weigh the same.
+
+    Raises:
+        ValueError: "elbo" or "stl".
+    """
+    if estimator in ("elbo", "stl"):
+        raise ValueError(
+            f"keep has no use with {estimator!r}: its samples all have the weight 1/K, so that a few of them, drawn "
+            "alone, are as good; leave keep out and take a smaller num_samples"
+        )
+
+
 def row_of(estimator: str, num_samples: int, **options: float) -> estimators.Estimator:
     """The row of an estimator that keeps samples.
 
@@ -50,11 +63,7 @@ def row_of(estimator: str, num_samples: int, **options: float) -> estimators.Est
         ValueError: as in `estimators.estimator`; an estimator whose weights are all equal.
     """
     row = estimators.estimator(estimator, num_samples, **options)
-    if estimator in ("elbo", "stl"):
-        raise ValueError(
-            f"keep has no use with {estimator!r}: its samples all have the weight 1/K, so that a few of them, drawn "
-            "alone, are as good; leave keep out and take a smaller num_samples"
-        )
+    check_weighs(estimator)
     return row
 
 

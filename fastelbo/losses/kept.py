@@ -19,6 +19,7 @@ from fastelbo._internal import arguments
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
 from fastelbo._internal.ordered import ordered_sum, reduce
+from fastelbo.losses.inputs import bound_numbers
 from fastelbo.losses.sampling import Kept, Posterior, drawn_once
 
 _op = torch.ops.fastelbo
@@ -35,8 +36,8 @@ class Weights(NamedTuple):
 def weigh(log_w: Tensor, row: estimators.Estimator) -> Weights:
     """The bound, and the coefficients of the samples in its gradient, from log w [K, B]."""
     log_w = log_w.detach().to(reference.noise_dtype(log_w.device))
-    numbers = [float(number) for number in row]
-    return Weights(*call(_op._multi_sample_weights.default, reference.multi_sample_weights, log_w, numbers))
+    numbers = bound_numbers(row, log_w)
+    return Weights(*call(_op._multi_sample_weights.default, reference.multi_sample_weights, log_w, *numbers, False)[:3])
 
 
 def check_weighs(estimator: str) -> None:

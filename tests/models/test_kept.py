@@ -418,11 +418,10 @@ def at_u(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     keep_samples = kept.keep_samples
 
     def choose(u: float) -> None:
-        monkeypatch.setattr(
-            kept,
-            "keep_samples",
-            lambda log_w, keep, *, weights, generator: keep_samples(log_w, keep, weights=weights, u=u),
-        )
+        def at(log_w: Tensor, keep: int, *, weights: Tensor, generator: None) -> Kept:
+            return keep_samples(log_w, keep, weights=weights, u=u)
+
+        monkeypatch.setattr(kept, "keep_samples", at)
 
     return choose
 

@@ -165,9 +165,7 @@ def _elbo_of_samples(
 ) -> LossParts:
     """The ELBO whose KL is that of the samples."""
     if isinstance(free_bits, Tensor) or free_bits != 0:
-        raise ValueError(
-            f"free_bits must be 0 with a prior that has log_prob, and no KL per dimension; got {free_bits}"
-        )
+        raise ValueError(f"free_bits must be 0: a prior known by log_prob has no KL per dimension; got {free_bits}")
     log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)
     fit, kl = (ordered_sum(t, 0) / len(t) if t.dim() == 2 else t for t in (log_likelihood, posterior.kl))
     return LossParts(reduce(weighted(beta, kl) - fit, reduction), log_likelihood, kl)

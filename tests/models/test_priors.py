@@ -23,12 +23,12 @@ class Mixture(nn.Module):
 
     def __init__(self, conditional: bool = False) -> None:
         super().__init__()
-        self.mu, self.logvar = nn.Parameter(torch.randn(4, M)), nn.Parameter(0.3 * torch.randn(4, M))
+        self.mu, self.logvar = nn.Parameter(0.5 * torch.randn(4, M)), nn.Parameter(0.3 * torch.randn(4, M))
         self.logits = nn.Parameter(torch.randn(4))
         self.shift = nn.Linear(C, M) if conditional else None
 
     def moved(self, z: Tensor, condition: Tensor | None) -> Tensor:
-        return z if condition is None else z - self.shift(condition)
+        return z if condition is None else z - 0.3 * self.shift(condition)
 
     def log_prob(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         each = log_normal(self.moved(z, condition).unsqueeze(-2), self.mu, self.logvar)
@@ -37,7 +37,7 @@ class Mixture(nn.Module):
     def sample(self, n: int, condition: Tensor | None = None) -> Tensor:
         which = torch.distributions.Categorical(logits=self.logits).sample((n,))
         z = self.mu[which] + torch.exp(0.5 * self.logvar[which]) * torch.randn(n, M)
-        return z if condition is None else z + self.shift(condition)
+        return z if condition is None else z + 0.3 * self.shift(condition)
 
 
 class Joined(nn.Module):

@@ -142,61 +142,39 @@ def keep_samples(
 
 
 class _Loss(torch.autograd.Function):
-    """loss [B] as it is; its gradient by the log p and log ratios [n] of kept samples is -coefficients [n]."""
+    """The loss [B] as it is. The gradient of each row [n] is minus that of its datum; that of gates is the factors."""
 
     @staticmethod
-    def forward(
-        loss: Tensor,
-        log_likelihood: Tensor,
-        log_ratio: Tensor,
-        gates: Tensor | None,
-        coefficients: Tensor,
-        factors: Tensor,
-        datum: Tensor,
-    ) -> Tensor:
+    def forward(loss: Tensor, rows: Tensor, gates: Tensor | None, factors: Tensor, datum: Tensor) -> Tensor:
         return loss.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, log_likelihood, log_ratio, gates, *constants = inputs
-        ctx.save_for_backward(*constants)
-        ctx.dtypes = log_likelihood.dtype, log_ratio.dtype, None if gates is None else gates.dtype
+        ctx.gated = inputs[2] is not None
+        ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "the gradient through kept samples has no graph (create_graph=True): the weights of all samples, on "
-                "which it depends, have none; leave keep out"
+                "the gradient through kept samples has no graph (create_graph=True, torch.func): the weights of all "
+                "samples, on which it depends, have none; leave keep out"
             )
-        coefficients, factors, datum = ctx.saved_tensors
-        rows = -grad.index_select(0, datum) * coefficients
-        of_likelihood, of_ratio, of_gates = ctx.dtypes
-        return (
-            None,
-            rows.to(of_likelihood),
-            rows.to(of_ratio),
-            None if of_gates is None else factors.to(of_gates),
-            None,
-            None,
-            None,
-        )
+        factors, datum = ctx.saved_tensors
+        return None, -grad.index_select(0, datum), factors if ctx.gated else None, None, None
 
 
 def loss_of(
     log_likelihood: Tensor, posterior: Posterior, kept: Kept, weights: Weights, row: estimators.Estimator
 ) -> Tensor:
     """Minus the bound of all samples [B]; its gradient goes through the kept ones."""
-    at = kept.sample * weights.bound.shape[0] + kept.datum
-    coefficients = kept.scale * weights.a.flatten().index_select(0, at)
-    factors = weights.gates.flatten(1).index_select(1, at)
-    gates = None if row.is_gradient else posterior.gates
+    at, dtype = kept.sample * weights.bound.shape[0] + kept.datum, log_likelihood.dtype
+    coefficients = (kept.scale * weights.a.flatten().index_select(0, at)).to(dtype)
+    factors = weights.gates.flatten(1).index_select(1, at).to(posterior.log_ratio.dtype)
     loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-        -weights.bound.to(log_likelihood.dtype),
-        log_likelihood,
-        posterior.log_ratio,
-        gates,
-        coefficients.to(log_likelihood.dtype),
+        -weights.bound.to(dtype),
+        coefficients * (log_likelihood + posterior.log_ratio),
+        None if row.is_gradient else posterior.gates,
         factors,
         kept.datum,
     )

@@ -17,22 +17,14 @@ from fastelbo._internal import domains
 from fastelbo.losses import Recon, split_recon
 
 _BOUNDS = {
-    "Sigmoid": (0.0, 1.0),
-    "Hardsigmoid": (0.0, 1.0),
-    "Softmax": (0.0, 1.0),
-    "Tanh": (-1.0, 1.0),
-    "Softsign": (-1.0, 1.0),
-    "Erf": (-1.0, 1.0),
-    "Relu": (0.0, math.inf),
-    "Softplus": (0.0, math.inf),
-    "Exp": (0.0, math.inf),
-    "Abs": (0.0, math.inf),
+    **dict.fromkeys(("Sigmoid", "Hardsigmoid", "Softmax"), (0.0, 1.0)),
+    **dict.fromkeys(("Tanh", "Softsign", "Erf"), (-1.0, 1.0)),
+    **dict.fromkeys(("Relu", "Softplus", "Exp", "Abs"), (0.0, math.inf)),
+    **dict.fromkeys(("LogSigmoid", "LogSoftmax"), (-math.inf, 0.0)),
     "Silu": (-0.28, math.inf),
     "Gelu": (-0.17, math.inf),
     "Mish": (-0.31, math.inf),
     "Hardswish": (-0.375, math.inf),
-    "LogSigmoid": (-math.inf, 0.0),
-    "LogSoftmax": (-math.inf, 0.0),
 }
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias", "ToCopy"}
 _PICKS = {"Permute", "Transpose", "T", "Squeeze", "Unsqueeze", "Split", "Unbind", "Slice", "Select", "Clone", "Alias"}

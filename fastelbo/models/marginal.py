@@ -162,12 +162,12 @@ def weighted_samples(
     of_prior, shared = proposal == "prior", proposal == "prior" and condition is None
     with torch.no_grad():
         mu, logvar = encode_blocks(model, x, condition, mask)
-        latents = priors.latents(model.prior, mu[:1] if shared else mu, condition, key) if of_prior else None
-        draw = None if of_prior else priors.sampler(model.prior, mu, logvar, condition)
+        latents = priors.latents(model.prior, mu[:1] if shared else mu, condition, key)
+        draw = priors.sampler(model.prior, mu, logvar, condition)
 
     def piece(first: int, count: int) -> tuple[Tensor, Tensor]:
-        drawn = draw(count, seed=key, first_sample=first) if draw is not None else None
-        z = latents(first, count) if latents is not None else drawn.z
+        drawn = None if of_prior else draw(count, seed=key, first_sample=first)
+        z = latents(first, count) if drawn is None else drawn.z
         if shared:
             whole = _of_every_datum(model.decode(z, condition), x)
             return z, log_prob(whole, x, likelihood=model.likelihood, mask=mask)

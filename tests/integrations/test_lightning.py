@@ -120,7 +120,7 @@ class Own(PartsMixin, lightning.LightningModule):
         (x,) = batch
         mu, logvar = self.vae.encode(x)
         q = fastelbo.rsample(mu, logvar)
-        parts = fastelbo.elbo_loss(self.vae.decode(q.z), x, mu, logvar, return_parts=True)
+        parts = fastelbo.elbo_parts(self.vae.decode(q.z), x, mu, logvar)
         self.last = parts
         return self.log_parts(parts, prog_bar=True)
 
@@ -134,7 +134,7 @@ def test_means_over_batches_that_begin_with_something_else() -> None:
     class Labelled(Own):
         def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
             mu, logvar = self.vae.encode(batch[1])
-            self.log_parts(fastelbo.elbo_loss(self.vae.decode(mu), batch[1], mu, logvar, return_parts=True), "val")
+            self.log_parts(fastelbo.elbo_parts(self.vae.decode(mu), batch[1], mu, logvar), "val")
 
     module, x = Labelled(), torch.rand(12, D)
     batches = [(torch.zeros(2), x[:8]), (torch.zeros(2), x[8:])]
@@ -267,7 +267,7 @@ class Fixed(LightningVAE):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         (x,) = batch
-        return self.log_parts(self.model.loss(x, eps=torch.zeros(len(x), M), return_parts=True, **self.options))
+        return self.log_parts(self.model.parts(x, eps=torch.zeros(len(x), M), **self.options))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)

@@ -7,7 +7,7 @@ from torch import Generator, Tensor, nn
 
 from fastelbo import likelihoods, reference
 from fastelbo._internal import arguments
-from fastelbo._internal.arguments import ORDINALS, Condition, checked
+from fastelbo._internal.arguments import Condition, checked
 from fastelbo._internal.progress import progress
 from fastelbo.losses import (
     LossParts,
@@ -19,7 +19,6 @@ from fastelbo.losses import (
     likelihood_sample,
     loss_of,
     seed_tensor,
-    split_recon,
 )
 from fastelbo.models import checks, priors
 from fastelbo.models.kept_samples import kept_parts
@@ -144,31 +143,7 @@ class VAE(nn.Module):
             x = reference.read_data(x, self._like().dtype, likelihoods.get(self.likelihood).domain)
         if mask is not None:
             x = x.masked_fill(expand("mask", mask, x.shape, "x") == 0, 0)
-        out = self.encoder(x, *given(condition))
-        if isinstance(out, Tensor):
-            if out.dim() < 2 or out.shape[1] % 2:
-                raise ValueError(
-                    "encoder must return a pair (mu, logvar), or one tensor of even size on dim 1 to split in half; "
-                    f"got a tensor {tuple(out.shape)}"
-                )
-            if self._stated_shape is None:
-                checks.check_halved(out)
-            mu, logvar = out.chunk(2, 1)
-        elif isinstance(out, tuple | list) and len(out) == 2 and all(isinstance(t, Tensor) for t in out):
-            mu, logvar = out
-        else:
-            raise TypeError(f"encoder must return a pair (mu, logvar) or one tensor; got {type(out).__name__}")
-        if mu.shape != logvar.shape:
-            raise ValueError(
-                "encoder must return mu and logvar of the same shape [B, *latent]; "
-                f"got {tuple(mu.shape)} and {tuple(logvar.shape)}"
-            )
-        if self._stated_shape is not None and tuple(mu.shape[1:]) != self._stated_shape:
-            halved = f", half of one tensor {tuple(out.shape)} on dim 1" if isinstance(out, Tensor) else ""
-            raise ValueError(
-                f"encoder must return latents of the latent_shape={self._stated_shape} that was given; got "
-                f"{tuple(mu.shape[1:])}{halved}: return a pair (mu, logvar) of that shape, or give another latent_shape"
-            )
+        mu, logvar = checks.encoded(self.encoder(x, *given(condition)), self._stated_shape)
         # not read before, or compiled code would depend on what was there; but torch.export warns of what is written,
         # and torch.jit.trace refuses a state dict that changes
         learns = not torch.compiler.is_exporting() or self.latent_shape != tuple(mu.shape[1:])
@@ -197,17 +172,8 @@ class VAE(nn.Module):
         if lead not in (1, 2) or tuple(z.shape[lead:]) != latent:
             raise ValueError(f"z must be [B, *latent] or [K, B, *latent] with latent={latent}; got {tuple(z.shape)}")
         batch = z.flatten(0, 1) if lead == 2 else z
-        out = self.decoder(batch, *given(fold(condition, z.shape[:lead])))
-        several = isinstance(out, tuple | list) and 2 <= len(out) <= len(ORDINALS)
-        if not isinstance(out, Tensor) and not (several and all(isinstance(t, Tensor) for t in out)):
-            many, kind = isinstance(out, tuple | list), type(out).__name__
-            came = f"a {kind} of {', '.join(type(t).__name__ for t in out)}" if many else kind
-            expected = "a tensor, or a tuple of two or three tensors such as (mean, logvar)"
-            raise TypeError(f"decoder must return {expected}; got {came}")
-        first, *others = split_recon(out)
         size = batch.shape[0]
-        if first.dim() == 0 or first.shape[0] != size:
-            raise ValueError(f"decoder must return [{size}, *event] for {size} latents; got {tuple(first.shape)}")
+        first, *others = checks.decoded(self.decoder(batch, *given(fold(condition, z.shape[:lead]))), size)
         if lead == 2:
             whole = [t.dim() == first.dim() and t.shape[0] == size for t in others]
             others = [torch.unflatten(t, 0, z.shape[:2]) if w else t for t, w in zip(others, whole, strict=True)]

@@ -1,4 +1,4 @@
-"""A VAE under torch.func and torch.jit: vmap, ensembles, gradients with outputs beside them, traces; what is refused."""
+"""A VAE under torch.func and torch.jit: vmap, ensembles, gradients with outputs beside them, traces; refusals."""
 
 import copy
 

@@ -1,5 +1,6 @@
 #include "composite/objective.h"
 
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/library.h>
 
 #include "prepare/shapes.h"
@@ -12,7 +13,7 @@ Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.def
 
 // The gradient of a number, from those that every datum gives it [B].
 Tensor of_number(const Tensor& grads, const OptionalTensor& number) {
-  return shapes::sum_to(grads, {}).to(number->options());
+  return (at::isTensorSubclassLike(grads) ? grads.sum() : shapes::sum_to(grads, {})).to(number->options());
 }
 
 // Upstream gradients [B] of the loss of every datum.
@@ -46,10 +47,15 @@ ElboGrads elbo_loss_backward(const Tensor& grad_loss, const Tensor& grad_log_lik
     penalty = in.beta.has_value() ? datum * in.beta->to(datum.scalar_type()) : datum;
   }
   ElboGrads result{log_prob_backward(plus(rows, grad_log_likelihood), in, fit)};
+  // the two gradients of a half type's prior, which may be sums over data, are rounded once
+  const auto wide = [&](const OptionalTensor& t) {
+    return t.has_value() ? OptionalTensor(t->to(checks::compute_type(*t))) : t;
+  };
+  const OptionalTensor prior_mu = wide(in.prior_mu), prior_logvar = wide(in.prior_logvar);
   const auto add_kl = [&](const Tensor& grad, const OptionalTensor& free_bits) {
     if (!grad.defined() || latents == std::array<bool, 4>{}) return;
-    const auto found = some_of<4>(
-        ops::gaussian_kl_backward(grad, in.mu, in.logvar, in.prior_mu, in.prior_logvar, free_bits, latents));
+    const auto found =
+        some_of<4>(ops::gaussian_kl_backward(grad, in.mu, in.logvar, prior_mu, prior_logvar, free_bits, latents));
     for (size_t i = 0; i < 4; ++i) result.latents[i] = plus(result.latents[i], found[i]);
   };
   if (in.free_bits.has_value()) {
@@ -57,6 +63,8 @@ ElboGrads elbo_loss_backward(const Tensor& grad_loss, const Tensor& grad_log_lik
   } else {
     add_kl(plus(penalty, grad_kl), {});
   }
+  if (result.latents[2].defined()) result.latents[2] = result.latents[2].to(in.prior_mu->scalar_type());
+  if (result.latents[3].defined()) result.latents[3] = result.latents[3].to(in.prior_logvar->scalar_type());
   if (beta && datum.defined()) {
     const bool again = in.free_bits.has_value() || !kl.defined() || at::GradMode::is_enabled();
     const Tensor weighted =

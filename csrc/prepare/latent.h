@@ -177,7 +177,9 @@ inline RSampleBackward rsample_backward(const SampleBackwardInputs& in) {
   const Tensor& mu = in.mu;
   checks::latent(mu, in.logvar, in.prior_mu, in.prior_logvar);
   checks::noise(mu, in.num_samples, in.seed, in.eps, in.sample, in.datum, in.first_sample);
-  checks::rsample_backward(in.grad_z, in.grad_kl, in.grad_log_ratio, in.grad_log_q, in.grad_gates, mu,
+  const bool weighed = in.num_samples || in.sample.has_value();
+  const OptionalTensor grad_gates = weighed ? in.grad_gates : std::nullopt;
+  checks::rsample_backward(in.grad_z, in.grad_kl, in.grad_log_ratio, in.grad_log_q, grad_gates, mu,
                            checks::samples_shape(mu, in.num_samples, in.sample), in.num_samples ? 2 : 1);
   const std::array<bool, 4> needs{in.needs[0], in.needs[1], in.needs[2], in.needs[3]};
   RSampleBackward op{mu,
@@ -194,8 +196,8 @@ inline RSampleBackward rsample_backward(const SampleBackwardInputs& in) {
   p.grad_z = op.views.in(in.grad_z);
   const auto rows = [](const OptionalTensor& t) { return t.has_value() ? views::rows_of(*t) : RowScalars{}; };
   p.grad_kl = rows(in.grad_kl), p.grad_log_ratio = rows(in.grad_log_ratio), p.grad_log_q = rows(in.grad_log_q);
-  if (in.grad_gates.has_value()) {
-    p.gate_path = views::rows_of(in.grad_gates->select(0, 0)), p.gate_score = views::rows_of(in.grad_gates->select(0, 1));
+  if (grad_gates.has_value()) {
+    p.gate_path = views::rows_of(grad_gates->select(0, 0)), p.gate_score = views::rows_of(grad_gates->select(0, 1));
   }
   if (in.sample.has_value()) {
     op.sample = in.sample->contiguous();

@@ -227,11 +227,13 @@ def gaussian_kl(
     if (mask is not None or not reduce) and (isinstance(free_bits, Tensor) or free_bits > 0):
         raise ValueError(f"free_bits must be 0 with a mask or with reduce=False; got {free_bits}")
     given = [mu, logvar, prior_mu, prior_logvar]
+    if mask is not None or not reduce:
+        given = [mu, logvar, _over(prior_mu, mu), _over(prior_logvar, mu)]
     if mask is not None:  # two standard normals have a KL of 0, whose gradient is 0
         where = expand("mask", mask, mu.shape, "mu")
         given = [None if t is None else torch.where(where, t, 0) for t in given]
     if not reduce:  # every element as a row
-        given = [None if t is None else _over(t, mu).reshape(-1, 1) for t in given]
+        given = [None if t is None else t.reshape(-1, 1) for t in given]
     floor = None if mask is not None or not reduce else number(free_bits, 0.0, mu)
     kl: Tensor = call(_op.gaussian_kl.default, reference.gaussian_kl, *given, floor)
     return kl if reduce else kl.view(mu.shape)

@@ -1,8 +1,6 @@
 """Diagnostics of the latent dimensions, KL and activity, and the effective sample size of the importance weights."""
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -41,11 +39,8 @@ def _ess(log_w: Tensor, batch: int) -> Tensor:
     """The sum over B of the effective sample sizes."""
     if log_w.dim() != 2 or log_w.shape[1] != batch:
         raise ValueError(f"log_w must be [K, B] with B={batch} from posterior; got {tuple(log_w.shape)}")
-    found = [
-        ordered_sum(LogMeanExp().update(log_w[:, a:b]).result().ess, 0)
-        for a, b in cut(0, batch, len(log_w), log_w.device)
-    ]
-    return found[0] if len(found) == 1 else torch.stack(found).sum()
+    blocks = cut(0, batch, len(log_w), log_w.device)
+    return torch.stack([ordered_sum(LogMeanExp().update(log_w[:, a:b]).result().ess, 0) for a, b in blocks]).sum()
 
 
 class DiagnosticsMeter:
@@ -59,7 +54,7 @@ class DiagnosticsMeter:
 
     @torch.no_grad()
     @checked
-    def update(self, posterior: arguments.AnyPosterior, log_w: arguments.Floats | None = None) -> DiagnosticsMeter:
+    def update(self, posterior: arguments.AnyPosterior, log_w: arguments.Floats | None = None) -> Self:
         """Add a batch.
 
         Args:
@@ -74,12 +69,10 @@ class DiagnosticsMeter:
         if count == 0:
             return self
         given = posterior.mu, posterior.logvar, *posterior.prior_options.values()
-        whole = [None if t is None else expand("prior", t.detach(), posterior.mu.shape, "mu") for t in given]
+        whole = [expand("prior", t.detach(), posterior.mu.shape, "mu") for t in given]
         for a, b in cut(0, count, posterior.mu[0].numel(), posterior.mu.device):
-            mu, *others = (None if t is None else t[a:b].double() for t in whole)
-            assert mu is not None and others[0] is not None
-            mean = ordered_sum(mu, 0) / (b - a)
-            kl = reference.kl_terms(mu, others[0], *others[1:])
+            mu, logvar, *prior = (t[a:b].double() for t in whole)
+            mean, kl = ordered_sum(mu, 0) / (b - a), reference.kl_terms(mu, logvar, *prior)
             self._add(b - a, ordered_sum(kl, 0), mean, ordered_sum((mu - mean).square(), 0))
         if ess is not None:
             self._ess = ess if self._weighed == 0 else self._ess + ess
@@ -99,7 +92,7 @@ class DiagnosticsMeter:
             self._mean = self._mean + step * (count / total)
         self._count += count
 
-    def merge(self, other: DiagnosticsMeter) -> DiagnosticsMeter:
+    def merge(self, other: "DiagnosticsMeter") -> Self:
         """Add the data that another meter has seen; the other does not change.
 
         Raises:
@@ -114,7 +107,7 @@ class DiagnosticsMeter:
             self._weighed += other._weighed
         return self
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> DiagnosticsMeter:
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
         """Add the data that the meters of all processes of a group have seen; every process ends with the same figures.
 
         Args:

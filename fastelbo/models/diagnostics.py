@@ -10,6 +10,7 @@ from fastelbo import reference
 from fastelbo._internal import arguments
 from fastelbo._internal.arguments import checked, refusal
 from fastelbo._internal.ordered import ordered_sum
+from fastelbo._internal.process_groups import Processes
 from fastelbo.losses import Posterior, expand
 from fastelbo.models.marginal import LogMeanExp
 from fastelbo.models.pieces import cut
@@ -111,14 +112,14 @@ class DiagnosticsMeter:
         """Add the data that the meters of all processes of a group have seen; every process ends with the same figures.
 
         Args:
-            group: of `torch.distributed`; the default group if None. Every process of it must call this.
+            group: of `torch.distributed`; the default group if None, or this process alone where there is none. Every
+                process of it must call this.
         """
-        found: list[dict[str, object] | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(found, {name: _to(value, "cpu") for name, value in vars(self).items()}, group)
+        processes = Processes(group) if group else Processes.world()
         device = self._kl.device
         total = DiagnosticsMeter()
-        for state in found:  # in the order of the processes: the same sums everywhere
-            assert state is not None
+        # in the order of the processes: the same sums everywhere
+        for state in processes.gather({name: _to(value, "cpu") for name, value in vars(self).items()}):
             one = DiagnosticsMeter()
             vars(one).update({name: _to(value, device) for name, value in state.items()})
             total.merge(one)

@@ -27,7 +27,7 @@ def test_nan_is_not_below_the_floor_of_free_bits():
 
 
 def test_where_there_is_more_nan_than_in_eager():
-    """The three places that README.md names."""
+    """The three places that docs/limits.md names."""
     mean = torch.full((1, 40), torch.nan, requires_grad=True)
     value = fastelbo.log_prob(mean, torch.zeros(1, 40), likelihood="laplace")
     assert torch.autograd.grad(value, mean)[0].isnan().all()

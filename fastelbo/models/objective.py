@@ -158,8 +158,11 @@ def _elbo_of_samples(
     recon: arguments.Recon, x: Tensor, posterior: Posterior, beta: Any, free_bits: Any, reduction: str, **options: Any
 ) -> LossParts:
     """The ELBO whose KL is that of the samples."""
+    why = "a prior known by log_prob has no KL per dimension"
     if isinstance(free_bits, Tensor) or free_bits != 0:
-        raise ValueError(f"free_bits must be 0: a prior known by log_prob has no KL per dimension; got {free_bits}")
+        raise ValueError(f"free_bits must be 0: {why}; got {free_bits}")
+    if isinstance(beta, Tensor) and beta.dim() > 0:
+        raise ValueError(f"beta must be a float or a 0-d tensor: {why}; got the shape {tuple(beta.shape)}")
     log_likelihood = log_prob(recon, x, **options)
     fit, kl = (ordered_sum(t, 0) / len(t) if t.dim() == 2 else t for t in (log_likelihood, posterior.kl))
     return LossParts(reduce(weighted(beta, kl) - fit, reduction), log_likelihood, kl)

@@ -278,6 +278,10 @@ def test_what_needs_a_kl_per_dimension_is_refused():
     ):
         with pytest.raises(ValueError, match=r"free_bits must be 0: .* has no KL per dimension"):
             call()
+    with pytest.raises(
+        ValueError, match=r"beta must be a float or a 0-d tensor: .* has no KL per dimension; .* \(5,\)"
+    ):
+        model.loss(x, beta=torch.ones(B))
     output = model(x)
     for call in (fastelbo.diagnostics, fastelbo.DiagnosticsMeter().update, lambda p: p.prior_options):
         with pytest.raises(ValueError, match=r"posterior must be under a Gaussian prior: .* has no KL per dimension"):

@@ -665,6 +665,10 @@ def test_what_differs_in_no_run_is_taken():
         ({"num_samples": 8, "eps": torch.zeros(8, B, M)}, "eps and keep exclude each other"),
         ({"num_samples": 8, "keep": "auto"}, "keep must be an int; got str"),
         ({"num_samples": 8, "keep": 0}, "keep must be at least 1; got 0"),
+        (
+            {"num_samples": 8, "objective": "vr", "alpha": torch.tensor(0.5, requires_grad=True)},
+            "keep takes no learned number: the weights have no graph",
+        ),
         ({"num_samples": 8, "objective": "miwae", "groups": 3}, "groups must divide the number of samples K=8"),
     ],
 )

@@ -352,14 +352,14 @@ class VAE(nn.Module):
             objective.check_keep(keep)
             if eps is not None:
                 raise ValueError("eps and keep exclude each other: kept noise is drawn again from its seed; give that")
-        given: dict[str, Any] = {"condition": condition, "mask": mask, "seed": seed, "generator": generator}
+        inputs: dict[str, Any] = {"condition": condition, "mask": mask, "seed": seed, "generator": generator}
         if keep is None or keep == objective.num_samples:
-            recon, posterior = self(x, objective.draws, eps=eps, **given)
+            recon, posterior = self(x, objective.draws, eps=eps, **inputs)
             options: dict[str, Any] = {"likelihood": self.likelihood, "mask": mask, "reduction": reduction}
             parts = objective.parts(recon, x, posterior, **options | numbers)
         else:
             row, K = objective.estimator(**numbers), objective.num_samples
-            parts, recon = kept_parts(self, x, row, K, keep, reduction=reduction, **given)
+            parts, recon = kept_parts(self, x, row, K, keep, reduction=reduction, **inputs)
         if not torch.compiler.is_compiling():
             before = self._batches_checked
             self._batches_checked = checks.check_batch(before, x, mask, self.likelihood, recon, parts.loss)
@@ -391,7 +391,7 @@ class VAE(nn.Module):
             x: [B, *event], of a dtype that `encode` takes.
             num_samples: K.
             chunk_size: at most so many samples per datum are decoded at a time; fewer where they would leave the cache.
-                The same seed draws the same samples for any chunk_size.
+                The same seed draws the same samples for any chunk_size, but for those of a prior's own `sample`.
             proposal: "posterior" or "prior".
             condition, mask: see `VAE`. With a mask, log p is that of what it leaves of x.
             seed, generator: the noise, as in `fastelbo.rsample`.

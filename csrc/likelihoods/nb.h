@@ -38,11 +38,6 @@ template <class T>
 inline constexpr T kFaintTheta = sizeof(T) == 4 ? -60 : -150;
 
 template <class T>
-FASTELBO_HD T clamped(T low, T x, T high) {  // NaN stays
-  const T below = x > high ? high : x;
-  return below < low ? low : below;
-}
-template <class T>
 FASTELBO_HD T above(T log, T edge) {
   return log > edge ? log - edge : T(0);
 }

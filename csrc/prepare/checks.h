@@ -92,10 +92,7 @@ inline void data(const at::Tensor& x, const char* like_name, const at::Tensor& l
   const auto xt = x.scalar_type();
   const bool counts = domain == Domain::counts;
   if (xt == at::kByte || (counts ? xt == at::kShort || xt == at::kInt || xt == at::kLong : xt == at::kBool)) return;
-  TORCH_CHECK_TYPE(
-      is_float(xt), "x must be ",
-      counts ? "counts: a float type, uint8, int16, int32 or int64" : "a float type, uint8 (read as x / 255) or bool",
-      "; got ", dtype_name(xt));
+  TORCH_CHECK_TYPE(is_float(xt), "x must be ", data_of(domain), "; got ", dtype_name(xt));
   if (!mixed) same_precision("x", x, like_name, like);
 }
 

@@ -25,6 +25,7 @@ __all__ = [
     "Laplace",
     "NegativeBinomial",
     "Poisson",
+    "StudentT",
     "ZeroInflatedNegativeBinomial",
     "gaussian_kl",
 ]
@@ -193,6 +194,47 @@ class Laplace(Fused):
     def log_scale(self) -> Tensor:
         """s [*batch, *event]."""
         return torch.zeros_like(self.mean)
+
+
+class StudentT(Fused):
+    """Student's t of nu = exp(log_df) degrees of freedom, as "student_t" in `fastelbo.log_prob`; reparameterized.
+
+    Args:
+        mean: [*batch, *event], a floating dtype: the centre, `loc`, which is the mean where nu > 1.
+        log_scale: a float, or a tensor that broadcasts with mean.
+        log_df: as log_scale. It counts as at least -80 and at most 80, where this is the Gaussian.
+        event_dims, validate_args: as in `Bernoulli`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, named with what was expected and what came.
+    """
+
+    arg_constraints: ClassVar = {"loc": constraints.real, "log_scale": constraints.real, "log_df": constraints.real}
+    has_rsample = True
+    mean = torch_s("mean", "loc where nu > 1, elsewhere NaN.")
+    scale = torch_s("scale", "exp(log_scale).")
+    df = torch_s("df", "nu.")
+
+    @checked
+    def __init__(
+        self,
+        mean: Floats,
+        log_scale: NumberOrFloats,
+        log_df: NumberOrFloats,
+        *,
+        event_dims: Size = 1,
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__("student_t", mean, log_scale, log_df, event_dims=event_dims, validate_args=validate_args)
+
+    def of_torch(self) -> Distribution:
+        """torch's StudentT."""
+        return plain.StudentT(torch.exp(self.log_df), self._recon[0], torch.exp(self.log_scale), validate_args=False)
+
+    @property
+    def loc(self) -> Tensor:
+        """The centre."""
+        return self._recon[0]
 
 
 class Poisson(Fused):

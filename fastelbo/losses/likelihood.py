@@ -29,6 +29,9 @@ def log_prob(
       torch's BCE
     - "gaussian": mean (unit variance) or (mean, logvar). -1/2 [(x - m)^2 exp(-lv) + lv + log 2 pi]
     - "laplace": mean (unit scale) or (mean, log_scale). -[|x - m| exp(-s) + s + log 2]
+    - "student_t", of nu = exp(log_df) degrees of freedom, the Gaussian in the limit: (mean, log_scale, log_df).
+      lgamma((nu + 1) / 2) - lgamma(nu / 2) - 1/2 log(nu pi) - s - (nu + 1) / 2 log(1 + [(x - m) exp(-s)]^2 / nu),
+      computed without a difference of two lgammas; log_df counts as at least -80 and at most 80
     - "poisson": log_rate l. x l - exp(l) - lgamma(x + 1)
     - "nb", negative binomial of mean m = exp(log_mean) and variance m + m^2 / theta: (log_mean, log_theta).
       lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + theta log(theta / (theta + m)) + x log(m / (theta + m)),

@@ -90,6 +90,12 @@ CASES = {
     "laplace by scale": Case(
         lambda m, s, **options: fd.Laplace(m, scale=s, **options), td.Laplace, [normal, scale], normal
     ),
+    "student_t": Case(
+        fd.StudentT,
+        lambda m, s, r: td.StudentT(r.exp(), m, s.exp(), validate_args=False),
+        [normal, normal, lambda *shape: unit(*shape) + 1.7],
+        normal,
+    ),
     "poisson": Case(fd.Poisson, lambda log_rate: td.Poisson(log_rate.exp()), [normal], counts, smooth=False),
     "nb": Case(fd.NegativeBinomial, negative_binomial, [normal, normal], counts, smooth=False),
     "zinb": Case(fd.ZeroInflatedNegativeBinomial, ZeroInflated, [normal] * 3, counts, smooth=False),

@@ -174,7 +174,7 @@ template <bool kSoftplus, class T>
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < part; ++i) {
     T total = tree<kGroup>(v + i, part, [](T a, T b) { return a + b; });
-    if constexpr (kSoftplus) total -= log1p_product(product[i]);
+    if constexpr (kSoftplus) total -= log_ratio(1 + product[i], product[i]).log;
     sum += total;
   }
   return sum;
@@ -226,7 +226,7 @@ inline void log_prob_elements(const Elements<T>& e, T factor, int64_t n, T* valu
       formula_tile<L, kCount, kGrads>(part, factor, count, value + at);
     } else if constexpr (L::kZeros) {
       log_prob_tile<L, kCount, kGrads, true, false>(part, factor, count, value + at, shared + at);
-    } else if (kReadsBytes<T> && part.bytes) {
+    } else if (part.bytes) {
       log_prob_tile<L, kCount, kGrads, false, kReadsBytes<T>>(part, factor, count, value + at, shared + at);
     } else {
       part.weight ? log_prob_tile<L, kCount, kGrads, true, false>(part, factor, count, value + at, shared + at)

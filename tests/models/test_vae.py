@@ -629,7 +629,7 @@ def test_a_last_layer_that_reaches_no_logits_is_refused(kind, options):
 
 
 @pytest.mark.parametrize("layer", [nn.Sigmoid(), nn.Softplus(), nn.ReLU(), nn.Softmax(1)], ids=repr)
-@pytest.mark.parametrize("likelihood", ["gaussian", "laplace", "nb"])
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace", "student_t", "nb"])
 def test_a_scale_where_its_logarithm_is_due_is_refused(likelihood, layer):
     name = likelihoods.get(likelihood).parameters[1]
     model = VAE(nn.Linear(16, 4), Scaled(likelihood, name, layer), likelihood)

@@ -53,22 +53,18 @@ def check_weighs(estimator: str) -> None:
         )
 
 
-def row_of(estimator: str, num_samples: int, **options: float) -> estimators.Estimator:
-    """The row of an estimator that keeps samples.
-
-    Raises:
-        ValueError: as in `estimators.estimator`; an estimator whose weights are all equal.
-    """
-    row = estimators.estimator(estimator, num_samples, **options)
-    check_weighs(estimator)
-    return row
-
-
 def _shape_of(log_w: Tensor) -> tuple[int, int]:
     if log_w.dim() != 2:
         raise ValueError(f"log_w must be [K, B]; got {tuple(log_w.shape)}")
     K, B = log_w.shape
     return K, B
+
+
+def _weights_of(log_w: Tensor, estimator: str, **options: Any) -> tuple[estimators.Estimator, Weights]:
+    """An estimator by its name, and what it makes of log w [K, B]."""
+    check_weighs(estimator)
+    row = estimators.estimator(estimator, _shape_of(log_w)[0], **options)
+    return row, weigh(log_w, row)
 
 
 @torch.no_grad()
@@ -221,7 +217,7 @@ def kept_loss(
 
     Reference: those of `multi_sample_loss`; Fearnhead & Clifford 2003 for the choice of samples.
     """
-    row = row_of(estimator, _shape_of(log_w)[0], alpha=alpha, beta=beta, groups=groups)
+    row, weights = _weights_of(log_w, estimator, alpha=alpha, beta=beta, groups=groups)
     n = kept.sample.shape[0]
     if log_likelihood.shape != (n,):
         raise ValueError(f"log_likelihood must be [n] with n={n} from kept; got {tuple(log_likelihood.shape)}")
@@ -230,7 +226,7 @@ def kept_loss(
             f"posterior must be of the kept samples, log_ratio [n] with n={n}: draw it with rsample; "
             f"got log_ratio {tuple(posterior.log_ratio.shape)}"
         )
-    return reduce(loss_of(log_likelihood, posterior, kept, weigh(log_w, row), row), reduction)
+    return reduce(loss_of(log_likelihood, posterior, kept, weights, row), reduction)
 
 
 @torch.no_grad()
@@ -260,7 +256,7 @@ def estimator_weights(
 
     Reference: those of `multi_sample_loss`.
     """
-    return weigh(log_w, row_of(estimator, _shape_of(log_w)[0], alpha=alpha, beta=beta, groups=groups)).a
+    return _weights_of(log_w, estimator, alpha=alpha, beta=beta, groups=groups)[1].a
 
 
 def carrying(log_w: Tensor, share: float) -> Tensor:

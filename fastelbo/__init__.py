@@ -34,7 +34,8 @@ from fastelbo.losses import (
 from fastelbo.models.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
 from fastelbo.models.loading import load
 from fastelbo.models.marginal import ImportanceWeights, LogMeanExp, MarginalEstimate, importance_weights
-from fastelbo.models.vae import VAE
+from fastelbo.models.objective import Objective
+from fastelbo.models.vae import VAE, VAELoss
 from fastelbo.ppca import PPCA, FitReport, ppca_log_prob
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PPCA",
     "VAE",
+    "VAELoss",
     "Diagnostics",
     "DiagnosticsMeter",
     "ELBOLoss",
@@ -52,6 +54,7 @@ __all__ = [
     "LogMeanExp",
     "LossParts",
     "MarginalEstimate",
+    "Objective",
     "Posterior",
     "bernoulli_log_prob",
     "bound_loss",

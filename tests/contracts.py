@@ -376,5 +376,13 @@ def public() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
         "VAE.reconstruct": (vae.reconstruct, {"x": x}),
         "VAE.sample": (vae.sample, {"n": 2}),
         "VAE.loss": (vae.loss, {"x": x}),
+        "VAE.parts": (vae.parts, {"x": x}),
+        "VAELoss": (fastelbo.VAELoss, {"vae": vae}),
+        "VAELoss.forward": (fastelbo.VAELoss(vae), {"x": x}),
+        "Objective": (fastelbo.Objective, {"name": "miwae"}),
+        "Objective.parts": (fastelbo.Objective("iwae").parts, {**p, "posterior": posterior}),
+        "Objective.loss": (fastelbo.Objective("iwae").loss, {**p, "posterior": posterior}),
+        "Objective.estimator": (fastelbo.Objective("iwae").estimator, {}),
+        "Objective.check_keep": (fastelbo.Objective("iwae", num_samples=K).check_keep, {"keep": 2}),
         "VAE.log_marginal": (vae.log_marginal, {"x": x, "num_samples": K}),
     }

@@ -113,7 +113,7 @@ class _Calls(nn.Module):
         return fastelbo.gaussian_kl(mu, logvar, mu[0] * logvar[0], free_bits=number)
 
     def options_of_a_vae(self, recon, x, mu, logvar, number):
-        return self.vae.loss(x, beta=1 - number, free_bits=number, seed=torch.tensor([3]), return_parts=True)
+        return self.vae.parts(x, beta=1 - number, free_bits=number, seed=torch.tensor([3]))
 
     def ciwae(self, recon, x, mu, logvar, number, estimator="ciwae", option="beta"):
         posterior = fastelbo.rsample(mu, logvar, K, seed=torch.tensor([3]))

@@ -196,9 +196,9 @@ MORE = {
     "estimator_weights": Function(
         lambda w: fastelbo.estimator_weights(w, estimator="miwae"), lambda b, d: [3 * _r(d, b)]
     ),
-    "VAE.loss": Function(_vae("loss", beta=0.3, return_parts=True), _one_number),
-    "VAE.loss, keep": Function(_vae("loss", objective="iwae", num_samples=9, keep=2, return_parts=True), _one_number),
-    "VAE.forward": Function(_vae("forward", objective="vr", num_samples=K, return_parts=True), _one_number),
+    "VAE.loss": Function(_vae("parts", beta=0.3), _one_number),
+    "VAE.loss, keep": Function(_vae("parts", objective="iwae", num_samples=9, keep=2), _one_number),
+    "VAE.loss, vr": Function(_vae("parts", objective="vr", num_samples=K), _one_number),
     "VAE.log_marginal": Function(_vae("log_marginal", num_samples=7), _one_number),
     "importance_weights ImportanceWeights.normalized": Function(_vae("importance_weights"), _one_number),
     "LogMeanExp.update LogMeanExp.merge LogMeanExp.result": Function(_estimate, lambda b, d: [3 * _r(b, d)]),

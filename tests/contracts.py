@@ -104,6 +104,10 @@ FUNCTIONS = {
         lambda m, x, s: fastelbo.log_prob((m, s), x, likelihood="laplace"),
         lambda b, d: [_r(b, d) + 3, _r(b, d) - 3, 0.5 * _r(b, d)],
     ),
+    "student_t": Function(
+        lambda m, x, s, r: fastelbo.log_prob((m, s, r), x, likelihood="student_t"),
+        lambda b, d: [_r(K, b, d), _r(b, d), 0.5 * _r(b, d), _r(d)],
+    ),
     "poisson": Function(
         lambda rate, x: fastelbo.log_prob(rate, x, likelihood="poisson"), lambda b, d: [_r(K, b, d), 5 * _unit(b, d)]
     ),

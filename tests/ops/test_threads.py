@@ -328,7 +328,7 @@ OF_MODULES = {"extra_repr", "get_extra_state", "set_extra_state"}
 OF_DISTRIBUTIONS = {  # element by element
     *("expand", "sample", "rsample", "support", "mean", "variance", "logits", "probs", "logvar", "log_scale"),
     *("cdf", "icdf", "enumerate_support", "has_enumerate_support", "mode", "param_shape", "loc", "scale"),
-    *("total_count", "rate"),
+    *("total_count", "rate", "df"),
 }
 
 

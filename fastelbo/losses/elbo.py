@@ -97,13 +97,11 @@ def _weighted_parts(
     """The parts with a weight for the KL of every dimension, or with a mask of it: made of `log_prob` and the KLs."""
     log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)
     terms = gaussian_kl(*latents, mask=kl_mask, reduce=False)  # type: ignore[arg-type]
-    if isinstance(beta, Tensor):
-        beta = expand("beta", expand("beta", beta.to(terms.dtype), terms.shape[1:], "one latent"), terms.shape, "mu")
-        # what a weight of 0 leaves of an infinite KL is read by nothing: neither value nor gradient is NaN
-        left = ~((beta == 0) & terms.isinf())
-        terms, whole = gaussian_kl(*latents, mask=left if kl_mask is None else left & kl_mask, reduce=False), terms  # type: ignore[arg-type]
-    else:
-        whole = terms
+    beta = beta.to(terms.dtype) if isinstance(beta, Tensor) else terms.new_ones(()) * beta
+    beta = expand("beta", expand("beta", beta, terms.shape[1:], "one latent"), terms.shape, "mu")
+    # what a weight of 0 leaves of an infinite KL is read by nothing: neither value nor gradient is NaN
+    left = ~((beta == 0) & terms.isinf())
+    whole, terms = terms, gaussian_kl(*latents, mask=left if kl_mask is None else left & kl_mask, reduce=False)  # type: ignore[arg-type]
     penalty = ordered_sum((beta * terms).flatten(1), 1)
     fit = ordered_sum(log_likelihood, 0) / len(log_likelihood) if log_likelihood.dim() == 2 else log_likelihood
     return LossParts(reduce(penalty - fit, reduction), log_likelihood, ordered_sum(whole.flatten(1), 1))

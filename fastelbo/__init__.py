@@ -111,5 +111,6 @@ for _then, _now in {
     "diagnostics": "models.diagnostics",
     "functional": "losses",
     "kept": "losses.kept",
+    "ppca.fit": "ppca.closed_form",
 }.items():
     sys.modules[f"{__name__}.{_then}"] = importlib.import_module(f"{__name__}.{_now}")

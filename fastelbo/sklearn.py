@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from fastelbo.ppca import fit, model
-from fastelbo.ppca.fit import Moments
+from fastelbo.ppca import data, model
+from fastelbo.ppca.closed_form import of_moments
+from fastelbo.ppca.moments import Moments
+from fastelbo.ppca.result import variance
 
 if TYPE_CHECKING:
     from numpy.random import RandomState
@@ -129,18 +132,20 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         Warns:
             sklearn.exceptions.ConvergenceWarning: "em" did not converge, with what to do.
         """
-        X = validate_data(
-            self, self._unmasked(X), dtype=DTYPES, ensure_min_samples=2, ensure_min_features=2, **self._finite()
-        )
-        rows, weight = model.weighted(X, sample_weight)
+        X = self._validated(X, self.method == "em", ensure_min_samples=2, ensure_min_features=2)
+        rows, weight = data.weighted(X, sample_weight)
         N, D = rows.shape
         if self.method == "eig" and N > D:
             return self._update(None, rows, weight)
-        generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        options: Any = {"max_iter": self.max_iter, "tol": self.tol, "min_sigma2": self._least()}
+        options |= {"sample_weight": weight, "generator": torch.Generator().manual_seed(seed)}
         fitted = model.PPCA(self.n_components)
-        found = fitted._fit(X, self.method, self.max_iter, self.tol, self._least(), None, generator, sample_weight)
-        if not found.report.converged:
-            warnings.warn(fit.advice(found), ConvergenceWarning, stacklevel=2)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "EM did not converge", RuntimeWarning)
+            fitted.fit(rows, self.method, **options)
+        if fitted.fit_report and not fitted.fit_report.converged:
+            warnings.warn(model.advice(fitted), ConvergenceWarning, stacklevel=2)
         return self._set(fitted, None)
 
     @available_if(lambda self: self.method == "eig")  # type: ignore[untyped-decorator]
@@ -164,38 +169,36 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
                 f"partial_fit cannot go on from a fit of at most D={self.n_features_in_} rows, which keeps no scatter "
                 "matrix: let a clone begin with partial_fit"
             )
-        X = validate_data(self, self._unmasked(X), dtype=DTYPES, reset=first, ensure_min_features=2 if first else 1)
-        return self._update(None if first else self._moments, *model.weighted(X, sample_weight))
+        X = self._validated(X, False, reset=first, ensure_min_features=2 if first else 1)
+        return self._update(None if first else self._moments, *data.weighted(X, sample_weight))
 
-    def _update(self, before: Moments | None, rows: Tensor, weight: Tensor | None) -> PPCA:
+    def _update(self, before: Moments | None, rows: Tensor, weight: Tensor) -> PPCA:
         """The fit of the rows, and of those that the moments are of."""
-        dtype = rows.dtype
-        if before is not None:
-            dtype = torch.promote_types(dtype, self.model_._parameters_()[0].dtype)
-        moments = deepcopy(before) or Moments(rows.shape[1], rows.device, covariance=True)
-        moments.update(rows, weight)
+        dtypes = [rows.dtype, *(p.dtype for p in self.model_.parameters())] if before else [rows.dtype]
+        moments = deepcopy(before) or Moments(rows.shape[1], rows.device)
+        for piece in data.pieces(rows, weight):
+            moments.update(*piece)
         fitted = model.PPCA(self.n_components)
-        fitted._take(fit.of_moments(moments, fitted.n_components, self._least()), dtype)
+        parameters, fitted.fit_report = of_moments(moments, fitted.n_components, self._least())
+        fitted.load_state_dict(parameters.to(reduce(torch.promote_types, dtypes))._asdict())
         return self._set(fitted, moments)
 
     def _least(self) -> float:
-        return model.variance("min_noise_variance", self.min_noise_variance)  # type: ignore[no-any-return]
+        return float(variance("min_noise_variance", self.min_noise_variance))
 
-    def _unmasked(self, X: ArrayLike, missing: bool = False) -> ArrayLike:
-        """The masked cells of a masked array as NaN, which scikit-learn reads under the mask."""
-        if not np.ma.is_masked(X):
-            return X
-        if not missing and self.method != "em":
-            raise TypeError('X must have no masked cells for method "eig"; method="em" takes them as missing')
-        masked: Any = X
-        filled: ArrayLike = masked.astype(masked.dtype if masked.dtype.kind == "f" else np.float64).filled(np.nan)
-        return filled
-
-    def _finite(self) -> dict[str, object]:
-        return {"ensure_all_finite": "allow-nan" if self.method == "em" else True}
+    def _validated(self, X: ArrayLike, missing: bool, dtype: Any = DTYPES, **options: object) -> Array:
+        """X as scikit-learn checks it; NaN for masked cells, which it would read under the mask."""
+        if np.ma.is_masked(X):
+            if not missing:
+                raise TypeError('X must have no masked cells for method "eig"; method="em" takes them as missing')
+            masked: Any = X
+            X = masked.astype(masked.dtype if masked.dtype.kind == "f" else np.float64).filled(np.nan)
+        finite = "allow-nan" if missing else True
+        found: Array = validate_data(self, X, dtype=dtype, ensure_all_finite=finite, **options)
+        return found
 
     def _set(self, fitted: model.PPCA, moments: Moments | None) -> PPCA:
-        W, b, log_sigma2 = (t.detach().numpy() for t in fitted._parameters_())
+        W, b, log_sigma2 = (t.detach().numpy() for t in fitted.parameters())
         lengths = np.linalg.norm(W, axis=0)
         report = fitted.fit_report
         assert report is not None
@@ -219,10 +222,9 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         check_is_fitted(self)
         return self.model_
 
-    def _data(self, X: ArrayLike, **finite: object) -> Array:
-        X = self._unmasked(X, missing=bool(finite))
-        found: Array = validate_data(self, X, dtype=self.mean_.dtype, reset=False, **(finite or self._finite()))
-        return found
+    def _data(self, X: ArrayLike, missing: bool | None = None) -> Array:
+        missing = self.method == "em" if missing is None else missing
+        return self._validated(X, missing, dtype=self.mean_.dtype, reset=False)
 
     def transform(self, X: ArrayLike) -> Array:
         """The posterior mean E[z | x]. X: [N, D], for "em" with NaN for missing cells -> [N, M].
@@ -240,7 +242,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
 
     def impute(self, X: ArrayLike) -> Array:
         """X [N, D] with every NaN replaced by its expectation given the row's other cells, whatever the method."""
-        return self._fitted().impute(self._data(X, ensure_all_finite="allow-nan"))
+        return self._fitted().impute(self._data(X, missing=True))
 
     def score_samples(self, X: ArrayLike) -> Array:
         """log p(x), nats; of a row with NaN cells, log p of its other cells. X: [N, D], for "em" with NaN -> [N]."""
@@ -252,7 +254,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
 
     def get_covariance(self) -> Array:
         """W W' + s2 I [D, D]: the covariance of p(x)."""
-        W = self._fitted()._parameters_()[0].detach().numpy()
+        W, *_ = (t.detach().numpy() for t in self._fitted().parameters())
         covariance: Array = W @ W.T + self.noise_variance_ * np.eye(len(W), dtype=W.dtype)
         return covariance
 

@@ -244,15 +244,15 @@ DEFECTS = [
     Defect(
         "fit_transform ignores sample_weight",
         "fastelbo/ppca/model.py",
-        '{"max_iter": max_iter, "tol": tol, "min_sigma2": min_sigma2, "sample_weight": sample_weight}',
-        '{"max_iter": max_iter, "tol": tol, "min_sigma2": min_sigma2}',
+        "self.fit(X, method, **options).transform(X)",
+        'self.fit(X, method, **options | {"sample_weight": None}).transform(X)',
         ("ppca/test_ppca_fit.py",),
     ),
     Defect(
         "moments of z without the rows' weights",
-        "fastelbo/ppca/fit.py",
-        "self.z += (observed.any(1) * w) @ second",
-        "self.z += observed.any(1).double() @ second",
+        "fastelbo/ppca/missing.py",
+        "of_z += (observed.any(1) * w) @ second",
+        "of_z += observed.any(1).double() @ second",
         ("ppca/test_ppca_fit.py",),
     ),
     Defect(

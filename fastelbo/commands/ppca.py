@@ -11,8 +11,7 @@ from torch import Generator, Tensor
 
 from fastelbo._internal.arguments import one_of
 from fastelbo.commands import data, files, options
-from fastelbo.ppca import PPCA
-from fastelbo.ppca.fit import RankError
+from fastelbo.ppca import PPCA, RankError
 from fastelbo.ppca.model import METHODS
 
 METRICS = ("components", "train_log_prob", "held_out_log_prob", "bic", "sigma", "steps")

@@ -4,7 +4,7 @@ torch's products and factorizations are a BLAS's, which shares out what it sums.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +13,15 @@ from fastelbo import reference
 from fastelbo._internal.ops import takes_twins
 from fastelbo._internal.ordered import ordered_sum
 
+_R = TypeVar("_R")
 _op = torch.ops.fastelbo
 PIECE_ELEMENTS = 1 << 20  # of the products W_di W_dj that are in memory at a time
+
+
+def _run(function: type[torch.autograd.Function], twin: Callable[..., _R], *inputs: Tensor) -> _R:
+    """The function, or its twin, which all kinds of derivatives take."""
+    return twin(*inputs) if takes_twins(inputs[0]) else function.apply(*inputs)  # type: ignore[no-any-return]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Products.
@@ -31,12 +38,9 @@ def _project(a: Tensor, b: Tensor) -> Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
         return _project(a, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
@@ -46,7 +50,7 @@ class _Product(torch.autograd.Function):
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [N, K] b [K, L]"""
-    return torch.matmul(a, b) if takes_twins(a) else _Product.apply(a, b)  # type: ignore[no-any-return, no-untyped-call]
+    return _run(_Product, torch.matmul, a, b)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,20 +59,17 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 class _Posterior(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, W: Tensor, b: Tensor, log_s2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, log_s2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # [W; sigma I] = Q R, R'R = G, as in `reference.ppca_qr`; R' = U T, so that G^-1 = S S' with S = U T^-T
         eye = torch.eye(W.shape[1], dtype=W.dtype, device=W.device)
         Q, R, _ = _op._ppca_factor(torch.cat([W, torch.exp(0.5 * log_s2) * eye]), log_s2)
         U, _, inverse_T = _op._ppca_factor(R.mT, torch.full_like(log_s2, -torch.inf))
         S = _project(U, inverse_T)
         coords = _op._ppca_project(x, Q[: len(W)], b)[0]
-        mean = _project(_project(coords, _project(R, S)), S.mT)
-        return mean, _project(S, S.mT), 2 * torch.log(torch.diagonal(R).abs()).sum()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *output[:2])
+        mean, inverse = _project(_project(coords, _project(R, S)), S.mT), _project(S, S.mT)
+        ctx.save_for_backward(x, W, b, log_s2, mean, inverse)
         ctx.set_materialize_grads(False)
+        return mean, inverse, 2 * torch.log(torch.diagonal(R).abs()).sum()
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -95,9 +96,7 @@ class _Posterior(torch.autograd.Function):
 def posterior(x: Tensor, W: Tensor, b: Tensor, log_s2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of complete rows x [N, D] and parameters in float64: the mean G^-1 W'(x - b) [N, M], G^-1 [M, M] and log |G|,
     where G = W'W + s2 I."""
-    function: Callable[..., Any] = reference.ppca_posterior if takes_twins(x) else _Posterior.apply
-    found: tuple[Tensor, Tensor, Tensor] = function(x, W, b, log_s2)
-    return found
+    return _run(_Posterior, reference.ppca_posterior, x, W, b, log_s2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,16 +113,13 @@ def pairs(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 class _Grams(torch.autograd.Function):
     @staticmethod
-    def forward(observed: Tensor, W: Tensor) -> Tensor:
+    def forward(ctx: Any, observed: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(observed, W)
         i, j, where = pairs(W.shape[1], W.device)
         total = observed.new_zeros(len(observed), len(i))
         for cells, part in _columns(observed, W, len(i)):
             total += product(cells, part[:, i] * part[:, j])
         return total[:, where]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
@@ -148,21 +144,17 @@ def grams(observed: Tensor, W: Tensor) -> Tensor:
     All of a batch come out of one product, observed times the W_di W_dj [D, M (M + 1) / 2], in pieces of D, which the
     gradient makes anew: memory O(N M^2).
     """
-    if takes_twins(W):
-        return reference.ppca_grams(observed, W)
-    return _Grams.apply(observed, W)  # type: ignore[no-any-return, no-untyped-call]
+    return _run(_Grams, reference.ppca_grams, observed, W)
 
 
 class _Solution(torch.autograd.Function):
     @staticmethod
-    def forward(G: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, G: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inverse, log_det = _op._ppca_invert(G)
-        return (inverse * p.unsqueeze(1)).sum(2), inverse, log_det
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*output[:2])
+        mean = (inverse * p.unsqueeze(1)).sum(2)
+        ctx.save_for_backward(mean, inverse)
         ctx.set_materialize_grads(False)
+        return mean, inverse, log_det
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -183,6 +175,4 @@ class _Solution(torch.autograd.Function):
 def solution(G: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of G [N, M, M], positive definite, and p [N, M], float64: G^-1 p [N, M], G^-1 and log |G| [N], which is NaN where
     G is not positive definite."""
-    function: Callable[..., Any] = reference.ppca_solution if takes_twins(G) else _Solution.apply
-    found: tuple[Tensor, Tensor, Tensor] = function(G, p)
-    return found
+    return _run(_Solution, reference.ppca_solution, G, p)

@@ -1,25 +1,19 @@
 """The model: parameters, densities, posterior, and `fit`."""
 
-from __future__ import annotations
-
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from fastelbo._internal import arguments, ordered
-from fastelbo._internal.ordered import ordered_sum
-from fastelbo.likelihoods import LOG_2PI
-from fastelbo.losses import gaussian_kl
-from fastelbo.ppca import algebra, fit, missing
-from fastelbo.ppca.algebra import product
-from fastelbo.ppca.density import ppca_log_prob
-from fastelbo.ppca.fit import Fit, FitReport
-from fastelbo.reference import compute_dtype, read_data
+from fastelbo._internal.arguments import Count, Generator, Size, checked, number, one_of
+from fastelbo._internal.process_groups import Processes
+from fastelbo.ppca import data, density
+from fastelbo.ppca.closed_form import eig
+from fastelbo.ppca.em import em
+from fastelbo.ppca.result import FitReport, Parameters, Variance, check_components
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -29,111 +23,10 @@ if TYPE_CHECKING:
     Data = Array | Iterable[Array | Sequence[Array]]  # of `fit`: one array, or batches
 
 METHODS = ("eig", "em")
+Method = Annotated[str, one_of(METHODS)]
+Tolerance = Annotated[float, number(lambda value: value >= 0, "at least 0")]
 # the kind of an array: what a method returns is of the kind that it was called with
 _Array = TypeVar("_Array", Tensor, "npt.NDArray[Any]")
-_method = arguments.one_of(METHODS)
-variance = arguments.number(lambda value: 0 <= value < math.inf, "at least 0 and finite")
-
-
-def _is_array(X: Any) -> bool:
-    return isinstance(X, Tensor) or hasattr(X, "__array__") or _is_sparse(X)
-
-
-def _is_sparse(X: Any) -> bool:
-    return X.layout is not torch.strided if isinstance(X, Tensor) else hasattr(X, "toarray")
-
-
-def _from_numpy(X: Any) -> Tensor:
-    """A tensor of anything that numpy makes an array of, also of what torch refuses: a table, negative strides, a byte
-    order that is not the machine's. The masked cells of a masked array become NaN."""
-    import numpy as np  # which torch does without
-
-    if isinstance(X, np.ma.MaskedArray):
-        if np.ma.is_masked(X) and X.dtype.kind in "bu":
-            X = X / np.float32(255 if X.dtype == np.uint8 else 1)
-        if np.ma.is_masked(X) and X.dtype.kind != "f":  # their fill value would be read
-            raise TypeError(f"a masked array must be floating, uint8 or bool; got {X.dtype}")
-        a = X.filled(np.nan) if np.ma.is_masked(X) and X.dtype.kind == "f" else X.filled()
-    else:
-        a = np.asarray(X)
-    usable = a.dtype.isnative and all(stride >= 0 for stride in a.strides)
-    with warnings.catch_warnings():
-        # such as of a file opened by numpy.memmap, which is not to be copied: nothing here writes to X
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.as_tensor(a if usable else a.astype(a.dtype.newbyteorder("="), order="C"), device="cpu")
-
-
-def _numbers(X: Any, name: str, shape: str) -> Tensor:
-    if _is_sparse(X):
-        raise TypeError(f"{name} must be dense; got a sparse {_kind(X)}: give {name}.toarray() or {name}.to_dense()")
-    try:
-        return X if isinstance(X, Tensor) else _from_numpy(X) if _is_array(X) else torch.as_tensor(X, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor or an array of numbers {shape}; got {_kind(X)}") from error
-
-
-def _tensor(X: Any, name: str, shape: str = "[N, D]") -> Tensor:
-    """A tensor or an array as a matrix of a dtype that the model reads."""
-    x = _numbers(X, name, shape)
-    if not x.is_floating_point() and x.dtype not in (torch.uint8, torch.bool):
-        raise TypeError(f"{name} must be floating, uint8 (read as x / 255) or bool; got {x.dtype}")
-    if x.dim() != 2:
-        raise ValueError(f"{name} must be {shape}; got {tuple(x.shape)}")
-    return x
-
-
-def _kind(X: Any) -> str:
-    return f"{type(X).__name__} of {X.dtype}" if hasattr(X, "dtype") else type(X).__name__
-
-
-def weighted(X: object, sample_weight: object) -> fit.Batch:
-    """The rows of X [N, D] whose weight is not 0, and their weights [n], float64; None is 1 each."""
-    x = _tensor(X, "X").detach()
-    if sample_weight is None:
-        return x, None
-    w = _numbers(sample_weight, "sample_weight", "[N]")
-    if w.shape != x.shape[:1]:
-        raise ValueError(f"sample_weight must be [N] with N={len(x)} from X; got {tuple(w.shape)}")
-    w = w.detach().to(x.device, torch.float64)
-    if not bool((w.isfinite() & (w >= 0)).all()):
-        raise ValueError("sample_weight must be finite and at least 0")
-    if not bool(w.any()):
-        raise ValueError(f"sample_weight must have a weight that is not zero; all {len(w)} are")
-    return (x, w) if bool(w.all()) else (x[w > 0], w[w > 0])
-
-
-def _fit_batches(X: Any, method: str, sample_weight: Any) -> fit.Batches:
-    """X, an array or an iterable of batches, as a function that starts a new pass over the data."""
-    if _is_array(X):
-        rows = weighted(X, sample_weight)
-        return lambda: [rows]
-    if sample_weight is not None:
-        raise TypeError(f"sample_weight must be None unless X is one array; X is {type(X).__name__}")
-    if not isinstance(X, Iterable) or isinstance(X, str | bytes):
-        raise TypeError(f"X must be a tensor, an array, or an iterable of batches; got {type(X).__name__}")
-    if method == "em" and iter(X) is X:
-        raise TypeError(
-            f'X must be an iterable that starts anew each time for method "em", such as a DataLoader; '
-            f"got the iterator {type(X).__name__}, which can be read only once"
-        )
-
-    def batches() -> Iterator[fit.Batch]:
-        D = None
-        for batch in X:
-            # a DataLoader of a TensorDataset gives lists: data, and labels
-            rows = _numbers(batch[0] if isinstance(batch, tuple | list) else batch, "a batch of X", "[n, D]")
-            if rows.dim() < 2:
-                raise ValueError(
-                    f"X must be one array, or an iterable of batches [n, D]; got {type(X).__name__} of single rows: "
-                    "give numpy.asarray(X), or torch.stack(X) of tensors"
-                )
-            x = _tensor(rows, "a batch of X").detach()
-            D = x.shape[1] if D is None else D
-            if x.shape[1] != D:
-                raise ValueError(f"every batch of X must be [n, {D}], as the first one; got {tuple(x.shape)}")
-            yield x, None
-
-    return batches
 
 
 class PPCA(nn.Module):
@@ -163,37 +56,36 @@ class PPCA(nn.Module):
     log_sigma2: nn.Parameter | None
     fit_report: FitReport | None
 
+    @checked
     def __init__(
         self,
-        n_components: int,
-        n_features: int | None = None,
+        n_components: Count,
+        n_features: Count | None = None,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.n_components = arguments.count("n_components", n_components)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating torch.dtype or None; got {dtype!r}")
+        self.n_components = n_components
         self.fit_report = None
-        for name in ("W", "b", "log_sigma2"):
+        for name in Parameters._fields:
             self.register_parameter(name, None)
         if n_features is not None:
-            D, M = arguments.count("n_features", n_features), self.n_components
-            fit.check_components(M, D)
-            W = torch.randn(D, M, dtype=dtype, device=device) / math.sqrt(M)
-            self._set(W, W.new_zeros(D), W.new_zeros(()))
+            check_components(n_components, n_features)
+            W = torch.randn(n_features, n_components, dtype=dtype, device=device) / math.sqrt(n_components)
+            self._set(Parameters(W, W.new_zeros(n_features), W.new_zeros(())))
 
     def extra_repr(self) -> str:
         return f"n_components={self.n_components}, n_features={None if self.W is None else len(self.W)}"
 
-    def _set(self, W: Tensor, b: Tensor, log_sigma2: Tensor) -> None:
+    def _set(self, values: Parameters) -> None:
         """New values; the parameters stay the same objects where shape, dtype and device do."""
-        for name, value in (("W", W), ("b", b), ("log_sigma2", log_sigma2)):
+        for name, value in values._asdict().items():
             old = getattr(self, name)
             if old is not None and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device):
-                with torch.no_grad():
-                    old.copy_(value)
+                old.copy_(value)  # of `fit`, which records no graph
             else:
                 setattr(self, name, nn.Parameter(value.clone()))
 
@@ -202,27 +94,28 @@ class PPCA(nn.Module):
             W = state_dict[prefix + "W"]
             if W.shape[1] != self.n_components:
                 raise ValueError(f"n_components is {self.n_components}, but the checkpoint has {W.shape[1]}")
-            self._set(*(torch.empty_like(state_dict[prefix + name]) for name in ("W", "b", "log_sigma2")))
+            self._set(Parameters(*(torch.empty_like(state_dict[prefix + name]) for name in Parameters._fields)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _parameters_(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _values(self, like: object = None) -> Parameters:
+        """The parameters; without their gradients where `like` is an array, whose results have none."""
         if self.W is None or self.b is None or self.log_sigma2 is None:
             raise RuntimeError("PPCA has no parameters yet: call fit, load_state_dict, or give n_features")
-        return self.W, self.b, self.log_sigma2
+        found = Parameters(self.W, self.b, self.log_sigma2)
+        return found if like is None or isinstance(like, Tensor) else Parameters(*(t.detach() for t in found))
 
     @property
     def n_parameters(self) -> int:
         """Free parameters: D M - M (M - 1) / 2 of W (a rotation of z changes nothing), D of b, 1 of s2."""
-        D, M = self._parameters_()[0].shape
+        D, M = self._values().W.shape
         return D * M - M * (M - 1) // 2 + D + 1
 
     # ------------------------------------------------------------------------------------------------------------------
     # Arguments, and results of their kind.
 
-    def _array(self, x: Any, name: str, columns: tuple[str, int]) -> Tensor:
-        W = self._parameters_()[0]
-        letter, size = columns
-        t = _tensor(x, name, f"[N, {letter}]")
+    def _array(self, x: object, name: str, letter: str, size: int) -> Tensor:
+        W = self._values().W
+        t = data.matrix(x, name, f"[N, {letter}]")
         if t.shape[1] != size:
             raise ValueError(f"{name} must be [N, {letter}] with {letter}={size}; got {tuple(t.shape)}")
         if t.device != W.device:
@@ -231,19 +124,27 @@ class PPCA(nn.Module):
             raise TypeError(f"{name} is {t.dtype} but the model is {W.dtype}: convert one (model.double(), x.float())")
         return t
 
-    def _data(self, x: Any, missing: bool = False) -> Tensor:
-        t = self._array(x, "x", ("D", len(self._parameters_()[0])))
-        if not missing and t.is_floating_point() and not torch.compiler.is_compiling() and bool(t.isnan().any()):
-            raise ValueError(f"x must not be NaN here; {int(t.isnan().sum())} of {t.numel()} cells are")
-        return t
+    def _data(self, x: object) -> tuple[Tensor, Parameters]:
+        parameters = self._values(x)
+        return self._array(x, "x", "D", len(parameters.W)), parameters
+
+    def _latent(self, t: object, name: str) -> Tensor:
+        """[N, M], in the model's dtype."""
+        return self._array(t, name, "M", self.n_components).to(self._values().W.dtype)
+
+    def _with_latents(self, x: object, mu: object, logvar: object) -> tuple[Tensor, Tensor, Tensor, Parameters]:
+        x_, parameters = self._data(x)
+        if density.has_nan(x_):
+            raise ValueError(f"x must not be NaN here; {int(x_.isnan().sum())} of {x_.numel()} cells are")
+        latents = self._latent(mu, "mu"), self._latent(logvar, "logvar")
+        for name, t in zip(("mu", "logvar"), latents, strict=True):
+            if len(t) != len(x_):
+                raise ValueError(f"{name} must be [N, M] with N={len(x_)} from x; got {tuple(t.shape)}")
+        return x_, *latents, parameters
 
     @staticmethod
-    def _as(like: _Array, function: Callable[[], Tensor]) -> _Array:
-        """The function's tensor as a tensor, or as an array without a gradient where `like` is one."""
-        if isinstance(like, Tensor):
-            return function()
-        with torch.no_grad():
-            return function().numpy()
+    def _as(like: _Array, result: Tensor) -> _Array:
+        return result if isinstance(like, Tensor) else result.detach().numpy()
 
     # ------------------------------------------------------------------------------------------------------------------
     # The model.
@@ -263,27 +164,16 @@ class PPCA(nn.Module):
 
         Reference: Tipping & Bishop 1999, eq. 4 and 11.
         """
-        x_ = self._data(x, missing=True)
-        return self._as(x, partial(self._log_prob, x_))
-
-    def _log_prob(self, x: Tensor) -> Tensor:
-        found = ppca_log_prob(x, *self._parameters_())
-        if torch.compiler.is_compiling() or not x.is_floating_point() or not bool(found.isnan().any()):
-            return found
-        rows = x.isnan().any(1)
-        exact = missing.log_prob(x[rows], *self._parameters_(), ~x[rows].isnan())
-        # complete rows go through the op anew: a gradient of 0 times NaN is NaN
-        complete = ppca_log_prob(x[~rows], *self._parameters_())
-        return torch.zeros_like(found).index_put((rows,), exact).index_put((~rows,), complete)
+        return self._as(x, density.log_prob(*self._data(x)))
 
     score_samples = log_prob
 
-    def score(self, x: Array) -> float:
+    @torch.no_grad()
+    def score(self, x: "Array") -> float:
         """The mean of log p(x) over the rows, nats. x: [N, D], NaN for missing cells."""
-        with torch.no_grad():
-            return float(self._log_prob(self._data(x, missing=True)).double().mean())
+        return float(density.log_prob(*self._data(x)).double().mean())
 
-    def bic(self, x: Array) -> float:
+    def bic(self, x: "Array") -> float:
         """-2 sum log p(x) + n_parameters log N: over the M, the lowest is the choice (Schwarz 1978). x: [N, D]."""
         score = self.score(x)
         return -2 * len(x) * score + self.n_parameters * math.log(len(x))
@@ -302,55 +192,34 @@ class PPCA(nn.Module):
 
         Reference: Tipping & Bishop 1999, eq. 6 (where s2^-1 M is the precision).
         """
-        x_ = self._data(x, missing=True)
-        if isinstance(x, Tensor):
-            return self._posterior(x_)
-        with torch.no_grad():
-            mean, covariance = self._posterior(x_)
-        return mean.numpy(), covariance.numpy()
-
-    def _posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        W, b, log_sigma2 = self._parameters_()
-        if not torch.compiler.is_compiling() and x.is_floating_point() and bool(x.isnan().any()):
-            mean, inverse, *_ = missing.rows(x, W, b, log_sigma2, ~x.isnan())
-        else:
-            mean, inverse, _ = algebra.posterior(x, W.double(), b.double(), log_sigma2.double())
-        return mean.to(W.dtype), (torch.exp(log_sigma2.double()) * inverse).to(W.dtype)
+        mean, covariance = density.posterior(*self._data(x))
+        return self._as(x, mean), self._as(x, covariance)
 
     def transform(self, x: _Array) -> _Array:
         """The posterior mean E[z | x]. x: [N, D], NaN for missing cells -> [N, M]. Raises as `log_prob`."""
-        x_ = self._data(x, missing=True)
-        return self._as(x, lambda: self._posterior(x_)[0])
+        return self.posterior(x)[0]
 
     def inverse_transform(self, z: _Array) -> _Array:
         """E[x | z] = W z + b. z: [N, M] -> [N, D]. Raises as `log_prob`."""
         z_ = self._latent(z, "z")
-        return self._as(z, lambda: self._of_latent(z_).to(z_.dtype))
-
-    def _of_latent(self, z: Tensor) -> Tensor:
-        """W z + b, float64 [N, D]"""
-        W, b, _ = self._parameters_()
-        mean = product(z.double(), W.double().mT)
-        return mean + ordered.expand(b.double(), mean.shape)
+        return self._as(z, density.decode(z_, self._values(z)).to(z_.dtype))
 
     def impute(self, x: _Array) -> _Array:
         """x [N, D] with every NaN replaced by its expectation given the row's other cells. Raises as `log_prob`."""
-        x_ = self._data(x, missing=True)
-
-        def filled() -> Tensor:
-            return torch.where(x_.isnan(), self._of_latent(self._posterior(x_)[0]).to(x_.dtype), x_)
-
-        return self._as(x, filled) if x_.is_floating_point() else x
+        x_, parameters = self._data(x)
+        if not x_.is_floating_point():
+            return x
+        mean = density.decode(density.posterior(x_, parameters)[0], parameters)
+        return self._as(x, torch.where(x_.isnan(), mean.to(x_.dtype), x_))
 
     @torch.no_grad()
-    def sample(self, n: int, *, generator: Generator | None = None) -> Tensor:
+    @checked
+    def sample(self, n: Size, *, generator: Generator | None = None) -> Tensor:
         """n draws x = W z + b + e -> [n, D]; the noise is of `generator`, on the model's device, or torch's own."""
-        W, _, log_sigma2 = self._parameters_()
-        n = arguments.size("n", n)
-        if generator is not None:
-            arguments.generator("generator", generator)
+        parameters = self._values()
+        W, _, log_sigma2 = parameters
         z, e = (torch.randn(n, k, dtype=W.dtype, device=W.device, generator=generator) for k in W.shape[::-1])
-        return self._of_latent(z).to(W.dtype) + torch.exp(0.5 * log_sigma2) * e
+        return density.decode(z, parameters).to(W.dtype) + torch.exp(0.5 * log_sigma2) * e
 
     def elbo(self, x: _Array, mu: _Array, logvar: _Array) -> _Array:
         """E_q[log p(x | z)] - KL(q || p(z)) in closed form, for q = N(mu, diag exp(logvar)).
@@ -369,28 +238,7 @@ class PPCA(nn.Module):
 
         Reference: Lucas et al. 2019, sec. 3.
         """
-        x_, m, lv = self._data(x), self._latent(mu, "mu", x), self._latent(logvar, "logvar", x)
-        return self._as(x, partial(self._elbo, x_, m, lv))
-
-    def _latent(self, t: Any, name: str, x: Any = None) -> Tensor:
-        """[N, M], in the model's dtype."""
-        found = self._array(t, name, ("M", self.n_components))
-        if x is not None and len(found) != len(x):
-            raise ValueError(f"{name} must be [N, M] with N={len(x)} from x; got {tuple(found.shape)}")
-        return found.to(self._parameters_()[0].dtype)
-
-    def _elbo(self, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        W, _, log_sigma2 = self._parameters_()
-        log_s2 = ordered.expand(log_sigma2.double(), x.shape[:1])
-        e = read_data(x, torch.float64) - self._of_latent(mu)
-        square = ordered_sum(e.square(), 1) + ordered_sum(self._spread(logvar), 1)
-        fit = -0.5 * (len(W) * (LOG_2PI + log_s2) + square * torch.exp(-log_s2))
-        return fit.to(compute_dtype(W)) - gaussian_kl(mu, logvar)
-
-    def _spread(self, logvar: Tensor) -> Tensor:
-        """exp(lv_j) |W_j|^2, float64 [N, M]"""
-        squares = ordered_sum(self._parameters_()[0].double().square(), 0)
-        return torch.exp(logvar.double()) * ordered.expand(squares, logvar.shape)
+        return self._as(x, density.elbo(*self._with_latents(x, mu, logvar)))
 
     def inference_gap(self, x: _Array, mu: _Array, logvar: _Array) -> _Array:
         """KL(q || p(z | x)) for q = N(mu, diag exp(logvar)): `log_prob` - `elbo`, by a formula of its own.
@@ -409,36 +257,25 @@ class PPCA(nn.Module):
 
         Reference: Kingma & Welling 2014, eq. 1; Gaussians: Bishop 2006, app. B.
         """
-        x_, m, lv = self._data(x), self._latent(mu, "mu", x), self._latent(logvar, "logvar", x)
-        return self._as(x, partial(self._gap, x_, m, lv))
-
-    def _gap(self, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-        W, b, log_sigma2 = self._parameters_()
-        W_, lv, log_s2 = W.double(), logvar.double(), ordered.expand(log_sigma2.double(), x.shape[:1])
-        mean, _, log_det = algebra.posterior(x, W_, b.double(), log_sigma2.double())
-        off = mu.double() - mean
-        # G = W'W + s2 I
-        square = ordered_sum(product(off, W_.mT).square(), 1) + ordered_sum(self._spread(logvar), 1)
-        rest = ordered_sum(torch.exp(lv) + off.square() - lv, 1) + self.n_components * (log_s2 - 1)
-        gap: Tensor = square * torch.exp(-log_s2) + rest - ordered.expand(log_det, x.shape[:1])
-        return (0.5 * gap).to(compute_dtype(W))
+        return self._as(x, density.inference_gap(*self._with_latents(x, mu, logvar)))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Fitting.
 
     @torch.no_grad()
+    @checked
     def fit(
         self,
-        X: Data,
-        method: str = "eig",
+        X: "Data",
+        method: Method = "eig",
         *,
-        max_iter: int = 1000,
-        tol: float = 1e-6,
-        min_sigma2: float = 0.0,
-        group: ProcessGroup | None = None,
+        max_iter: Count = 1000,
+        tol: Tolerance = 1e-6,
+        min_sigma2: Variance = 0.0,
+        group: "ProcessGroup | None" = None,
         generator: Generator | None = None,
-        sample_weight: Array | None = None,
-    ) -> PPCA:
+        sample_weight: "Array | None" = None,
+    ) -> "PPCA":
         """Maximum likelihood; W gets orthogonal columns, longest first, whatever the method.
 
         Args:
@@ -468,71 +305,29 @@ class PPCA(nn.Module):
 
         Reference: Tipping & Bishop 1999, sec. 3.2, app. B.
         """
-        found = self._fit(X, method, max_iter, tol, min_sigma2, group, generator, sample_weight)
-        if not found.report.converged:
-            warnings.warn(fit.advice(found), RuntimeWarning, stacklevel=3)  # beyond the frame of no_grad
+        rows = data.Data(X, sample_weight, method, self.n_components, Processes(group))
+        if method == "eig":
+            parameters, self.fit_report = eig(rows, min_sigma2)
+        else:
+            parameters, self.fit_report = em(rows, min_sigma2, max_iter, tol, generator)
+        rows.processes.broadcast(*parameters)
+        self._set(parameters.to(rows.dtype))
+        if not self.fit_report.converged:
+            warnings.warn(advice(self), RuntimeWarning, stacklevel=4)  # beyond the frames of the two decorators
         return self
 
-    def _fit(
-        self,
-        X: Any,
-        method: str,
-        max_iter: int,
-        tol: float,
-        min_sigma2: float,
-        group: ProcessGroup | None,
-        generator: Generator | None,
-        sample_weight: Any,
-    ) -> Fit:
-        _method("method", method)
-        max_iter, tol = arguments.count("max_iter", max_iter), arguments.not_negative("tol", tol)
-        min_sigma2 = variance("min_sigma2", min_sigma2)
-        if generator is not None:
-            arguments.generator("generator", generator)
-        seen: list[torch.dtype] = []
-        over = fit.Group(group)
-        with over.together():
-            source = _fit_batches(X, method, sample_weight)
-        most, least = over.largest(self.n_components), -over.largest(-self.n_components)
-        if most != least:
-            raise ValueError(
-                f"n_components must be the same in every process of the group; they have {least} to {most}, "
-                f"this one {self.n_components}"
-            )
+    def fit_transform(self, X: _Array, method: str = "eig", **options: object) -> _Array:
+        """`fit` with its options, then `transform` of the same X, which must be one array here."""
+        return self.fit(X, method, **options).transform(X)  # type: ignore[arg-type]
 
-        def batches() -> Iterator[fit.Batch]:
-            for x, weight in source():
-                if x.dtype not in seen:
-                    seen.append(x.dtype)
-                yield x, weight
 
-        if method == "eig":
-            found = fit.eig(batches, self.n_components, over, min_sigma2)
-        else:
-            options: Any = {"max_iter": max_iter, "tol": tol, "min_sigma2": min_sigma2, "generator": generator}
-            found = fit.em(batches, self.n_components, over, **options)
-        double = over.largest(torch.float64 in seen)
-        dtype = torch.float64 if double else torch.float32
-        self._take(found, dtype)
-        return found
-
-    def _take(self, found: Fit, dtype: torch.dtype) -> None:
-        self._set(found.W.to(dtype), found.b.to(dtype), found.log_sigma2.to(dtype))
-        self.fit_report = found.report
-
-    def fit_transform(
-        self,
-        X: _Array,
-        method: str = "eig",
-        *,
-        max_iter: int = 1000,
-        tol: float = 1e-6,
-        min_sigma2: float = 0.0,
-        group: ProcessGroup | None = None,
-        generator: Generator | None = None,
-        sample_weight: Array | None = None,
-    ) -> _Array:
-        """`fit`, then `transform` of the same X, which must be one array here."""
-        options: Any = {"max_iter": max_iter, "tol": tol, "min_sigma2": min_sigma2, "sample_weight": sample_weight}
-        self.fit(X, method, group=group, generator=generator, **options)
-        return self.transform(X)
+def advice(model: PPCA) -> str:
+    """What to do about a fit that did not converge."""
+    assert model.fit_report is not None and model.log_sigma2 is not None
+    history, s2 = model.fit_report.log_likelihood, math.exp(model.log_sigma2.item())
+    rose = f": log p(x) rose by {history[-1] - history[-2]:.1e} nats per row in the last one" if history[1:] else ""
+    return (
+        f"EM did not converge in {len(history) - 1} steps{rose}. Raise max_iter or tol. If cells are missing, first try "
+        f"fewer components than {model.n_components}, or a floor of sigma2, here {s2:.2g}: too many components fit noise, "
+        "and log p(x) of held-out rows is then lower. If the scales of the columns differ, standardize the columns"
+    )

@@ -36,6 +36,8 @@ NAMES = [
     "fastelbo.ppca.fit.FitReport",
     "fastelbo.ppca.fit.Moments",
     "fastelbo.ppca.model.PPCA",
+    "fastelbo.ppca.moments.Moments",
+    "fastelbo.ppca.result.FitReport",
     "fastelbo.sklearn.PPCA",
     "fastelbo.vae.VAE",
     "fastelbo.vae.VAEOutput",

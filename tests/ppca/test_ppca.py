@@ -524,8 +524,8 @@ def test_a_mapped_file_is_not_copied(method, tmp_path):
 import threading, time, warnings
 import numpy as np, torch
 from fastelbo import PPCA
-from fastelbo.ppca import fit
-fit.PIECE_ELEMENTS = 1 << 18
+from fastelbo.ppca import data
+data.PIECE_ELEMENTS = 1 << 18
 warnings.simplefilter("ignore", RuntimeWarning)
 x = np.memmap({str(tmp_path / "x")!r}, np.float32, "w+", shape=(1 << 21, 16))
 for i in range(0, len(x), 1 << 17):

@@ -17,7 +17,11 @@ from toys import leave_group
 
 import fastelbo
 from fastelbo import PPCA
-from fastelbo.ppca import fit
+from fastelbo._internal.process_groups import Processes
+from fastelbo.ppca import em
+from fastelbo.ppca.data import Data
+from fastelbo.ppca.moments import column_moments
+from fastelbo.ppca.result import Parameters
 
 F64 = torch.float64
 
@@ -242,8 +246,9 @@ def test_em_says_when_it_did_not_converge():
 
 def test_a_fall_of_the_likelihood_ends_em_at_the_best_step(monkeypatch):
     x = data(50, 6, 2)
-    steps = [(value, (x[i : i + 1].T, x[i], x[i, 0])) for i, value in enumerate((-9.0, -7.0, -8.0, -3.0))]
-    monkeypatch.setattr(fit, "_complete", lambda *_: iter(steps))
+    values = -9.0, -7.0, -8.0, -3.0
+    steps = [(value, Parameters(x[i : i + 1].T, x[i], x[i, 0])) for i, value in enumerate(values)]
+    monkeypatch.setattr(em, "complete_steps", lambda *_: iter(steps))
     with pytest.warns(RuntimeWarning, match="did not converge"):
         m = PPCA(1).fit(x, "em")
     assert m.fit_report.log_likelihood == (-9.0, -7.0) and not m.fit_report.converged
@@ -321,7 +326,8 @@ def test_a_column_that_only_a_row_of_the_least_weight_has():
     x[1:, 3] = math.nan
     weight = torch.ones(50, dtype=F64)
     weight[0] = 1e-310
-    assert fit._column_means(lambda: [(x, weight)], fit.Group(None))[0][3].item() == pytest.approx(x[0, 3].item())
+    mean, _ = column_moments(Data(x, weight, "em", 1, Processes(None)))
+    assert mean[3].item() == pytest.approx(x[0, 3].item())
 
 
 def test_bad_floors_and_weights():

@@ -1,0 +1,199 @@
+"""Data as a caller gives them, as tensors: one array, or the batches of one process or of several."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastelbo._internal.process_groups import Processes
+from fastelbo.ppca.result import check_components
+
+Batch = tuple[Tensor, Tensor]  # rows [n, D] in a dtype of their own, and their weights [n]: float64, positive
+PIECE_ELEMENTS = 1 << 24  # of the data, converted to float64 at a time
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One array.
+
+
+def _is_array(X: Any) -> bool:
+    return hasattr(X, "__array__") or hasattr(X, "toarray")
+
+
+def _kind(X: Any) -> str:
+    return f"{type(X).__name__} of {X.dtype}" if hasattr(X, "dtype") else type(X).__name__
+
+
+def _from_numpy(X: Any) -> Tensor:
+    """A tensor of anything that numpy makes an array of, also of what torch refuses: a table, negative strides, a byte
+    order that is not the machine's. The masked cells of a masked array become NaN."""
+    import numpy as np  # which torch does without
+
+    if np.ma.is_masked(X):
+        if X.dtype.kind in "bu":
+            X = X / np.float32(255 if X.dtype == np.uint8 else 1)
+        if X.dtype.kind != "f":  # their fill value would be read
+            raise TypeError(f"a masked array must be floating, uint8 or bool; got {X.dtype}")
+        X = X.filled(np.nan)
+    a = np.asarray(X)
+    usable = a.dtype.isnative and all(stride >= 0 for stride in a.strides)
+    with warnings.catch_warnings():
+        # such as of a file opened by numpy.memmap, which is not to be copied: nothing here writes to X
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(a if usable else a.astype(a.dtype.newbyteorder("="), order="C"), device="cpu")
+
+
+def _numbers(X: Any, name: str, shape: str) -> Tensor:
+    if hasattr(X, "toarray") or (isinstance(X, Tensor) and X.layout is not torch.strided):
+        raise TypeError(f"{name} must be dense; got a sparse {_kind(X)}: give {name}.toarray() or {name}.to_dense()")
+    try:
+        return X if isinstance(X, Tensor) else _from_numpy(X) if _is_array(X) else torch.as_tensor(X, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor or an array of numbers {shape}; got {_kind(X)}") from error
+
+
+def matrix(X: Any, name: str, shape: str = "[N, D]") -> Tensor:
+    """A tensor or an array as a matrix of a dtype that the model reads; without a copy, where that can be."""
+    x = _numbers(X, name, shape)
+    if not x.is_floating_point() and x.dtype not in (torch.uint8, torch.bool):
+        raise TypeError(f"{name} must be floating, uint8 (read as x / 255) or bool; got {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must be {shape}; got {tuple(x.shape)}")
+    return x
+
+
+def _equal_weights(x: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.float64, device=x.device).expand(len(x))
+
+
+def weighted(X: object, sample_weight: object) -> Batch:
+    """The rows of X [N, D] whose weight is not 0, and their weights; None is 1 each."""
+    x = matrix(X, "X").detach()
+    if sample_weight is None:
+        return x, _equal_weights(x)
+    w = _numbers(sample_weight, "sample_weight", "[N]")
+    if w.shape != x.shape[:1]:
+        raise ValueError(f"sample_weight must be [N] with N={len(x)} from X; got {tuple(w.shape)}")
+    w = w.detach().to(x.device, torch.float64)
+    if not bool((w.isfinite() & (w >= 0)).all()):
+        raise ValueError("sample_weight must be finite and at least 0")
+    if not bool(w.any()):
+        raise ValueError(f"sample_weight must have a weight that is not zero; all {len(w)} are")
+    return (x, w) if bool(w.all()) else (x[w > 0], w[w > 0])
+
+
+def pieces(x: Tensor, weight: Tensor) -> Iterator[Batch]:
+    """A batch in pieces of rows that are small in float64; none of no rows."""
+    size = max(1, PIECE_ELEMENTS // max(1, x.shape[1]))
+    for start in range(0, len(x), size):
+        yield x[start : start + size], weight[start : start + size]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a model is fitted to.
+
+
+def _batches(X: Any, method: str, sample_weight: Any) -> Callable[[], Iterable[Batch]]:
+    """X, an array or an iterable of batches, as a function that starts a new pass over the data."""
+    if _is_array(X):
+        rows = weighted(X, sample_weight)
+        return lambda: [rows]
+    if sample_weight is not None:
+        raise TypeError(f"sample_weight must be None unless X is one array; X is {type(X).__name__}")
+    if not isinstance(X, Iterable) or isinstance(X, str | bytes):
+        raise TypeError(f"X must be a tensor, an array, or an iterable of batches; got {type(X).__name__}")
+    if method == "em" and iter(X) is X:
+        raise TypeError(
+            f'X must be an iterable that starts anew each time for method "em", such as a DataLoader; '
+            f"got the iterator {type(X).__name__}, which can be read only once"
+        )
+
+    def batches() -> Iterator[Batch]:
+        for batch in X:
+            # a DataLoader of a TensorDataset gives lists: data, and labels
+            rows = _numbers(batch[0] if isinstance(batch, tuple | list) else batch, "a batch of X", "[n, D]")
+            if rows.dim() < 2:
+                raise ValueError(
+                    f"X must be one array, or an iterable of batches [n, D]; got {type(X).__name__} of single rows: "
+                    "give numpy.asarray(X), or torch.stack(X) of tensors"
+                )
+            x = matrix(rows, "a batch of X").detach()
+            yield x, _equal_weights(x)
+
+    return batches
+
+
+def _has_missing(x: Tensor, method: str, cells: int) -> bool:
+    """Whether cells of x, a piece of a batch that has so many, are NaN.
+
+    Raises:
+        ValueError: a value that the method does not take, or squares whose sum leaves the range of float64.
+    """
+    if not x.is_floating_point() or x.numel() == 0:
+        return False
+    largest = float(x.abs().max())
+    missing = math.isnan(largest)
+    if missing:
+        largest = float(x.nan_to_num(0.0, math.inf, -math.inf).abs().max())
+    if largest == math.inf or (missing and method == "eig"):
+        expected, got = "" if method == "eig" else " or NaN", "infinity" if largest == math.inf else "NaN"
+        raise ValueError(
+            f'X must be finite{expected} for method "{method}"; "em" takes NaN for missing cells; got {got}'
+        )
+    if largest > math.sqrt(torch.finfo(torch.float64).max / cells) / 2:
+        raise ValueError(
+            f"X must have squares in the range of float64; its largest value is {largest:.1e}: scale the data"
+        )
+    return missing
+
+
+class Data:
+    """The rows that a model is fitted to: batches, read as often as a method needs, of one process or of several.
+
+    Attributes, of all processes together, once the first pass has ended:
+        D, N: columns and rows.
+        missing: whether cells are.
+        dtype: of the parameters.
+        device: of this process's rows.
+    """
+
+    def __init__(self, X: object, sample_weight: object, method: str, n_components: int, processes: Processes) -> None:
+        self.method, self.n_components, self.processes = method, n_components, processes
+        with processes.together():
+            self._batches = _batches(X, method, sample_weight)
+        processes.agree("n_components", n_components)
+
+    def first_pass(self) -> Iterator[Batch]:
+        """The rows in pieces that are small in float64, checked.
+
+        Raises:
+            ValueError, in every process: rows that the method does not take; processes that differ in columns or in
+                components; as many components as columns.
+        """
+        D, N, total, missing, double = None, 0, 0.0, False, False
+        self.device = self.processes.device
+        with self.processes.together():
+            for x, weight in self._batches():
+                D = D or x.shape[1]
+                if x.shape[1] != D:
+                    raise ValueError(f"every batch of X must be [n, {D}], as the first one; got {tuple(x.shape)}")
+                N, total, double = N + len(x), total + float(weight.sum()), double or x.dtype == torch.float64
+                self.device = x.device
+                for piece, w in pieces(x, weight):
+                    missing |= _has_missing(piece, self.method, x.numel())
+                    yield piece, w
+        self.D = self.processes.agree("the number of columns of X", D) or 0
+        if not self.D:
+            raise ValueError("X must hold at least 2 rows; got none")
+        check_components(self.n_components, self.D)
+        rows, totals, gaps, doubles = zip(*self.processes.gather((N, total, missing, double)), strict=True)
+        self.N, self._mean_weight = sum(rows), sum(totals) / max(1, sum(rows))
+        self.missing, self.dtype = any(gaps), torch.float64 if any(doubles) else torch.float32
+
+    def pieces(self) -> Iterator[Batch]:
+        """Another pass, also in pieces; the mean of all weights is 1."""
+        with self.processes.together():
+            for x, weight in self._batches():
+                yield from pieces(x, weight / self._mean_weight)

@@ -1,0 +1,79 @@
+"""Means and variances of weighted rows, summed over batches and over processes in float64.
+
+What is kept between batches are moments about a mean (Chan, Golub & LeVeque 1983), so that nothing cancels where the
+mean is large. Weights have a ratio's meaning: what is summed is a share of their sum, so that neither small nor large
+ones leave float64's range.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastelbo._internal.process_groups import Processes
+from fastelbo.ppca.data import Data
+from fastelbo.reference import read_data
+
+
+class Moments:
+    """Rows, sum of their weights, mean and covariance."""
+
+    def __init__(self, D: int, device: torch.device) -> None:
+        self.rows, self.count = torch.zeros(2, dtype=torch.float64, device=device)
+        self.mean = torch.zeros(D, dtype=torch.float64, device=device)
+        self.covariance = torch.zeros(D, D, dtype=torch.float64, device=device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "scatter" in state:  # of an older pickle: the sums
+            state["covariance"] = state.pop("scatter") / state["count"]
+        self.__dict__.update(state)
+
+    def update(self, x: Tensor, weight: Tensor) -> None:
+        """Add rows x [n, D], n at least 1, with weights [n]."""
+        r, n = read_data(x, torch.float64), weight.sum()
+        mean, count = (weight / n) @ r, self.count + n
+        old, new, delta = self.count / count, n / count, mean - self.mean
+        r = (r - mean) * (weight / count).sqrt()[:, None]
+        self.rows, self.count, self.mean = self.rows + len(r), count, self.mean + delta * new
+        self.covariance.mul_(old).addmm_(r.mT, r).addr_(old * new * delta, delta)
+
+    def reduce(self, processes: Processes) -> None:
+        """In place: the moments of the rows of all processes."""
+        ours, mean = self.count.clone(), self.mean
+        processes.sum(self.rows, self.count)
+        share = ours / self.count
+        self.mean = share * mean
+        processes.sum(self.mean)
+        delta = mean - self.mean
+        self.covariance.addr_(delta, delta).mul_(share)
+        processes.sum(self.covariance)
+
+
+def column_moments(rows: Data) -> tuple[Tensor, Tensor]:
+    """Of observed cells, in a first pass: the mean of every column [D], and the mean of their variances [].
+
+    Raises:
+        ValueError: as `Data.first_pass`; a column without an observed cell.
+    """
+
+    def share(part: Tensor, whole: Tensor) -> Tensor:
+        return torch.where(whole > 0, part / whole, 0.0)
+
+    count = mean = variance = torch.zeros((), dtype=torch.float64, device="cpu")
+    for x, weight in rows.first_pass():
+        cells = ~x.isnan() * weight[:, None]
+        r, n = torch.nan_to_num(read_data(x, torch.float64)), cells.sum(0)
+        new_mean, total = (r * share(cells, n)).sum(0), count + n
+        old, new, delta = share(count, total), share(n, total), new_mean - mean
+        spread = ((r - new_mean).square_() * share(cells, total)).sum(0)
+        count, mean, variance = total, mean + delta * new, old * variance + spread + old * new * delta.square()
+    ours, mean, variance = (t.to(rows.device).expand(rows.D) for t in (count, mean, variance))
+    count = ours.clone()
+    rows.processes.sum(count)
+    if rows.N and (never := torch.nonzero(count == 0).flatten().tolist()):
+        raise ValueError(f"X must have an observed cell in every column; none in {', '.join(map(str, never))}")
+    center = share(ours, count) * mean
+    rows.processes.sum(center)
+    variance = share(ours, count) * (variance + (mean - center).square())
+    rows.processes.sum(variance)
+    return center, (count / count.sum()) @ variance

@@ -1,8 +1,7 @@
 """The options of a run: fields of a config, each with its default, its check, and what `--help` says of it."""
 
-from argparse import ArgumentParser
 from collections.abc import Callable
-from dataclasses import Field, field, fields
+from dataclasses import field, fields
 from typing import Any, get_args
 
 from fastelbo._internal.arguments import Check, one_of
@@ -46,16 +45,17 @@ def check(config: Any) -> None:
             checked(each.name, value)
 
 
-def add_options(parser: ArgumentParser, *configs: type) -> None:
-    """A flag for every field of the configs; of fields of one name, the first."""
-    found: dict[str, Field[Any]] = {}
+def add_flags(add: Callable[..., object], *configs: type) -> None:
+    """`add` a flag for every field of the configs, as `ArgumentParser.add_argument` does; of one name, the first."""
+    seen: set[str] = set()
     for each in (each for config in configs for each in fields(config)):
-        found.setdefault(each.name, each)
-    for name, each in found.items():
+        if each.name in seen:
+            continue
+        seen.add(each.name)
         about = each.metadata
-        parser.add_argument(
-            about["flag"] or f"--{name.replace('_', '-')}",
-            dest=name,
+        add(
+            about["flag"] or f"--{each.name.replace('_', '-')}",
+            dest=each.name,
             help=about["help"] if each.default is None else f"{about['help']} (default: {each.default})",
             type=about["parse"] or (get_args(each.type) or (each.type,))[0],
             choices=about["choices"],

@@ -164,15 +164,14 @@ class _WithoutNetworks(VAE):
     def __init__(self, model: VAE, x: Tensor, objective: Objective, keep: int | None) -> None:
         super().__init__(nn.Identity(), nn.Identity(), model.likelihood, latent_shape=model.latent_shape)
         with torch.no_grad():
-            mu, logvar = model.encode(x)
-            first, *others = split_recon(model.decode(mu[:1]))
+            mu, logvar = (t.clone() for t in model.encode(x))
+            parameters = split_recon(model.decode(mu[:1]))
 
         def repeated(*shape: int) -> list[Tensor]:
-            whole = [t.dim() == first.dim() for t in (first, *others)]  # others are one for all data
-            return [
-                t.expand(*shape, *t.shape[1:]).clone() if w else t.clone()
-                for t, w in zip((first, *others), whole, strict=True)
-            ]
+            """Those of every sample; a parameter that is one for all data stays."""
+            of_sample = [t.dim() == parameters[0].dim() for t in parameters]
+            expanded = (t.expand(*shape, *t.shape[1:]) if o else t for t, o in zip(parameters, of_sample, strict=True))
+            return [t.clone() for t in expanded]
 
         batch, K = len(x), objective.num_samples
         with_graph = (K, batch) if objective.draws else (batch,)
@@ -187,8 +186,8 @@ class _WithoutNetworks(VAE):
         self.z = z
         if torch.is_grad_enabled():
             return join_recon(*self.recon)
-        first, *others = self.all_samples
-        return join_recon(first[: len(z)], *(t[: len(z)] if t.dim() == first.dim() else t for t in others))
+        dim = self.all_samples[0].dim()
+        return join_recon(*(t[: len(z)] if t.dim() == dim else t for t in self.all_samples))
 
 
 class Trainer:

@@ -100,7 +100,7 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo:
     """What was built, for bug reports; `fastelbo info` prints it."""
-    info = {"fastelbo": __version__, **_ops._C.build_info(), "devices": sorted(reference.KERNEL_DEVICES)}
+    info = {"fastelbo": __version__, **_ops._C.build_info(), "devices": sorted(reference.random.KERNEL_DEVICES)}
     return cast(BuildInfo, info)
 
 

@@ -34,21 +34,21 @@ assert_type(fastelbo.distributions.gaussian_kl(q, torch.distributions.Normal(mu,
 
 # losses: return_parts decides
 assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5), Tensor)
-assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5, return_parts=True), LossParts)
+assert_type(fastelbo.elbo_parts(recon, x, mu, logvar, beta=0.5), LossParts)
 assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, return_parts=flag), Tensor | LossParts)
 assert_type(fastelbo.iwae_loss(recon, x, posterior.log_ratio, reduction="sum"), Tensor)
 assert_type(fastelbo.iwae_loss((recon, recon, recon), x, posterior.log_ratio, likelihood="zinb"), Tensor)
 fastelbo.iwae_loss((recon, recon, recon, recon), x, posterior.log_ratio)  # type: ignore[arg-type]
-assert_type(fastelbo.iwae_loss(recon, x, posterior.log_ratio, return_parts=True), LossParts)
+assert_type(fastelbo.iwae_parts(recon, x, posterior.log_ratio), LossParts)
 assert_type(fastelbo.multi_sample_loss(recon, x, posterior, estimator="vr", alpha=0.5), Tensor)
-assert_type(fastelbo.multi_sample_loss(recon, x, posterior, return_parts=True), LossParts)
+assert_type(fastelbo.multi_sample_parts(recon, x, posterior), LossParts)
 fastelbo.elbo_loss(recon, x, mu, logvar, groups=2)  # type: ignore[call-overload]
 fastelbo.elbo_loss(recon, x, mu, logvar, beta="1")  # type: ignore[call-overload]
 
 assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=mu[0], kl_mask=mu > 0), Tensor)
 assert_type(fastelbo.gaussian_kl(mu, logvar, mask=mu > 0, reduce=False), Tensor)
 assert_type(fastelbo.bound_loss(recon, posterior, estimator="dreg", kl_weight=0.5), Tensor)
-assert_type(fastelbo.bound_loss(recon, [posterior, posterior], log_ratio=recon, return_parts=True), LossParts)
+assert_type(fastelbo.bound_parts(recon, [posterior, posterior], log_ratio=recon), LossParts)
 
 # kept samples
 kept = fastelbo.keep_samples(recon, 2, u=0.5)

@@ -8,7 +8,7 @@ enum class Domain { reals, unit, counts };
 struct LikelihoodInfo {
   const char* name;
   int fewest, most;  // parameters
-  const char* parameters[3];
+  const char* parameters[4];
   Domain domain;  // of x
 };
 

@@ -190,6 +190,7 @@ floats = tensor(*FLOATS)
 size = integer(0)
 count = integer(1)
 generator = instance(torch.Generator, "a torch.Generator")
+not_negative = number(lambda value: value >= 0, "at least 0")
 
 Flag = Annotated[bool, instance(bool, "a bool")]
 Text = Annotated[str, instance(str, "a str")]  # a name that a table of its own knows

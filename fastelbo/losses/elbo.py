@@ -8,7 +8,7 @@ from fastelbo._internal import arguments, domains
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
 from fastelbo._internal.ordered import ordered_sum, reduce
-from fastelbo.losses.inputs import expand, expand_like, number, padded, parameters
+from fastelbo.losses.inputs import expand, mask_like, number, parameters
 from fastelbo.losses.likelihood import log_prob
 from fastelbo.losses.parts import LossParts, loss_of
 from fastelbo.losses.sampling import gaussian_kl
@@ -64,30 +64,24 @@ def elbo_parts(
             raise ValueError(f"free_bits must be 0 with kl_mask or with a beta per dimension; got {free_bits}")
         latents = mu, logvar, prior_mu, prior_logvar
         return _weighted_parts(recon, x, latents, likelihood, beta, mask, kl_mask, reduction)
-    given = parameters(recon, x)
-    mask = expand_like("mask", mask, x, "x")
-    first, x, second, third = padded(given, x)
-    weight, floor = number(beta, 1.0, mu), number(free_bits, 0.0, mu)
-    parts = call(
+    given, mask = parameters(recon, x), mask_like(mask, x)
+    loss, log_likelihood, kl, *_ = call(
         _op.elbo_loss.default,
         reference.elbo_loss,
-        first,
+        given,
         x,
         mu,
         logvar,
-        expand_like("prior_mu", prior_mu, mu, "mu"),
-        expand_like("prior_logvar", prior_logvar, mu, "mu"),
-        second,
-        third,
+        prior_mu,
+        prior_logvar,
         mask,
-        1.0,
-        weight,
-        float(free_bits) if isinstance(free_bits, Tensor) else free_bits,
+        number(beta, 1.0, mu),
+        number(free_bits, 0.0, mu),
         likelihood,
         reduction,
     )
-    domains.check_some(first, x, likelihood, mask)
-    return LossParts(*parts)
+    domains.check_some(given[0], x, likelihood, mask)
+    return LossParts(loss, log_likelihood, kl)
 
 
 def _weighted_parts(

@@ -7,7 +7,7 @@ from fastelbo import likelihoods, reference
 from fastelbo._internal import arguments, domains
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
-from fastelbo.losses.inputs import Recon, expand, expand_like, padded, parameters, split_recon
+from fastelbo.losses.inputs import Recon, expand, mask_like, parameters, split_recon
 
 _op = torch.ops.fastelbo
 
@@ -57,9 +57,8 @@ def log_prob(
 
     Reference: Kingma & Welling 2014, app. C; counts: Lopez et al. 2018 (scVI), methods.
     """
-    given = parameters(recon, x)
-    mask = expand_like("mask", mask, x, "x")
-    found: Tensor = call(_op.log_prob.default, reference.log_prob, *padded(given, x), mask, likelihood)
+    given, mask = parameters(recon, x), mask_like(mask, x)
+    found: Tensor = call(_op.log_prob.default, reference.log_prob, given, x, mask, likelihood)
     domains.check_some(given[0], x, likelihood, mask)
     return found
 

@@ -12,7 +12,7 @@ from fastelbo import reference
 from fastelbo._internal import arguments
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
-from fastelbo.losses.inputs import compiling, expand, expand_like, number
+from fastelbo.losses.inputs import compiling, expand, number
 
 _op = torch.ops.fastelbo
 
@@ -118,7 +118,6 @@ def rsample(
         prior_mu = torch.zeros_like(mu) if prior_mu is None else prior_mu
         prior_logvar = torch.zeros_like(mu) if prior_logvar is None else prior_logvar
     prior = () if prior_mu is None or prior_logvar is None else (prior_mu, prior_logvar)
-    p_mu, p_logvar = expand_like("prior_mu", prior_mu, mu, "mu"), expand_like("prior_logvar", prior_logvar, mu, "mu")
     if batch_dims == 2:
         if num_samples is not None or first_sample or kept is not None:
             raise ValueError(
@@ -133,10 +132,13 @@ def rsample(
         if eps is not None and eps.shape != mu.shape:
             raise ValueError(f"eps must have the shape {tuple(mu.shape)} of mu; got {tuple(eps.shape)}")
         lead, num_samples = mu.shape[:2], 1
-        rows = [None if t is None else t.flatten(0, 1) for t in (mu, logvar, p_mu, p_logvar)]
+        given = [
+            None if t is None else t.flatten(0, 1)
+            for t in (mu, logvar, *(_over(t, mu) for t in (prior_mu, prior_logvar)))
+        ]
         eps = None if eps is None else eps.flatten(0, 1).unsqueeze(0)
     else:
-        lead, rows = None, [mu, logvar, p_mu, p_logvar]
+        lead, given = None, [mu, logvar, prior_mu, prior_logvar]
     if eps is None and seed is None and reference.exports_to_onnx():  # no seed can be drawn there, but noise can
         eps = torch.randn_like(mu.expand(mu.shape if num_samples is None else (num_samples, *mu.shape)))
     if eps is not None and not (seed is None and generator is None and kept is None):
@@ -146,25 +148,10 @@ def rsample(
     if first_sample and first_sample > (limit := 2**63 // max(1, mu.numel()) - (num_samples or 1)):
         raise ValueError(f"first_sample must be at most {limit}: noise has 2^63 elements; got {first_sample}")
     key = None if eps is not None else seed_tensor(seed, generator, mu.device)
-    if kept is None:
-        z, kl, log_ratio, gates = call(
-            _op.rsample.default,
-            reference.rsample,
-            rows[0],
-            rows[1],
-            num_samples,
-            rows[2],
-            rows[3],
-            key,
-            eps,
-            first_sample,
-        )
-    else:
-        z, log_ratio, gates = call(
-            _op._rsample_kept.default, reference.rsample_kept, *rows, kept.sample, kept.datum, key
-        )
-        kl = gaussian_kl(mu, logvar, p_mu, p_logvar)
-    log_q = _log_q(z, log_ratio, rows, kept)
+    chosen = (None, None) if kept is None else (kept.sample, kept.datum)
+    z, kl, log_ratio, log_q, gates = call(
+        _op.rsample.default, reference.rsample, *given, num_samples, key, eps, *chosen, first_sample
+    )
     if lead is not None:
         z, kl = z.view(mu.shape), kl.view(lead)
         log_ratio, log_q, gates = log_ratio.view(lead), log_q.view(lead), gates.view(2, *lead)
@@ -174,15 +161,9 @@ def rsample(
     return drawn
 
 
-def _log_q(z: Tensor, log_ratio: Tensor, rows: list[Tensor | None], kept: Kept | None) -> Tensor:
-    dtype = log_ratio.dtype
-    mu, logvar = (t if t is None or kept is None else t.index_select(0, kept.datum) for t in rows[:2])
-    e = (z.to(dtype) - mu.to(dtype)) * torch.exp(-0.5 * logvar.to(dtype))
-    return -0.5 * (e.square() + logvar.to(dtype) + 1.8378770664093453).flatten(log_ratio.dim()).sum(-1)
-
-
-def _unmasked(t: Tensor | None, mask: Tensor) -> Tensor | None:
-    return None if t is None else torch.where(mask, t, 0)
+def _over(t: Tensor | None, mu: Tensor) -> Tensor | None:
+    """A prior in the shape of mu, where rows are taken apart."""
+    return None if t is None else expand("prior_mu or prior_logvar", t, mu.shape, "mu")
 
 
 @checked
@@ -216,21 +197,14 @@ def gaussian_kl(
 
     Reference: Kingma & Welling 2014, app. B; free bits: Kingma et al. 2016, eq. 15.
     """
-    p_mu, p_logvar = expand_like("prior_mu", prior_mu, mu, "mu"), expand_like("prior_logvar", prior_logvar, mu, "mu")
     if (mask is not None or not reduce) and (isinstance(free_bits, Tensor) or free_bits > 0):
         raise ValueError(f"free_bits must be 0 with a mask or with reduce=False; got {free_bits}")
+    given = [mu, logvar, prior_mu, prior_logvar]
     if mask is not None:  # two standard normals have a KL of 0, whose gradient is 0
         where = expand("mask", mask, mu.shape, "mu")
-        mu, logvar = torch.where(where, mu, 0), torch.where(where, logvar, 0)
-        p_mu, p_logvar = _unmasked(p_mu, where), _unmasked(p_logvar, where)
-    rows = [mu, logvar, p_mu, p_logvar]
+        given = [None if t is None else torch.where(where, t, 0) for t in given]
     if not reduce:  # every element as a row
-        rows = [None if t is None else t.reshape(-1, 1) for t in rows]
+        given = [None if t is None else _over(t, mu).reshape(-1, 1) for t in given]
     floor = None if mask is not None or not reduce else number(free_bits, 0.0, mu)
-    kl: Tensor = call(
-        _op.gaussian_kl.default,
-        reference.gaussian_kl,
-        *rows,
-        float(free_bits) if isinstance(free_bits, Tensor) else free_bits,
-    )
+    kl: Tensor = call(_op.gaussian_kl.default, reference.gaussian_kl, *given, floor)
     return kl if reduce else kl.view(mu.shape)

@@ -8,7 +8,8 @@ from torch import Tensor
 from fastelbo import estimators
 from fastelbo._internal import arguments
 from fastelbo._internal.arguments import checked
-from fastelbo.losses import LossParts, Posterior, elbo_parts, kept, loss_of, multi_sample_parts
+from fastelbo._internal.ordered import ordered_sum, reduce
+from fastelbo.losses import LossParts, Posterior, elbo_parts, kept, log_prob, loss_of, multi_sample_parts, weighted
 
 # Every objective with the numbers that it reads. "elbo" is the one with the KL in closed form; the others are the
 # estimators of `multi_sample_loss`.
@@ -132,9 +133,43 @@ class Objective:
         numbers = self._read({"beta": beta, "free_bits": free_bits, "alpha": alpha})
         if self.name != "elbo":
             return multi_sample_parts(recon, x, posterior, estimator=self.name, **numbers, **options)
+        if len(posterior.prior) == 1:
+            return _elbo_of_samples(recon, x, posterior, **numbers, **options)
         return elbo_parts(recon, x, posterior.mu, posterior.logvar, **posterior.prior_options, **numbers, **options)
 
     loss = loss_of(parts, "loss")
+
+
+def objective_of(objective: Objective | str, **options: float) -> Objective:
+    """The objective itself, or that of a name with these options."""
+    if isinstance(objective, str):
+        return Objective(objective, **options)  # type: ignore[arg-type]
+    if not isinstance(objective, Objective):
+        raise arguments.refusal("objective", "the name of one, or a fastelbo.Objective", objective)
+    for name, value in options.items():
+        raise ValueError(f"{name} is the objective's own: leave it out, or give Objective(..., {name}={value!r})")
+    return objective
+
+
+def _elbo_of_samples(
+    recon: arguments.Recon,
+    x: Tensor,
+    posterior: Posterior,
+    *,
+    likelihood: str,
+    mask: Tensor | None,
+    reduction: str,
+    beta: float | Tensor,
+    free_bits: float | Tensor,
+) -> LossParts:
+    """The ELBO whose KL is that of the samples."""
+    if isinstance(free_bits, Tensor) or free_bits != 0:
+        raise ValueError(
+            f"free_bits must be 0 with a prior that has log_prob, and no KL per dimension; got {free_bits}"
+        )
+    log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)
+    fit, kl = (ordered_sum(t, 0) / len(t) if t.dim() == 2 else t for t in (log_likelihood, posterior.kl))
+    return LossParts(reduce(weighted(beta, kl) - fit, reduction), log_likelihood, kl)
 
 
 Objective.__init__ = checked(Objective.__init__)  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from toys import log_normal
 
 import fastelbo
-from fastelbo import Posterior, bound_loss, gaussian_kl, rsample
+from fastelbo import Posterior, bound_loss, bound_parts, gaussian_kl, rsample
 from fastelbo.losses import LossParts
 
 B, D, M = 4, 6, 3
@@ -249,7 +249,7 @@ def test_an_annealed_bound_has_an_unbiased_gradient(name, weight):
 def test_the_kl_of_the_parts_is_that_of_all_layers():
     above = rsample(torch.randn(B, M), torch.randn(B, M), 3)
     below = rsample(torch.randn(3, B, 2), torch.randn(3, B, 2), batch_dims=2)
-    parts = bound_loss(torch.randn(3, B), [above, below], return_parts=True)
+    parts = bound_parts(torch.randn(3, B), [above, below])
     torch.testing.assert_close(parts.kl, above.kl + below.kl.mean(0))
 
 
@@ -415,7 +415,7 @@ def test_elbo_with_masked_kl_and_weights_of_dimensions(samples, reduction, prior
     for beta in (0.3, weights):
         options = {"kl_mask": kl_mask, "beta": beta, "reduction": reduction}
         options |= {"prior_mu": p_mu, "prior_logvar": p_logvar} if prior else {}
-        parts = fastelbo.elbo_loss(recon, x, mu, logvar, return_parts=True, **options)
+        parts = fastelbo.elbo_parts(recon, x, mu, logvar, **options)
         log_p = -F.binary_cross_entropy_with_logits(recon, x.expand_as(recon), reduction="none").sum(-1)
         t = logvar - p_logvar
         terms = 0.5 * ((mu - p_mu).square() * torch.exp(-p_logvar) + t.exp() - 1 - t) * kl_mask

@@ -68,7 +68,7 @@ def test_one_graph(name, backend):
 
 def _training_step(recon, scale, x, mu, logvar, beta):
     posterior = fastelbo.rsample(mu, logvar, K, prior_mu=torch.zeros_like(mu), seed=torch.tensor([4]))
-    elbo = fastelbo.elbo_loss((recon, scale), x, mu, logvar, likelihood="gaussian", beta=beta, return_parts=True)
+    elbo = fastelbo.elbo_parts((recon, scale), x, mu, logvar, likelihood="gaussian", beta=beta)
     bound = fastelbo.iwae_loss(recon, x, posterior.log_ratio, likelihood="laplace", reduction="none")
     kl = fastelbo.gaussian_kl(posterior.z[0].tanh(), logvar, free_bits=0.1)
     fit = fastelbo.bernoulli_log_prob(recon * 2, x.sigmoid(), mask=x > 0)
@@ -101,13 +101,13 @@ class _Calls(nn.Module):
         self.vae = fastelbo.VAE(nn.Linear(d, 2 * latent), nn.Linear(latent, d))
 
     def beta(self, recon, x, mu, logvar, number):
-        return fastelbo.elbo_loss(recon, x, mu, logvar, beta=number, return_parts=True)
+        return fastelbo.elbo_parts(recon, x, mu, logvar, beta=number)
 
     def beta_of_a_module(self, recon, x, mu, logvar, number):
         return self.criterion(recon, x, mu, logvar)
 
     def free_bits(self, recon, x, mu, logvar, number):
-        return fastelbo.elbo_loss(recon, x, mu, logvar, free_bits=number, reduction="none", return_parts=True)
+        return fastelbo.elbo_parts(recon, x, mu, logvar, free_bits=number, reduction="none")
 
     def free_bits_of_the_kl(self, recon, x, mu, logvar, number):
         return fastelbo.gaussian_kl(mu, logvar, mu[0] * logvar[0], free_bits=number)

@@ -68,7 +68,7 @@ def test_gradient_of_shared_data_does_not_depend_on_threads():
 
 def test_parts_may_be_changed_in_place_before_the_backward():
     logits = torch.randn(4, 3, requires_grad=True)
-    parts = fastelbo.elbo_loss(logits, torch.ones(4, 3), torch.zeros(4, 2), torch.zeros(4, 2), return_parts=True)
+    parts = fastelbo.elbo_parts(logits, torch.ones(4, 3), torch.zeros(4, 2), torch.zeros(4, 2))
     with torch.no_grad():
         parts.kl.div_(8)
     parts.loss.backward()
@@ -245,7 +245,7 @@ def test_a_weight_of_zero_leaves_nothing_of_an_infinite_kl(path, dtype, reductio
     if beta == "kl_mask":
         options["kl_mask"] = torch.ones(2, dtype=torch.bool)
     with path():
-        parts = fastelbo.elbo_loss(recon, x, mu, logvar, return_parts=True, **options)
+        parts = fastelbo.elbo_parts(recon, x, mu, logvar, **options)
         grads = torch.autograd.grad(parts.loss.sum(), (recon, mu, logvar))
         only = -fastelbo.log_prob(recon, x)
     only = {"mean": only.mean(), "sum": only.sum(), "none": only}[reduction]
@@ -270,5 +270,5 @@ def test_a_kl_weight_of_zero_leaves_nothing_of_an_infinite_log_ratio(estimator):
 def test_the_loss_has_the_dtype_of_its_inputs_beside_a_float64_beta():
     zeros = torch.zeros(2, 3)
     for beta in (torch.ones(3, dtype=torch.float64), torch.ones((), dtype=torch.float64)):
-        parts = fastelbo.elbo_loss(zeros, zeros, zeros, zeros, beta=beta, return_parts=True)
+        parts = fastelbo.elbo_parts(zeros, zeros, zeros, zeros, beta=beta)
         assert {t.dtype for t in parts} == {torch.float32}

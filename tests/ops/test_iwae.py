@@ -21,7 +21,7 @@ def iwae(parts: tuple[int, ...] = (0,), **options):
     """(recon, x, second, third, log_ratio, mask) -> the chosen ones of loss, log-likelihood and KL."""
 
     def call(recon, x, second, third, log_ratio, mask=None):
-        result = fastelbo.iwae_loss(joined(recon, second, third), x, log_ratio, mask=mask, return_parts=True, **options)
+        result = fastelbo.iwae_parts(joined(recon, second, third), x, log_ratio, mask=mask, **options)
         return [result[i] for i in parts]
 
     return call
@@ -105,7 +105,7 @@ def test_the_value_is_the_bound():
     bound = torch.stack([torch.stack([log_w[k, b].exp() for k in range(6)]).mean().log() for b in range(3)])
     loss = fastelbo.iwae_loss(posterior.z, x, posterior.log_ratio, reduction="none")
     torch.testing.assert_close(loss, -bound, rtol=1e-6, atol=1e-6)
-    parts = fastelbo.iwae_loss(posterior.z, x, posterior.log_ratio, return_parts=True)
+    parts = fastelbo.iwae_parts(posterior.z, x, posterior.log_ratio)
     torch.testing.assert_close(parts.loss, -bound.mean(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(parts.kl, -posterior.log_ratio.mean(0))
 

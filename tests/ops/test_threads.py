@@ -54,9 +54,7 @@ def _elbo(**options: object) -> Callable[..., object]:
         if given.get("kl_mask"):
             given["kl_mask"] = _mask(mu) > 0
         x = mean.detach().flip(0)
-        return tuple(
-            fastelbo.elbo_loss(mean, x, mu, logvar, likelihood="gaussian", beta=beta, return_parts=True, **given)
-        )
+        return tuple(fastelbo.elbo_parts(mean, x, mu, logvar, likelihood="gaussian", beta=beta, **given))
 
     return call
 
@@ -68,7 +66,7 @@ def _bound(estimator: str, reduction: str) -> Callable[..., object]:
         layers = [_posterior(mu, logvar, prior_mu, prior_logvar), _posterior(logvar, mu)]
         weight = 1.0 if estimator == "rws" else weight
         options = {"estimator": estimator, "kl_weight": weight, "reduction": reduction}
-        return tuple(fastelbo.bound_loss(log_p, layers, return_parts=True, **options))
+        return tuple(fastelbo.bound_parts(log_p, layers, **options))
 
     return call
 
@@ -184,11 +182,10 @@ MORE = {
     },
     "bound_loss, many samples": Function(
         lambda log_p, mu, lv, weight: tuple(
-            fastelbo.bound_loss(
+            fastelbo.bound_parts(
                 log_p.mT,
                 fastelbo.rsample(mu.mT[..., None], lv.mT[..., None], seed=SEED, batch_dims=2),
                 kl_weight=weight,
-                return_parts=True,
             )
         ),
         lambda b, d: [_r(b, d), *_latent(b, d), _unit(1)[0]],

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) log_mean_exp_kernel(LogMeanExpParams
 
 // 8 bytes per float32 element; 4 in all where the factor is 1.
 template <class T>
-__global__ void __launch_bounds__(kThreads) scale_kernel(View p, int64_t n, DeviceScalar factor) {
+__global__ void __launch_bounds__(kThreads) scale_kernel(View p, int64_t n, Number factor) {
   const T f = T(read(factor));
   if (f == 1) return;
   const Pieces pieces(p, 0, 0, n);

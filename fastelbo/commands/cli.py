@@ -210,7 +210,7 @@ def _fit_vae(args: argparse.Namespace) -> int:
     out: Path = args.out
     resume, changes = "resume" in args, _options(args)
     trainer = train.prepare(replace(_saved_config(out) if resume else Config(), **changes), out, resume=resume)
-    log = _logger(out, len(trainer.history)) if "logger" in args and not trainer.rank else None
+    log = _logger(out, len(trainer.history)) if "logger" in args and not trainer.processes.rank else None
     config, dataset = trainer.config, trainer.data
     if config.data in BUILT_IN and (source := BUILT_IN[config.data].generated):
         print(f"{config.data}: generated, not measured: {source}")
@@ -239,7 +239,7 @@ def _fit_vae(args: argparse.Namespace) -> int:
 
     try:
         train.fit(trainer, out, report)
-        if trainer.rank:
+        if trainer.processes.rank:
             return 0
         if len(trainer.history) < config.epochs:
             print(f"stopped: no better held-out bound in {config.patience} epochs; best.pt is epoch {trainer.best}")
@@ -294,7 +294,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         event, epoch = tuple(saved["data"]["shape"][1:]), None if is_ppca else int(saved["epoch"])
     if args.data is not None:
         name, test_data = args.data, None
-    likelihood = "gaussian" if is_ppca else model.likelihood
+    likelihood = "gaussian" if isinstance(model, PPCA) else model.likelihood
     dataset = data.load(name, likelihood, test_data=test_data, missing=is_ppca)
     if args.data is None:
         data.check_unchanged(dataset, saved["data"])

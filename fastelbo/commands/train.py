@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastelbo import reference, reference_mode
 from fastelbo._internal.arguments import count, integer, number, size
+from fastelbo._internal.process_groups import Processes
 from fastelbo._internal.progress import progress
 from fastelbo.commands import data, evaluate, files, options
 from fastelbo.commands.data import BUILT_IN
@@ -106,8 +106,14 @@ class Config:
     @cached_property
     def bound(self) -> Objective:
         """The objective with its numbers."""
-        numbers = {"beta": self.beta, "free_bits": self.free_bits, "alpha": self.alpha, "groups": self.groups}
-        return Objective(self.objective, num_samples=self.num_samples, **numbers)
+        return Objective(
+            self.objective,
+            num_samples=self.num_samples,
+            beta=self.beta,
+            free_bits=self.free_bits,
+            alpha=self.alpha,
+            groups=self.groups,
+        )
 
 
 def device_of(name: str, processes: int = 1) -> torch.device:
@@ -205,13 +211,10 @@ class Trainer:
     """
 
     def __init__(self, config: Config) -> None:
-        parallel = dist.is_available() and dist.is_initialized()
-        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-        if self.processes > 1 and config.keep is not None:
-            raise ValueError(
-                f"keep takes one process: the samples of a batch are chosen together; got {self.processes}"
-            )
-        self.device = device_of(config.device, self.processes)
+        self.processes = Processes.world()
+        if (several := self.processes.size) > 1 and config.keep is not None:
+            raise ValueError(f"keep takes one process: the samples of a batch are chosen together; got {several}")
+        self.device = device_of(config.device, several)
         self.data = data.load(config.data, config.likelihood, test_data=config.test_data)
         self.config = replace(config, likelihood=self.data.likelihood)
         self.objective = config.bound
@@ -238,7 +241,7 @@ class Trainer:
             seed = int(torch.randint(2**63 - 1, (), generator=generator))
             return {"generator": torch.Generator(self.device).manual_seed(seed)}
         key = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
-        if self.config.impl == "fused" and self.processes == 1:
+        if self.config.impl == "fused" and self.processes.size == 1:
             return {"seed": key.to(self.device)}
         eps = reference.noise(key, (self.config.num_samples, len(x), self.config.latent_dim))[:, rows]
         return {"eps": (eps[0] if self.objective.draws is None else eps).to(self.device)}
@@ -248,12 +251,6 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-    def _add_up(self, *tensors: Tensor) -> None:
-        """Replace each by its sum over the processes."""
-        if self.processes > 1:
-            for t in tensors:
-                dist.all_reduce(t)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -285,7 +282,8 @@ class Trainer:
 
     def step(self, x: Tensor, beta: float | None = None) -> Tensor:
         """One step of the optimizer on the batch x [B, *event] -> `_totals`; beta: see `VAE.loss`."""
-        rows = slice(len(x) * self.rank // self.processes, len(x) * (self.rank + 1) // self.processes)
+        rank, processes = self.processes.rank, self.processes.size
+        rows = slice(len(x) * rank // processes, len(x) * (rank + 1) // processes)
         noise, mine = self.noise(x, self.generator, rows), x[rows]
         totals = torch.zeros(4, dtype=torch.float64)
         with self._impl():
@@ -299,19 +297,19 @@ class Trainer:
                 share = parts.loss * (len(mine) / len(x))
                 share.backward()  # type: ignore[no-untyped-call]
                 total, totals = share.detach(), _totals(parts, len(mine))
-            self._add_up(total, *self._gradients())
+            self.processes.sum(total, *self._gradients())
             loss = total.item()
             if not math.isfinite(loss):
                 raise Diverged(f"loss is {loss} in epoch {len(self.history) + 1}: try a smaller lr")
             self.step_losses.append(loss)
             self.optimizer.step()
             self.step_times.append(self._now() - start)
-        self._add_up(totals)
+        self.processes.sum(totals)
         return totals
 
     def _gradients(self) -> list[Tensor]:
         """Of all parameters, if there are several processes to add them up."""
-        if self.processes == 1:
+        if self.processes.size == 1:
             return []
         for p in self.model.parameters():
             if p.grad is None:
@@ -459,8 +457,7 @@ def prepare(config: Config, out: Path, *, resume: bool = False) -> Trainer:
         trainer.restore(out)
     elif (out / "checkpoint.pt").exists():
         raise FileExistsError(f"{out} already holds a run: resume it, or write to another directory")
-    if trainer.processes > 1:
-        dist.barrier()  # all have read the folder before one writes there
+    trainer.processes.gather(None)  # all have read the folder before one writes there
     return trainer
 
 
@@ -475,7 +472,7 @@ def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | Non
         OSError: a file cannot be written; both are those of the epoch before.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if trainer.rank:  # the first process writes
+    if trainer.processes.rank:  # the first process writes
         while not trainer.done:
             trainer.run_epoch()
         return

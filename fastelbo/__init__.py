@@ -35,7 +35,7 @@ from fastelbo.models.diagnostics import Diagnostics, DiagnosticsMeter, diagnosti
 from fastelbo.models.loading import load
 from fastelbo.models.marginal import ImportanceWeights, LogMeanExp, MarginalEstimate, importance_weights
 from fastelbo.models.objective import Objective
-from fastelbo.models.vae import VAE
+from fastelbo.models.vae import VAE, VAELoss
 from fastelbo.ppca import PPCA, FitReport, ppca_log_prob
 
 __version__ = "0.1.0"
@@ -43,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PPCA",
     "VAE",
+    "VAELoss",
     "Diagnostics",
     "DiagnosticsMeter",
     "ELBOLoss",

@@ -1,7 +1,6 @@
 """The public functions: sampling, likelihoods, and the losses made of them."""
 
 from fastelbo.losses.bounds import bound_loss, bound_parts
-from fastelbo.losses.density import rsample_under
 from fastelbo.losses.elbo import ELBOLoss, elbo_loss, elbo_parts
 from fastelbo.losses.inputs import Recon, expand, join_recon, split_recon, weighted
 from fastelbo.losses.kept import estimator_weights, keep_samples, kept_loss
@@ -53,7 +52,6 @@ __all__ = [
     "multi_sample_loss",
     "multi_sample_parts",
     "rsample",
-    "rsample_under",
     "seed_tensor",
     "split_recon",
     "weighted",

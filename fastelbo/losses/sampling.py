@@ -24,7 +24,8 @@ class _Posterior(NamedTuple):
     log_q: Tensor  # [K?, B]: log q(z | x)
     mu: Tensor  # [B, *latent], or [K, B, *latent] with batch_dims=2: as it was given
     logvar: Tensor  # likewise
-    prior: tuple[()] | tuple[Tensor, Tensor] = ()  # (mu, logvar) as they were given; () for N(0, I)
+    # (mu, logvar) as they were given; () for N(0, I); (log p(z),) [K?, B] of another density
+    prior: tuple[()] | tuple[Tensor] | tuple[Tensor, Tensor] = ()
 
 
 class Posterior(_Posterior):
@@ -37,8 +38,34 @@ class Posterior(_Posterior):
 
     @property
     def prior_options(self) -> dict[str, Tensor]:
-        """The prior as the functions take it."""
+        """The prior as the functions take it.
+
+        Raises:
+            ValueError: it is known by its density alone.
+        """
+        if len(self.prior) == 1:
+            raise ValueError("posterior must be under a Gaussian prior: one of another density has no KL per dimension")
         return dict(zip(("prior_mu", "prior_logvar"), self.prior, strict=False))
+
+    def under(self, log_prior: Tensor) -> "Posterior":
+        """The same samples under a prior of any density, of which log p(z) is given.
+
+        Args:
+            log_prior: [K?, B], as log_q. log p of z, in nats.
+
+        Returns:
+            Posterior with log_ratio = log_prior - log_q, kl = -log_ratio and prior = (log_prior,).
+
+        Raises:
+            ValueError: another shape.
+        """
+        if log_prior.shape != self.log_q.shape:
+            shape = tuple(self.log_q.shape)
+            raise ValueError(f"log_prior must be {shape}, a number for each sample; got {tuple(log_prior.shape)}")
+        log_ratio = log_prior - self.log_q
+        changed = self._replace(kl=-log_ratio, log_ratio=log_ratio, prior=(log_prior,))
+        changed.gates = self.gates
+        return changed
 
 
 class Kept(NamedTuple):

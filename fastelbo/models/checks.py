@@ -1,4 +1,4 @@
-"""What contradicts a likelihood in the first batches of a model: data, and a last layer that cannot reach its parameters.
+"""What contradicts a likelihood in a model's first batches: data, and last layers that cannot reach its parameters.
 
 Values are read in eager mode and on the CPU alone: nothing waits for a device, and what is compiled is not checked.
 Layers are known by the graph that autograd has recorded, whatever the modules are called.

@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastelbo import reference
+from fastelbo._internal import arguments
 from fastelbo._internal.arguments import checked, refusal
 from fastelbo._internal.ordered import ordered_sum
 from fastelbo.losses import Posterior, expand
-from fastelbo.models.marginal import LogMeanExp, cut
+from fastelbo.models.marginal import LogMeanExp
+from fastelbo.models.pieces import cut
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, sec. 5.2 and app. C
 
@@ -57,7 +59,7 @@ class DiagnosticsMeter:
 
     @torch.no_grad()
     @checked
-    def update(self, posterior: Posterior, log_w: Tensor | None = None) -> DiagnosticsMeter:
+    def update(self, posterior: arguments.AnyPosterior, log_w: arguments.Floats | None = None) -> DiagnosticsMeter:
         """Add a batch.
 
         Args:
@@ -71,7 +73,7 @@ class DiagnosticsMeter:
         count = len(posterior.mu)
         if count == 0:
             return self
-        given = posterior.mu, posterior.logvar, *posterior.prior
+        given = posterior.mu, posterior.logvar, *posterior.prior_options.values()
         whole = [None if t is None else expand("prior", t.detach(), posterior.mu.shape, "mu") for t in given]
         for a, b in cut(0, count, posterior.mu[0].numel(), posterior.mu.device):
             mu, *others = (None if t is None else t[a:b].double() for t in whole)

@@ -9,12 +9,13 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from fastelbo._internal import domains
+from fastelbo._internal.arguments import Condition
 from fastelbo._internal.ordered import ordered_sum, reduce
 from fastelbo.estimators import Estimator
 from fastelbo.losses import Kept, LossParts, Recon, expand, kept, log_prob, seed_tensor, split_recon
-from fastelbo.models import prior
+from fastelbo.models import priors
 from fastelbo.models.marginal import Model
-from fastelbo.models.pieces import Condition, cut, rows_of
+from fastelbo.models.pieces import cut, rows_of
 
 
 def kept_parts(
@@ -33,7 +34,7 @@ def kept_parts(
     """The loss of all samples, whose graph holds `keep` of them per datum, and recon of these; see `VAE.loss`."""
     check_repeats(model.decoder)
     mu, logvar = model.encode(x, condition, mask=mask)
-    draw = partial(prior.sampler(model.prior, mu, logvar, condition), seed=seed_tensor(seed, generator, mu.device))
+    draw = partial(priors.sampler(model.prior, mu, logvar, condition), seed=seed_tensor(seed, generator, mu.device))
     log_p, ratios = [], []
     with torch.no_grad(), autocast_cache_off():
         for first, last in cut(0, num_samples, x.numel(), x.device):
@@ -53,7 +54,7 @@ def kept_parts(
         rows = log_prob(recon, x.index_select(0, chosen.datum), likelihood=model.likelihood, mask=left)
         check_runs(rows, chosen, log_likelihood, split_recon(recon)[0])
         loss = kept.loss_of(rows, posterior, chosen, weights, row)
-    kl = ordered_sum(log_ratio, 0) / -num_samples if prior.is_density(model.prior) else posterior.kl
+    kl = ordered_sum(log_ratio, 0) / -num_samples if priors.is_density(model.prior) else posterior.kl
     return LossParts(reduce(loss, reduction), log_likelihood, kl), recon
 
 

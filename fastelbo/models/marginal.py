@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, Self
+from typing import Annotated, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from fastelbo._internal import arguments
-from fastelbo._internal.arguments import checked, refusal
+from fastelbo._internal.arguments import Condition, checked, refusal
 from fastelbo._internal.ordered import ordered_sum
 from fastelbo.losses import Recon, join_recon, log_prob, seed_tensor, split_recon
-from fastelbo.models import prior
-from fastelbo.models.pieces import Condition, blocks_of, cut, given
+from fastelbo.models import priors
+from fastelbo.models.pieces import blocks_of, cut, given
 
 PROPOSALS = ("posterior", "prior")
 
@@ -118,6 +118,9 @@ class Model(Protocol):
     def decode(self, z: Tensor, condition: Condition | None = None) -> Recon: ...
 
 
+AnyModel = Annotated[Model, arguments.module]
+
+
 def encode_blocks(
     model: Model, x: Tensor, condition: Condition | None = None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -137,7 +140,7 @@ def _of_every_datum(recon: Recon, x: Tensor) -> Recon:
 
 @checked
 def weighted_samples(
-    model: arguments.Module,
+    model: AnyModel,
     x: arguments.Data,
     num_samples: arguments.Count,
     *,
@@ -160,9 +163,9 @@ def weighted_samples(
     with torch.no_grad():
         mu, logvar = encode_blocks(model, x, condition, mask)
         if of_prior:
-            latents = prior.latents(model.prior, mu[:1] if shared else mu, condition, key)
+            latents = priors.latents(model.prior, mu[:1] if shared else mu, condition, key)
         else:
-            draw = prior.sampler(model.prior, mu, logvar, condition)
+            draw = priors.sampler(model.prior, mu, logvar, condition)
 
     def piece(first: int, count: int) -> tuple[Tensor, Tensor]:
         drawn = None if of_prior else draw(count, seed=key, first_sample=first)
@@ -209,7 +212,7 @@ class ImportanceWeights(NamedTuple):
 @torch.no_grad()
 @checked
 def importance_weights(
-    model: arguments.Module,
+    model: AnyModel,
     x: arguments.Data,
     num_samples: arguments.Count,
     *,

@@ -129,24 +129,25 @@ class Objective:
                 known.
             ValueError, TypeError: as in `fastelbo.elbo_loss` and `fastelbo.multi_sample_loss`.
         """
-        options = {"likelihood": likelihood, "mask": mask, "reduction": reduction}
+        options: dict[str, Any] = {"likelihood": likelihood, "mask": mask, "reduction": reduction}
         numbers = self._read({"beta": beta, "free_bits": free_bits, "alpha": alpha})
         if self.name != "elbo":
             return multi_sample_parts(recon, x, posterior, estimator=self.name, **numbers, **options)
         if len(posterior.prior) == 1:
             return _elbo_of_samples(recon, x, posterior, **numbers, **options)
-        return elbo_parts(recon, x, posterior.mu, posterior.logvar, **posterior.prior_options, **numbers, **options)
+        return elbo_parts(recon, x, posterior.mu, posterior.logvar, **posterior.prior_options, **numbers | options)  # type: ignore[arg-type]
 
     loss = loss_of(parts, "loss")
 
 
-def objective_of(objective: Objective | str, **options: float) -> Objective:
-    """The objective itself, or that of a name with these options."""
+def objective_of(objective: Objective | str, **options: float | None) -> Objective:
+    """The objective itself, or that of a name with those options that are not None."""
+    given = {name: value for name, value in options.items() if value is not None}
     if isinstance(objective, str):
-        return Objective(objective, **options)  # type: ignore[arg-type]
+        return Objective(objective, **given)  # type: ignore[arg-type]
     if not isinstance(objective, Objective):
         raise arguments.refusal("objective", "the name of one, or a fastelbo.Objective", objective)
-    for name, value in options.items():
+    for name, value in given.items():
         raise ValueError(f"{name} is the objective's own: leave it out, or give Objective(..., {name}={value!r})")
     return objective
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastelbo._internal.arguments import Condition  # what a model's modules take besides x or z; each tensor [B, ...]
+from fastelbo._internal.arguments import Condition
 from fastelbo.losses import expand
 
 # Elements of recon that are decoded at a time. On a CPU few enough that they and the decoder's hidden layers stay in

@@ -381,16 +381,16 @@ class VAE(nn.Module):
         Reference: Kingma & Welling 2014, eq. 10; those of `fastelbo.multi_sample_loss`.
         """
         objective = objective_of(objective, num_samples=num_samples, groups=groups)
-        numbers = {"beta": beta, "free_bits": free_bits, "alpha": alpha}
+        numbers: dict[str, float | Tensor | None] = {"beta": beta, "free_bits": free_bits, "alpha": alpha}
         if keep is not None:
             objective.check_keep(keep)
             if eps is not None:
                 raise ValueError("eps and keep exclude each other: kept noise is drawn again from its seed; give that")
-        given = {"condition": condition, "mask": mask, "seed": seed, "generator": generator}
+        given: dict[str, Any] = {"condition": condition, "mask": mask, "seed": seed, "generator": generator}
         if keep is None or keep == objective.num_samples:
             recon, posterior = self(x, objective.draws, eps=eps, **given)
-            options = {"likelihood": self.likelihood, "mask": mask, "reduction": reduction}
-            parts = objective.parts(recon, x, posterior, **options, **numbers)
+            options: dict[str, Any] = {"likelihood": self.likelihood, "mask": mask, "reduction": reduction}
+            parts = objective.parts(recon, x, posterior, **options | numbers)
         else:
             row, K = objective.estimator(**numbers), objective.num_samples
             parts, recon = kept_parts(self, x, row, K, keep, reduction=reduction, **given)

@@ -211,6 +211,8 @@ class StudentT(Fused):
 
     arg_constraints: ClassVar = {"loc": constraints.real, "log_scale": constraints.real, "log_df": constraints.real}
     has_rsample = True
+    log_scale: Tensor
+    log_df: Tensor
     mean = torch_s("mean", "loc where nu > 1, elsewhere NaN.")
     scale = torch_s("scale", "exp(log_scale).")
     df = torch_s("df", "nu.")

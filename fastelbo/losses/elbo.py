@@ -1,5 +1,7 @@
 """The evidence lower bound, with the KL in closed form."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -146,9 +148,9 @@ class ELBOLoss(torch.nn.Module):
         prior_logvar: Tensor | None = None,
     ) -> Tensor:
         """See `elbo_loss`."""
-        options = {"likelihood": self.likelihood, "beta": self.beta, "free_bits": self.free_bits}
-        prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
-        return elbo_loss(recon, x, mu, logvar, mask=mask, reduction=self.reduction, **options, **prior)
+        options: dict[str, Any] = {"likelihood": self.likelihood, "beta": self.beta, "free_bits": self.free_bits}
+        options |= {"prior_mu": prior_mu, "prior_logvar": prior_logvar, "mask": mask, "reduction": self.reduction}
+        return elbo_loss(recon, x, mu, logvar, **options)
 
     def extra_repr(self) -> str:
         return f"{self.likelihood!r}, beta={self.beta}, free_bits={self.free_bits}, reduction={self.reduction!r}"

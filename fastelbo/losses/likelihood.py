@@ -7,7 +7,7 @@ from fastelbo import likelihoods, reference
 from fastelbo._internal import arguments, domains
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
-from fastelbo.losses.inputs import Recon, expand, mask_like, parameters, split_recon
+from fastelbo.losses.inputs import expand, mask_like, parameters, split_recon
 
 _op = torch.ops.fastelbo
 
@@ -66,7 +66,7 @@ def log_prob(
     return found
 
 
-def _of_row(recon: Recon, likelihood: str) -> tuple[likelihoods.Likelihood, tuple[Tensor, ...]]:
+def _of_row(recon: arguments.Recon, likelihood: str) -> tuple[likelihoods.Likelihood, tuple[Tensor, ...]]:
     """The row of a likelihood, and its parameters."""
     row, parameters = likelihoods.get(likelihood), split_recon(recon)
     names, count = ", ".join(row.parameters), len(parameters)

@@ -53,7 +53,7 @@ def elbo_loss(
     latents = [
         None if t is None else torch.where(lost, 0.0, t.to(kl.dtype)) for t in (mu, logvar, prior_mu, prior_logvar)
     ]
-    penalty = gaussian_kl(*latents, free_bits)  # type: ignore[arg-type]
+    penalty = gaussian_kl(*latents, free_bits)  # type: ignore[arg-type, call-arg]
     fit = log_likelihood.mean(0) if log_likelihood.dim() == 2 else log_likelihood
     return reduce(weight * penalty - fit, reduction), log_likelihood, kl
 

@@ -106,9 +106,9 @@ TAKES: dict[str, set[str]] = {
     "prior": _MODULE,
     "condition": {label for label, value in VALUES.items() if isinstance(value, torch.Tensor)}
     | {"three tensors", "kept"},
-    "name": _NOTHING,
+    "name": {"str"},
     "vae": _NOTHING,
-    **dict.fromkeys(("elbo_loss.beta", "elbo_parts.beta", "ELBOLoss.beta"), {*_FLOATS, *_NUMBERS}),
+    **{name: {*_FLOATS, *_NUMBERS} for name in ("elbo_loss.beta", "elbo_parts.beta", "ELBOLoss.beta")},
     "other": {"accumulator"},
     "DiagnosticsMeter.merge.other": _NOTHING,
 }

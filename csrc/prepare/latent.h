@@ -40,7 +40,9 @@ class LatentOutputs {
   // After the views are finished.
   const std::array<Tensor, 4>& sums() {
     for (int i = 2; i < 4; ++i) {
-      if (!own_[i].is_same(whole_[i]) && !own_[i].is_meta()) own_[i].copy_(shapes::sum_to(whole_[i], own_[i].sizes()));
+      if (own_[i].is_same(whole_[i]) || own_[i].is_meta()) continue;
+      own_[i].copy_(shapes::sum_to(whole_[i], own_[i].sizes()));
+      whole_[i].reset();  // its memory is that of the next sum
     }
     return own_;
   }

@@ -327,5 +327,5 @@ def advice(model: PPCA) -> str:
     return (
         f"EM did not converge in {len(history) - 1} steps{rose}. Raise max_iter or tol. If cells are missing, first "
         f"try fewer components than {model.n_components}, or a floor of sigma2, here {s2:.2g}: too many components fit "
-        "noise, and log p(x) of held-out rows is then lower. If the scales of the columns differ, standardize them"
+        "noise, and log p(x) of held-out rows is then lower. If their scales differ, standardize the columns"
     )

@@ -1,69 +1,64 @@
 // Every op, once. Names and shapes: K samples, B batch; recon [K?, B, *event], x and mask [B, *event], mu [B, *latent].
 //
-// "second" and "third" are the likelihood's other parameters (a Gaussian's logvar), each in a shape of its own: that of
-// recon, [*event] or 0-d. "needs" says which inputs want a gradient; a gradient that is not wanted comes back undefined
-// (None in Python).
+// "parameters" are those of the likelihood (a Gaussian's mean and logvar): the first has the shape of recon, each other a
+// shape of its own: that of recon, [*event] or 0-d. A prior broadcasts to mu. A number (beta, free_bits, alpha, ...) is a
+// 0-d tensor of a float type, on the CPU or on the device; None is its default. "needs" says which inputs want a
+// gradient; a gradient that is not wanted comes back undefined (None in Python). In the losses it is a mask of bits, by
+// the order of the gradients that are returned, and what autograd asks for: the caller leaves it at 0.
 #include <torch/library.h>
 
 TORCH_LIBRARY(fastelbo, m) {
   // latent
+  // With sample and datum, int64 [n], row i is sample[i] of datum[i], of the samples that the same seed draws: z
+  // [n, *latent], log_ratio and log_q [n], gates [2, n].
   m.def(
-      "rsample(Tensor mu, Tensor logvar, SymInt? num_samples, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, "
-      "Tensor? eps, SymInt first_sample=0) -> (Tensor z, Tensor kl, Tensor log_ratio, Tensor gates)");
+      "rsample(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, SymInt? num_samples, Tensor? seed, "
+      "Tensor? eps, Tensor? sample, Tensor? datum, SymInt first_sample=0) "
+      "-> (Tensor z, Tensor kl, Tensor log_ratio, Tensor log_q, Tensor gates)");
   m.def(
-      "_rsample_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_ratio, Tensor? grad_gates, Tensor mu, "
-      "Tensor logvar, SymInt? num_samples, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, Tensor? eps, "
-      "SymInt first_sample, bool[5] needs) "
+      "_rsample_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_ratio, Tensor? grad_log_q, "
+      "Tensor? grad_gates, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, SymInt? num_samples, "
+      "Tensor? seed, Tensor? eps, Tensor? sample, Tensor? datum, SymInt first_sample, bool[5] needs) "
       "-> (Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar, Tensor eps)");
-  // Row i is sample[i] of datum[i], of the samples that rsample draws with the same seed: both int64 [n].
-  // z [n, *latent], log_ratio [n], gates [2, n]
-  m.def(
-      "_rsample_kept(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor sample, Tensor datum, "
-      "Tensor seed) -> (Tensor z, Tensor log_ratio, Tensor gates)");
-  m.def(
-      "_rsample_kept_backward(Tensor? grad_z, Tensor? grad_log_ratio, Tensor? grad_gates, Tensor mu, Tensor logvar, "
-      "Tensor? prior_mu, Tensor? prior_logvar, Tensor sample, Tensor datum, Tensor seed, bool[4] needs) "
-      "-> (Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar)");
   // The noise of rsample, float32 [n, size], of the rows int64 [n]: row r has the elements r size to (r + 1) size - 1.
   m.def("_normal_rows(Tensor seed, Tensor rows, SymInt size) -> Tensor");
-  m.def("gaussian_kl(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, float free_bits=0.) -> Tensor");
+  m.def("gaussian_kl(Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor? free_bits) -> Tensor");
   m.def(
       "_gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "
-      "float free_bits, bool[4] needs) -> (Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar)");
+      "Tensor? free_bits, bool[4] needs) -> (Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar)");
 
   // likelihood
-  m.def("log_prob(Tensor recon, Tensor x, Tensor? second, Tensor? third, Tensor? mask, str likelihood) -> Tensor");
+  m.def("log_prob(Tensor[] parameters, Tensor x, Tensor? mask, str likelihood) -> Tensor");
   m.def(
-      "_log_prob_backward(Tensor grad, Tensor recon, Tensor x, Tensor? second, Tensor? third, Tensor? mask, "
-      "str likelihood, bool[4] needs) -> (Tensor recon, Tensor x, Tensor second, Tensor third)");
+      "_log_prob_backward(Tensor grad, Tensor[] parameters, Tensor x, Tensor? mask, str likelihood, bool[5] needs) "
+      "-> (Tensor first, Tensor second, Tensor third, Tensor fourth, Tensor x)");
 
   // objective
   m.def("log_mean_exp(Tensor log_w, int dim=0) -> Tensor");
   m.def("_log_mean_exp_backward(Tensor grad, Tensor log_w, int dim) -> (Tensor log_w)");
+  // the gradients are those of the loss, computed while each row is in the cache
   m.def(
-      "elbo_loss(Tensor recon, Tensor x, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "
-      "Tensor? second, Tensor? third, Tensor? mask, float beta, Tensor? beta_tensor, float free_bits, str likelihood, "
-      "str reduction) -> (Tensor loss, Tensor log_likelihood, Tensor kl)");
-  // also the gradients of the loss, computed while each row is in the cache
-  m.def(
-      "_elbo_loss_forward(Tensor recon, Tensor x, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "
-      "Tensor? second, Tensor? third, Tensor? mask, float beta, Tensor? beta_tensor, float free_bits, str likelihood, "
-      "str reduction, bool[7] needs) "
-      "-> (Tensor loss, Tensor log_likelihood, Tensor kl, Tensor grad_recon, Tensor grad_mu, Tensor grad_logvar, "
-      "Tensor grad_prior_mu, Tensor grad_prior_logvar, Tensor grad_second, Tensor grad_third)");
+      "elbo_loss(Tensor[] parameters, Tensor x, Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, "
+      "Tensor? mask, Tensor? beta, Tensor? free_bits, str likelihood, str reduction, int needs=0) "
+      "-> (Tensor loss, Tensor log_likelihood, Tensor kl, Tensor first, Tensor second, Tensor third, Tensor fourth, "
+      "Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar)");
   // Multiply t in place by a scalar on its device; skipped if the scalar is 1. For gradients that only the caller has.
   m.def("_scale_(Tensor(a!) t, Tensor factor) -> ()");
-  // the six numbers of an estimator: see csrc/math/estimator.h
+  // elbo_weight, alpha, groups and the three numbers of steering: see csrc/math/estimator.h
   m.def(
-      "multi_sample_loss(Tensor recon, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? second, Tensor? third, "
-      "Tensor? mask, str likelihood, float[] estimator, str reduction) -> (Tensor loss, Tensor log_likelihood)");
+      "multi_sample_loss(Tensor[] parameters, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? mask, "
+      "Tensor? elbo_weight, Tensor? alpha, int groups, float[] steering, str likelihood, str reduction, int needs=0) "
+      "-> (Tensor loss, Tensor log_likelihood, Tensor first, Tensor second, Tensor third, Tensor fourth, "
+      "Tensor log_ratio, Tensor gates)");
+  // of log w [K, B]: the bound [B], its gradient by log w [K, B], the factors of the gates [2, K, B], and where asked for
+  // its gradients by elbo_weight and alpha [2, B]
   m.def(
-      "_multi_sample_loss_forward(Tensor recon, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? second, "
-      "Tensor? third, Tensor? mask, str likelihood, float[] estimator, str reduction, bool[5] needs) "
-      "-> (Tensor loss, Tensor log_likelihood, Tensor grad_recon, Tensor grad_log_ratio, Tensor grad_gates, "
-      "Tensor grad_second, Tensor grad_third)");
-  // of log w [K, B]: the bound [B], its gradient by log w [K, B], and the factors of the gates [2, K, B]
-  m.def("_multi_sample_weights(Tensor log_w, float[] estimator) -> (Tensor bound, Tensor weights, Tensor gates)");
+      "_multi_sample_weights(Tensor log_w, Tensor? elbo_weight, Tensor? alpha, int groups, float[] steering, bool slopes) "
+      "-> (Tensor bound, Tensor weights, Tensor gates, Tensor slopes)");
+  // minus that bound; the gradient of gates are their factors
+  m.def(
+      "minus_bound(Tensor log_w, Tensor? gates, Tensor? elbo_weight, Tensor? alpha, int groups, float[] steering) "
+      "-> Tensor");
 
   // ppca: x [N, D], W [D, M], b [D]
   m.def("ppca_log_prob(Tensor x, Tensor W, Tensor b, Tensor log_sigma2) -> Tensor");

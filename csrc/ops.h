@@ -11,6 +11,8 @@
 #include <tuple>
 #include <utility>
 
+#include "params.h"
+
 namespace fastelbo::ops {
 
 using at::Tensor;
@@ -42,61 +44,67 @@ struct Op<name, R(A...)> {
 // ---------------------------------------------------------------------------------------------------------------------
 // latent
 
-using Samples = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // z, kl, log_ratio, gates
+using Samples = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // z, kl, log_ratio, log_q, gates
 inline constexpr Op<"fastelbo::rsample",
-                    Samples(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
-                            const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                            const OptionalTensor& seed, const OptionalTensor& eps, c10::SymInt first_sample)>
+                    Samples(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
+                            const OptionalTensor& prior_logvar, OptionalInt num_samples, const OptionalTensor& seed,
+                            const OptionalTensor& eps, const OptionalTensor& sample, const OptionalTensor& datum,
+                            c10::SymInt first_sample)>
     rsample;
+
+// The arguments of rsample.
+struct SampleInputs {
+  Tensor mu, logvar;
+  OptionalTensor prior_mu, prior_logvar;
+  OptionalInt num_samples;
+  OptionalTensor seed, eps, sample, datum;
+  c10::SymInt first_sample;
+};
 
 using SampleGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of mu, logvar, prior_mu, prior_logvar, eps
 inline constexpr Op<
     "fastelbo::_rsample_backward",
     SampleGrads(const OptionalTensor& grad_z, const OptionalTensor& grad_kl, const OptionalTensor& grad_log_ratio,
-                const OptionalTensor& grad_gates, const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
-                const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, const OptionalTensor& seed,
-                const OptionalTensor& eps, c10::SymInt first_sample, std::array<bool, 5> needs)>
+                const OptionalTensor& grad_log_q, const OptionalTensor& grad_gates, const Tensor& mu,
+                const Tensor& logvar, const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
+                OptionalInt num_samples, const OptionalTensor& seed, const OptionalTensor& eps,
+                const OptionalTensor& sample, const OptionalTensor& datum, c10::SymInt first_sample,
+                std::array<bool, 5> needs)>
     rsample_backward;
-
-using KeptSamples = std::tuple<Tensor, Tensor, Tensor>;  // z, log_ratio, gates
-inline constexpr Op<"fastelbo::_rsample_kept",
-                    KeptSamples(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                                const OptionalTensor& prior_logvar, const Tensor& sample, const Tensor& datum,
-                                const Tensor& seed)>
-    rsample_kept;
-
-using KeptGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of mu, logvar, prior_mu, prior_logvar
-inline constexpr Op<"fastelbo::_rsample_kept_backward",
-                    KeptGrads(const OptionalTensor& grad_z, const OptionalTensor& grad_log_ratio,
-                              const OptionalTensor& grad_gates, const Tensor& mu, const Tensor& logvar,
-                              const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, const Tensor& sample,
-                              const Tensor& datum, const Tensor& seed, std::array<bool, 4> needs)>
-    rsample_kept_backward;
 
 inline constexpr Op<"fastelbo::gaussian_kl",
                     Tensor(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                           const OptionalTensor& prior_logvar, double free_bits)>
+                           const OptionalTensor& prior_logvar, const OptionalTensor& free_bits)>
     gaussian_kl;
 
 using KlGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of mu, logvar, prior_mu, prior_logvar
 inline constexpr Op<"fastelbo::_gaussian_kl_backward",
                     KlGrads(const Tensor& grad, const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                            const OptionalTensor& prior_logvar, double free_bits, std::array<bool, 4> needs)>
+                            const OptionalTensor& prior_logvar, const OptionalTensor& free_bits,
+                            std::array<bool, 4> needs)>
     gaussian_kl_backward;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // likelihood
 
-inline constexpr Op<"fastelbo::log_prob",
-                    Tensor(const Tensor& recon, const Tensor& x, const OptionalTensor& second,
-                           const OptionalTensor& third, const OptionalTensor& mask, std::string_view likelihood)>
+using ParameterGrads = std::array<Tensor, kMaxParameters>;
+
+// N tensors of a tuple, from the first that is wanted on.
+template <size_t N, size_t from = 0, class... T>
+std::array<Tensor, N> some_of(const std::tuple<T...>& all) {
+  return [&]<size_t... i>(std::index_sequence<i...>) {
+    return std::array<Tensor, N>{std::get<from + i>(all)...};
+  }(std::make_index_sequence<N>());
+}
+
+inline constexpr Op<"fastelbo::log_prob", Tensor(at::TensorList parameters, const Tensor& x, const OptionalTensor& mask,
+                                                 std::string_view likelihood)>
     log_prob;
 
-using LogProbGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of recon, x, second, third
+using LogProbGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of the parameters, then of x
 inline constexpr Op<"fastelbo::_log_prob_backward",
-                    LogProbGrads(const Tensor& grad, const Tensor& recon, const Tensor& x, const OptionalTensor& second,
-                                 const OptionalTensor& third, const OptionalTensor& mask, std::string_view likelihood,
-                                 std::array<bool, 4> needs)>
+                    LogProbGrads(const Tensor& grad, at::TensorList parameters, const Tensor& x,
+                                 const OptionalTensor& mask, std::string_view likelihood, std::array<bool, 5> needs)>
     log_prob_backward;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -106,46 +114,53 @@ inline constexpr Op<"fastelbo::log_mean_exp", Tensor(const Tensor& log_w, int64_
 inline constexpr Op<"fastelbo::_log_mean_exp_backward", Tensor(const Tensor& grad, const Tensor& log_w, int64_t dim)>
     log_mean_exp_backward;
 
-using ElboLoss = std::tuple<Tensor, Tensor, Tensor>;  // loss, log_likelihood, kl
+// loss, log_likelihood, kl; gradients of the parameters, mu, logvar, prior_mu, prior_logvar
+using ElboLoss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 inline constexpr Op<"fastelbo::elbo_loss",
-                    ElboLoss(const Tensor& recon, const Tensor& x, const Tensor& mu, const Tensor& logvar,
+                    ElboLoss(at::TensorList parameters, const Tensor& x, const Tensor& mu, const Tensor& logvar,
                              const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                             const OptionalTensor& second, const OptionalTensor& third, const OptionalTensor& mask,
-                             double beta, const OptionalTensor& beta_tensor, double free_bits,
-                             std::string_view likelihood, std::string_view reduction)>
+                             const OptionalTensor& mask, const OptionalTensor& beta, const OptionalTensor& free_bits,
+                             std::string_view likelihood, std::string_view reduction, int64_t needs)>
     elbo_loss;
 
-// the same, and the gradients of recon, mu, logvar, prior_mu, prior_logvar, second, third
-using ElboForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-inline constexpr Op<"fastelbo::_elbo_loss_forward",
-                    ElboForward(const Tensor& recon, const Tensor& x, const Tensor& mu, const Tensor& logvar,
-                                const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                                const OptionalTensor& second, const OptionalTensor& third, const OptionalTensor& mask,
-                                double beta, const OptionalTensor& beta_tensor, double free_bits,
-                                std::string_view likelihood, std::string_view reduction, std::array<bool, 7> needs)>
-    elbo_loss_forward;
+struct ElboInputs {
+  at::TensorList parameters;
+  Tensor x, mu, logvar;
+  OptionalTensor prior_mu, prior_logvar, mask, beta, free_bits;
+  std::string_view likelihood, reduction;
+  int64_t needs;
+};
 
-using MultiSampleLoss = std::tuple<Tensor, Tensor>;  // loss, log_likelihood
+// loss, log_likelihood; gradients of the parameters, log_ratio, gates
+using MultiSampleLoss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 inline constexpr Op<"fastelbo::multi_sample_loss",
-                    MultiSampleLoss(
-                        const Tensor& recon, const Tensor& x, const Tensor& log_ratio, const OptionalTensor& gates,
-                        const OptionalTensor& second, const OptionalTensor& third, const OptionalTensor& mask,
-                        std::string_view likelihood, at::ArrayRef<double> estimator, std::string_view reduction)>
+                    MultiSampleLoss(at::TensorList parameters, const Tensor& x, const Tensor& log_ratio,
+                                    const OptionalTensor& gates, const OptionalTensor& mask,
+                                    const OptionalTensor& elbo_weight, const OptionalTensor& alpha, int64_t groups,
+                                    at::ArrayRef<double> steering, std::string_view likelihood,
+                                    std::string_view reduction, int64_t needs)>
     multi_sample_loss;
 
-// the same, and the gradients of recon, log_ratio, gates, second, third
-using MultiSampleForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-inline constexpr Op<"fastelbo::_multi_sample_loss_forward",
-                    MultiSampleForward(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                       const OptionalTensor& gates, const OptionalTensor& second,
-                                       const OptionalTensor& third, const OptionalTensor& mask,
-                                       std::string_view likelihood, at::ArrayRef<double> estimator,
-                                       std::string_view reduction, std::array<bool, 5> needs)>
-    multi_sample_loss_forward;
+struct MultiSampleInputs {
+  at::TensorList parameters;
+  Tensor x, log_ratio;
+  OptionalTensor gates, mask, elbo_weight, alpha;
+  int64_t groups;
+  at::ArrayRef<double> steering;
+  std::string_view likelihood, reduction;
+  int64_t needs;
+};
 
-using Weights = std::tuple<Tensor, Tensor, Tensor>;  // bound [B], a [K, B], gates [2, K, B]
-inline constexpr Op<"fastelbo::_multi_sample_weights", Weights(const Tensor& log_w, at::ArrayRef<double> estimator)>
+using Weights = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // bound [B], a [K, B], gates [2, K, B], slopes [2, B]
+inline constexpr Op<"fastelbo::_multi_sample_weights",
+                    Weights(const Tensor& log_w, const OptionalTensor& elbo_weight, const OptionalTensor& alpha,
+                            int64_t groups, at::ArrayRef<double> steering, bool slopes)>
     multi_sample_weights;
+
+inline constexpr Op<"fastelbo::minus_bound",
+                    Tensor(const Tensor& log_w, const OptionalTensor& gates, const OptionalTensor& elbo_weight,
+                           const OptionalTensor& alpha, int64_t groups, at::ArrayRef<double> steering)>
+    minus_bound;
 
 inline constexpr Op<"fastelbo::_scale_", void(const Tensor& t, const Tensor& factor)> scale_;
 

@@ -6,11 +6,11 @@
 
 #include <cstdint>
 
+#include "likelihoods/info.h"
 #include "math/estimator.h"
 
 namespace fastelbo {
 
-enum class DType : uint8_t { f32, f64, bf16, f16, u8, b8, i16, i32, i64 };
 
 // A strided view of [K, B, D]. D is walked through up to kMaxDims collapsed dimensions; all strides are in elements.
 struct View {
@@ -41,8 +41,6 @@ inline constexpr int64_t kSegment = 4096;                  // of a row, in one w
 inline constexpr int64_t kTile = 1024, kLatentTile = 512;  // what is in the L1 cache at a time
 inline constexpr int64_t segments(int64_t d) { return d <= kSegment ? 1 : (d + kSegment - 1) / kSegment; }
 
-inline constexpr int kMaxParameters = 3;
-
 // The gradient of a parameter that rows share, [*event] or 0-d: its sums over the rows of every chunk.
 struct SharedGrad {
   void* sums = nullptr;  // T [chunks, size], or null: not wanted
@@ -63,7 +61,11 @@ struct LogProbParams {
   double* log_p = nullptr;  // [K, B, segments] partial sums, or null
 
   // whether a gradient of full size is wanted
-  constexpr bool any_grad() const { return grad[0] || grad[1] || grad[2] || grad_x; }
+  constexpr bool any_grad() const {
+    bool any = bool(grad_x);
+    for (const View& g : grad) any |= bool(g);
+    return any;
+  }
   constexpr int64_t rows() const { return K * B; }
   constexpr int64_t chunks() const { return (rows() + chunk - 1) / chunk; }
 };
@@ -79,7 +81,12 @@ struct MultiSampleParams {
   void* log_p = nullptr;       // T [K, B], or null
   void* row_factor = nullptr;  // T [K, B], or null: -datum_weight a, the gradient of the loss by log w
   void* gates = nullptr;       // T [2, K, B], or null: b / a - 1 and c / a - 1
+  double* slopes = nullptr;    // [2, B], or null: of the bound by elbo_weight and by alpha
 };
+
+// What reaches a sample in the backward: the gradient of z; those of log p(z) and log q(z) too; and an estimator's share
+// of each.
+enum class Upstream { z, densities, gated };
 
 // N(mu, diag exp(logvar)) and its prior, N(0, I) where that is empty.
 struct Latents {
@@ -100,7 +107,7 @@ struct KlParams {
   LatentGrads grad;
   RowScalars factor;                  // [B]
   const double* dim_means = nullptr;  // [D]: batch mean of every dimension's KL; null without free bits
-  double free_bits = 0;
+  Number free_bits;
   double* kl = nullptr;          // [B], or null
   double* floored_kl = nullptr;  // [B]: KL with free bits, or null
 };
@@ -111,48 +118,37 @@ struct KlDimsParams {
   double* out = nullptr;  // [D]
 };
 
-// Samples of q and their log ratio. Work items: blocks of rows x blocks of samples, see sample_blocks().
+// Samples of q and their log densities. Work items: blocks of rows x blocks of samples, see sample_blocks(); of chosen
+// samples, the rows.
 struct SampleParams {
   Latents q;
   int64_t K = 1, first_sample = 0;
   const int64_t* seed = nullptr;  // on the device of the tensors; null with eps
   View eps;                       // [K, B, D], or empty: from the seed
-  View z;                         // [K, B, D]
-  double* log_ratio = nullptr;    // [K, B], zeroed
+  int64_t n = 0;
+  const int64_t *sample = nullptr, *datum = nullptr;  // [n], or null: row i is sample[i] of datum[i], in place of all
+  View z;                                             // [K, B, D] or [n, D]
+  double *log_ratio = nullptr, *log_q = nullptr;      // [K, B] or [n], zeroed
 };
 
-// Gradients of the samples and of their log ratio. Work items: blocks of rows.
+// Their gradients. Work items: blocks of rows; of chosen samples, the data: the rows of datum b are order[i] for i in
+// [starts[b], starts[b + 1]).
 struct SampleBackwardParams {
   Latents q;
   int64_t K = 1, first_sample = 0;
   const int64_t* seed = nullptr;
-  View eps, grad_z;                  // [K, B, D], may be empty
-  RowScalars grad_log_ratio;         // [K, B]
-  RowScalars gate_path, gate_score;  // [K, B], see math/estimator.h; no data: 0
-  RowScalars grad_kl;                // [B]
+  View eps, grad_z;                                   // [K, B, D] or [n, D], may be empty
+  const int64_t *sample = nullptr, *order = nullptr;  // [n], or null
+  const int64_t* starts = nullptr;                    // [B + 1]
+  RowScalars grad_log_ratio, grad_log_q;              // [K, B] or [n]; no data: 0
+  RowScalars gate_path, gate_score;                   // likewise, see math/estimator.h
+  RowScalars grad_kl;                                 // [B]
   LatentGrads grad;
   View grad_eps;  // [K, B, D], may be empty
-};
 
-// Row i is sample[i] of datum[i], of the samples that SampleParams describes. Work items: rows.
-struct KeptParams {
-  Latents q;
-  int64_t n = 0;
-  const int64_t *sample = nullptr, *datum = nullptr;  // [n]
-  const int64_t* seed = nullptr;
-  View z;                       // [n, D]
-  double* log_ratio = nullptr;  // [n]
-};
-
-// Their gradients. The rows of datum b are order[i] for i in [starts[b], starts[b + 1]). Work items: data.
-struct KeptBackwardParams {
-  Latents q;
-  const int64_t *sample = nullptr, *order = nullptr;  // [n]
-  const int64_t* starts = nullptr;                    // [B + 1]
-  const int64_t* seed = nullptr;
-  View grad_z;                                       // [n, D], may be empty
-  RowScalars grad_log_ratio, gate_path, gate_score;  // [n], as in SampleBackwardParams
-  LatentGrads grad;
+  constexpr Upstream upstream() const {
+    return gate_path.data ? Upstream::gated : grad_log_ratio.data || grad_log_q.data ? Upstream::densities : Upstream::z;
+  }
 };
 
 inline constexpr int64_t kSampleBlock = 64;  // samples in one work item of the forward

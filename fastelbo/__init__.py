@@ -34,7 +34,8 @@ from fastelbo.losses import (
 from fastelbo.models.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
 from fastelbo.models.loading import load
 from fastelbo.models.marginal import ImportanceWeights, LogMeanExp, MarginalEstimate, importance_weights
-from fastelbo.models.vae import VAE
+from fastelbo.models.objective import Objective
+from fastelbo.models.vae import VAE, VAELoss
 from fastelbo.ppca import PPCA, FitReport, ppca_log_prob
 
 __version__ = "0.1.0"
@@ -52,7 +53,9 @@ __all__ = [
     "LogMeanExp",
     "LossParts",
     "MarginalEstimate",
+    "Objective",
     "Posterior",
+    "VAELoss",
     "bernoulli_log_prob",
     "bound_loss",
     "bound_parts",
@@ -98,7 +101,7 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo:
     """What was built, for bug reports; `fastelbo info` prints it."""
-    info = {"fastelbo": __version__, **_ops._C.build_info(), "devices": sorted(reference.KERNEL_DEVICES)}
+    info = {"fastelbo": __version__, **_ops._C.build_info(), "devices": sorted(reference.random.KERNEL_DEVICES)}
     return cast(BuildInfo, info)
 
 

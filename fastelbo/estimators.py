@@ -17,12 +17,14 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Estimator(NamedTuple):
-    """The six numbers above; they are passed to the op `multi_sample_loss` in this order."""
+    """The six numbers above. elbo_weight and alpha may be 0-d tensors, which are not checked."""
 
-    elbo_weight: float = 0.0
-    alpha: float = 0.0
+    elbo_weight: float | Tensor = 0.0
+    alpha: float | Tensor = 0.0
     groups: int = 1
     path: float = 1.0
     path_weight: float = 0.0
@@ -32,11 +34,6 @@ class Estimator(NamedTuple):
     def is_gradient(self) -> bool:
         """Whether b = c = a: the estimator is the gradient of its bound, and autograd alone gets it right."""
         return (self.path, self.path_weight, self.score) == (1.0, 0.0, 1.0)
-
-
-def _vr(alpha: float) -> Estimator:
-    # alpha = 1 is the ELBO by continuity: Renyi's divergence tends to KL (Li & Turner 2016, sec. 2)
-    return Estimator(elbo_weight=1.0) if alpha == 1 else Estimator(alpha=alpha)
 
 
 class Row(NamedTuple):
@@ -58,8 +55,8 @@ ESTIMATORS = {
     # wt, 0, -wt: reweighted wake-sleep, wake-phase encoder update (Bornschein & Bengio 2015, eq. 8). With K = 1 every
     # weight is 1, and the encoder's gradient is noise of mean 0.
     "rws": Row(lambda: Estimator(path=0.0, score=-1.0), fewest=2),
-    # wa, wa, wa: the variational Renyi bound (Li & Turner 2016, eq. 14)
-    "vr": Row(_vr, ("alpha",)),
+    # wa, wa, wa: the variational Renyi bound (Li & Turner 2016, eq. 14); alpha = 1 is the ELBO by continuity (sec. 2)
+    "vr": Row(lambda alpha: Estimator(alpha=alpha), ("alpha",)),
     # beta elbo + (1 - beta) iwae (Rainforth et al. 2018, eq. 10)
     "ciwae": Row(lambda beta: Estimator(elbo_weight=beta), ("beta",)),
     # iwae in each group of K / groups samples, averaged over the groups (Rainforth et al. 2018, eq. 9)
@@ -67,7 +64,7 @@ ESTIMATORS = {
 }
 
 
-def estimator(name: str, num_samples: int, **options: float) -> Estimator:
+def estimator(name: str, num_samples: int, **options: float | Tensor) -> Estimator:
     """The row of an estimator by its name; options that it does not read are ignored.
 
     Raises:
@@ -77,11 +74,11 @@ def estimator(name: str, num_samples: int, **options: float) -> Estimator:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {name!r}")
     row = ESTIMATORS[name]
     read = {option: options[option] for option in row.options}
-    if not -math.inf < read.get("alpha", 0.0) < math.inf:
-        raise ValueError(f"alpha must be finite; got {read['alpha']}")
-    if not 0 <= read.get("beta", 0.0) <= 1:
-        raise ValueError(f"beta, the weight of the ELBO in {name!r}, must be in [0, 1]; got {read['beta']}")
-    groups = read.get("groups", 1)
+    alpha, beta, groups = read.get("alpha", 0.0), read.get("beta", 0.0), read.get("groups", 1)
+    if not isinstance(alpha, Tensor) and not -math.inf < alpha < math.inf:
+        raise ValueError(f"alpha must be finite; got {alpha}")
+    if not isinstance(beta, Tensor) and not 0 <= beta <= 1:
+        raise ValueError(f"beta, the weight of the ELBO in {name!r}, must be in [0, 1]; got {beta}")
     if groups < 1 or num_samples % groups:
         raise ValueError(f"groups must divide the number of samples K={num_samples}; got {groups}")
     if num_samples < row.fewest:

@@ -55,10 +55,16 @@ def _kept(mu: Tensor) -> fastelbo.Kept:
     return fastelbo.Kept(index * 5 % 4, index * 7 % max(1, len(mu) - 1), torch.ones_like(index))
 
 
+def _posterior(log_ratio: Tensor) -> fastelbo.Posterior:
+    """One that holds a log ratio [K, B]."""
+    none = log_ratio.new_zeros(log_ratio.shape[1])
+    return fastelbo.Posterior(none, none, log_ratio, log_ratio, none, none)
+
+
 def _elbo(reduction: str, **options):
     def call(mean, logvar_x, x, mu, logvar, beta):
         return tuple(
-            fastelbo.elbo_loss(
+            fastelbo.elbo_parts(
                 (mean, logvar_x),
                 x,
                 mu,
@@ -66,7 +72,6 @@ def _elbo(reduction: str, **options):
                 likelihood="gaussian",
                 beta=beta,
                 reduction=reduction,
-                return_parts=True,
                 **options,
             )
         )
@@ -76,7 +81,7 @@ def _elbo(reduction: str, **options):
 
 def _iwae(reduction: str):
     def call(logits, x, log_ratio):
-        return tuple(fastelbo.iwae_loss(logits, x, log_ratio, reduction=reduction, return_parts=True))
+        return tuple(fastelbo.iwae_parts(logits, x, log_ratio, reduction=reduction))
 
     return call
 
@@ -99,6 +104,10 @@ FUNCTIONS = {
         lambda m, x, s: fastelbo.log_prob((m, s), x, likelihood="laplace"),
         lambda b, d: [_r(b, d) + 3, _r(b, d) - 3, 0.5 * _r(b, d)],
     ),
+    "student_t": Function(
+        lambda m, x, s, r: fastelbo.log_prob((m, s, r), x, likelihood="student_t"),
+        lambda b, d: [_r(K, b, d), _r(b, d), 0.5 * _r(b, d), _r(d)],
+    ),
     "poisson": Function(
         lambda rate, x: fastelbo.log_prob(rate, x, likelihood="poisson"), lambda b, d: [_r(K, b, d), 5 * _unit(b, d)]
     ),
@@ -117,17 +126,22 @@ FUNCTIONS = {
     "rsample, seed": Function(
         lambda *given: fastelbo.rsample(
             *given[:2], K, prior_mu=given[2], prior_logvar=given[3], seed=SEED, first_sample=2
-        )[:3],
+        )[:4],
         lambda b, d: [_r(b, d) for _ in range(4)],
         drawn=True,
     ),
-    "rsample, eps": Function(
-        lambda mu, lv, eps: fastelbo.rsample(mu, lv, K, eps=eps)[:3], lambda b, d: [_r(b, d), _r(b, d), _r(K, b, d)]
+    "rsample, a prior for each dimension": Function(
+        lambda mu, lv, mu_p, lv_p: fastelbo.rsample(mu, lv, K, prior_mu=mu_p, prior_logvar=lv_p, seed=SEED)[:4],
+        lambda b, d: [_r(b, d), _r(b, d), _r(d), _r()],
+        drawn=True,
     ),
-    "rsample_kept, seed": Function(
-        lambda *given: fastelbo.rsample_kept(
-            *given[:2], _kept(given[0]), prior_mu=given[2], prior_logvar=given[3], seed=SEED
-        )[:3],
+    "rsample, eps": Function(
+        lambda mu, lv, eps: fastelbo.rsample(mu, lv, K, eps=eps)[:4], lambda b, d: [_r(b, d), _r(b, d), _r(K, b, d)]
+    ),
+    "rsample, kept": Function(
+        lambda *given: fastelbo.rsample(
+            *given[:2], kept=_kept(given[0]), prior_mu=given[2], prior_logvar=given[3], seed=SEED
+        )[:4],
         lambda b, d: [_r(b, d) for _ in range(4)],
         drawn=True,
     ),
@@ -140,8 +154,8 @@ FUNCTIONS = {
         lambda b, d: [_r(b, d), _unit(b, d), _r(b, d), _r(b, d)],
     ),
     "elbo_loss, learned prior": Function(
-        lambda r, x, mu, lv, mu_p, lv_p: fastelbo.elbo_loss(
-            r, x, mu, lv, prior_mu=mu_p, prior_logvar=lv_p, free_bits=0.1, return_parts=True
+        lambda r, x, mu, lv, mu_p, lv_p: fastelbo.elbo_parts(
+            r, x, mu, lv, prior_mu=mu_p, prior_logvar=lv_p, free_bits=0.1
         ),
         lambda b, d: [_r(b, d), _unit(b, d), _r(b, d), 0.5 * _r(b, d), _r(d), 0.5 * _r(d)],
     ),
@@ -170,6 +184,16 @@ FUNCTIONS = {
             logits, x, fastelbo.rsample(mu, lv, K, eps=eps), estimator="vr", alpha=-0.7, reduction="none"
         ),
         lambda b, d: [_r(K, b, d), _unit(b, d), _r(b, d), _r(b, d), _r(K, b, d)],
+    ),
+    "multi_sample_loss, a learned alpha": Function(
+        lambda logits, x, ratio, alpha: fastelbo.multi_sample_loss(
+            logits, x, _posterior(ratio), estimator="vr", alpha=alpha, reduction="none"
+        ),
+        lambda b, d: [_r(K, b, d), _unit(b, d), _r(K, b), 0.5 + _unit()],
+    ),
+    "bound_loss, a learned beta": Function(
+        lambda log_p, ratio, beta: fastelbo.bound_loss(log_p, _posterior(ratio), estimator="ciwae", beta=beta),
+        lambda b, d: [_r(K, b), _r(K, b), _unit()],
     ),
     "multi_sample_loss, miwae": Function(
         lambda logits, x, mu, lv, eps: fastelbo.multi_sample_loss(
@@ -204,61 +228,84 @@ def op_calls() -> dict[str, tuple]:
     kept = torch.tensor([2, 0, 0, 1, 2, 5]), torch.tensor([3, 0, 0, 1, 3, 1])
     x, mask = torch.rand(4, 6), torch.rand(4, 6) < 0.5
     need = [True] * 5
+    later, first3 = (None, r(3, 4, 5), None, None, 0, need), (0, [True] * 3 + [False] * 2)
     return {
-        "rsample seed": (ops.rsample.default, (mu, r(4, 5), 3, None, r(4, 5), seed, None, 1)),
-        "rsample eps": (ops.rsample.default, (mu, r(4, 5), None, r(4, 5), None, None, r(4, 5), 0)),
-        "rsample_kept": (ops._rsample_kept.default, (mu, r(4, 5), None, r(4, 5), *kept, seed)),
+        "rsample seed": (ops.rsample.default, (mu, r(4, 5), None, r(4, 5), 3, seed, None, None, None, 1)),
+        "rsample eps": (ops.rsample.default, (mu, r(4, 5), r(5), None, None, None, r(4, 5), None, None, 0)),
+        "rsample kept": (ops.rsample.default, (mu, r(4, 5), None, r(4, 5), None, seed, None, *kept, 0)),
         "normal_rows": (ops._normal_rows.default, (seed, kept[0], 5)),
-        "gaussian_kl": (ops.gaussian_kl.default, (mu, r(4, 5), None, r(4, 5), 0.3)),
-        "log_prob": (ops.log_prob.default, (r(3, 4, 6), x, None, None, mask, "bernoulli")),
-        "log_prob pair": (ops.log_prob.default, (r(4, 6), r(4, 6), r(4, 6), None, None, "gaussian")),
-        "log_prob, shared by rows": (ops.log_prob.default, (r(3, 4, 6), r(4, 6), r(6), None, None, "gaussian")),
-        "log_prob, one number": (ops.log_prob.default, (r(4, 6), r(4, 6), r(), None, mask, "laplace")),
+        "gaussian_kl": (ops.gaussian_kl.default, (mu, r(4, 5), None, r(4, 5), torch.tensor(0.3))),
+        "log_prob": (ops.log_prob.default, ([r(3, 4, 6)], x, mask, "bernoulli")),
+        "log_prob pair": (ops.log_prob.default, ([r(4, 6), r(4, 6)], r(4, 6), None, "gaussian")),
+        "log_prob, shared by rows": (ops.log_prob.default, ([r(3, 4, 6), r(6)], r(4, 6), None, "gaussian")),
+        "log_prob, one number": (ops.log_prob.default, ([r(4, 6), r()], r(4, 6), mask, "laplace")),
         "log_mean_exp": (ops.log_mean_exp.default, (r(4, 5), 1)),
         "elbo_loss": (
             ops.elbo_loss.default,
-            (r(3, 4, 6), x, mu, r(4, 5), None, None, None, None, mask, 0.5, None, 0.0, "bernoulli", "mean"),
+            ([r(3, 4, 6)], x, mu, r(4, 5), None, None, mask, torch.tensor(0.5), None, "bernoulli", "mean"),
         ),
         "elbo_loss beta": (
             ops.elbo_loss.default,
-            (r(4, 6), x, mu, r(4, 5), r(4, 5), r(4, 5), r(6), None, None, 1.0, r(), 0.1, "laplace", "none"),
+            ([r(4, 6), r(6)], x, mu, r(4, 5), r(4, 5), r(), None, r(), torch.tensor(0.1), "laplace", "none"),
+        ),
+        "elbo_loss with gradients": (
+            ops.elbo_loss.default,
+            (
+                [a.detach() for a in (r(4, 6), r(6))],
+                x,
+                mu.detach(),
+                x[:, :5],
+                None,
+                x[0, :5],
+                mask,
+                None,
+                None,
+                "gaussian",
+                "sum",
+                0b10110011,
+            ),
         ),
         "multi_sample_loss": (
             ops.multi_sample_loss.default,
-            (r(4, 4, 6), x, r(4, 4), None, None, None, mask, "bernoulli", [0.3, 0.5, 2, 1, 0, 1], "sum"),
+            ([r(4, 4, 6)], x, r(4, 4), None, mask, r(), torch.tensor(0.5), 2, [1, 0, 1], "bernoulli", "sum"),
         ),
         "multi_sample_loss pair": (
             ops.multi_sample_loss.default,
-            (r(3, 4, 6), x, r(3, 4), None, r(3, 4, 6), None, None, "gaussian", [0, 0, 1, 1, 0, 1], "none"),
+            ([r(3, 4, 6), r(3, 4, 6)], x, r(3, 4), None, None, None, None, 1, [1, 0, 1], "gaussian", "none"),
         ),
         "multi_sample_loss gates": (
             ops.multi_sample_loss.default,
-            (r(3, 4, 6), x, r(3, 4), r(2, 3, 4), r(), None, None, "gaussian", [0, 0, 1, 0, 1, 0], "mean"),
+            ([r(3, 4, 6), r()], x, r(3, 4), r(2, 3, 4), None, None, None, 1, [0, 1, 0], "gaussian", "mean"),
         ),
+        "multi_sample_loss with gradients": (
+            ops.multi_sample_loss.default,
+            ([x.expand(3, 4, 6), x[0]], x, x[:3, :4], None, mask, None, None, 1, [0, 1, 0], "gaussian", "sum", 0b10011),
+        ),
+        "minus_bound": (ops.minus_bound.default, (r(4, 3), r(2, 4, 3), None, r(), 2, [0, 1, 0])),
         "backward of log_prob": (
             ops._log_prob_backward.default,
-            (r(3, 4), r(3, 4, 6), r(4, 6), r(6), None, mask, "gaussian", [True, False, True, False]),
+            (r(3, 4), [r(3, 4, 6), r(6)], r(4, 6), mask, "gaussian", [True, True, False, False, False]),
         ),
-        "multi_sample_weights": (ops._multi_sample_weights.default, (r(4, 3), [0.3, 0.5, 2, 0, 1, 0])),
+        "multi_sample_weights": (ops._multi_sample_weights.default, (r(4, 3), None, r(), 2, [0, 1, 0], True)),
         "backward of gaussian_kl": (
             ops._gaussian_kl_backward.default,
-            (r(4), mu, r(4, 5), r(4, 5), None, 0.0, [True, False, True, False]),
+            (r(4), mu, r(4, 5), r(4, 5), None, None, [True, False, True, False]),
         ),
         "backward of rsample": (
             ops._rsample_backward.default,
-            (r(3, 4, 5), r(4), None, None, mu, r(4, 5), 3, None, None, seed, None, 0, [True] * 2 + [False] * 3),
+            (r(3, 4, 5), r(4), *[None] * 3, mu, r(4, 5), None, None, 3, seed, *[None] * 3, 0, [True] * 2 + [False] * 3),
         ),
         "backward of rsample, gates": (
             ops._rsample_backward.default,
-            (r(3, 4, 5), r(4), r(3, 4), r(2, 3, 4), mu, r(4, 5), 3, None, r(4, 5), None, r(3, 4, 5), 0, need),
+            (*(r(3, 4, 5), r(4), r(3, 4), r(3, 4), r(2, 3, 4), mu, r(4, 5), None, r(5), 3), *later),
         ),
-        "backward of rsample_kept": (
-            ops._rsample_kept_backward.default,
-            (r(6, 5), None, None, mu, r(4, 5), None, None, *kept, seed, [True, True, False, False]),
+        "backward of rsample, kept": (
+            ops._rsample_backward.default,
+            (r(6, 5), *[None] * 4, mu, r(4, 5), *[None] * 3, seed, None, *kept, 0, [True] * 2 + [False] * 3),
         ),
-        "backward of rsample_kept, gates": (
-            ops._rsample_kept_backward.default,
-            (r(6, 5), r(6), r(2, 6), mu, r(4, 5), r(4, 5), None, *kept, seed, [True, True, True, False]),
+        "backward of rsample, kept gates": (
+            ops._rsample_backward.default,
+            (*(r(6, 5), r(4), r(6), r(6), r(2, 6)), mu, r(4, 5), r(4, 5), None, None, seed, None, *kept, *first3),
         ),
         "backward of log_mean_exp": (ops._log_mean_exp_backward.default, (r(4), r(4, 5), 1)),
         "ppca_log_prob": (ops.ppca_log_prob.default, (r(4, 6), r(6, 2), r(6), r())),
@@ -297,16 +344,19 @@ def public() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
         "gaussian_log_prob": (fastelbo.gaussian_log_prob, {"mean": recon, "x": x}),
         "log_mean_exp": (fastelbo.log_mean_exp, {"log_w": log_w}),
         "elbo_loss": (fastelbo.elbo_loss, {**p, **q}),
+        "elbo_parts": (fastelbo.elbo_parts, {**p, **q}),
         "iwae_loss": (fastelbo.iwae_loss, {**p, "log_ratio": log_w}),
+        "iwae_parts": (fastelbo.iwae_parts, {**p, "log_ratio": log_w}),
         "multi_sample_loss": (fastelbo.multi_sample_loss, {**p, "posterior": posterior}),
+        "multi_sample_parts": (fastelbo.multi_sample_parts, {**p, "posterior": posterior}),
         "bound_loss": (fastelbo.bound_loss, {"log_likelihood": log_w, "posterior": posterior}),
+        "bound_parts": (fastelbo.bound_parts, {"log_likelihood": log_w, "posterior": posterior}),
         "keep_samples": (fastelbo.keep_samples, {"log_w": log_w, "keep": 2}),
-        "rsample_kept": (fastelbo.rsample_kept, {**q, "kept": kept, "seed": 3}),
         "kept_loss": (
             fastelbo.kept_loss,
             {
                 "log_likelihood": r(2 * B),
-                "posterior": fastelbo.rsample_kept(mu, logvar, kept, seed=3),
+                "posterior": fastelbo.rsample(mu, logvar, kept=kept, seed=3),
                 "kept": kept,
                 "log_w": log_w,
             },
@@ -330,5 +380,13 @@ def public() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
         "VAE.reconstruct": (vae.reconstruct, {"x": x}),
         "VAE.sample": (vae.sample, {"n": 2}),
         "VAE.loss": (vae.loss, {"x": x}),
+        "VAE.parts": (vae.parts, {"x": x}),
+        "VAELoss": (fastelbo.VAELoss, {"vae": vae}),
+        "VAELoss.forward": (fastelbo.VAELoss(vae), {"x": x}),
+        "Objective": (fastelbo.Objective, {"name": "miwae"}),
+        "Objective.parts": (fastelbo.Objective("iwae").parts, {**p, "posterior": posterior}),
+        "Objective.loss": (fastelbo.Objective("iwae").loss, {**p, "posterior": posterior}),
+        "Objective.estimator": (fastelbo.Objective("iwae").estimator, {}),
+        "Objective.check_keep": (fastelbo.Objective("iwae", num_samples=K).check_keep, {"keep": 2}),
         "VAE.log_marginal": (vae.log_marginal, {"x": x, "num_samples": K}),
     }

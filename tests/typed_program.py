@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fastelbo
 from fastelbo import LossParts, MarginalEstimate, Posterior
 from fastelbo.losses import Recon
+from fastelbo.models.vae import VAEOutput
 
 x, mu, logvar, recon = (torch.zeros(4, 3) for _ in range(4))
 flag = bool(torch.rand(()) < 0.5)
@@ -34,21 +35,21 @@ assert_type(fastelbo.distributions.gaussian_kl(q, torch.distributions.Normal(mu,
 
 # losses: return_parts decides
 assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5), Tensor)
-assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=0.5, return_parts=True), LossParts)
+assert_type(fastelbo.elbo_parts(recon, x, mu, logvar, beta=0.5), LossParts)
 assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, return_parts=flag), Tensor | LossParts)
 assert_type(fastelbo.iwae_loss(recon, x, posterior.log_ratio, reduction="sum"), Tensor)
 assert_type(fastelbo.iwae_loss((recon, recon, recon), x, posterior.log_ratio, likelihood="zinb"), Tensor)
 fastelbo.iwae_loss((recon, recon, recon, recon), x, posterior.log_ratio)  # type: ignore[arg-type]
-assert_type(fastelbo.iwae_loss(recon, x, posterior.log_ratio, return_parts=True), LossParts)
+assert_type(fastelbo.iwae_parts(recon, x, posterior.log_ratio), LossParts)
 assert_type(fastelbo.multi_sample_loss(recon, x, posterior, estimator="vr", alpha=0.5), Tensor)
-assert_type(fastelbo.multi_sample_loss(recon, x, posterior, return_parts=True), LossParts)
+assert_type(fastelbo.multi_sample_parts(recon, x, posterior), LossParts)
 fastelbo.elbo_loss(recon, x, mu, logvar, groups=2)  # type: ignore[call-overload]
 fastelbo.elbo_loss(recon, x, mu, logvar, beta="1")  # type: ignore[call-overload]
 
 assert_type(fastelbo.elbo_loss(recon, x, mu, logvar, beta=mu[0], kl_mask=mu > 0), Tensor)
 assert_type(fastelbo.gaussian_kl(mu, logvar, mask=mu > 0, reduce=False), Tensor)
 assert_type(fastelbo.bound_loss(recon, posterior, estimator="dreg", kl_weight=0.5), Tensor)
-assert_type(fastelbo.bound_loss(recon, [posterior, posterior], log_ratio=recon, return_parts=True), LossParts)
+assert_type(fastelbo.bound_parts(recon, [posterior, posterior], log_ratio=recon), LossParts)
 
 # kept samples
 kept = fastelbo.keep_samples(recon, 2, u=0.5)
@@ -67,18 +68,23 @@ assert_type(fastelbo.IWAELoss(return_parts=True).forward(recon, x, posterior.log
 # models
 vae = fastelbo.VAE(nn.Linear(3, 4), nn.Linear(2, 3))
 output = vae(x, 5, seed=torch.zeros(1, dtype=torch.int64), generator=None)
+assert_type(output, VAEOutput)
 assert_type(output.recon, Recon)
 assert_type(output.posterior, Posterior)
 assert_type(vae.loss(x), Tensor)
-assert_type(vae.loss(x, objective="iwae", num_samples=5, return_parts=True), LossParts)
-assert_type(vae.loss(x, return_parts=flag), Tensor | LossParts)
+assert_type(vae.loss(x, "iwae", num_samples=5, keep=2), Tensor)
+assert_type(vae.parts(x, fastelbo.Objective("ciwae", num_samples=5, beta=0.5), beta=x[0, 0]), LossParts)
+assert_type(fastelbo.Objective("elbo").loss(output.recon, x, output.posterior), Tensor)
+assert_type(fastelbo.Objective("vr", alpha=0.5).parts(recon, x, posterior, alpha=0.3), LossParts)
+assert_type(fastelbo.VAELoss(vae, "dreg", num_samples=5).vae, fastelbo.VAE)
+assert_type(posterior.under(posterior.log_q), Posterior)
 assert_type(vae.log_marginal(x, 100), MarginalEstimate)
 assert_type(vae.sample(3, mean=True, generator=torch.Generator()), Tensor)
 assert_type(fastelbo.diagnostics(posterior).kl, Tensor)
-vae.loss(x, generator=3)  # type: ignore[call-overload]
+vae.loss(x, generator=3)  # type: ignore[arg-type]
 with_prior = fastelbo.VAE(nn.Linear(3, 4), nn.Linear(2, 3), prior=(mu, logvar), latent_shape=(2,))
-assert_type(with_prior.loss(x, condition=(x, mu), mask=x > 0, keep="auto", objective="iwae", num_samples=9), Tensor)
-assert_type(with_prior(x, objective="iwae", num_samples=9, return_parts=True), LossParts)
+assert_type(with_prior.loss(x, condition=(x, mu), mask=x > 0, keep=2, objective="iwae", num_samples=9), Tensor)
+assert_type(with_prior.log_marginal(x, 9, proposal="prior"), MarginalEstimate)
 assert_type(with_prior.reconstruct(x, mask=x > 0), Tensor)
 weights = fastelbo.importance_weights(vae, x, 10, mask=x > 0)
 assert_type(weights.normalized, Tensor)
@@ -99,8 +105,10 @@ fastelbo.bound_loss(recon, posterior, kl_wight=0.5)  # type: ignore[call-overloa
 fastelbo.keep_samples(recon, 2, estimater="iwae")  # type: ignore[call-arg]
 fastelbo.importance_weights(vae, x, 10, masks=x)  # type: ignore[call-arg]
 fastelbo.VAE(nn.Linear(3, 4), nn.Linear(2, 3), priors=None)  # type: ignore[call-arg]
-vae.loss(x, num_sample=5)  # type: ignore[call-overload]
-vae(x, objektive="iwae")  # type: ignore[call-overload]
+vae.loss(x, num_sample=5)  # type: ignore[call-arg]
+vae.parts(x, num_sample=5)  # type: ignore[call-arg]
+fastelbo.Objective("iwae", num_sample=5)  # type: ignore[call-arg]
+vae(x, objective="iwae")  # type: ignore[call-arg]
 vae.log_marginal(x, 100, chunksize=10)  # type: ignore[call-arg]
 vae.sample(3, means=True)  # type: ignore[call-arg]
 fastelbo.PPCA(2, feature=3)  # type: ignore[call-arg]

@@ -23,13 +23,13 @@ inline Tensor tensor(const OptionalTensor& t) { return t.has_value() ? *t : Tens
 inline bool wants_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 inline bool wants_grad(const OptionalTensor& t) { return t.has_value() && t->requires_grad(); }
 
-// Whether each of these saved inputs needs a gradient now; they are in the order of apply()'s tensor arguments, and
+// Whether each of the first N saved inputs needs a gradient now; they are in the order of apply()'s tensor arguments, and
 // undefined ones have no edge.
 template <size_t N>
-std::array<bool, N> needs(AutogradContext* ctx, const std::array<Tensor, N>& inputs) {
+std::array<bool, N> needs(AutogradContext* ctx, at::TensorList inputs) {
   std::array<bool, N> result{};
   size_t edge = 0;
-  for (size_t i = 0; i < N; ++i) {
+  for (size_t i = 0; i < std::min(N, inputs.size()); ++i) {
     if (inputs[i].defined()) result[i] = ctx->needs_input_grad(edge++);
   }
   return result;
@@ -81,14 +81,15 @@ inline Tensor scaled(const Tensor& saved, const Tensor& grad_loss, bool owned) {
 }
 
 inline Tensor from_list(const variable_list& outputs, Tensor*) { return outputs[0]; }
+// What a loss returns beside its outputs, the gradients that its forward computed, is not for the caller: undefined.
 template <class... T>
 std::tuple<T...> from_list(const variable_list& outputs, std::tuple<T...>*) {
   return [&]<size_t... i>(std::index_sequence<i...>) {
-    return std::tuple<T...>{outputs[i]...};
+    return std::tuple<T...>{(i < outputs.size() ? outputs[i] : Tensor())...};
   }(std::index_sequence_for<T...>());
 }
 
-// Registers an autograd function whose forward takes the arguments of the op, in their order.
+// Registers an autograd function whose forward takes the arguments of the op, in their order, or a struct of them.
 template <class F, class TheOp>
 struct Apply;
 template <class F, Name name, class R, class... A>

@@ -5,24 +5,31 @@ namespace fastelbo::autograd {
 namespace {
 
 struct LogProb : public Function<LogProb> {
-  enum { kRecon, kX, kSecond, kThird, kMask, kLikelihood, kArguments };
-
-  static variable_list forward(AutogradContext* ctx, const Tensor& recon, const Tensor& x, const OptionalTensor& second,
-                               const OptionalTensor& third, const OptionalTensor& mask, std::string_view likelihood) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList parameters, const Tensor& x,
+                               const OptionalTensor& mask, std::string_view likelihood) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({recon, x, tensor(second), tensor(third), tensor(mask)});
+    variable_list saved(parameters.begin(), parameters.end());
+    saved.push_back(x), saved.push_back(tensor(mask));
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["likelihood"] = std::string(likelihood);
-    return {ops::log_prob(recon, x, second, third, mask, likelihood)};
+    return {ops::log_prob(parameters, x, mask, likelihood)};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor &recon = saved[kRecon], &x = saved[kX], &second = saved[kSecond], &third = saved[kThird];
-    variable_list result(kArguments);
+    const size_t count = saved.size() - 2;
+    const auto needed = needs<kMaxParameters + 1>(ctx, at::TensorList(saved).slice(0, count + 1));
+    std::array<bool, kMaxParameters + 1> wanted{};
+    for (size_t i = 0; i < count; ++i) wanted[i] = needed[i];
+    wanted[kMaxParameters] = needed[count];
     BelowAutogradUnlessGraph guard;
-    std::tie(result[kRecon], result[kX], result[kSecond], result[kThird]) =
-        ops::log_prob_backward(grads[0], recon, x, optional(second), optional(third), optional(saved[kMask]),
-                               ctx->saved_data["likelihood"].toStringView(), needs<4>(ctx, {recon, x, second, third}));
+    const auto found = ops::log_prob_backward(grads[0], at::TensorList(saved).slice(0, count), saved[count],
+                                              optional(saved[count + 1]), ctx->saved_data["likelihood"].toStringView(),
+                                              wanted);
+    const std::array<Tensor, kMaxParameters> of = some_of<kMaxParameters>(found);
+    variable_list result(of.begin(), of.begin() + count);
+    result.resize(count + 3);
+    result[count] = std::get<kMaxParameters>(found);
     return result;
   }
 };

@@ -3,18 +3,17 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/library.h>
 
+#include "prepare/shapes.h"
+
 namespace fastelbo::composite {
 namespace {
 
 // The sum of two gradients, either of which may be absent.
 Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.defined() ? a : a + b; }
 
-// The sum of t [B], the same for any number of threads: torch splits a sum to one number among them, not one of rows.
-Tensor ordered_sum(const Tensor& t) {
-  constexpr int64_t kRow = 4096;
-  if (at::isTensorSubclassLike(t) || t.numel() <= kRow) return t.sum();
-  const int64_t rows = t.numel() / kRow;
-  return t.narrow(0, 0, rows * kRow).view({rows, kRow}).sum(1).sum() + t.narrow(0, rows * kRow, t.numel() % kRow).sum();
+// The gradient of a number, from those that every datum gives it [B].
+Tensor of_number(const Tensor& grads, const OptionalTensor& number) {
+  return (at::isTensorSubclassLike(grads) ? grads.sum() : shapes::sum_to(grads, {})).to(number->options());
 }
 
 // Upstream gradients [B] of the loss of every datum.
@@ -24,20 +23,20 @@ Tensor per_datum(const Tensor& grad_loss, std::string_view reduction, c10::SymIn
   return g.expand_symint({B});
 }
 
-LikelihoodGrads log_prob_backward(const Tensor& rows, const LikelihoodInputs& in, std::array<bool, 4> needs) {
-  if (!rows.defined() || !(needs[0] || needs[1] || needs[2] || needs[3])) return {};
-  auto [recon, x, second, third] = ops::log_prob_backward(rows, in.recon, in.x, optional(in.second), optional(in.third),
-                                                          optional(in.mask), in.likelihood, needs);
-  return {recon, x, second, third};
+template <class Inputs>
+FitGrads log_prob_backward(const Tensor& rows, const Inputs& in, const FitNeeds& needs) {
+  if (!rows.defined() || needs == FitNeeds{}) return {};
+  const auto found = ops::log_prob_backward(rows, in.parameters, in.x, in.mask, in.likelihood, needs);
+  return {some_of<kMaxParameters>(found), std::get<kMaxParameters>(found)};
 }
 
 }  // namespace
 
 // d loss_b = -mean_k d log p_kb + beta d KL_b, plus the upstream gradients of the parts.
 ElboGrads elbo_loss_backward(const Tensor& grad_loss, const Tensor& grad_log_likelihood, const Tensor& grad_kl,
-                             const ElboInputs& in, const ElboNeeds& needs) {
-  const Tensor &recon = in.fit.recon, &x = in.fit.x;
-  ElboGrads result;
+                             const ElboInputs& in, const FitNeeds& fit, const std::array<bool, 4>& latents, bool beta,
+                             const Tensor& kl) {
+  const Tensor &recon = in.parameters[0], &x = in.x;
   Tensor datum, rows, penalty;  // upstream gradients: [B] of the loss, [K?, B] of log p, [B] of beta's KL
   if (grad_loss.defined()) {
     datum = per_datum(grad_loss, in.reduction, x.sym_size(0));
@@ -45,82 +44,84 @@ ElboGrads elbo_loss_backward(const Tensor& grad_loss, const Tensor& grad_log_lik
     if (recon.dim() > x.dim()) {
       rows = rows.div(at::Scalar(recon.sym_size(0))).expand_symint({recon.sym_size(0), x.sym_size(0)});
     }
-    penalty = in.beta_tensor.defined() ? datum * in.beta_tensor.to(datum.scalar_type()) : datum * in.beta;
+    penalty = in.beta.has_value() ? datum * in.beta->to(datum.scalar_type()) : datum;
   }
-  result.fit = log_prob_backward(plus(rows, grad_log_likelihood), in.fit, needs.fit);
-  const auto add_kl = [&](const Tensor& grad, double free_bits) {
-    if (!grad.defined()) return;
-    const auto [mu, logvar, prior_mu, prior_logvar] = ops::gaussian_kl_backward(
-        grad, in.mu, in.logvar, optional(in.prior_mu), optional(in.prior_logvar), free_bits, needs.latent);
-    result.mu = plus(result.mu, mu), result.logvar = plus(result.logvar, logvar);
-    result.prior_mu = plus(result.prior_mu, prior_mu);
-    result.prior_logvar = plus(result.prior_logvar, prior_logvar);
+  ElboGrads result{log_prob_backward(plus(rows, grad_log_likelihood), in, fit)};
+  // the two gradients of a half type's prior, which may be sums over data, are rounded once
+  const auto wide = [&](const OptionalTensor& t) {
+    return t.has_value() ? OptionalTensor(t->to(checks::compute_type(*t))) : t;
   };
-  if (needs.latent[0] || needs.latent[1] || needs.latent[2] || needs.latent[3]) {
-    if (in.free_bits > 0) {
-      add_kl(penalty, in.free_bits), add_kl(grad_kl, 0.0);
-    } else {
-      add_kl(plus(penalty, grad_kl), 0.0);
-    }
+  const OptionalTensor prior_mu = wide(in.prior_mu), prior_logvar = wide(in.prior_logvar);
+  const auto add_kl = [&](const Tensor& grad, const OptionalTensor& free_bits) {
+    if (!grad.defined() || latents == std::array<bool, 4>{}) return;
+    const auto found =
+        some_of<4>(ops::gaussian_kl_backward(grad, in.mu, in.logvar, prior_mu, prior_logvar, free_bits, latents));
+    for (size_t i = 0; i < 4; ++i) result.latents[i] = plus(result.latents[i], found[i]);
+  };
+  if (in.free_bits.has_value()) {
+    add_kl(penalty, in.free_bits), add_kl(grad_kl, {});
+  } else {
+    add_kl(plus(penalty, grad_kl), {});
   }
-  if (needs.beta && datum.defined()) {
-    const bool again = in.free_bits > 0 || !in.kl.defined() || at::GradMode::is_enabled();
-    const Tensor kl =
-        again ? ops::gaussian_kl(in.mu, in.logvar, optional(in.prior_mu), optional(in.prior_logvar), in.free_bits)
-              : in.kl;
-    result.beta = ordered_sum(datum * kl).to(in.beta_tensor.scalar_type());
+  if (result.latents[2].defined()) result.latents[2] = result.latents[2].to(in.prior_mu->scalar_type());
+  if (result.latents[3].defined()) result.latents[3] = result.latents[3].to(in.prior_logvar->scalar_type());
+  if (beta && datum.defined()) {
+    const bool again = in.free_bits.has_value() || !kl.defined() || at::GradMode::is_enabled();
+    const Tensor weighted =
+        again ? ops::gaussian_kl(in.mu, in.logvar, in.prior_mu, in.prior_logvar, in.free_bits) : kl;
+    result.beta = of_number(datum * weighted, in.beta);
   }
+  return result;
+}
+
+BoundGrads minus_bound_backward(const Tensor& grad, const Tensor& log_w, const OptionalTensor& gates,
+                                const OptionalTensor& elbo_weight, const OptionalTensor& alpha, int64_t groups,
+                                at::ArrayRef<double> steering, const std::array<bool, 4>& needs, const Tensor& weights,
+                                const Tensor& factors) {
+  const bool of_numbers = needs[2] || needs[3];
+  Tensor a = weights, of_gates = factors, slopes;
+  if (!a.defined() || of_numbers || at::GradMode::is_enabled()) {
+    std::tie(std::ignore, a, of_gates, slopes) =
+        ops::multi_sample_weights(log_w, elbo_weight, alpha, groups, steering, of_numbers);
+  }
+  BoundGrads result;
+  result.log_w = a * grad.neg();  // [K, B]
+  if (needs[1]) result.gates = of_gates.to(gates->scalar_type());
+  if (needs[2]) result.elbo_weight = of_number(slopes.select(0, 0) * grad.neg(), elbo_weight);
+  if (needs[3]) result.alpha = of_number(slopes.select(0, 1) * grad.neg(), alpha);
   return result;
 }
 
 // What reaches the decoder, and what the encoder, is the estimator's choice: math/estimator.h.
 MultiSampleGrads multi_sample_loss_backward(const Tensor& grad_loss, const Tensor& grad_log_likelihood,
-                                            const MultiSampleInputs& in, const MultiSampleNeeds& needs) {
-  const LikelihoodInputs& fit = in.fit;
+                                            const MultiSampleInputs& in, const FitNeeds& fit,
+                                            const std::array<bool, 4>& bound, const Tensor& log_likelihood) {
   MultiSampleGrads result;
   Tensor rows;  // upstream gradients [K, B] of log p
   if (grad_loss.defined()) {
-    const bool again = !in.log_likelihood.defined() || at::GradMode::is_enabled();
-    const Tensor log_p = again ? ops::log_prob(fit.recon, fit.x, optional(fit.second), optional(fit.third),
-                                               optional(fit.mask), fit.likelihood)
-                               : in.log_likelihood;
-    const Tensor log_w = log_p + in.log_ratio.to(log_p.scalar_type());
-    const auto [bound, weights, gates] = ops::multi_sample_weights(log_w, in.estimator);
-    rows = weights * -per_datum(grad_loss, in.reduction, fit.x.sym_size(0));
-    if (needs.log_ratio) result.log_ratio = rows.to(in.log_ratio.scalar_type());
-    if (needs.gates) result.gates = gates.to(in.gates.scalar_type());
+    const bool again = !log_likelihood.defined() || at::GradMode::is_enabled();
+    const Tensor log_p = again ? ops::log_prob(in.parameters, in.x, in.mask, in.likelihood) : log_likelihood;
+    result.bound =
+        minus_bound_backward(per_datum(grad_loss, in.reduction, in.x.sym_size(0)),
+                             log_p + in.log_ratio.to(log_p.scalar_type()), in.gates, in.elbo_weight, in.alpha,
+                             in.groups, in.steering, bound);
+    rows = result.bound.log_w;
+    result.bound.log_w = bound[0] ? rows.to(in.log_ratio.scalar_type()) : Tensor();
   }
-  result.fit = log_prob_backward(plus(rows, grad_log_likelihood), fit, needs.fit);
+  static_cast<FitGrads&>(result) = log_prob_backward(plus(rows, grad_log_likelihood), in, fit);
   return result;
 }
 
 namespace {
 
-// The losses as they are without gradients: their forward ops, asked for none.
-ElboLoss elbo_loss(const Tensor& recon, const Tensor& x, const Tensor& mu, const Tensor& logvar,
-                   const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar, const OptionalTensor& second,
-                   const OptionalTensor& third, const OptionalTensor& mask, double beta,
-                   const OptionalTensor& beta_tensor, double free_bits, std::string_view likelihood,
-                   std::string_view reduction) {
-  const auto out = ops::elbo_loss_forward(recon, x, mu, logvar, prior_mu, prior_logvar, second, third, mask, beta,
-                                          beta_tensor, free_bits, likelihood, reduction, {});
-  return {std::get<0>(out), std::get<1>(out), std::get<2>(out)};
-}
-
-MultiSampleLoss multi_sample_loss(const Tensor& recon, const Tensor& x, const Tensor& log_ratio,
-                                  const OptionalTensor& gates, const OptionalTensor& second,
-                                  const OptionalTensor& third, const OptionalTensor& mask, std::string_view likelihood,
-                                  at::ArrayRef<double> estimator, std::string_view reduction) {
-  const auto out = ops::multi_sample_loss_forward(recon, x, log_ratio, gates, second, third, mask, likelihood,
-                                                  estimator, reduction, {});
-  return {std::get<0>(out), std::get<1>(out)};
+Tensor minus_bound(const Tensor& log_w, const OptionalTensor& gates, const OptionalTensor& elbo_weight,
+                   const OptionalTensor& alpha, int64_t groups, at::ArrayRef<double> steering) {
+  checks::gates(gates, log_w);
+  return std::get<0>(ops::multi_sample_weights(log_w, elbo_weight, alpha, groups, steering, false)).neg();
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastelbo, CompositeExplicitAutograd, m) {
-  m.impl("elbo_loss", elbo_loss);
-  m.impl("multi_sample_loss", multi_sample_loss);
-}
+TORCH_LIBRARY_IMPL(fastelbo, CompositeExplicitAutograd, m) { m.impl("minus_bound", minus_bound); }
 
 }  // namespace fastelbo::composite

@@ -24,7 +24,7 @@ void run_kl(KlParams& p, bool is_double, double* kl, double* floored_kl) {
   const Latents& q = p.q;
   p.kl = kl;
   Scratch means;
-  if (p.free_bits > 0) {
+  if (!p.free_bits.is_zero()) {
     kl_dim_means(p, is_double, means);
     p.dim_means = means.data(), p.floored_kl = floored_kl;
   }
@@ -39,35 +39,15 @@ namespace {
 
 void gaussian_kl(prepare::GaussianKl& op) {
   Scratch kl(op.params.q.B);
-  const bool floored = op.params.free_bits > 0;
+  const bool floored = !op.params.free_bits.is_zero();
   run_kl(op.params, op.is_double, floored ? nullptr : kl.data(), floored ? kl.data() : nullptr);
   write(kl.data(), op.kl);
 }
 
 void gaussian_kl_backward(prepare::GaussianKlBackward& op) { run_kl(op.params, op.is_double, nullptr, nullptr); }
 
-void rsample(prepare::RSample& op) {
-  SampleParams& p = op.params;
-  const Latents& q = p.q;
-  Scratch ratios(p.K * q.B, 0.0), kl(q.B);
-  p.log_ratio = ratios.data();
-  const int64_t samples = std::min(p.K, kSampleBlock);
-  run(kernels().sample[op.is_double], p, row_blocks(q.B, q.D) * sample_blocks(p.K),
-      rows_per_block(q.D) * q.D * samples * 2);
-  KlParams kl_params;
-  kl_params.q = q;
-  run_kl(kl_params, op.is_double, kl.data(), nullptr);
-  write(ratios.data(), op.log_ratio);
-  write(kl.data(), op.kl);
-}
-
-void rsample_backward(prepare::RSampleBackward& op) {
-  const SampleBackwardParams& p = op.params;
-  run(kernels().sample_backward[op.is_double], p, row_blocks(p.q.B, p.q.D), rows_per_block(p.q.D) * p.q.D * p.K * 2);
-}
-
 // What comes from outside is checked where it can be read without a wait.
-void check_kept(const at::Tensor& sample, const at::Tensor& datum, const Latents& q) {
+void check_chosen(const at::Tensor& sample, const at::Tensor& datum, const Latents& q) {
   const auto *k = sample.const_data_ptr<int64_t>(), *b = datum.const_data_ptr<int64_t>();
   const int64_t samples = std::numeric_limits<int64_t>::max() / std::max<int64_t>(1, q.B * q.D);
   for (int64_t i = 0; i < sample.numel(); ++i) {
@@ -76,32 +56,46 @@ void check_kept(const at::Tensor& sample, const at::Tensor& datum, const Latents
   }
 }
 
-void rsample_kept(prepare::RSampleKept& op) {
-  KeptParams& p = op.params;
-  check_kept(op.sample, op.datum, p.q);
-  Scratch ratios(p.n, 0.0);
-  p.log_ratio = ratios.data();
-  run(kernels().sample_kept[op.is_double], p, p.n, p.q.D * 4);
-  write(ratios.data(), op.log_ratio);
+void rsample(prepare::RSample& op) {
+  SampleParams& p = op.params;
+  const Latents& q = p.q;
+  const int64_t rows = op.log_ratio.numel();
+  Scratch densities(2 * rows, 0.0), kl(q.B);
+  p.log_ratio = densities.data(), p.log_q = densities.data() + rows;
+  if (p.sample) {
+    check_chosen(op.sample, op.datum, q);
+    run(kernels().sample[op.is_double], p, p.n, q.D * 4);
+  } else {
+    run(kernels().sample[op.is_double], p, row_blocks(q.B, q.D) * sample_blocks(p.K),
+        rows_per_block(q.D) * q.D * std::min(p.K, kSampleBlock) * 2);
+  }
+  KlParams kl_params;
+  kl_params.q = q;
+  run_kl(kl_params, op.is_double, kl.data(), nullptr);
+  write(p.log_ratio, op.log_ratio);
+  write(p.log_q, op.log_q);
+  write(kl.data(), op.kl);
 }
 
-void rsample_kept_backward(prepare::RSampleKeptBackward& op) {
-  const KeptBackwardParams& p = op.params;
-  check_kept(op.sample, op.datum, p.q);
-  const int64_t rows = op.sample.numel() / std::max<int64_t>(1, p.q.B) + 1;  // of a datum, on average
-  run(kernels().sample_kept_backward[op.is_double], p, p.q.B, rows * p.q.D * 4);
+void rsample_backward(prepare::RSampleBackward& op) {
+  const SampleBackwardParams& p = op.params;
+  if (p.sample) {
+    check_chosen(op.sample, op.datum, p.q);
+    const int64_t rows = op.sample.numel() / std::max<int64_t>(1, p.q.B) + 1;  // of a datum, on average
+    run(kernels().sample_backward[op.is_double], p, p.q.B, rows * p.q.D * 4);
+  } else {
+    run(kernels().sample_backward[op.is_double], p, row_blocks(p.q.B, p.q.D), rows_per_block(p.q.D) * p.q.D * p.K * 2);
+  }
 }
 
 }  // namespace
 }  // namespace cpu
 
 TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
-  on_cpu_and_meta<prepare::rsample, cpu::rsample>(m, "rsample");
-  on_cpu_and_meta<prepare::rsample_backward, cpu::rsample_backward>(m, "_rsample_backward");
-  on_cpu_and_meta<prepare::rsample_kept, cpu::rsample_kept>(m, "_rsample_kept");
-  on_cpu_and_meta<prepare::rsample_kept_backward, cpu::rsample_kept_backward>(m, "_rsample_kept_backward");
-  on_cpu_and_meta<prepare::gaussian_kl, cpu::gaussian_kl>(m, "gaussian_kl");
-  on_cpu_and_meta<prepare::gaussian_kl_backward, cpu::gaussian_kl_backward>(m, "_gaussian_kl_backward");
+  on_cpu_and_meta<ops::rsample, prepare::rsample, cpu::rsample>(m, "rsample");
+  on_cpu_and_meta<ops::rsample_backward, prepare::rsample_backward, cpu::rsample_backward>(m, "_rsample_backward");
+  on_cpu_and_meta<ops::gaussian_kl, prepare::gaussian_kl, cpu::gaussian_kl>(m, "gaussian_kl");
+  on_cpu_and_meta<ops::gaussian_kl_backward, prepare::gaussian_kl_backward, cpu::gaussian_kl_backward>(m, "_gaussian_kl_backward");
 }
 
 }  // namespace fastelbo

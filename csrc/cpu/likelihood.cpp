@@ -67,8 +67,8 @@ void log_prob_backward(prepare::LogProbBackward& op) {
 }  // namespace cpu
 
 TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
-  on_cpu_and_meta<prepare::log_prob, cpu::log_prob>(m, "log_prob");
-  on_cpu_and_meta<prepare::log_prob_backward, cpu::log_prob_backward>(m, "_log_prob_backward");
+  on_cpu_and_meta<ops::log_prob, prepare::log_prob, cpu::log_prob>(m, "log_prob");
+  on_cpu_and_meta<ops::log_prob_backward, prepare::log_prob_backward, cpu::log_prob_backward>(m, "_log_prob_backward");
 }
 
 }  // namespace fastelbo

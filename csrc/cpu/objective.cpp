@@ -12,14 +12,6 @@ namespace {
 
 using prepare::Reduction;
 
-double number(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return *t.const_data_ptr<float>();
-    case at::kDouble: return *t.const_data_ptr<double>();
-    default: return t.item<double>();
-  }
-}
-
 // Losses per datum into the returned tensor, summed in order.
 void reduce(const double* losses, int64_t B, Reduction reduction, const at::Tensor& to) {
   if (reduction == Reduction::none) return write(losses, to);
@@ -29,11 +21,11 @@ void reduce(const double* losses, int64_t B, Reduction reduction, const at::Tens
   write(&sum, to);
 }
 
-void elbo_loss_forward(prepare::ElboLossForward& op) {
+void elbo_loss(prepare::ElboLoss& op) {
   const LogProbParams& p = op.rows.params;
   const int64_t K = p.K, B = p.B;
-  const double beta = op.beta_tensor.has_value() ? number(*op.beta_tensor) : op.beta;
-  const bool floored = op.kl_params.free_bits > 0;
+  const double beta = op.beta.value;
+  const bool floored = !op.kl_params.free_bits.is_zero();
   Scratch log_p(K * B), kl(B), floored_kl(floored ? B : 0), losses(B);
   run_rows(op.rows, log_p.data());
   op.kl_params.factor.constant = beta * prepare::datum_weight(op.reduction, B);
@@ -49,7 +41,7 @@ void elbo_loss_forward(prepare::ElboLossForward& op) {
   write(kl.data(), op.kl);
 }
 
-void multi_sample_loss_forward(prepare::MultiSampleLossForward& op) {
+void multi_sample_loss(prepare::MultiSampleLoss& op) {
   const MultiSampleParams& p = op.params;
   const int64_t K = p.fit.K, B = p.fit.B, D = p.fit.D;
   const bool is_double = op.rows.is_double;
@@ -94,11 +86,11 @@ void log_mean_exp_backward(prepare::LogMeanExpBackward& op) {
 }  // namespace cpu
 
 TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
-  on_cpu_and_meta<prepare::log_mean_exp, cpu::log_mean_exp>(m, "log_mean_exp");
-  on_cpu_and_meta<prepare::log_mean_exp_backward, cpu::log_mean_exp_backward>(m, "_log_mean_exp_backward");
-  on_cpu_and_meta<prepare::elbo_loss_forward, cpu::elbo_loss_forward>(m, "_elbo_loss_forward");
-  on_cpu_and_meta<prepare::multi_sample_loss_forward, cpu::multi_sample_loss_forward>(m, "_multi_sample_loss_forward");
-  on_cpu_and_meta<prepare::multi_sample_weights, cpu::multi_sample_weights>(m, "_multi_sample_weights");
+  on_cpu_and_meta<ops::log_mean_exp, prepare::log_mean_exp, cpu::log_mean_exp>(m, "log_mean_exp");
+  on_cpu_and_meta<ops::log_mean_exp_backward, prepare::log_mean_exp_backward, cpu::log_mean_exp_backward>(m, "_log_mean_exp_backward");
+  on_cpu_and_meta<ops::elbo_loss, prepare::elbo_loss, cpu::elbo_loss>(m, "elbo_loss");
+  on_cpu_and_meta<ops::multi_sample_loss, prepare::multi_sample_loss, cpu::multi_sample_loss>(m, "multi_sample_loss");
+  on_cpu_and_meta<ops::multi_sample_weights, prepare::multi_sample_weights, cpu::multi_sample_weights>(m, "_multi_sample_weights");
 }
 
 }  // namespace fastelbo

@@ -129,11 +129,11 @@ void ppca_residual(prepare::PpcaResidual& op) {
 }  // namespace cpu
 
 TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
-  on_cpu_and_meta<prepare::ppca_factor, cpu::ppca_factor>(m, "_ppca_factor");
-  on_cpu_and_meta<prepare::ppca_invert, cpu::ppca_invert>(m, "_ppca_invert");
-  on_cpu_and_meta<prepare::ppca_project, cpu::ppca_project>(m, "_ppca_project");
-  on_cpu_and_meta<prepare::ppca_rest, cpu::ppca_rest>(m, "_ppca_rest");
-  on_cpu_and_meta<prepare::ppca_residual, cpu::ppca_residual>(m, "_ppca_residual");
+  on_cpu_and_meta<ops::ppca_factor, prepare::ppca_factor, cpu::ppca_factor>(m, "_ppca_factor");
+  on_cpu_and_meta<ops::ppca_invert, prepare::ppca_invert, cpu::ppca_invert>(m, "_ppca_invert");
+  on_cpu_and_meta<ops::ppca_project, prepare::ppca_project, cpu::ppca_project>(m, "_ppca_project");
+  on_cpu_and_meta<ops::ppca_rest, prepare::ppca_rest, cpu::ppca_rest>(m, "_ppca_rest");
+  on_cpu_and_meta<ops::ppca_residual, prepare::ppca_residual, cpu::ppca_residual>(m, "_ppca_residual");
 }
 
 }  // namespace fastelbo

@@ -56,8 +56,4 @@ struct TotalMemory {
   }
 };
 
-inline DeviceScalar scalar_of(const std::optional<at::Tensor>& t) {
-  return t.has_value() ? DeviceScalar{t->const_data_ptr(), views::dtype_of(t->scalar_type())} : DeviceScalar{};
-}
-
 }  // namespace fastelbo::cuda

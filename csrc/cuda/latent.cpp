@@ -25,7 +25,8 @@ void gaussian_kl_backward(prepare::GaussianKlBackward& op) {
 
 void rsample(prepare::RSample& op) {
   const OnDeviceOf device(op.z);
-  launch_samples(op.params, op.log_ratio.mutable_data_ptr(), op.kl.mutable_data_ptr(), op.is_double, device.stream());
+  launch_samples(op.params, {op.log_ratio.mutable_data_ptr(), op.log_q.mutable_data_ptr(), op.kl.mutable_data_ptr()},
+                 op.is_double, device.stream());
 }
 
 void rsample_backward(prepare::RSampleBackward& op) {
@@ -33,26 +34,14 @@ void rsample_backward(prepare::RSampleBackward& op) {
   launch_samples_backward(op.params, op.is_double, device.stream());
 }
 
-void rsample_kept(prepare::RSampleKept& op) {
-  const OnDeviceOf device(op.z);
-  launch_samples_kept(op.params, op.log_ratio.mutable_data_ptr(), op.is_double, device.stream());
-}
-
-void rsample_kept_backward(prepare::RSampleKeptBackward& op) {
-  const OnDeviceOf device(op.mu);
-  launch_samples_kept_backward(op.params, op.is_double, device.stream());
-}
-
 }  // namespace
 }  // namespace cuda
 
 TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
-  m.impl("rsample", implement<prepare::rsample, cuda::rsample>);
-  m.impl("_rsample_backward", implement<prepare::rsample_backward, cuda::rsample_backward>);
-  m.impl("_rsample_kept", implement<prepare::rsample_kept, cuda::rsample_kept>);
-  m.impl("_rsample_kept_backward", implement<prepare::rsample_kept_backward, cuda::rsample_kept_backward>);
-  m.impl("gaussian_kl", implement<prepare::gaussian_kl, cuda::gaussian_kl>);
-  m.impl("_gaussian_kl_backward", implement<prepare::gaussian_kl_backward, cuda::gaussian_kl_backward>);
+  m.impl("rsample", implement<ops::rsample, prepare::rsample, cuda::rsample>);
+  m.impl("_rsample_backward", implement<ops::rsample_backward, prepare::rsample_backward, cuda::rsample_backward>);
+  m.impl("gaussian_kl", implement<ops::gaussian_kl, prepare::gaussian_kl, cuda::gaussian_kl>);
+  m.impl("_gaussian_kl_backward", implement<ops::gaussian_kl_backward, prepare::gaussian_kl_backward, cuda::gaussian_kl_backward>);
 }
 
 }  // namespace fastelbo

@@ -33,8 +33,8 @@ void log_prob_backward(prepare::LogProbBackward& op) {
 }  // namespace cuda
 
 TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
-  m.impl("log_prob", implement<prepare::log_prob, cuda::log_prob>);
-  m.impl("_log_prob_backward", implement<prepare::log_prob_backward, cuda::log_prob_backward>);
+  m.impl("log_prob", implement<ops::log_prob, prepare::log_prob, cuda::log_prob>);
+  m.impl("_log_prob_backward", implement<ops::log_prob_backward, prepare::log_prob_backward, cuda::log_prob_backward>);
 }
 
 }  // namespace fastelbo

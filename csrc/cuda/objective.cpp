@@ -20,16 +20,15 @@ bool fills_device(int64_t data) {
   return 3 * data >= 2 * slots * waves;
 }
 
-void elbo_loss_forward(prepare::ElboLossForward& op) {
+void elbo_loss(prepare::ElboLoss& op) {
   const OnDeviceOf device(op.loss);
   const bool is_double = op.rows.is_double;
   RowsParams p;
   p.fit = op.rows.params;
   p.kl = op.kl_params;
-  p.beta = scalar_of(op.beta_tensor);
+  p.beta = op.beta;
   p.fit_weight = p.fit.factor.constant;
-  const double beta = op.beta_tensor.has_value() ? 1 : op.beta;
-  p.kl.factor.constant = p.kl_weight = beta * prepare::datum_weight(op.reduction, p.fit.B);
+  p.kl.factor.constant = p.kl_weight = prepare::datum_weight(op.reduction, p.fit.B);
   const Tensor means = set_dim_means(p.kl, op.kl, is_double, device.stream());
   p.kl_out = op.kl.mutable_data_ptr();
 
@@ -48,17 +47,15 @@ void elbo_loss_forward(prepare::ElboLossForward& op) {
   run_shared_grads(op.rows, device.stream());
   if (op.reduction == Reduction::none) {
     const Tensor fit = op.log_likelihood.dim() == 2 ? op.log_likelihood.mean(0) : op.log_likelihood;
-    // a weight of 0 leaves no KL, even an infinite one
-    if (op.beta_tensor.has_value()) {
-      const Tensor beta = op.beta_tensor->to(penalty.scalar_type());
-      op.loss.copy_((penalty * beta).masked_fill(penalty.isinf().logical_and(beta.eq(0)), 0) - fit);
-    } else {
-      op.loss.copy_((op.beta == 0 ? penalty.masked_fill(penalty.isinf(), 0) : penalty) * op.beta - fit);
+    if (op.weight.has_value()) {  // a weight of 0 leaves no KL, even an infinite one
+      const Tensor beta = op.weight->to(penalty.scalar_type());
+      penalty = (penalty * beta).masked_fill(penalty.isinf().logical_and(beta.eq(0)), 0);
     }
+    op.loss.copy_(penalty - fit);
   }
 }
 
-void multi_sample_loss_forward(prepare::MultiSampleLossForward& op) {
+void multi_sample_loss(prepare::MultiSampleLoss& op) {
   const OnDeviceOf device(op.loss);
   const bool is_double = op.rows.is_double;
   MultiSampleParams& p = op.params;
@@ -110,18 +107,18 @@ void log_mean_exp_backward(prepare::LogMeanExpBackward& op) {
 
 void scale(const Tensor& t, const Tensor& factor) {
   const OnDeviceOf device(t);
-  launch_scale(views::view_of(t.as_strided({t.numel()}, {1}), 1), t.numel(), scalar_of(factor), device.stream());
+  launch_scale(views::view_of(t.as_strided({t.numel()}, {1}), 1), t.numel(), views::number_of(factor, 1), device.stream());
 }
 
 }  // namespace
 }  // namespace cuda
 
 TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
-  m.impl("log_mean_exp", implement<prepare::log_mean_exp, cuda::log_mean_exp>);
-  m.impl("_log_mean_exp_backward", implement<prepare::log_mean_exp_backward, cuda::log_mean_exp_backward>);
-  m.impl("_elbo_loss_forward", implement<prepare::elbo_loss_forward, cuda::elbo_loss_forward>);
-  m.impl("_multi_sample_loss_forward", implement<prepare::multi_sample_loss_forward, cuda::multi_sample_loss_forward>);
-  m.impl("_multi_sample_weights", implement<prepare::multi_sample_weights, cuda::multi_sample_weights>);
+  m.impl("log_mean_exp", implement<ops::log_mean_exp, prepare::log_mean_exp, cuda::log_mean_exp>);
+  m.impl("_log_mean_exp_backward", implement<ops::log_mean_exp_backward, prepare::log_mean_exp_backward, cuda::log_mean_exp_backward>);
+  m.impl("elbo_loss", implement<ops::elbo_loss, prepare::elbo_loss, cuda::elbo_loss>);
+  m.impl("multi_sample_loss", implement<ops::multi_sample_loss, prepare::multi_sample_loss, cuda::multi_sample_loss>);
+  m.impl("_multi_sample_weights", implement<ops::multi_sample_weights, prepare::multi_sample_weights, cuda::multi_sample_weights>);
   m.impl("_scale_", cuda::scale);
 }
 

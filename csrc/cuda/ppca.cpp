@@ -73,11 +73,11 @@ void ppca_residual(prepare::PpcaResidual& op) {
 }  // namespace cuda
 
 TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
-  m.impl("_ppca_factor", implement<prepare::ppca_factor, cuda::ppca_factor>);
-  m.impl("_ppca_invert", implement<prepare::ppca_invert, cuda::ppca_invert>);
-  m.impl("_ppca_project", implement<prepare::ppca_project, cuda::ppca_project>);
-  m.impl("_ppca_rest", implement<prepare::ppca_rest, cuda::ppca_rest>);
-  m.impl("_ppca_residual", implement<prepare::ppca_residual, cuda::ppca_residual>);
+  m.impl("_ppca_factor", implement<ops::ppca_factor, prepare::ppca_factor, cuda::ppca_factor>);
+  m.impl("_ppca_invert", implement<ops::ppca_invert, prepare::ppca_invert, cuda::ppca_invert>);
+  m.impl("_ppca_project", implement<ops::ppca_project, prepare::ppca_project, cuda::ppca_project>);
+  m.impl("_ppca_rest", implement<ops::ppca_rest, prepare::ppca_rest, cuda::ppca_rest>);
+  m.impl("_ppca_residual", implement<ops::ppca_residual, prepare::ppca_residual, cuda::ppca_residual>);
 }
 
 }  // namespace fastelbo

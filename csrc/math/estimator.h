@@ -1,6 +1,7 @@
-// A K-sample bound and the gradient estimator that goes with it, as six numbers.
+// A K-sample bound and the gradient estimator that goes with it, as six numbers: the bound's, and three of "steering".
 //
 //   bound = elbo_weight mean_k log w_k + (1 - elbo_weight) / groups sum_g 1/t log mean_{k in g} w_k^t,  t = 1 - alpha
+//           (t = 0: its limit, the mean)
 //   a_k = d bound / d log w_k: the weight of grad_theta log p(x, z_k)
 //   b_k = a_k (path + path_weight a_k): the weight of the path derivative (d log w_k / d z_k) (d z_k / d phi)
 //   c_k = a_k score: the weight of -grad_phi log q(z_k | x) at fixed z_k
@@ -12,12 +13,12 @@
 // The bound, a, b and c of one datum are computed in math/weights.h.
 #pragma once
 
-#include <cstdint>
+#include "math/number.h"
 
 namespace fastelbo {
 
 struct Estimator {
-  double elbo_weight = 0, alpha = 0;
+  Number elbo_weight, alpha;
   int64_t groups = 1;
   double path = 1, path_weight = 0, score = 1;
 };

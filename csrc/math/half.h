@@ -1,4 +1,4 @@
-// Half-precision numbers as the bits that they are stored in, to and from float.
+// Half-precision numbers as the bits that they are stored in, to and from float; a number of any floating type.
 #pragma once
 
 #include <c10/util/Half.h>
@@ -7,6 +7,7 @@
 #endif
 
 #include "math/elementary.h"
+#include "math/number.h"
 
 namespace fastelbo::FASTELBO_ISA {
 
@@ -36,5 +37,15 @@ FASTELBO_HD Half to_half(float v) { return {uint16_t(_cvtss_sh(v, 0))}; }
 FASTELBO_HD float to_float(Half v) { return c10::detail::fp16_ieee_to_fp32_value(v.bits); }
 FASTELBO_HD Half to_half(float v) { return {c10::detail::fp16_ieee_from_fp32_value(v)}; }
 #endif
+
+FASTELBO_HD double read(const Number& n) {
+  if (!n.data) return n.value;
+  switch (n.dtype) {
+    case DType::f32: return double(*static_cast<const float*>(n.data));
+    case DType::bf16: return double(to_float(*static_cast<const BFloat16*>(n.data)));
+    case DType::f16: return double(to_float(*static_cast<const Half*>(n.data)));
+    default: return *static_cast<const double*>(n.data);
+  }
+}
 
 }  // namespace fastelbo::FASTELBO_ISA

@@ -6,13 +6,13 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cmath>
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <string_view>
 
 #include "likelihoods/info.h"
-#include "math/estimator.h"
+#include "params.h"
 
 namespace fastelbo::checks {
 
@@ -92,10 +92,7 @@ inline void data(const at::Tensor& x, const char* like_name, const at::Tensor& l
   const auto xt = x.scalar_type();
   const bool counts = domain == Domain::counts;
   if (xt == at::kByte || (counts ? xt == at::kShort || xt == at::kInt || xt == at::kLong : xt == at::kBool)) return;
-  TORCH_CHECK_TYPE(
-      is_float(xt), "x must be ",
-      counts ? "counts: a float type, uint8, int16, int32 or int64" : "a float type, uint8 (read as x / 255) or bool",
-      "; got ", dtype_name(xt));
+  TORCH_CHECK_TYPE(is_float(xt), "x must be ", data_of(domain), "; got ", dtype_name(xt));
   if (!mixed) same_precision("x", x, like_name, like);
 }
 
@@ -117,12 +114,23 @@ inline Reduction reduction(std::string_view name) {
   return Reduction::none;
 }
 
-// The parameters of a likelihood, recon [K?, B, *event] the first of them, and what goes with them; the returned number
-// is the likelihood's index.
-inline int log_prob(const at::Tensor& recon, const at::Tensor& x, const OptionalTensor& second,
-                    const OptionalTensor& third, const OptionalTensor& mask, std::string_view likelihood) {
+// The parameters of a likelihood, and what goes with them; the returned number is the likelihood's index.
+inline int log_prob(at::TensorList parameters, const at::Tensor& x, const OptionalTensor& mask,
+                    std::string_view likelihood) {
+  static constexpr const char* kNames[] = {"recon", "the second tensor of recon", "the third tensor of recon",
+                                           "the fourth tensor of recon"};
+  static constexpr const char* kCounts[] = {"no tensor", "one tensor", "a pair", "three tensors", "four tensors"};
   const int index = likelihood_index(likelihood);
   const LikelihoodInfo& info = likelihood_info(index);
+  const int count = int(std::min<size_t>(parameters.size(), kMaxParameters));
+  if (count < info.fewest || count > info.most) {
+    std::string names;
+    for (int i = 0; i < info.most; ++i) names += std::string(i ? ", " : "") + info.parameters[i];
+    TORCH_CHECK_VALUE(false, "recon must be ", info.most == 1 ? "one tensor" : "(" + names + ")",
+                      info.fewest < info.most ? ", where the last may be left out," : "", " for likelihood \"",
+                      likelihood, "\"; got ", kCounts[count]);
+  }
+  const at::Tensor& recon = parameters[0];
   floating("recon", recon);
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must be [B, *event]; got a 0-d tensor");
   const auto xs = x.sym_sizes(), rs = recon.sym_sizes();
@@ -133,28 +141,15 @@ inline int log_prob(const at::Tensor& recon, const at::Tensor& x, const Optional
   }
   TORCH_CHECK_VALUE(!sampled || rs[0] != 0, "recon must hold at least one sample; got K=0 in ", shape_text(recon));
   data(x, "recon", recon, info.domain);
-  const int count = 1 + second.has_value() + third.has_value();
-  if (count < info.fewest || count > info.most || (third.has_value() && !second.has_value())) {
-    std::string names;
-    for (int i = 0; i < info.most; ++i) names += std::string(i ? ", " : "") + info.parameters[i];
-    TORCH_CHECK_VALUE(false, "recon must be ", info.most == 1 ? "one tensor" : "(" + names + ")",
-                      info.fewest < info.most ? ", where the last may be left out," : "", " for likelihood \"",
-                      likelihood, "\"; got ",
-                      count == 1   ? "one tensor"
-                      : count == 2 ? "a pair"
-                                   : "three tensors");
+  for (int i = 1; i < count; ++i) {
+    const at::Tensor& t = parameters[i];
+    const auto ts = t.sym_sizes();
+    TORCH_CHECK_VALUE(ts.empty() || same_shape(ts, rs) || same_shape(ts, xs.slice(1)), kNames[i],
+                      " must have the shape ", shape_text(rs), " of recon's first tensor, ", shape_text(xs.slice(1)),
+                      " of one datum, or be 0-d; got ", shape_text(t));
+    same_precision(kNames[i], t, "the first", recon);
+    same_device(kNames[i], t, "the first", recon);
   }
-  const auto parameter = [&](const OptionalTensor& t, const char* name) {
-    if (!t.has_value()) return;
-    const auto ts = t->sym_sizes();
-    TORCH_CHECK_VALUE(ts.empty() || same_shape(ts, rs) || same_shape(ts, xs.slice(1)), name, " must have the shape ",
-                      shape_text(rs), " of recon's first tensor, ", shape_text(xs.slice(1)),
-                      " of one datum, or be 0-d; got ", shape_text(*t));
-    same_precision(name, *t, "the first", recon);
-    same_device(name, *t, "the first", recon);
-  };
-  parameter(second, "the second tensor of recon");
-  parameter(third, "the third tensor of recon");
   if (mask.has_value()) {
     shaped("mask", *mask, "x", x);
     same_device("mask", *mask, "recon", recon);
@@ -175,20 +170,47 @@ inline void upstream(const char* name, const at::Tensor& grad, c10::SymIntArrayR
   same_device(name, grad, "the inputs", like);
 }
 
-inline void free_bits(double value) { TORCH_CHECK_VALUE(value >= 0, "free_bits must be at least 0 nats; got ", value); }
+// A number beside tensors like this one: on their device, or on the CPU.
+inline void number(const char* name, const OptionalTensor& t, const at::Tensor& like) {
+  if (!t.has_value()) return;
+  floating(name, *t);
+  TORCH_CHECK_VALUE(t->dim() == 0, name, " must be a float or a 0-d tensor; got the shape ", shape_text(*t));
+  if (!t->is_cpu()) same_device(name, *t, "the inputs", like);
+}
+
+inline void free_bits(const OptionalTensor& t, const at::Tensor& mu) {
+  number("free_bits", t, mu);
+  TORCH_CHECK_VALUE(!t.has_value() || !t->requires_grad(),
+                    "free_bits must not require a gradient; got requires_grad=True");
+}
+
+// Whether sizes broadcast to a shape.
+inline bool broadcasts(c10::SymIntArrayRef sizes, c10::SymIntArrayRef shape) {
+  if (sizes.size() > shape.size()) return false;
+  const size_t missing = shape.size() - sizes.size();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] != 1 && sizes[i] != shape[missing + i]) return false;
+  }
+  return true;
+}
 
 inline void latent(const at::Tensor& mu, const at::Tensor& logvar, const OptionalTensor& prior_mu,
                    const OptionalTensor& prior_logvar) {
   floating("mu", mu);
   TORCH_CHECK_VALUE(mu.dim() >= 1, "mu must be [B, *latent]; got a 0-d tensor");
   const auto like_mu = [&](const char* name, const at::Tensor& t) {
-    shaped(name, t, "mu", mu);
     same_precision(name, t, "mu", mu);
     same_device(name, t, "mu", mu);
   };
+  shaped("logvar", logvar, "mu", mu);
   like_mu("logvar", logvar);
-  if (prior_mu.has_value()) like_mu("prior_mu", *prior_mu);
-  if (prior_logvar.has_value()) like_mu("prior_logvar", *prior_logvar);
+  const auto prior = [&](const char* name, const OptionalTensor& t) {
+    if (!t.has_value()) return;
+    TORCH_CHECK_VALUE(broadcasts(t->sym_sizes(), mu.sym_sizes()), name, " must broadcast to the shape ",
+                      shape_text(mu), " of mu; got ", shape_text(*t));
+    like_mu(name, *t);
+  };
+  prior("prior_mu", prior_mu), prior("prior_logvar", prior_logvar);
 }
 
 inline void seed(const at::Tensor& t, const at::Tensor& mu) {
@@ -197,71 +219,62 @@ inline void seed(const at::Tensor& t, const at::Tensor& mu) {
   same_device("seed", t, "mu", mu);
 }
 
+// [K?, B, *latent], or [n, *latent] of chosen samples.
+inline c10::SymDimVector samples_shape(const at::Tensor& mu, const std::optional<c10::SymInt>& num_samples,
+                                       const OptionalTensor& sample) {
+  c10::SymDimVector shape;
+  if (num_samples) shape.push_back(*num_samples);
+  for (const auto& s : mu.sym_sizes()) shape.push_back(s);
+  if (sample.has_value()) shape[0] = sample->sym_size(0);
+  return shape;
+}
+
 inline void noise(const at::Tensor& mu, const std::optional<c10::SymInt>& num_samples, const OptionalTensor& seed,
-                  const OptionalTensor& eps, const c10::SymInt& first_sample) {
+                  const OptionalTensor& eps, const OptionalTensor& sample, const OptionalTensor& datum,
+                  const c10::SymInt& first_sample) {
   TORCH_CHECK_VALUE(!num_samples || *num_samples >= 1, "num_samples must be at least 1; got ", *num_samples);
   TORCH_CHECK_VALUE(first_sample >= 0, "first_sample must be at least 0; got ", first_sample);
   TORCH_CHECK_VALUE(seed.has_value() != eps.has_value(), "rsample takes either seed or eps; got ",
                     seed.has_value() ? "both" : "neither");
-  if (seed.has_value()) {
-    checks::seed(*seed, mu);
-    return;
+  TORCH_CHECK_VALUE(sample.has_value() == datum.has_value() && !(sample.has_value() && (num_samples || eps.has_value())),
+                    "sample and datum go together, with a seed and without num_samples");
+  if (seed.has_value()) checks::seed(*seed, mu);
+  if (sample.has_value()) {
+    for (const auto& [name, t] : {std::pair<const char*, const at::Tensor&>{"sample", *sample}, {"datum", *datum}}) {
+      TORCH_CHECK_TYPE(t.scalar_type() == at::kLong, name, " must be int64; got ", dtype_name(t.scalar_type()));
+      TORCH_CHECK_VALUE(t.dim() == 1, name, " must be [n]; got ", shape_text(t));
+      same_device(name, t, "mu", mu);
+    }
+    shaped("datum", *datum, "sample", *sample);
   }
-  c10::SymDimVector shape;
-  if (num_samples) shape.push_back(*num_samples);
-  for (const auto& s : mu.sym_sizes()) shape.push_back(s);
+  if (!eps.has_value()) return;
+  const c10::SymDimVector shape = samples_shape(mu, num_samples, sample);
   TORCH_CHECK_VALUE(same_shape(eps->sym_sizes(), shape), "eps must have the shape ", shape_text(shape),
                     " (num_samples and mu); got ", shape_text(*eps));
   same_precision("eps", *eps, "mu", mu);
   same_device("eps", *eps, "mu", mu);
 }
 
-// The indices of kept samples.
-inline void kept(const at::Tensor& sample, const at::Tensor& datum, const at::Tensor& mu) {
-  for (const auto& [name, t] : {std::pair<const char*, const at::Tensor&>{"sample", sample}, {"datum", datum}}) {
-    TORCH_CHECK_TYPE(t.scalar_type() == at::kLong, name, " must be int64; got ", dtype_name(t.scalar_type()));
-    TORCH_CHECK_VALUE(t.dim() == 1, name, " must be [n]; got ", shape_text(t));
-    same_device(name, t, "mu", mu);
-  }
-  shaped("datum", datum, "sample", sample);
-}
-
-// The upstream gradient of samples of that shape.
-inline void grad_z(const OptionalTensor& grad, c10::SymIntArrayRef shape, const at::Tensor& mu) {
-  if (!grad.has_value()) return;
-  TORCH_CHECK_VALUE(same_shape(grad->sym_sizes(), shape), "grad_z must have the shape ", shape_text(shape), "; got ",
-                    shape_text(*grad));
-  same_precision("grad_z", *grad, "mu", mu);
-  same_device("grad_z", *grad, "mu", mu);
-}
-
+// The upstream gradients of samples of that shape, of which `lead` dimensions are not latent.
 inline void rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
-                             const OptionalTensor& grad_log_ratio, const OptionalTensor& grad_gates,
-                             const at::Tensor& mu, const at::Tensor& logvar,
-                             const std::optional<c10::SymInt>& num_samples, const OptionalTensor& prior_mu,
-                             const OptionalTensor& prior_logvar, const OptionalTensor& seed, const OptionalTensor& eps,
-                             const c10::SymInt& first_sample) {
-  latent(mu, logvar, prior_mu, prior_logvar);
-  noise(mu, num_samples, seed, eps, first_sample);
-  c10::SymDimVector shape;
-  if (num_samples) shape.push_back(*num_samples);
-  for (const auto& s : mu.sym_sizes()) shape.push_back(s);
-  const c10::SymIntArrayRef z(shape), rows = z.slice(0, num_samples ? 2 : 1);
-  checks::grad_z(grad_z, z, mu);
-  if (grad_kl.has_value()) upstream("grad_kl", *grad_kl, {mu.sym_size(0)}, mu);
-  if (grad_log_ratio.has_value()) upstream("grad_log_ratio", *grad_log_ratio, rows, mu);
-  if (grad_gates.has_value() && num_samples) {
-    upstream("grad_gates", *grad_gates, {c10::SymInt(2), *num_samples, mu.sym_size(0)}, mu);
+                             const OptionalTensor& grad_log_ratio, const OptionalTensor& grad_log_q,
+                             const OptionalTensor& grad_gates, const at::Tensor& mu, c10::SymIntArrayRef shape,
+                             size_t lead) {
+  if (grad_z.has_value()) {
+    TORCH_CHECK_VALUE(same_shape(grad_z->sym_sizes(), shape), "grad_z must have the shape ", shape_text(shape),
+                      "; got ", shape_text(*grad_z));
+    same_precision("grad_z", *grad_z, "mu", mu);
+    same_device("grad_z", *grad_z, "mu", mu);
   }
-}
-
-inline void rsample_kept_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_log_ratio,
-                                  const OptionalTensor& grad_gates, const at::Tensor& mu, const c10::SymInt& n) {
-  c10::SymDimVector shape(mu.sym_sizes().begin(), mu.sym_sizes().end());
-  shape[0] = n;
-  checks::grad_z(grad_z, shape, mu);
-  if (grad_log_ratio.has_value()) upstream("grad_log_ratio", *grad_log_ratio, {n}, mu);
-  if (grad_gates.has_value()) upstream("grad_gates", *grad_gates, {c10::SymInt(2), n}, mu);
+  if (grad_kl.has_value()) upstream("grad_kl", *grad_kl, {mu.sym_size(0)}, mu);
+  const auto rows = [&](const char* name, const OptionalTensor& grad) {
+    if (grad.has_value()) upstream(name, *grad, shape.slice(0, lead), mu);
+  };
+  rows("grad_log_ratio", grad_log_ratio), rows("grad_log_q", grad_log_q);
+  if (!grad_gates.has_value()) return;
+  c10::SymDimVector gates{c10::SymInt(2)};
+  gates.append(shape.begin(), shape.begin() + lead);
+  upstream("grad_gates", *grad_gates, gates, mu);
 }
 
 inline void elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& mu, const OptionalTensor& beta) {
@@ -269,28 +282,28 @@ inline void elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Te
                     shape_text(mu));
   same_precision("mu", mu, "recon", recon);
   same_device("mu", mu, "recon", recon);
-  if (beta.has_value()) {
-    floating("beta", *beta);
-    TORCH_CHECK_VALUE(beta->dim() == 0, "beta must be a float or a 0-d tensor; got the shape ", shape_text(*beta));
-    same_device("beta", *beta, "recon", recon);
-  }
+  number("beta", beta, recon);
 }
 
-// The six numbers of an estimator, for K samples.
-inline Estimator estimator(at::ArrayRef<double> numbers, const c10::SymInt& K) {
-  TORCH_CHECK_VALUE(numbers.size() == 6, "estimator must be six numbers; got ", numbers.size());
-  const Estimator e{numbers[0], numbers[1], int64_t(numbers[2]), numbers[3], numbers[4], numbers[5]};
-  TORCH_CHECK_VALUE(std::isfinite(e.alpha) && (e.alpha != 1 || e.elbo_weight == 1),
-                    "alpha must be finite, and 1 only with elbo_weight=1; got alpha=", e.alpha,
-                    ", elbo_weight=", e.elbo_weight);
-  TORCH_CHECK_VALUE(e.elbo_weight >= 0 && e.elbo_weight <= 1, "elbo_weight must be in [0, 1]; got ", e.elbo_weight);
-  TORCH_CHECK_VALUE(e.groups >= 1 && double(e.groups) == numbers[2] && K % e.groups == 0,
-                    "groups must divide the number of samples K=", K, "; got ", numbers[2]);
-  return e;
+// The numbers of an estimator, for K samples of the type and device of `like`.
+inline void estimator(const OptionalTensor& elbo_weight, const OptionalTensor& alpha, int64_t groups,
+                      at::ArrayRef<double> steering, const c10::SymInt& K, const at::Tensor& like) {
+  number("elbo_weight", elbo_weight, like), number("alpha", alpha, like);
+  TORCH_CHECK_VALUE(steering.size() == 3, "steering must be three numbers; got ", steering.size());
+  TORCH_CHECK_VALUE(groups >= 1 && K % groups == 0, "groups must divide the number of samples K=", K, "; got ", groups);
 }
 
-inline void multi_sample_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& log_ratio,
-                              const OptionalTensor& gates) {
+// log w or log ratios [K, B] like `like`, and gates for them.
+inline void gates(const OptionalTensor& gates, const at::Tensor& like) {
+  if (!gates.has_value()) return;
+  const c10::SymInt K = like.sym_size(0), B = like.sym_size(1);
+  TORCH_CHECK_VALUE(same_shape(gates->sym_sizes(), {c10::SymInt(2), K, B}), "gates must be [2, K, B] with K=", K,
+                    " and B=", B, "; got ", shape_text(*gates));
+  same_precision("gates", *gates, "the samples", like);
+  same_device("gates", *gates, "the samples", like);
+}
+
+inline void multi_sample_loss(const at::Tensor& recon, const at::Tensor& x, const at::Tensor& log_ratio) {
   TORCH_CHECK_VALUE(recon.dim() == x.dim() + 1, "recon must be [K, B, *event] with B=", x.sym_size(0),
                     " and event=", shape_text(x.sym_sizes().slice(1)), " from x; got ", shape_text(recon));
   TORCH_CHECK_VALUE(same_shape(log_ratio.sym_sizes(), recon.sym_sizes().slice(0, 2)),
@@ -298,13 +311,6 @@ inline void multi_sample_loss(const at::Tensor& recon, const at::Tensor& x, cons
                     shape_text(log_ratio));
   same_precision("log_ratio", log_ratio, "recon", recon);
   same_device("log_ratio", log_ratio, "recon", recon);
-  if (gates.has_value()) {
-    const c10::SymInt K = recon.sym_size(0), B = recon.sym_size(1);
-    TORCH_CHECK_VALUE(same_shape(gates->sym_sizes(), {c10::SymInt(2), K, B}), "gates must be [2, K, B] with K=", K,
-                      " and B=", B, " from recon; got ", shape_text(*gates));
-    same_precision("gates", *gates, "recon", recon);
-    same_device("gates", *gates, "recon", recon);
-  }
 }
 
 // The dimension averaged by log_mean_exp, counted from the front.

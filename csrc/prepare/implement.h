@@ -7,40 +7,42 @@
 
 #include <torch/library.h>
 
+#include <type_traits>
 #include <utility>
+
+#include "ops.h"
 
 namespace fastelbo {
 
-template <auto prepare, auto run>
+// The prepare step takes the arguments of the op, or a struct of them.
+template <const auto& op, auto prepare, auto run>
 struct Implementation;
 
-template <class Prepared, class... A, Prepared (*prepare)(A...), void (*run)(Prepared&)>
-struct Implementation<prepare, run> {
-  static auto call(A... arguments) {
-    Prepared prepared = prepare(std::forward<A>(arguments)...);
-    run(prepared);
+template <ops::Name name, class R, class... A, const ops::Op<name, R(A...)>& op, auto prepare, auto run>
+struct Implementation<op, prepare, run> {
+  static R call(A... arguments) {
+    auto prepared = [&] {
+      if constexpr (requires { prepare(std::forward<A>(arguments)...); }) {
+        return prepare(std::forward<A>(arguments)...);
+      } else {
+        return prepare({std::forward<A>(arguments)...});
+      }
+    }();
+    if constexpr (!std::is_null_pointer_v<decltype(run)>) run(prepared);
     return prepared.result();
   }
 };
 
-// m.impl("name", implement<prepare::name, run>)
-template <auto prepare, auto run>
-inline constexpr auto* implement = &Implementation<prepare, run>::call;
+// m.impl("name", implement<ops::name, prepare::name, run>)
+template <const auto& op, auto prepare, auto run>
+inline constexpr auto* implement = &Implementation<op, prepare, run>::call;
 
-// On meta tensors the outputs are all there is.
-template <class Prepared>
-void only_outputs(Prepared&) {}
-
-template <auto prepare>
-struct OnMeta;
-template <class Prepared, class... A, Prepared (*prepare)(A...)>
-struct OnMeta<prepare> : Implementation<prepare, &only_outputs<Prepared>> {};
-
-// In a TORCH_LIBRARY_FRAGMENT: the op on the CPU, and on meta tensors, which tracing needs.
-template <auto prepare, auto run>
+// In a TORCH_LIBRARY_FRAGMENT: the op on the CPU, and on meta tensors, which tracing needs: there the outputs are all
+// there is.
+template <const auto& op, auto prepare, auto run>
 void on_cpu_and_meta(torch::Library& m, const char* name) {
-  m.impl(name, torch::dispatch(c10::DispatchKey::CPU, implement<prepare, run>));
-  m.impl(name, torch::dispatch(c10::DispatchKey::Meta, &OnMeta<prepare>::call));
+  m.impl(name, torch::dispatch(c10::DispatchKey::CPU, implement<op, prepare, run>));
+  m.impl(name, torch::dispatch(c10::DispatchKey::Meta, implement<op, prepare, nullptr>));
 }
 
 }  // namespace fastelbo

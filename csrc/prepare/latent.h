@@ -10,30 +10,39 @@ namespace fastelbo::prepare {
 using namespace ops;
 using views::Views;
 
-// mu, logvar and their prior, [B, *latent].
+// mu, logvar and their prior, which broadcasts to them: [B, *latent].
 inline Latents latents(Views& views, const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
                        const OptionalTensor& prior_logvar) {
-  Latents q;
-  q.B = mu.size(0);
-  q.D = q.B ? mu.numel() / q.B : 0;
-  q.mu = views.in(mu), q.logvar = views.in(logvar);
-  q.prior_mu = views.in(prior_mu), q.prior_logvar = views.in(prior_logvar);
-  return q;
+  const auto prior = [&](const OptionalTensor& t) { return t.has_value() ? views.in(t->expand(mu.sizes())) : View{}; };
+  return {mu.size(0), mu.size(0) ? mu.numel() / mu.size(0) : 0, views.in(mu), views.in(logvar), prior(prior_mu),
+          prior(prior_logvar)};
 }
 
-// The gradients of mu, logvar and their prior; undefined where not wanted.
-struct LatentOutputs {
-  Tensor mu, logvar, prior_mu, prior_logvar;
+// The gradients of mu, logvar and their prior; undefined where not wanted. That of a prior of another shape is written
+// in the shape of mu, and summed.
+class LatentOutputs {
+  std::array<Tensor, 4> whole_, own_;
 
+ public:
   LatentOutputs(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                const OptionalTensor& prior_logvar, const bool* needs)
-      : mu(shapes::grad_like(OptionalTensor(mu), needs[0])),
-        logvar(shapes::grad_like(OptionalTensor(logvar), needs[1])),
-        prior_mu(shapes::grad_like(prior_mu, needs[2])),
-        prior_logvar(shapes::grad_like(prior_logvar, needs[3])) {}
-
+                const OptionalTensor& prior_logvar, const std::array<bool, 4>& needs) {
+    const std::array<OptionalTensor, 4> inputs{mu, logvar, prior_mu, prior_logvar};
+    for (int i = 0; i < 4; ++i) {
+      own_[i] = whole_[i] = shapes::grad_like(inputs[i], needs[i]);
+      if (own_[i].defined() && !checks::same_shape(own_[i].sym_sizes(), mu.sym_sizes())) {
+        whole_[i] = at::empty_symint(mu.sym_sizes(), shapes::compute_options(mu));
+      }
+    }
+  }
   LatentGrads views(Views& views) const {
-    return {views.out(mu), views.out(logvar), views.out(prior_mu), views.out(prior_logvar)};
+    return {views.out(whole_[0]), views.out(whole_[1]), views.out(whole_[2]), views.out(whole_[3])};
+  }
+  // After the views are finished.
+  const std::array<Tensor, 4>& sums() {
+    for (int i = 2; i < 4; ++i) {
+      if (!own_[i].is_same(whole_[i]) && !own_[i].is_meta()) own_[i].copy_(shapes::sum_to(whole_[i], own_[i].sizes()));
+    }
+    return own_;
   }
 };
 
@@ -47,13 +56,13 @@ struct GaussianKl {
 };
 
 inline GaussianKl gaussian_kl(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                              const OptionalTensor& prior_logvar, double free_bits) {
+                              const OptionalTensor& prior_logvar, const OptionalTensor& free_bits) {
   checks::latent(mu, logvar, prior_mu, prior_logvar);
-  checks::free_bits(free_bits);
+  checks::free_bits(free_bits, mu);
   GaussianKl op{shapes::batch_like(mu, mu), views::is_double(mu), Views(mu.dim() - 1)};
   if (mu.is_meta()) return op;
   op.params.q = latents(op.views, mu, logvar, prior_mu, prior_logvar);
-  op.params.free_bits = free_bits;
+  op.params.free_bits = views::number_of(free_bits, 0);
   return op;
 }
 
@@ -66,60 +75,74 @@ struct GaussianKlBackward {
 
   KlGrads result() {
     views.finish();
-    return {grads.mu, grads.logvar, grads.prior_mu, grads.prior_logvar};
+    const auto& g = grads.sums();
+    return {g[0], g[1], g[2], g[3]};
   }
 };
 
 inline GaussianKlBackward gaussian_kl_backward(const Tensor& grad, const Tensor& mu, const Tensor& logvar,
                                                const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                                               double free_bits, std::array<bool, 4> needs) {
+                                               const OptionalTensor& free_bits, std::array<bool, 4> needs) {
   checks::latent(mu, logvar, prior_mu, prior_logvar);
-  checks::free_bits(free_bits);
+  checks::free_bits(free_bits, mu);
   checks::upstream("grad", grad, {mu.sym_size(0)}, mu);
-  GaussianKlBackward op{
-      mu, {mu, logvar, prior_mu, prior_logvar, needs.data()}, views::is_double(mu), Views(mu.dim() - 1)};
+  GaussianKlBackward op{mu, {mu, logvar, prior_mu, prior_logvar, needs}, views::is_double(mu), Views(mu.dim() - 1)};
   if (mu.is_meta()) return op;
   op.params.q = latents(op.views, mu, logvar, prior_mu, prior_logvar);
   op.params.grad = op.grads.views(op.views);
   op.params.factor = views::rows_of(grad);
-  op.params.free_bits = free_bits;
+  op.params.free_bits = views::number_of(free_bits, 0);
   return op;
 }
 
-inline const int64_t* seed_of(const OptionalTensor& seed) {
-  return seed.has_value() ? seed->const_data_ptr<int64_t>() : nullptr;
+// Where the noise comes from, and which samples are drawn.
+template <class Params>
+void set_draws(Params& p, Views& views, const SampleInputs& in) {
+  p.q = latents(views, in.mu, in.logvar, in.prior_mu, in.prior_logvar);
+  p.K = in.num_samples ? in.num_samples->expect_int() : 1;
+  p.first_sample = in.first_sample.expect_int();
+  p.seed = in.seed.has_value() ? in.seed->const_data_ptr<int64_t>() : nullptr;
+  p.eps = views.in(in.eps);
 }
 
 struct RSample {
-  Tensor z, kl, log_ratio, gates;
+  Tensor z, kl, log_ratio, log_q, gates;
   bool is_double = false;
   Views views{0};
+  Tensor sample, datum;  // contiguous
   SampleParams params;
 
   Samples result() {
     views.finish();
-    return {z, kl, log_ratio, gates};
+    return {z, kl, log_ratio, log_q, gates};
   }
 };
 
-inline RSample rsample(const Tensor& mu, const Tensor& logvar, OptionalInt num_samples, const OptionalTensor& prior_mu,
-                       const OptionalTensor& prior_logvar, const OptionalTensor& seed, const OptionalTensor& eps,
-                       c10::SymInt first_sample) {
-  checks::latent(mu, logvar, prior_mu, prior_logvar);
-  checks::noise(mu, num_samples, seed, eps, first_sample);
-  RSample op{shapes::samples_like(mu, num_samples, true),
+inline RSample rsample(const SampleInputs& in) {
+  const Tensor& mu = in.mu;
+  checks::latent(mu, in.logvar, in.prior_mu, in.prior_logvar);
+  checks::noise(mu, in.num_samples, in.seed, in.eps, in.sample, in.datum, in.first_sample);
+  const c10::SymDimVector shape = checks::samples_shape(mu, in.num_samples, in.sample);
+  const c10::SymIntArrayRef rows = c10::SymIntArrayRef(shape).slice(0, in.num_samples ? 2 : 1);
+  c10::SymDimVector gates{c10::SymInt(2)};  // zeros, see math/estimator.h; of one sample there is nothing to weigh
+  gates.append(rows.begin(), rows.end());
+  const auto options = shapes::compute_options(mu);
+  const bool weighed = in.num_samples || in.sample.has_value();
+  RSample op{at::empty_symint(shape, mu.options()),
              shapes::batch_like(mu, mu),
-             shapes::samples_like(mu, num_samples, false),
-             shapes::gates_like(mu, num_samples),
+             at::empty_symint(rows, options),
+             at::empty_symint(rows, options),
+             weighed ? at::zeros_symint(gates, options) : at::empty({0}, options),
              views::is_double(mu),
              Views(mu.dim() - 1)};
   if (mu.is_meta()) return op;
   SampleParams& p = op.params;
-  p.q = latents(op.views, mu, logvar, prior_mu, prior_logvar);
-  p.K = num_samples ? num_samples->expect_int() : 1;
-  p.first_sample = first_sample.expect_int();
-  p.seed = seed_of(seed);
-  p.eps = op.views.in(eps);
+  set_draws(p, op.views, in);
+  if (in.sample.has_value()) {
+    op.sample = in.sample->contiguous(), op.datum = in.datum->contiguous();
+    p.n = op.sample.numel();
+    p.sample = op.sample.const_data_ptr<int64_t>(), p.datum = op.datum.const_data_ptr<int64_t>();
+  }
   p.z = op.views.out(op.z);
   return op;
 }
@@ -130,119 +153,59 @@ struct RSampleBackward {
   Tensor grad_eps;
   bool is_double = false;
   Views views{0};
+  Tensor sample, datum, order, starts;  // of chosen samples: contiguous; datum in ascending order
   SampleBackwardParams params;
 
   SampleGrads result() {
     views.finish();
-    return {grads.mu, grads.logvar, grads.prior_mu, grads.prior_logvar, grad_eps};
+    const auto& g = grads.sums();
+    return {g[0], g[1], g[2], g[3], grad_eps};
   }
 };
 
-inline RSampleBackward rsample_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
-                                        const OptionalTensor& grad_log_ratio, const OptionalTensor& grad_gates,
-                                        const Tensor& mu, const Tensor& logvar, OptionalInt num_samples,
-                                        const OptionalTensor& prior_mu, const OptionalTensor& prior_logvar,
-                                        const OptionalTensor& seed, const OptionalTensor& eps, c10::SymInt first_sample,
-                                        std::array<bool, 5> needs) {
-  checks::rsample_backward(grad_z, grad_kl, grad_log_ratio, grad_gates, mu, logvar, num_samples, prior_mu, prior_logvar,
-                           seed, eps, first_sample);
+struct SampleBackwardInputs {
+  OptionalTensor grad_z, grad_kl, grad_log_ratio, grad_log_q, grad_gates;
+  Tensor mu, logvar;
+  OptionalTensor prior_mu, prior_logvar;
+  OptionalInt num_samples;
+  OptionalTensor seed, eps, sample, datum;
+  c10::SymInt first_sample;
+  std::array<bool, 5> needs;
+};
+
+inline RSampleBackward rsample_backward(const SampleBackwardInputs& in) {
+  const Tensor& mu = in.mu;
+  checks::latent(mu, in.logvar, in.prior_mu, in.prior_logvar);
+  checks::noise(mu, in.num_samples, in.seed, in.eps, in.sample, in.datum, in.first_sample);
+  const bool weighed = in.num_samples || in.sample.has_value();
+  const OptionalTensor grad_gates = weighed ? in.grad_gates : std::nullopt;
+  checks::rsample_backward(in.grad_z, in.grad_kl, in.grad_log_ratio, in.grad_log_q, grad_gates, mu,
+                           checks::samples_shape(mu, in.num_samples, in.sample), in.num_samples ? 2 : 1);
+  const std::array<bool, 4> needs{in.needs[0], in.needs[1], in.needs[2], in.needs[3]};
   RSampleBackward op{mu,
-                     {mu, logvar, prior_mu, prior_logvar, needs.data()},
-                     shapes::grad_like(eps, needs[4]),
+                     {mu, in.logvar, in.prior_mu, in.prior_logvar, needs},
+                     shapes::grad_like(in.eps, in.needs[4]),
                      views::is_double(mu),
                      Views(mu.dim() - 1)};
   if (mu.is_meta()) return op;
   SampleBackwardParams& p = op.params;
-  p.q = latents(op.views, mu, logvar, prior_mu, prior_logvar);
+  set_draws(p, op.views,
+            {mu, in.logvar, in.prior_mu, in.prior_logvar, in.num_samples, in.seed, in.eps, {}, {}, in.first_sample});
   p.grad = op.grads.views(op.views);
   p.grad_eps = op.views.out(op.grad_eps);
-  p.K = num_samples ? num_samples->expect_int() : 1;
-  p.first_sample = first_sample.expect_int();
-  p.seed = seed_of(seed);
-  p.eps = op.views.in(eps);
-  p.grad_z = op.views.in(grad_z);
-  if (grad_kl.has_value()) p.grad_kl = views::rows_of(*grad_kl);
-  if (grad_log_ratio.has_value()) p.grad_log_ratio = views::rows_of(*grad_log_ratio);
-  if (grad_gates.has_value() && num_samples) {
-    p.gate_path = views::rows_of(grad_gates->select(0, 0)), p.gate_score = views::rows_of(grad_gates->select(0, 1));
-  }
-  return op;
-}
-
-struct RSampleKept {
-  Tensor z, log_ratio, gates;
-  bool is_double = false;
-  Views views{0};
-  Tensor sample, datum;  // contiguous
-  KeptParams params;
-
-  KeptSamples result() {
-    views.finish();
-    return {z, log_ratio, gates};
-  }
-};
-
-inline RSampleKept rsample_kept(const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
-                                const OptionalTensor& prior_logvar, const Tensor& sample, const Tensor& datum,
-                                const Tensor& seed) {
-  checks::latent(mu, logvar, prior_mu, prior_logvar);
-  checks::seed(seed, mu);
-  checks::kept(sample, datum, mu);
-  c10::SymDimVector shape(mu.sym_sizes().begin(), mu.sym_sizes().end());
-  const c10::SymInt n = shape[0] = sample.sym_size(0);
-  RSampleKept op{at::empty_symint(shape, mu.options()), at::empty_symint({n}, shapes::compute_options(mu)),
-                 at::zeros_symint({2, n}, shapes::compute_options(mu)), views::is_double(mu), Views(mu.dim() - 1)};
-  if (mu.is_meta()) return op;
-  op.sample = sample.contiguous(), op.datum = datum.contiguous();
-  KeptParams& p = op.params;
-  p.q = latents(op.views, mu, logvar, prior_mu, prior_logvar);
-  p.n = sample.size(0);
-  p.sample = op.sample.const_data_ptr<int64_t>(), p.datum = op.datum.const_data_ptr<int64_t>();
-  p.seed = seed.const_data_ptr<int64_t>();
-  p.z = op.views.out(op.z);
-  return op;
-}
-
-struct RSampleKeptBackward {
-  Tensor mu;
-  LatentOutputs grads;
-  bool is_double = false;
-  Views views{0};
-  Tensor sample, datum, order, starts;  // contiguous; datum in ascending order
-  KeptBackwardParams params;
-
-  KeptGrads result() {
-    views.finish();
-    return {grads.mu, grads.logvar, grads.prior_mu, grads.prior_logvar};
-  }
-};
-
-inline RSampleKeptBackward rsample_kept_backward(const OptionalTensor& grad_z, const OptionalTensor& grad_log_ratio,
-                                                 const OptionalTensor& grad_gates, const Tensor& mu,
-                                                 const Tensor& logvar, const OptionalTensor& prior_mu,
-                                                 const OptionalTensor& prior_logvar, const Tensor& sample,
-                                                 const Tensor& datum, const Tensor& seed, std::array<bool, 4> needs) {
-  checks::latent(mu, logvar, prior_mu, prior_logvar);
-  checks::seed(seed, mu);
-  checks::kept(sample, datum, mu);
-  checks::rsample_kept_backward(grad_z, grad_log_ratio, grad_gates, mu, sample.sym_size(0));
-  RSampleKeptBackward op{
-      mu, {mu, logvar, prior_mu, prior_logvar, needs.data()}, views::is_double(mu), Views(mu.dim() - 1)};
-  if (mu.is_meta()) return op;
-  op.sample = sample.contiguous();
-  std::tie(op.datum, op.order) = at::sort(datum, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  op.starts = at::searchsorted(op.datum, at::arange(mu.size(0) + 1, datum.options()));
-  KeptBackwardParams& p = op.params;
-  p.q = latents(op.views, mu, logvar, prior_mu, prior_logvar);
-  p.sample = op.sample.const_data_ptr<int64_t>(), p.order = op.order.const_data_ptr<int64_t>();
-  p.starts = op.starts.const_data_ptr<int64_t>();
-  p.seed = seed.const_data_ptr<int64_t>();
-  p.grad_z = op.views.in(grad_z);
-  if (grad_log_ratio.has_value()) p.grad_log_ratio = views::rows_of(*grad_log_ratio);
+  p.grad_z = op.views.in(in.grad_z);
+  const auto rows = [](const OptionalTensor& t) { return t.has_value() ? views::rows_of(*t) : RowScalars{}; };
+  p.grad_kl = rows(in.grad_kl), p.grad_log_ratio = rows(in.grad_log_ratio), p.grad_log_q = rows(in.grad_log_q);
   if (grad_gates.has_value()) {
     p.gate_path = views::rows_of(grad_gates->select(0, 0)), p.gate_score = views::rows_of(grad_gates->select(0, 1));
   }
-  p.grad = op.grads.views(op.views);
+  if (in.sample.has_value()) {
+    op.sample = in.sample->contiguous();
+    std::tie(op.datum, op.order) = at::sort(*in.datum, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    op.starts = at::searchsorted(op.datum, at::arange(mu.size(0) + 1, op.datum.options()));
+    p.sample = op.sample.const_data_ptr<int64_t>(), p.order = op.order.const_data_ptr<int64_t>();
+    p.starts = op.starts.const_data_ptr<int64_t>();
+  }
   return op;
 }
 

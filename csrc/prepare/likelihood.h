@@ -24,28 +24,35 @@ struct Likelihood {
   LogProbParams params;
   c10::SmallVector<SharedOutput, 2> shared;
 
-  Likelihood(const Tensor& recon, const Tensor& x, const OptionalTensor& second, const OptionalTensor& third,
-             const OptionalTensor& mask, std::string_view likelihood)
-      : index(checks::log_prob(recon, x, second, third, mask, likelihood)),
-        is_double(views::is_double(recon)),
-        views(x.dim() - 1, recon.is_meta() ? views::Order() : views::event_order(recon, x.dim() - 1)) {
-    if (recon.is_meta()) return;
+  Likelihood(at::TensorList parameters, const Tensor& x, const OptionalTensor& mask, std::string_view likelihood)
+      : index(checks::log_prob(parameters, x, mask, likelihood)),
+        is_double(views::is_double(parameters[0])),
+        views(x.dim() - 1, x.is_meta() ? views::Order() : views::event_order(parameters[0], x.dim() - 1)) {
+    if (x.is_meta()) return;
     LogProbParams& p = params;
-    p.K = recon.dim() > x.dim() ? recon.size(0) : 1;
+    p.K = parameters[0].dim() > x.dim() ? parameters[0].size(0) : 1;
     p.B = x.size(0);
     p.D = 1;
-    for (int64_t size : x.sizes().slice(1)) p.D *= size;
-    p.count = 1 + second.has_value() + third.has_value();
-    p.parameter[0] = views.in(recon);
     const auto event = x.sizes().slice(1);
-    if (second.has_value()) p.parameter[1] = views.in(second->dim() == 0 ? second->expand(event) : *second);
-    if (third.has_value()) p.parameter[2] = views.in(third->dim() == 0 ? third->expand(event) : *third);
+    for (int64_t size : event) p.D *= size;
+    p.count = int(parameters.size());
+    for (int i = 0; i < p.count; ++i) {
+      p.parameter[i] = views.in(parameters[i].dim() == 0 ? parameters[i].expand(event) : parameters[i]);
+    }
     p.x = views.in(x, /*unit=*/likelihood_info(index).domain != Domain::counts);
     p.mask = views.in(mask);
   }
 
-  // The gradient of parameter i, in its own shape; undefined where not wanted. Of a row of numbers that rows share, no
-  // gradient of full size is ever written.
+  // The gradients of the parameters, each in its own shape; undefined where not wanted.
+  template <class Wanted>
+  ParameterGrads grads(at::TensorList parameters, Wanted wanted) {
+    ParameterGrads found;
+    for (size_t i = 0; i < parameters.size(); ++i) found[i] = grad(int(i), parameters[i], wanted(i));
+    return found;
+  }
+
+ private:
+  // Of numbers that rows share, no gradient of full size is ever written.
   Tensor grad(int i, const OptionalTensor& parameter, bool needed) {
     // by shapes alone, so that threads change no digit; a chunk is summed in the compute type, so it is short
     constexpr int64_t kChunks = 32, kMaxChunk = 64;
@@ -75,41 +82,38 @@ struct LogProb {
   Tensor result() { return log_prob; }
 };
 
-inline LogProb log_prob(const Tensor& recon, const Tensor& x, const OptionalTensor& second, const OptionalTensor& third,
-                        const OptionalTensor& mask, std::string_view likelihood) {
-  return {Likelihood(recon, x, second, third, mask, likelihood), shapes::rows_like(recon, x)};
+inline LogProb log_prob(at::TensorList parameters, const Tensor& x, const OptionalTensor& mask,
+                        std::string_view likelihood) {
+  Likelihood rows(parameters, x, mask, likelihood);
+  return {std::move(rows), shapes::rows_like(parameters[0], x)};
 }
 
 struct LogProbBackward {
   Likelihood rows;
   Tensor grad;
-  Tensor grad_recon, grad_x, grad_second, grad_third;
-  Tensor grad_x_samples;  // [K, B, *event]: x is shared by the samples, and its gradient is the sum of theirs
+  ParameterGrads grads;
+  Tensor grad_x, grad_x_samples;  // [K, B, *event]: x is shared by the samples, and its gradient is the sum of theirs
 
   LogProbGrads result() {
     rows.views.finish();
-    return {grad_recon, grad_x, grad_second, grad_third};
+    return std::tuple_cat(grads, std::tuple(grad_x));
   }
 };
 
-inline LogProbBackward log_prob_backward(const Tensor& grad, const Tensor& recon, const Tensor& x,
-                                         const OptionalTensor& second, const OptionalTensor& third,
+inline LogProbBackward log_prob_backward(const Tensor& grad, at::TensorList parameters, const Tensor& x,
                                          const OptionalTensor& mask, std::string_view likelihood,
-                                         std::array<bool, 4> needs) {
-  LogProbBackward op{Likelihood(recon, x, second, third, mask, likelihood), grad};
+                                         std::array<bool, 5> needs) {
+  LogProbBackward op{Likelihood(parameters, x, mask, likelihood), grad};
+  const Tensor& recon = parameters[0];
   checks::upstream("grad", grad, recon.sym_sizes().slice(0, recon.dim() - x.dim() + 1), recon);
-  op.grad_recon = op.rows.grad(0, recon, needs[0]);
-  op.grad_x = shapes::grad_like(OptionalTensor(x), needs[1]);
-  op.grad_second = op.rows.grad(1, second, needs[2]);
-  op.grad_third = op.rows.grad(2, third, needs[3]);
+  op.grads = op.rows.grads(parameters, [&](size_t i) { return needs[i]; });
+  op.grad_x = shapes::grad_like(OptionalTensor(x), needs[kMaxParameters]);
   if (recon.is_meta()) return op;
   op.rows.params.factor = views::rows_of(grad);
-  if (op.grad_x.defined() && recon.dim() > x.dim()) {
-    op.grad_x_samples = at::empty(recon.sizes(), shapes::compute_options(recon));
-    op.rows.params.grad_x = op.rows.views.out(op.grad_x_samples);
-  } else if (op.grad_x.defined()) {
-    op.rows.params.grad_x = op.rows.views.out(op.grad_x);
-  }
+  if (!op.grad_x.defined()) return op;
+  const bool several = recon.dim() > x.dim();
+  if (several) op.grad_x_samples = at::empty(recon.sizes(), shapes::compute_options(recon));
+  op.rows.params.grad_x = op.rows.views.out(several ? op.grad_x_samples : op.grad_x);
   return op;
 }
 

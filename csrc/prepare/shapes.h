@@ -5,6 +5,8 @@
 #include <tuple>
 #include <vector>
 
+#include <ATen/TensorSubclassLikeUtils.h>
+
 #include "aten.h"
 #include "prepare/checks.h"
 
@@ -36,17 +38,24 @@ inline at::Tensor grad_like(const OptionalTensor& t, bool needed) {
   return needed && t.has_value() ? grad_like(*t) : at::Tensor();
 }
 
-inline at::Tensor samples_like(const at::Tensor& mu, const std::optional<c10::SymInt>& num_samples, bool whole) {
-  c10::SymDimVector shape;
-  if (num_samples) shape.push_back(*num_samples);
-  for (const auto& s : mu.sym_sizes().slice(0, whole ? mu.dim() : 1)) shape.push_back(s);
-  return at::empty_symint(shape, whole ? mu.options() : compute_options(mu));
-}
-
-// [2, K, B] zeros, see math/estimator.h; without K samples there is nothing to weigh.
-inline at::Tensor gates_like(const at::Tensor& mu, const std::optional<c10::SymInt>& num_samples) {
-  if (!num_samples) return at::empty({0}, compute_options(mu));
-  return at::zeros_symint({2, *num_samples, mu.sym_size(0)}, compute_options(mu));
+// The sum of t over the dimensions in which it is larger than `shape`, which broadcasts to it. In an order of its own: the
+// sum of a contiguous row is one thread's, but torch shares out the terms of a single one.
+inline at::Tensor sum_to(const at::Tensor& t, at::IntArrayRef shape) {
+  constexpr int64_t kRow = 4096;
+  const int64_t missing = t.dim() - int64_t(shape.size());
+  c10::SmallVector<int64_t, 8> order, summed;
+  int64_t rows = 1;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    const bool stays = d >= missing && shape[d - missing] == t.size(d);
+    (stays ? order : summed).push_back(d);
+    if (stays) rows *= t.size(d);
+  }
+  order.append(summed.begin(), summed.end());
+  at::Tensor terms = t.permute(order).reshape({rows, rows ? t.numel() / rows : 0});
+  while (rows == 1 && terms.numel() > kRow && !at::isTensorSubclassLike(t)) {
+    terms = at::constant_pad_nd(terms, {0, (kRow - terms.numel() % kRow) % kRow}).view({-1, kRow}).sum(1).view({1, -1});
+  }
+  return terms.contiguous().sum(1).view(shape);
 }
 
 inline at::Tensor reduced_like(const at::Tensor& log_w, int64_t dim) {

@@ -144,6 +144,15 @@ inline RowScalars rows_of(const at::Tensor& t) {
   return r;
 }
 
+// A number that host code reads where it lies on the CPU, and the kernels where it does not.
+inline Number number_of(const OptionalTensor& t, double absent) {
+  if (!t.has_value()) return {absent};
+#if !defined(FASTELBO_HOST_CUDA)  // whose kernels read it as those of a device do
+  if (t->is_cpu()) return {t->scalar_type() == at::kDouble ? *t->const_data_ptr<double>() : t->item<double>()};
+#endif
+  return {0, t->const_data_ptr(), dtype_of(t->scalar_type())};
+}
+
 inline bool is_double(const at::Tensor& t) { return t.scalar_type() == at::kDouble; }
 
 // Sizes of log_w in front of, at and behind the averaged dimension; log_w and its gradient are contiguous here.

@@ -190,6 +190,8 @@ floats = tensor(*FLOATS)
 size = integer(0)
 count = integer(1)
 generator = instance(torch.Generator, "a torch.Generator")
+module = instance(nn.Module, "an nn.Module")
+not_negative = number(lambda value: value >= 0, "at least 0")
 
 Flag = Annotated[bool, instance(bool, "a bool")]
 Text = Annotated[str, instance(str, "a str")]  # a name that a table of its own knows
@@ -227,7 +229,7 @@ AnyPosterior = Annotated[Any, _posterior]
 AnyPosteriors = Annotated[Any, _posteriors]
 AnyKept = Annotated[Any, _kept]
 Prior = Annotated[nn.Module | tuple[Tensor, Tensor], _prior]
-Module = Annotated[nn.Module, instance(nn.Module, "an nn.Module")]
+Module = Annotated[nn.Module, module]
 Condition = Annotated[Tensor | tuple[Tensor, ...], _condition]
 Shape = Annotated[tuple[int, ...], _shape]
 

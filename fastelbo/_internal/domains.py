@@ -1,47 +1,17 @@
-"""What contradicts a likelihood: data outside of its domain, and a last layer that cannot reach its parameters.
+"""Data, and probabilities, outside of the domain of a likelihood.
 
 Values are read in eager mode and on the CPU alone: nothing waits for a device, and what is compiled is not checked.
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fastelbo import likelihoods, reference
+from fastelbo import likelihoods
 
 # All of x costs a sixth of `elbo_loss` with its backward: a function that is called at every step looks at the first
 # calls of a likelihood and a shape, and then at every 64th.
 FIRST, INTERVAL = 64, 64
 _calls: dict[tuple[str, torch.Size], int] = {}
-
-_BOUNDS = {
-    "Sigmoid": (0.0, 1.0),
-    "Hardsigmoid": (0.0, 1.0),
-    "Softmax": (0.0, 1.0),
-    "Tanh": (-1.0, 1.0),
-    "Softsign": (-1.0, 1.0),
-    "Erf": (-1.0, 1.0),
-    "Relu": (0.0, math.inf),
-    "Softplus": (0.0, math.inf),
-    "Exp": (0.0, math.inf),
-    "Abs": (0.0, math.inf),
-    "Silu": (-0.28, math.inf),
-    "Gelu": (-0.17, math.inf),
-    "Mish": (-0.31, math.inf),
-    "Hardswish": (-0.375, math.inf),
-    "LogSigmoid": (-math.inf, 0.0),
-    "LogSoftmax": (-math.inf, 0.0),
-}
-_VIEWS = {"View", "UnsafeView", "ReshapeAlias", "ToCopy"}
-_PICKS = {"Permute", "Transpose", "T", "Squeeze", "Unsqueeze", "Split", "Unbind", "Slice", "Select", "Clone", "Alias"}
-_POINTWISE = {*_BOUNDS, "LeakyRelu", "Elu", "Celu", "Hardtanh", "Clamp", "Mul", "Add"} - {"Softmax", "LogSoftmax"}
-_LOGITS = ("logits", "zero_logits", "log_rate", "log_mean")
-_LOG_SCALES = ("logvar", "log_scale", "log_theta")
-REACH = 2.0  # a logit, or the logarithm of a mean, takes values on both sides of 0, at least as far as this
-UNREACHED = 0.1  # of the data's variance: what may lie beyond the means that a decoder can return, as noise
 
 
 def readable(t: Tensor) -> bool:
@@ -86,10 +56,15 @@ def check_some(first: Tensor, x: Tensor, likelihood: str, mask: Tensor | None = 
     if calls <= FIRST or calls % INTERVAL == 0:
         check_data(x, likelihood, mask)
         if likelihoods.get(likelihood).parameters == ("probs",):
-            _check_probabilities(first, x, likelihood, mask)
+            check_probabilities(first, x, likelihood, mask)
 
 
-def _check_probabilities(t: Tensor, x: Tensor, likelihood: str, mask: Tensor | None) -> None:
+def check_probabilities(t: Tensor, x: Tensor, likelihood: str, mask: Tensor | None) -> None:
+    """Refuse probabilities t of x outside of [0, 1], where mask is not 0.
+
+    Raises:
+        ValueError: with the range of t.
+    """
     if not readable(t) or t.numel() == 0:
         return
     low, high = _range_of(t.detach())
@@ -107,109 +82,3 @@ def _check_probabilities(t: Tensor, x: Tensor, likelihood: str, mask: Tensor | N
 def _range_of(t: Tensor) -> tuple[float, float]:
     low, high = t.aminmax() if t.is_contiguous() else (t.amin(), t.amax())  # aminmax copies
     return low.item(), high.item()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Last layers, by the graph that autograd has recorded: whatever the modules are called.
-
-
-def _name(node: Any) -> str:
-    return str(node.name()).split("Backward")[0]
-
-
-def _source(node: Any, passed: set[str]) -> Any:
-    """The node that computed a tensor's values: what merely arranges them is passed."""
-    while node is not None and _name(node) in passed:
-        node = node.next_functions[0][0]
-    return node
-
-
-def _bounds(t: Tensor) -> tuple[str, float, float, int] | None:
-    """Of the layer that computed t: its name, between what its results lie, and over how many they sum to 1 (or 0)."""
-    node = _source(t.grad_fn, _VIEWS | _PICKS)
-    if node is None:
-        return None
-    name = _name(node)
-    if name in ("Hardtanh", "Clamp"):
-        ends = [getattr(node, f"_saved_{end}", None) for end in ("min_val", "max_val", "min", "max")]
-        if any(isinstance(end, Tensor) for end in ends):
-            return None
-        low, high = (next((float(e) for e in ends[i::2] if e is not None), s * math.inf) for i, s in ((0, -1), (1, 1)))
-        return (name, low, high, 0) if low > -math.inf or high < math.inf else None
-    if name in ("Elu", "Celu"):
-        return name, -node._saved_alpha * getattr(node, "_saved_scale", 1.0), math.inf, 0
-    if name == "Div":  # x / (1 + |x|)
-        below = node.next_functions[1][0]
-        if below is None or _name(below) != "Add" or (above := below.next_functions[0][0]) is None:
-            return None
-        name = "Softsign" if _name(above) == "Abs" else name
-    if name not in _BOUNDS:
-        return None
-    summed = 0
-    if name == "Softmax":
-        dim, result = node._saved_dim, node._saved_result
-        summed = result.shape[dim - 2**64 if dim >= 2**63 else dim]
-    return name, *_BOUNDS[name], summed
-
-
-def check_decoder(recon: Sequence[Tensor], x: Tensor, likelihood: str, mask: Tensor | None = None) -> None:
-    """Refuse parameters of which the last layer, or a probability itself, contradicts the likelihood or the data.
-
-    Raises:
-        ValueError: the layer is named.
-    """
-    row = likelihoods.get(likelihood)
-    for name, t in zip(row.parameters, recon, strict=False):
-        if t.numel() == 0 or not readable(t):
-            continue
-        if name == "probs":
-            _check_probabilities(t, x, likelihood, mask)
-        if (found := _bounds(t)) is None:
-            continue
-        layer, low, high, summed = found
-        why = None
-        if name in _LOGITS and (low > -REACH or high < REACH):
-            why = f"any real number is due: leave {layer} out"
-            if name == "logits" and low >= 0 and high <= 1:
-                why += ", or take 'bernoulli_probs', which takes probabilities"
-        elif name in _LOG_SCALES and low >= 0 and layer != "Clamp":
-            why = f"any real number is due, as of a logarithm: leave {layer} out, or return the logarithm of its result"
-        elif name in ("mean", "probs") and x.numel() and readable(x):
-            data = reference.read_data(x.detach(), torch.float64, row.domain)
-            if mask is not None:
-                data = data[(mask != 0).expand(data.shape)]
-            outside = (data - data.clamp(low, high)).square().mean()
-            if outside > UNREACHED * data.var(correction=0):
-                why = f"the data go from {data.min():.3g} to {data.max():.3g}: leave {layer} out, or scale the data"
-            elif summed > 1 and data.mean() > 2 / summed:
-                why = f"its {summed} results sum to 1, where the data have the mean {data.mean():.3g}: leave it out"
-        if why is not None:
-            raise ValueError(
-                f"decoder ends in {layer}, with {name} in [{low:g}, {high:g}], but for likelihood {likelihood!r} {why}"
-            )
-
-
-def check_halved(out: Tensor) -> None:
-    """Refuse to halve on dim 1 an encoder's tensor [B, ..., 2 M] that a layer computed along the last dimension.
-
-    Raises:
-        ValueError: with the way to say which dimension is meant.
-    """
-    if torch.compiler.is_compiling() or out.dim() < 3 or out.grad_fn is None:
-        return
-    node = _source(out.grad_fn, _VIEWS | _POINTWISE)
-    if node is None:
-        return
-    if _name(node) == "NativeLayerNorm":
-        along_last = len(node._saved_normalized_shape) == 1
-    else:
-        along_last = _name(node) in ("Addmm", "Mm", "Bmm", "Linear", "MkldnnLinear") and (
-            node._input_metadata[0].shape[-1] == out.shape[-1]
-        )
-    if along_last:
-        half = (out.shape[1] // 2, *out.shape[2:])
-        raise ValueError(
-            f"encoder must return a pair (mu, logvar) where its last layer acts on the last of several dimensions; got "
-            f"one tensor {tuple(out.shape)}, which would be halved on dim 1: return out.chunk(2, -1), or give "
-            f"VAE(..., latent_shape={half}) if dim 1 is meant"
-        )

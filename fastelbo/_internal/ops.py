@@ -3,7 +3,7 @@
 import json
 import shlex
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
@@ -67,7 +67,7 @@ if torch.__version__.split(".")[:2] != _BUILT_AGAINST.split(".")[:2]:
         f"fastelbo was built against PyTorch {_BUILT_AGAINST}, but this is PyTorch {torch.__version__}; {_rebuild()}"
     )
 
-reference.KERNEL_DEVICES |= {"cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])}
+reference.random.KERNEL_DEVICES |= {"cpu", "meta", *(["cuda"] if _C.build_info()["cuda"] else [])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,10 +100,21 @@ def reference_mode() -> Iterator[None]:
         _mode.blocks -= 1
 
 
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments of an op, those in lists too."""
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, list):
+            yield from _tensors(a)
+
+
 def check(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Run the op's own checks of its arguments, on tensors without data: for a call that its twin computes."""
 
     def stand_in(a: Any) -> Any:
+        if isinstance(a, list):
+            return [stand_in(item) for item in a]
         if not isinstance(a, Tensor):
             return a
         return torch.empty(a.shape, dtype=a.dtype, device="meta", requires_grad=a.requires_grad)
@@ -120,13 +131,14 @@ def takes_twins(t: Tensor) -> bool:
         or reference.exports_to_onnx()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or t.device.type not in reference.KERNEL_DEVICES
+        or t.device.type not in reference.random.KERNEL_DEVICES
     )
 
 
 def call(op: Callable[..., Any], twin: Callable[..., _R], *args: Any) -> _R:
     """The op, or its plain-PyTorch twin."""
-    if takes_twins(args[0]):
+    first = args[0]
+    if takes_twins(first[0] if isinstance(first, list) else first):
         if not torch.compiler.is_compiling():
             check(op, args)
         return twin(*args)
@@ -144,7 +156,7 @@ def _register(name: str) -> None:
     op, twin = getattr(torch.ops.fastelbo, name).default, getattr(reference, name.lstrip("_"))
 
     def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(a.requires_grad for a in args if isinstance(a, Tensor)):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
             return twin(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -156,7 +168,6 @@ for _name in (
     "_log_prob_backward",
     "_gaussian_kl_backward",
     "_rsample_backward",
-    "_rsample_kept_backward",
     "_log_mean_exp_backward",
     "_multi_sample_weights",
     "_ppca_log_prob_backward",

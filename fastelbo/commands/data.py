@@ -22,6 +22,7 @@ from fastelbo.losses import likelihood_sample
 PATCH = 8  # side of an image patch, in pixels
 HEADER = 1 << 16  # bytes; numpy refuses headers of more than 10000
 PIECE = 1 << 20  # bytes that are read at a time
+HELD_OUT = 0.1  # of data that come in one part: the fraction that is held out
 
 
 class Dataset(NamedTuple):
@@ -32,9 +33,13 @@ class Dataset(NamedTuple):
     train_labels: Tensor | None
     held_out_labels: Tensor | None
     likelihood: str
+    source: str  # the name or the path that it comes from, of the held-out part where they are two
 
 
-def _digits() -> tuple[Tensor, Tensor | None]:
+Part = tuple[Tensor, Tensor | None]  # x and labels
+
+
+def _digits() -> Part:
     """1797 handwritten digits of 8 x 8 pixels, in [0, 1]."""
     from sklearn.datasets import load_digits
 
@@ -42,7 +47,7 @@ def _digits() -> tuple[Tensor, Tensor | None]:
     return torch.from_numpy(digits.images).float() / 16, torch.from_numpy(digits.target)
 
 
-def _patches() -> tuple[Tensor, Tensor | None]:
+def _patches() -> Part:
     """8480 grey patches of 8 x 8 pixels that tile two photographs, each with mean 0 and its contrast normalized.
 
     (p - mean(p)) / sqrt(var(p) + 10) on grey levels of 0 to 255 (Coates, Lee & Ng 2011).
@@ -74,7 +79,7 @@ def counts_model(cells: int = 2000, genes: int = 200, rank: int = 4, seed: int =
     return log_mean, 3 * torch.rand(genes, dtype=torch.float64, generator=generator) - 1
 
 
-def _counts() -> tuple[Tensor, Tensor | None]:
+def _counts() -> Part:
     """Counts of `counts_model`: 2000 cells, 200 genes, 69 % zeros."""
     drawn = likelihood_sample(counts_model(), "nb", generator=torch.Generator().manual_seed(1))
     return drawn.to(torch.int32), None
@@ -83,17 +88,16 @@ def _counts() -> tuple[Tensor, Tensor | None]:
 class BuiltIn(NamedTuple):
     """A data set that needs no file."""
 
-    read: Callable[[], tuple[Tensor, Tensor | None]]  # -> x, labels
+    read: Callable[[], Part]
     domain: Domain
     generated: str | None = None  # from what, if it is not measured
 
 
+_MODEL = "negative binomial, log means of rank 4, a library size per cell, a theta per gene"
 BUILT_IN = {
     "digits": BuiltIn(_digits, "[0, 1]"),
     "patches": BuiltIn(_patches, "reals"),
-    "counts": BuiltIn(
-        _counts, "counts", "negative binomial, log means of rank 4, a library size per cell, a theta per gene"
-    ),
+    "counts": BuiltIn(_counts, "counts", _MODEL),
 }
 FILES = (".npy", ".npz", ".h5ad")
 
@@ -162,7 +166,7 @@ def _as_tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, next(held, np.int64)))
 
 
-def _annotated(path: Path) -> tuple[Tensor, Tensor | None]:
+def _annotated(path: Path) -> Part:
     """The matrix X of an AnnData file, dense or sparse."""
     if find_spec("anndata") is None:
         raise ValueError(f"anndata is needed to read {path}: pip install anndata")
@@ -189,35 +193,43 @@ def _is_split(path: Path) -> bool:
         return {f"x{part}.npy" for part in PARTS} <= set(archive.namelist())
 
 
-def _file(path: Path, part: str = "") -> tuple[Tensor, Tensor | None]:
-    """x and labels; of a file that is split already, those of a part."""
+def _file(path: Path, part: str = "") -> Part:
+    """The arrays of an .npy or .npz file; of one that is split already, those of a part."""
     import numpy as np
 
     kind = f"{path.suffix} file of plain arrays"
-    labels = None
     with path.open("rb") as file, ExitStack() as stack:
+        opened: list[IO[bytes]] = [file]
         if path.suffix == ".npz":
             with files.reading(path, kind):
                 archive = stack.enter_context(ZipFile(file))
-                members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename[-4:] == ".npy"}
-            chosen = f"x{part}" if part else _chosen(list(members), path)
-            wanted = [chosen, *(name for name in members if name == f"y{part}")]
+                names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            chosen = [f"x{part}" if part else _chosen(names, path), *(y for y in [f"y{part}"] if y in names)]
             with files.reading(path, kind):  # no other member is decompressed
-                x, *labelled = [_Array(stack.enter_context(archive.open(members[name]))) for name in wanted]
-            labels = labelled[0] if labelled else None
-        else:
-            with files.reading(path, kind):
-                x = _Array(file)
+                opened = [stack.enter_context(archive.open(f"{name}.npy")) for name in chosen]
+        with files.reading(path, kind):
+            x, *labels = map(_Array, opened)
         _check_array(x.dtype, x.shape, path)
-        if labels is not None and labels.shape != x.shape[:1]:
-            raise ValueError(f"labels y must be [{x.shape[0]}]; {path} holds {labels.shape}")
-        if labels is not None and labels.dtype.kind not in "biuf":
-            raise TypeError(f"labels y must be numbers; {path} holds {labels.dtype}")
+        for y in labels:
+            if y.shape != x.shape[:1]:
+                raise ValueError(f"labels y must be [{x.shape[0]}]; {path} holds {y.shape}")
+            if y.dtype.kind not in "biuf":
+                raise TypeError(f"labels y must be numbers; {path} holds {y.dtype}")
         with files.reading(path, kind), np.errstate(over="ignore", invalid="ignore"):
-            data = _as_tensor(x.read())
-            if labels is None:
-                return data, None
-            return data, torch.from_numpy(labels.read().astype(np.float64 if labels.dtype.kind == "f" else np.int64))
+            read = _as_tensor(x.read())
+            numbers = [y.read().astype(np.float64 if y.dtype.kind == "f" else np.int64) for y in labels]
+            return read, torch.from_numpy(numbers[0]) if numbers else None
+
+
+def _parts(name: str, argument: str) -> list[Part]:
+    """The data of a file, or the two parts of one that is split already."""
+    path = Path(name)
+    if path.suffix not in FILES:
+        built_in = f"one of {', '.join(BUILT_IN)}, or " if argument == "data" else ""
+        raise ValueError(f"{argument} must be {built_in}an .npy, .npz or .h5ad file; got {name!r}")
+    if path.suffix == ".h5ad":
+        return [_annotated(path)]
+    return [_file(path, part) for part in (PARTS if _is_split(path) else ("",))]
 
 
 def _domain(x: Tensor, annotated: bool) -> Domain:
@@ -243,20 +255,15 @@ def _check_values(x: Tensor, likelihood: str, missing: bool) -> None:
         raise ValueError(objection)
 
 
-def _from_path(path: Path, part: str = "") -> tuple[Tensor, Tensor | None]:
-    return _annotated(path) if path.suffix == ".h5ad" else _file(path, part)
-
-
 def load(
     name: str,
     likelihood: str | None = None,
     *,
     test_data: str | None = None,
-    held_out: float = 0.1,
     seed: int = 0,
     missing: bool = False,
 ) -> Dataset:
-    """Load a data set and split it, always in the same way for the same seed.
+    """Load a data set and split it, always in the same way for the same seed: a tenth is held out.
 
     Args:
         name: "digits" (8 x 8 images in [0, 1], labels), "patches" (8 x 8 patches of photographs, normalized), "counts"
@@ -267,7 +274,6 @@ def load(
         likelihood: "bernoulli" if None, but "gaussian" for patches and for floating data outside [0, 1], and "nb" for
             integers besides uint8 and for whole numbers in an .h5ad file.
         test_data: the path of a file of the held-out part; all of `name` is then trained on.
-        held_out: the fraction of the data that is held out; at least one datum on either side.
         seed: of the split.
         missing: floating data may hold any value, NaN for missing cells too.
 
@@ -276,41 +282,30 @@ def load(
             that are not finite or outside the likelihood's range; an .h5ad file without anndata to read it.
         OSError: no file of that name, or the system cannot read it.
     """
-    test: tuple[Tensor, Tensor | None] | None = None
     domain: Domain
     if name in BUILT_IN:
-        (x, labels), domain = BUILT_IN[name].read(), BUILT_IN[name].domain
-    elif (path := Path(name)).suffix in FILES:
-        split = _is_split(path)
-        x, labels = _from_path(path, PARTS[0] if split else "")
-        test = _from_path(path, PARTS[1]) if split and test_data is None else None
-        domain = _domain(x, path.suffix == ".h5ad")
+        parts, domain = [BUILT_IN[name].read()], BUILT_IN[name].domain
     else:
-        raise ValueError(f"data must be one of {', '.join(BUILT_IN)}, or an .npy, .npz or .h5ad file; got {name!r}")
+        parts = _parts(name, "data")
+        domain = _domain(parts[0][0], name.endswith(".h5ad"))
     if test_data is not None:
-        if (path := Path(test_data)).suffix not in FILES:
-            raise ValueError(f"test_data must be an .npy, .npz or .h5ad file; got {test_data!r}")
-        test = _from_path(path, PARTS[1] if _is_split(path) else "")
+        parts = [parts[0], _parts(test_data, "test_data")[-1]]
+    (x, labels), (held_out, _) = parts[0], parts[-1]
+    if held_out.shape[1:] != x.shape[1:] or held_out.dtype != x.dtype:
+        what = [f"{t.dtype} of shape {tuple(t.shape[1:])}".removeprefix("torch.") for t in (x, held_out)]
+        raise ValueError(f"held-out data must be like the training data, {what[0]}; they are {what[1]}")
     likelihood = likelihoods.DEFAULTS[domain] if likelihood is None else likelihood
-    _check_values(x, likelihood, missing)
-    if test is not None:
-        if test[0].shape[1:] != x.shape[1:] or test[0].dtype != x.dtype:
-            what = [f"{t.dtype} of shape {tuple(t.shape[1:])}".removeprefix("torch.") for t in (x, test[0])]
-            raise ValueError(f"held-out data must be like the training data, {what[0]}; they are {what[1]}")
-        _check_values(test[0], likelihood, missing)
-        return Dataset(x, test[0], labels, test[1], likelihood)
-
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must lie between 0 and 1; got {held_out}")
-    count = min(max(round(held_out * len(x)), 1), len(x) - 1)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    held, train = order[:count], order[count:]
-    if labels is None:
-        return Dataset(x[train], x[held], None, None, likelihood)
-    return Dataset(x[train], x[held], labels[train], labels[held], likelihood)
+    for each, _ in parts:
+        _check_values(each, likelihood, missing)
+    if len(parts) == 1:
+        count = min(max(round(HELD_OUT * len(x)), 1), len(x) - 1)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        parts = [(x[i], None if labels is None else labels[i]) for i in (order[count:], order[:count])]
+    (train, train_labels), (test, test_labels) = parts
+    return Dataset(train, test, train_labels, test_labels, likelihood, test_data or name)
 
 
-def fingerprint(name: str, dataset: Dataset) -> dict[str, Any]:
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """The shape, dtype and likelihood of the data, and a hash of those from a file: to recognize the data of a run."""
     x = dataset.train
     found = {
@@ -318,7 +313,7 @@ def fingerprint(name: str, dataset: Dataset) -> dict[str, Any]:
         "dtype": str(x.dtype).removeprefix("torch."),
         "likelihood": dataset.likelihood,
     }
-    if name not in BUILT_IN:  # those are the same everywhere but for rounding
+    if dataset.source not in BUILT_IN:  # those are the same everywhere but for rounding
         content = hashlib.sha256()
         for part in (x, dataset.held_out):
             content.update(part.contiguous().numpy().data)
@@ -326,13 +321,12 @@ def fingerprint(name: str, dataset: Dataset) -> dict[str, Any]:
     return found
 
 
-def check_unchanged(name: str, dataset: Dataset, before: Mapping[str, Any]) -> None:
+def check_unchanged(dataset: Dataset, before: Mapping[str, Any]) -> None:
     """ValueError where the data are not those whose fingerprint is `before`."""
-    now = fingerprint(name, dataset)
     changes = [
         key if key == "content" else f"{key} {before.get(key)} -> {value}"
-        for key, value in now.items()
+        for key, value in fingerprint(dataset).items()
         if before.get(key) != value
     ]
     if changes:
-        raise ValueError(f"data {name} are not what the run was trained on; changed: {', '.join(changes)}")
+        raise ValueError(f"data {dataset.source} are not what the run was trained on; changed: {', '.join(changes)}")

@@ -39,13 +39,13 @@ def evaluate(model: VAE, x: Tensor, num_samples: int, *, seed: int = 0, chunk_si
     for batch in x.split(BATCH):
         mu, logvar = model.encode(batch)
         meter.update(rsample(mu, logvar, generator=generator))
-        total, log_w_sum = LogMeanExp(), torch.zeros(len(batch), dtype=torch.float64)
+        estimate, log_w_sum = LogMeanExp(), torch.zeros(len(batch), dtype=torch.float64)
         chunks = log_weights(model, batch, num_samples, chunk_size=chunk_size, generator=generator)
         label = f"log p(x), {len(elbos) * BATCH} of {len(x)} data done"
         for log_w in progress(chunks, label, "sample", num_samples, len):
-            total.update(log_w)
+            estimate.update(log_w)
             log_w_sum += log_w.double().sum(0)
-        estimates.append(total.result())
+        estimates.append(estimate.result())
         elbos.append(log_w_sum / num_samples)
     log_prob, ess, error, max_weight = (torch.cat(parts) for parts in zip(*estimates, strict=True))
     latent = meter.result()

@@ -1,33 +1,63 @@
-"""The numbers that runs and commands take, and which values of them are valid."""
+"""The options of a run: fields of a config, each with its default, its check, and what `--help` says of it."""
 
-import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import field, fields
+from typing import Any, get_args
 
-from fastelbo._internal.arguments import count, integer, keep, number, size
-
-_weight = number(lambda value: 0 <= value < math.inf, "finite and at least 0")
-
-CHECKS = {
-    **dict.fromkeys(
-        ("num_samples", "chunk_size", "groups", "latent_dim", "hidden", "epochs", "batch_size", "patience"), count
-    ),
-    "keep": keep,
-    "beta": _weight,
-    "beta_warmup": size,
-    "free_bits": _weight,
-    "alpha": number(math.isfinite, "finite"),
-    "lr": number(lambda value: 0 < value < math.inf, "positive and finite"),
-    "seed": integer(),
-}
+from fastelbo._internal.arguments import Check, one_of
 
 
-def check(**options: Any) -> None:
-    """Check the numbers among the options, by their names; None is an option that is not set.
+def option(
+    default: object,
+    text: str,
+    metavar: str | None = None,
+    check: Check | None = None,
+    *,
+    choices: tuple[str, ...] | None = None,
+    flag: str | None = None,
+    parse: Callable[[str], object] | None = None,
+) -> Any:
+    """A field of a config.
+
+    Args:
+        default: its default; None: not set.
+        text, metavar: what `--help` says of it.
+        check: which values it takes.
+        choices: the values themselves, in place of a check.
+        flag: that of the command; by default the name of the field.
+        parse: the text behind the flag -> the value; by default the type of the field.
+    """
+    check = one_of(choices) if choices else check
+    about = {"help": text, "metavar": metavar, "check": check, "choices": choices, "flag": flag, "parse": parse}
+    return field(default=default, metadata=about)
+
+
+def check(config: Any) -> None:
+    """Check every option by itself.
 
     Raises:
-        TypeError: a number of another kind, or no number.
-        ValueError: NaN, infinity, or a number out of range.
+        TypeError: a value of another type.
+        ValueError: NaN, infinity, a number out of range, or an unknown name.
     """
-    for name, value in options.items():
-        if value is not None and name in CHECKS:
-            CHECKS[name](name, value)
+    for each in fields(config):
+        value, checked = getattr(config, each.name), each.metadata["check"]
+        if checked is not None and (value is not None or each.default is not None):
+            checked(each.name, value)
+
+
+def add_flags(add: Callable[..., object], *configs: type) -> None:
+    """`add` a flag for every field of the configs, as `ArgumentParser.add_argument` does; of one name, the first."""
+    seen: set[str] = set()
+    for each in (each for config in configs for each in fields(config)):
+        if each.name in seen:
+            continue
+        seen.add(each.name)
+        about = each.metadata
+        add(
+            about["flag"] or f"--{each.name.replace('_', '-')}",
+            dest=each.name,
+            help=about["help"] if each.default is None else f"{about['help']} (default: {each.default})",
+            type=about["parse"] or (get_args(each.type) or (each.type,))[0],
+            choices=about["choices"],
+            metavar=about["metavar"],
+        )

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from fastelbo import likelihoods, reference
 from fastelbo.commands import files
 from fastelbo.commands.data import Dataset
-from fastelbo.commands.ppca import Row
+from fastelbo.commands.ppca import Figures
 from fastelbo.commands.train import Metrics
 from fastelbo.likelihoods import Domain
 from fastelbo.models.marginal import encode_blocks
@@ -27,6 +27,11 @@ from fastelbo.ppca import PPCA
 TRAIN, HELD_OUT = "#9aa5b1", "#1f5fa8"
 
 
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
 def _save(figure: Figure, path: Path) -> Path:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130, facecolor="white", bbox_inches="tight", pad_inches=0.12)
@@ -34,12 +39,20 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _axes(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+def _label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _both_parts(axes: Axes, history: Sequence[Mapping[str, float]], x: str, y: str, line: str = "-") -> None:
+    """A figure of the training and the held-out part against a column of the history."""
+    at = [row[x] for row in history]
+    for part, color, label in (("train", TRAIN, "training"), ("held_out", HELD_OUT, "held-out")):
+        axes.plot(at, [row[f"{part}_{y}"] for row in history], line, color=color, lw=1.6, ms=4, label=label)
+    axes.grid(alpha=0.25, lw=0.6)
 
 
 def as_images(x: Tensor, domain: Domain = "reals") -> Tensor | None:
@@ -69,15 +82,6 @@ def mosaic(images: Tensor, columns: int) -> Tensor:
     return picture
 
 
-def _show(axes: Axes, images: Tensor, columns: int, limits: tuple[float, float]) -> None:
-    low, high = limits
-    picture = mosaic(images, columns)
-    if picture.dim() == 3:
-        picture = ((picture - low) / (high - low)).clamp(0, 1).nan_to_num(1.0)
-    axes.imshow(picture.numpy(), cmap="gray", vmin=low, vmax=high, interpolation="nearest")
-    axes.set_axis_off()
-
-
 LIMIT_VALUES = 1_000_000
 
 
@@ -87,19 +91,34 @@ def _limits(x: Tensor) -> tuple[float, float]:
     return low, max(high, low + 1e-6)
 
 
+def _show(axes: Axes, images: Tensor, columns: int, limits: tuple[float, float], title: str) -> None:
+    low, high = limits
+    picture = mosaic(images, columns)
+    if picture.dim() == 3:
+        picture = ((picture - low) / (high - low)).clamp(0, 1).nan_to_num(1.0)
+    axes.imshow(picture.numpy(), cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=10, loc="left")
+
+
+def _save_images(
+    images: Tensor, columns: int, limits: tuple[float, float], title: str, path: Path, height: float = 4.2
+) -> Path:
+    figure, [axes] = _figure(8, height)
+    _show(axes, images, columns, limits, title)
+    return _save(figure, path)
+
+
 def curves(history: Sequence[Metrics], path: Path) -> Path:
     """ELBO, log-likelihood and KL by epoch, training and held-out; also the objective where it is another."""
     panels = [("elbo", "ELBO"), ("log_likelihood", "log p(x | z)"), ("kl", "KL(q(z | x) || p(z))")]
     if not all(math.isclose(row["train_bound"], row["train_elbo"], rel_tol=1e-5) for row in history):
         panels.insert(0, ("bound", "Objective (minus the loss)"))
-    figure = Figure(figsize=(3.5 * len(panels), 3.0), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    for axes, (name, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for split, color, label in (("train", TRAIN, "training"), ("held_out", HELD_OUT, "held-out")):
-            axes.plot(epochs, [row[f"{split}_{name}"] for row in history], color=color, lw=1.6, label=label)
-        _axes(axes, title, "epoch", "nats per datum")
+    figure, every = _figure(3.5 * len(panels), 3.0, len(panels))
+    for axes, (name, title) in zip(every, panels, strict=True):
+        _both_parts(axes, history, "epoch", name)
+        _label(axes, title, "epoch", "nats per datum")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.25, lw=0.6)
         axes.legend(frameon=False, fontsize=8)
     return _save(figure, path)
 
@@ -113,25 +132,18 @@ def reconstructions(model: VAE, x: Tensor, path: Path, columns: int = 16, rows: 
     if originals is None or rebuilt is None:
         return None
     pairs = [row for two in zip(originals.split(columns), rebuilt.split(columns), strict=True) for row in two]
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    _show(axes, torch.cat(pairs), min(columns, len(x)), _limits(originals))
-    axes.set_title("Held-out data, each above its reconstruction: mean of p(x | z) at mu", fontsize=10, loc="left")
-    return _save(figure, path)
+    title = "Held-out data, each above its reconstruction: mean of p(x | z) at mu"
+    return _save_images(torch.cat(pairs), min(columns, len(x)), _limits(originals), title, path)
 
 
 def prior_samples(model: VAE, x: Tensor, path: Path, columns: int = 16, rows: int = 8) -> Path | None:
     """E[x | z] for z ~ N(0, I), on the grey scale of the data x; None where the data are no images."""
     domain = likelihoods.get(model.likelihood).domain
     data = as_images(x[: 1 + LIMIT_VALUES // max(1, x[0].numel())], domain)
-    images = as_images(model.sample(rows * columns, mean=True, generator=torch.Generator().manual_seed(0)), domain)
+    images = as_images(model.sample(rows * columns, mean=True, generator=Generator().manual_seed(0)), domain)
     if data is None or images is None:
         return None
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    _show(axes, images, columns, _limits(data))
-    axes.set_title("Prior samples: mean of p(x | z), z ~ N(0, I)", fontsize=10, loc="left")
-    return _save(figure, path)
+    return _save_images(images, columns, _limits(data), "Prior samples: mean of p(x | z), z ~ N(0, I)", path)
 
 
 def _posterior(model: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,8 +159,7 @@ def latent_plane(model: VAE, x: Tensor, labels: Tensor | None, path: Path) -> Pa
     if len(kl) < 2:
         return None
     i, j = sorted(kl.topk(2).indices.tolist())
-    figure = Figure(figsize=(6.2, 5.2), layout="constrained")
-    axes = figure.subplots()
+    figure, [axes] = _figure(6.2, 5.2)
     dots: dict[str, Any] = {"s": 12 if len(mu) < 4000 else 4, "linewidths": 0, "alpha": 0.8}
     values = [] if labels is None else labels.unique().tolist()
     if labels is None:
@@ -166,7 +177,7 @@ def latent_plane(model: VAE, x: Tensor, labels: Tensor | None, path: Path) -> Pa
         axes.add_patch(Circle((0, 0), radius, fill=False, ls="--", lw=1.0, color="black", zorder=3))
     which = "" if len(kl) == 2 else f"\nthe two of {len(kl)} dimensions with the largest KL"
     title = f"Posterior means of the training data; circles: 1 and 2 standard deviations of the prior{which}"
-    _axes(axes, title, f"mu[{i}]", f"mu[{j}]")
+    _label(axes, title, f"mu[{i}]", f"mu[{j}]")
     axes.set_aspect("equal", adjustable="datalim")
     return _save(figure, path)
 
@@ -175,12 +186,11 @@ def kl_per_dimension(model: VAE, x: Tensor, path: Path) -> Path:
     """Mean KL of every latent dimension, largest first."""
     kl = _posterior(model, x)[1]
     order = kl.argsort(descending=True).tolist()
-    figure = Figure(figsize=(max(4.2, 0.28 * len(order) + 1.5), 3.0), layout="constrained")
-    axes = figure.subplots()
+    figure, [axes] = _figure(max(4.2, 0.28 * len(order) + 1.5), 3.0)
     axes.bar(range(len(order)), kl[order].tolist(), color=HELD_OUT, width=0.75)
     if len(order) <= 40:
         axes.set_xticks(range(len(order)), [str(j) for j in order])
-    _axes(axes, f"KL per latent dimension, held-out: {float(kl.sum()):.2f} nats in all", "dimension", "nats per datum")
+    _label(axes, f"KL per latent dimension, held-out: {float(kl.sum()):.2f} nats in all", "dimension", "nats per datum")
     axes.grid(axis="y", alpha=0.25, lw=0.6)
     axes.set_axisbelow(True)
     return _save(figure, path)
@@ -199,55 +209,49 @@ def save_all(model: VAE, dataset: Dataset, history: Sequence[Metrics], out: Path
     return [path for path in made if path is not None]
 
 
-def log_prob_by_components(rows: Sequence[Row], kept: int, path: Path) -> Path:
+def log_prob_by_components(history: Sequence[Figures], kept: int, path: Path) -> Path:
     """log p(x) of training and held-out data against the number of components; a line at the one that was kept."""
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-    axes = figure.subplots()
-    numbers = [row["components"] for row in rows]
-    for split, color, label in (("train", TRAIN, "training"), ("held_out", HELD_OUT, "held-out")):
-        axes.plot(numbers, [row[f"{split}_log_prob"] for row in rows], "o-", color=color, lw=1.6, ms=4, label=label)
-    if len(rows) > 1:
+    figure, [axes] = _figure(5.2, 3.4)
+    _both_parts(axes, history, "components", "log_prob", "o-")
+    if len(history) > 1:
         axes.axvline(kept, color="black", lw=0.8, ls="--", label="lowest BIC")
+    numbers = [row["components"] for row in history]
     axes.set_xscale("log", base=2)
     axes.set_xticks(numbers, [f"{n:.0f}" for n in numbers])
     axes.minorticks_off()
-    _axes(axes, "log p(x) of probabilistic PCA", "components M", "nats per datum")
-    axes.grid(alpha=0.25, lw=0.6)
+    _label(axes, "log p(x) of probabilistic PCA", "components M", "nats per datum")
     axes.legend(frameon=False, fontsize=8)
     return _save(figure, path)
 
 
-def ppca_pictures(model: PPCA, x: Tensor, path: Path, *, samples: bool) -> Path | None:
-    """Columns of W, or draws from the model beside data x [N, *event]; None where the data are no images."""
-    event = x.shape[1:]
+def components(model: PPCA, event: tuple[int, ...], path: Path) -> Path | None:
+    """Columns of W for data of a shape; None where they are no images."""
     assert model.W is not None
-    if not samples:
-        images = as_images(model.W.detach().mT[:64].unflatten(1, event))
-        panels = [(images, "Components: columns of W, the longest first")]
-    else:
-        drawn = model.sample(100, generator=Generator().manual_seed(0))
-        panels = [
-            (as_images(torch.nan_to_num(x[:100])), "Held-out data"),
-            (as_images(drawn.unflatten(1, event)), "Samples: W z + b + e"),
-        ]
-    if any(images is None for images, _ in panels):
+    images = as_images(model.W.detach().mT[:64].unflatten(1, event))
+    if images is None:
         return None
-    columns = 10 if samples else min(16, len(panels[0][0]))  # type: ignore[arg-type]
-    figure = Figure(figsize=(4.1 * len(panels) if samples else 8, 4.2 if samples else 3.0), layout="constrained")
-    for axes, (images, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        assert images is not None
-        low, high = _limits(panels[0][0])  # type: ignore[arg-type]
-        bound = max(-low, high)
-        _show(axes, images, columns, (low, high) if samples else (-bound, bound))
-        axes.set_title(title, fontsize=10, loc="left")
+    bound = max(map(abs, _limits(images)))
+    title = "Components: columns of W, the longest first"
+    return _save_images(images, min(16, len(images)), (-bound, bound), title, path, height=3.0)
+
+
+def ppca_samples(model: PPCA, x: Tensor, path: Path) -> Path | None:
+    """Data x [N, *event] beside draws from the model; None where the data are no images."""
+    data = as_images(torch.nan_to_num(x[:100]))
+    drawn = as_images(model.sample(100, generator=Generator().manual_seed(0)).unflatten(1, x.shape[1:]))
+    if data is None or drawn is None:
+        return None
+    figure, (left, right) = _figure(8.2, 4.2, 2)
+    _show(left, data, 10, _limits(data), "Held-out data")
+    _show(right, drawn, 10, _limits(data), "Samples: W z + b + e")
     return _save(figure, path)
 
 
-def save_ppca(model: PPCA, dataset: Dataset, rows: Sequence[Row], out: Path) -> list[Path]:
+def save_ppca(model: PPCA, dataset: Dataset, history: Sequence[Figures], out: Path) -> list[Path]:
     """Every picture of a PPCA that the data allow, in the folder `out`, which exists -> their paths."""
     made = [
-        log_prob_by_components(rows, model.n_components, out / "log_prob.png"),
-        ppca_pictures(model, dataset.held_out, out / "components.png", samples=False),
-        ppca_pictures(model, dataset.held_out, out / "samples.png", samples=True),
+        log_prob_by_components(history, model.n_components, out / "log_prob.png"),
+        components(model, dataset.held_out.shape[1:], out / "components.png"),
+        ppca_samples(model, dataset.held_out, out / "samples.png"),
     ]
     return [path for path in made if path is not None]

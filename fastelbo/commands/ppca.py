@@ -3,34 +3,35 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from fastelbo._internal.arguments import one_of
+from fastelbo._internal.arguments import count, integer
 from fastelbo.commands import data, files, options
+from fastelbo.commands.options import option
 from fastelbo.ppca import PPCA, RankError
 from fastelbo.ppca.model import METHODS
 
 METRICS = ("components", "train_log_prob", "held_out_log_prob", "bic", "sigma", "steps")
 
-Row = dict[str, float]  # of metrics.csv: one number of components; log p(x) in nats per datum
+Figures = dict[str, float]  # a row of metrics.csv: one number of components; log p(x) in nats per datum
 
 
 @dataclass(frozen=True)
 class PPCAConfig:
     """Everything that determines a run."""
 
-    data: str = "digits"  # see `fastelbo.commands.data.load`; NaN: missing cells
-    latent_dim: int | None = None  # M; None: the one with the lowest BIC of 1, 2, 3, 4, 6, 8, 12, ...
-    method: str = "eig"  # see `PPCA.fit`
-    seed: int = 0  # of the start of "em"
+    data: str = option("digits", "see `fastelbo.commands.data.load`; NaN: missing cells", "DATA")
+    latent_dim: int | None = option(None, "M; by default that with the lowest BIC of 1, 2, 3, 4, 6, ...", "M", count)
+    method: str = option("eig", "of ppca: the closed form, or EM", choices=METHODS)
+    seed: int = option(0, "of the start of EM", "SEED", integer())
 
     def __post_init__(self) -> None:
-        options.check(**asdict(self))
-        one_of(METHODS)("method", self.method)
+        options.check(self)
 
 
 def ladder(limit: int) -> Iterator[int]:
@@ -41,50 +42,51 @@ def ladder(limit: int) -> Iterator[int]:
                 yield int(m)
 
 
-def flat(x: Tensor) -> Tensor:
-    """[N, *event] -> [N, D]"""
-    return x.flatten(1)
-
-
 class Run:
     """The fits, and the one that is kept: `model`."""
 
     def __init__(self, config: PPCAConfig) -> None:
         self.config = config
         self.data = data.load(config.data, "gaussian", missing=True)
-        self.train, self.held_out = flat(self.data.train), flat(self.data.held_out)
-        self.rows: list[Row] = []
-        self.model: PPCA | None = None
+        self.train, self.held_out = self.data.train.flatten(1), self.data.held_out.flatten(1)  # [N, D]
+        self.history: list[Figures] = []
 
-    def fit(self, out: Path, report: Callable[[Row], object]) -> None:
-        """All fits; writes metrics.csv, config.json and checkpoint.pt at the end, in which Ctrl-C waits.
+    def fit(self, out: Path, report: Callable[[Figures], object]) -> PPCA:
+        """All fits -> the one with the lowest BIC; writes metrics.csv, config.json and checkpoint.pt at the end.
+
+        Ctrl-C waits while they are written.
 
         Raises:
             ValueError: as `PPCA.fit`, for the first fit; beyond the rank of the data it stops.
             OSError: a file cannot be written.
         """
         config = self.config
-        lowest = math.inf
-        tried = [config.latent_dim] if config.latent_dim else ladder(self.train.shape[1])
-        for m in tried:
-            generator = Generator().manual_seed(config.seed)
+        best: tuple[float, PPCA] | None = None  # BIC, and the model
+        for m in [config.latent_dim] if config.latent_dim else ladder(self.train.shape[1]):
             try:
-                model = PPCA(m).fit(self.train, config.method, generator=generator)
+                model = PPCA(m).fit(self.train, config.method, generator=Generator().manual_seed(config.seed))
             except RankError:
-                if not self.rows:
+                if best is None:
                     raise
                 break
-            row = self._measure(model)
-            self.rows.append(row)
-            report(row)
-            if row["bic"] < lowest:
-                lowest, self.model = row["bic"], model
+            figures = self._figures(model)
+            self.history.append(figures)
+            report(figures)
+            best = min(best or (math.inf, model), (figures["bic"], model), key=itemgetter(0))
+        assert best is not None
+        state = {
+            "model_kind": "ppca",
+            "config": asdict(config),
+            "data": data.fingerprint(self.data),
+            "model": best[1].state_dict(),
+        }
         with files.uninterrupted():
-            files.write(out / "metrics.csv", files.csv_bytes(METRICS, self.rows, header=True))
+            files.write(out / "metrics.csv", files.csv_bytes(METRICS, self.history, header=True))
             files.save_config(out / "config.json", "ppca", asdict(config))
-            self.save(out / "checkpoint.pt")
+            files.save_checkpoint(out / "checkpoint.pt", state)
+        return best[1]
 
-    def _measure(self, model: PPCA) -> Row:
+    def _figures(self, model: PPCA) -> Figures:
         assert model.fit_report is not None and model.log_sigma2 is not None
         return {
             "components": model.n_components,
@@ -94,17 +96,6 @@ class Run:
             "sigma": math.exp(0.5 * model.log_sigma2.item()),
             "steps": len(model.fit_report.log_likelihood) - 1,
         }
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint atomically."""
-        assert self.model is not None
-        state = {
-            "model_kind": "ppca",
-            "config": asdict(self.config),
-            "data": data.fingerprint(self.config.data, self.data),
-            "model": self.model.state_dict(),
-        }
-        files.save_checkpoint(path, state)
 
 
 def model_of(state: dict[str, Any]) -> PPCA:
@@ -117,5 +108,5 @@ def model_of(state: dict[str, Any]) -> PPCA:
 @torch.no_grad()
 def evaluate(model: PPCA, held_out: Tensor) -> tuple[float, float]:
     """Held-out log p(x), exactly, in nats per datum: mean, and its standard error by the choice of data."""
-    found = model.log_prob(flat(held_out)).double()
+    found = model.log_prob(held_out.flatten(1)).double()
     return found.mean().item(), found.std().item() / math.sqrt(len(found))

@@ -11,26 +11,25 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastelbo import reference, reference_mode
-from fastelbo._internal.arguments import one_of
+from fastelbo._internal.arguments import count, integer, number, size
+from fastelbo._internal.process_groups import Processes
 from fastelbo._internal.progress import progress
 from fastelbo.commands import data, evaluate, files, options
-from fastelbo.estimators import Estimator, estimator
-from fastelbo.losses import LossParts, Posterior, Recon, join_recon, kept, log_prob, rsample, split_recon
+from fastelbo.commands.data import BUILT_IN
+from fastelbo.commands.options import option
+from fastelbo.likelihoods import LIKELIHOODS
+from fastelbo.losses import LossParts, Recon, join_recon, split_recon
 from fastelbo.models.diagnostics import ACTIVE_VARIANCE, DiagnosticsMeter
-from fastelbo.models.vae import VAE, VAEOutput, check_objective, draws, objective_loss
+from fastelbo.models.objective import OBJECTIVES, Objective
+from fastelbo.models.vae import VAE
 from fastelbo.nets import NETS, build_model
 
-IMPLS = ("fused", "reference")
-LR_SCHEDULES = ("constant", "cosine")
-AMP = ("bf16",)
-DEVICES = ("auto", "cpu", "cuda")
 FIGURES = ("bound", "elbo", "log_likelihood", "kl")  # nats per datum; bound is the objective's own, minus the loss
 COST_METRICS = ("ms_per_step", "loss_share", "kept_share")
 METRICS = ("epoch", *(f"{split}_{f}" for split in ("train", "held_out") for f in FIGURES), *COST_METRICS)
@@ -40,74 +39,81 @@ Metrics = dict[str, float]  # one epoch: a row of metrics.csv
 
 
 class Noise(TypedDict, total=False):
-    """rsample's option: the noise itself, or the seed that it is drawn from."""
+    """An option of `VAE.parts`: the noise itself, or what it is drawn from."""
 
     seed: Tensor
+    generator: torch.Generator
     eps: Tensor
-
-
-class ObjectiveOptions(TypedDict):
-    """Of `objective_loss` and `VAE.loss`."""
-
-    beta: float | None
-    free_bits: float
-    alpha: float
-    groups: int
 
 
 class Diverged(RuntimeError):
     """The loss is NaN or infinite."""
 
 
+def _keep(name: str, value: object) -> object:
+    if value == "auto":
+        raise ValueError('keep must be a number of samples: "auto", of earlier versions, is gone; try a sixth of K')
+    return count(name, value)
+
+
+def _parse_keep(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_parse_keep.__name__ = "int"  # as argparse names it in errors
+_weight = number(lambda value: 0 <= value < math.inf, "finite and at least 0")
+_positive = number(lambda value: 0 < value < math.inf, "positive and finite")
+_sources = ", ".join(f"{name} (generated)" if each.generated else name for name, each in BUILT_IN.items())
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that determines a run, besides the number of threads."""
 
-    data: str = "digits"  # see `fastelbo.commands.data.load`
-    test_data: str | None = None  # likewise
-    objective: str = "elbo"
-    num_samples: int = 1  # K
-    beta: float | None = None  # see `VAE.loss`
-    beta_warmup: int = 0  # epochs in which the KL's weight rises from 0 to beta, step by step (Bowman et al. 2016)
-    free_bits: float = 0.0
-    alpha: float = 0.0
-    groups: int = 1
-    keep: int | Literal["auto"] | None = None  # see `VAE.loss`
-    likelihood: str | None = None  # None: by the data
-    latent_dim: int = 8  # M
-    hidden: int = 256  # width of the two hidden layers on either side
-    epochs: int = 50
-    batch_size: int = 64
-    lr: float = 2e-3
-    lr_schedule: str = "constant"
-    patience: int | None = None  # epochs without a better held-out bound after which to stop
-    net: str = "mlp"
-    amp: str | None = None  # autocast of the training steps
-    device: str = "auto"  # "cuda" where there is one, else "cpu"
-    seed: int = 0
-    impl: str = "fused"
+    data: str = option("digits", f"{_sources}, or an .npy, .npz or .h5ad file of arrays [N, ...]", "DATA")
+    test_data: str | None = option(None, "a file of held-out data; by default a tenth of --data", "FILE")
+    objective: str = option("elbo", "what is maximized", choices=tuple(OBJECTIVES))
+    num_samples: int = option(1, "K, samples per datum", "K", count, flag="--samples")
+    beta: float | None = option(None, "elbo: weight of the KL (1); ciwae: weight of the ELBO (0.5)", "BETA", _weight)
+    beta_warmup: int = option(0, "epochs in which the KL's weight rises from 0", "N", size)  # Bowman et al. 2016
+    free_bits: float = option(0.0, "floor in nats of every latent dimension's KL", "NATS", _weight)
+    alpha: float = option(0.0, "of objective vr", "ALPHA", number(math.isfinite, "finite"))
+    groups: int = option(1, "of objective miwae: groups of K / N samples", "N", count)
+    keep: int | None = option(None, "of the K samples, how many are back-propagated", "N", _keep, parse=_parse_keep)
+    likelihood: str | None = option(None, "p(x | z); by default the data decide", choices=tuple(LIKELIHOODS))
+    latent_dim: int = option(8, "M, latent dimensions", "M", count)
+    hidden: int = option(256, "width of the hidden layers", "N", count)
+    epochs: int = option(50, "passes over the training data", "N", count)
+    batch_size: int = option(64, "B, data per step", "B", count)
+    lr: float = option(2e-3, "Adam's step size", "LR", _positive)
+    lr_schedule: str = option("constant", "of the step size over all epochs", choices=("constant", "cosine"))
+    patience: int | None = option(
+        None, "stop after N epochs without a better held-out bound; best.pt holds the best epoch", "N", count
+    )
+    net: str = option("mlp", "dense layers, or convolutions for images", choices=NETS)
+    amp: str | None = option(None, "autocast of the training steps", choices=("bf16",))
+    device: str = option("auto", "auto is cuda where torch sees a GPU", choices=("auto", "cpu", "cuda"))
+    seed: int = option(0, "of weights, batches and noise", "SEED", integer())
+    impl: str = option("fused", "the kernels, or plain PyTorch", choices=("fused", "reference"))
 
     def __post_init__(self) -> None:
-        options.check(**asdict(self))
-        choices = {"impl": IMPLS, "lr_schedule": LR_SCHEDULES, "net": NETS, "amp": AMP, "device": DEVICES}
-        for name, names in choices.items():
-            if (value := getattr(self, name)) is not None:
-                one_of(names)(name, value)
-        check_objective(self.objective, beta=self.beta, free_bits=self.free_bits, alpha=self.alpha, groups=self.groups)
+        options.check(self)
         if self.beta_warmup and self.objective != "elbo":
             raise ValueError(f"beta_warmup has no effect with objective {self.objective!r}: leave it out")
-        if self.objective != "elbo":
-            beta = 0.5 if self.beta is None else self.beta
-            estimator(self.objective, self.num_samples, alpha=self.alpha, beta=beta, groups=self.groups)
         if self.keep is not None:
-            self.kept_row()
-            if self.keep != "auto" and self.keep > self.num_samples:
-                raise ValueError(f"keep must be at most num_samples={self.num_samples}; got {self.keep}")
+            self.bound.check_keep(self.keep)
 
-    def kept_row(self) -> Estimator:
-        """The row of the objective; a ValueError for one that keeps no samples."""
-        beta = 0.5 if self.beta is None else self.beta
-        return kept.row_of(self.objective, self.num_samples, alpha=self.alpha, beta=beta, groups=self.groups)
+    @cached_property
+    def bound(self) -> Objective:
+        """The objective with its numbers."""
+        return Objective(
+            self.objective,
+            num_samples=self.num_samples,
+            beta=self.beta,
+            free_bits=self.free_bits,
+            alpha=self.alpha,
+            groups=self.groups,
+        )
 
 
 def device_of(name: str, processes: int = 1) -> torch.device:
@@ -121,16 +127,15 @@ def device_of(name: str, processes: int = 1) -> torch.device:
 
 def _totals(parts: LossParts, batch: int) -> Tensor:
     """Sums over the batch of the bound, the ELBO, log p(x | z) and the KL, in float64."""
-    fit = parts.log_likelihood.detach().double()
-    fit = (fit.mean(0) if fit.dim() == 2 else fit).sum()
+    log_likelihood = torch.atleast_2d(parts.log_likelihood.detach().double()).mean(0).sum()
     kl = parts.kl.detach().double().sum()
-    return torch.stack([-parts.loss.detach().double() * batch, fit - kl, fit, kl]).cpu()
+    return torch.stack([-parts.loss.detach().double() * batch, log_likelihood - kl, log_likelihood, kl]).cpu()
 
 
-def _log_w(parts: LossParts, posterior: Posterior) -> Tensor:
-    """The samples' log weights [K, B]."""
-    log_w = parts.log_likelihood + posterior.log_ratio
-    return log_w if log_w.dim() == 2 else log_w[None]
+def samples_of_weight(log_w: Tensor, share: float) -> Tensor:
+    """Of log w [K, B], the fewest samples that have this share of the weight, [B]."""
+    weights = torch.softmax(log_w.double(), 0).sort(0, descending=True).values
+    return (weights.cumsum(0) < share).sum(0).clamp(max=len(log_w) - 1) + 1
 
 
 def collapses(rows: Sequence[Metrics], before: Mapping[int, int] | None = None) -> dict[int, int]:
@@ -155,6 +160,42 @@ def _means(split: str, totals: Tensor, count: int) -> Metrics:
     return {f"{split}_{name}": value for name, value in zip(FIGURES, (totals / count).tolist(), strict=True)}
 
 
+class _WithoutNetworks(VAE):
+    """What a step needs besides encoder and decoder, for a batch x: they return what they gave for it before.
+
+    The decoder's output is that of the first datum for all of them: the rows of samples that are kept repeat those of
+    all samples, whichever they are. `z` is the decoder's latest input.
+    """
+
+    def __init__(self, model: VAE, x: Tensor, objective: Objective, keep: int | None) -> None:
+        super().__init__(nn.Identity(), nn.Identity(), model.likelihood, latent_shape=model.latent_shape)
+        with torch.no_grad():
+            mu, logvar = (t.clone() for t in model.encode(x))
+            parameters = split_recon(model.decode(mu[:1]))
+
+        def repeated(*shape: int) -> list[Tensor]:
+            """Those of every sample; a parameter that is one for all data stays."""
+            of_sample = [t.dim() == parameters[0].dim() for t in parameters]
+            expanded = (t.expand(*shape, *t.shape[1:]) if o else t for t, o in zip(parameters, of_sample, strict=True))
+            return [t.clone() for t in expanded]
+
+        batch, K = len(x), objective.num_samples
+        with_graph = (K, batch) if objective.draws else (batch,)
+        self.all_samples = repeated(K, batch)
+        self.recon = repeated(*((keep * batch,) if keep and keep < K else with_graph))
+        self.leaves = [t.requires_grad_() for t in (mu, logvar, *self.recon)]
+
+    def encode(self, x: Tensor, condition: object = None, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.leaves[0], self.leaves[1]
+
+    def decode(self, z: Tensor, condition: object = None) -> Recon:
+        self.z = z
+        if torch.is_grad_enabled():
+            return join_recon(*self.recon)
+        dim = self.all_samples[0].dim()
+        return join_recon(*(t[: len(z)] if t.dim() == dim else t for t in self.all_samples))
+
+
 class Trainer:
     """One run: model, optimizer, and the generator that every batch order and every noise comes from, on the CPU.
 
@@ -162,24 +203,21 @@ class Trainer:
 
     Two runs that differ in `impl` alone see the same initial weights, batches and noise. The global generator is left
     as it was. The seed of the noise is drawn for each step; the reference is handed the noise itself, made outside the
-    timed part, so that its step times hold what plain PyTorch needs and nothing else. With `keep`, both get the seed.
+    timed part, so that its step times hold what plain PyTorch needs and nothing else. With `keep`, both get the
+    generator.
 
     In a process group, every process takes its rows of each batch, with the noise that one process would give them, and
     the gradients are added up: all hold the same parameters, those of one process on whole batches up to rounding.
     """
 
     def __init__(self, config: Config) -> None:
-        parallel = dist.is_available() and dist.is_initialized()
-        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-        if self.processes > 1 and config.keep is not None:
-            raise ValueError(
-                f"keep takes one process: the samples of a batch are chosen together; got {self.processes}"
-            )
-        self.device = device_of(config.device, self.processes)
+        self.processes = Processes.world()
+        if (several := self.processes.size) > 1 and config.keep is not None:
+            raise ValueError(f"keep takes one process: the samples of a batch are chosen together; got {several}")
+        self.device = device_of(config.device, several)
         self.data = data.load(config.data, config.likelihood, test_data=config.test_data)
         self.config = replace(config, likelihood=self.data.likelihood)
-        self._draws = draws(config.objective, config.num_samples)
-        self._seeded = config.impl == "fused" or config.keep is not None
+        self.objective = config.bound
         event = tuple(self.data.train.shape[1:])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -187,28 +225,26 @@ class Trainer:
         self.model.to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self._auto = self.model._auto_keep(config.kept_row(), config.num_samples) if config.keep == "auto" else None
         self.history: list[Metrics] = []
         self.step_losses: list[float] = []  # of this process; a resumed run starts with none
         self.step_times: list[float] = []  # seconds, likewise
+        self._steps_per_epoch = math.ceil(len(self.data.train) / config.batch_size)
 
     def _impl(self) -> AbstractContextManager[None]:
         return reference_mode() if self.config.impl == "reference" else nullcontext()
 
-    def _noise(self, x: Tensor, generator: torch.Generator, rows: slice | None = None) -> Noise:
-        """Of the data x, or of some rows of it."""
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
-        if self._seeded and rows is None:
-            return {"seed": seed.to(self.device)}
-        eps = reference.noise(seed, (self._draws or 1, len(x), self.config.latent_dim))
-        return {"eps": (eps[0] if self._draws is None else eps)[..., rows or slice(None), :].to(self.device)}
-
-    def _device_generator(self) -> torch.Generator:
-        """For what draws on the device; on the CPU the run's own."""
-        if self.device.type == "cpu":
-            return self.generator
-        seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
-        return torch.Generator(self.device).manual_seed(seed)
+    def noise(self, x: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> Noise:
+        """Of some rows of the data x, all by default, by a generator on the CPU."""
+        if self.config.keep is not None:  # the choice of samples is drawn on the device, too
+            if self.device.type == "cpu":
+                return {"generator": generator}
+            seed = int(torch.randint(2**63 - 1, (), generator=generator))
+            return {"generator": torch.Generator(self.device).manual_seed(seed)}
+        key = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
+        if self.config.impl == "fused" and self.processes.size == 1:
+            return {"seed": key.to(self.device)}
+        eps = reference.noise(key, (self.config.num_samples, len(x), self.config.latent_dim))[:, rows]
+        return {"eps": (eps[0] if self.objective.draws is None else eps).to(self.device)}
 
     def _now(self) -> float:
         """Seconds, once the device has done what it was given."""
@@ -216,33 +252,22 @@ class Trainer:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _rows(self, x: Tensor) -> slice | None:
-        """This process's share of a batch; None if it is alone."""
-        if self.processes == 1:
-            return None
-        return slice(len(x) * self.rank // self.processes, len(x) * (self.rank + 1) // self.processes)
-
-    def _add_up(self, *tensors: Tensor) -> None:
-        """Replace each by its sum over the processes."""
-        if self.processes > 1:
-            for t in tensors:
-                dist.all_reduce(t)
-
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of a row of the history."""
         latents = range(self.config.latent_dim)
         return (*METRICS, *LATENT_METRICS, *(f"kl_{j}" for j in latents), *(f"mu_variance_{j}" for j in latents))
 
-    @property
-    def _steps_per_epoch(self) -> int:
-        return math.ceil(len(self.data.train) / self.config.batch_size)
-
     def lr(self, step: int) -> float:
         """Adam's step size in a step of the whole run, from 0: "cosine" falls to 0 (Loshchilov & Hutter 2017)."""
         if self.config.lr_schedule == "constant":
             return self.config.lr
         return self.config.lr * 0.5 * (1 + math.cos(math.pi * step / (self.config.epochs * self._steps_per_epoch)))
+
+    def beta(self, step: int) -> float | None:
+        """The objective's beta in a step, counted from 0 over the whole run; None if it has none."""
+        beta, warmup = self.objective.beta, self.config.beta_warmup * self._steps_per_epoch
+        return beta if beta is None or step >= warmup else beta * step / warmup
 
     @property
     def best(self) -> int:
@@ -252,66 +277,15 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether all epochs are done, or `patience` of them were no better than one before."""
-        patience = self.config.patience
-        return len(self.history) >= self.config.epochs or (
-            patience is not None and len(self.history) - self.best >= patience
-        )
-
-    def beta(self, step: int) -> float | None:
-        """The KL's weight in a step, counted from 0 over the whole run."""
-        warmup = self.config.beta_warmup * self._steps_per_epoch
-        if step >= warmup:
-            return self.config.beta
-        return (1.0 if self.config.beta is None else self.config.beta) * step / warmup
-
-    def _options(self, beta: float | None) -> ObjectiveOptions:
-        config = self.config
-        return {"beta": beta, "free_bits": config.free_bits, "alpha": config.alpha, "groups": config.groups}
-
-    def _objective(self, x: Tensor, output: VAEOutput, beta: float | None) -> LossParts:
-        options = self._options(beta)
-        return objective_loss(
-            self.config.objective, output.recon, x, output.posterior, likelihood=self.data.likelihood, **options
-        )
-
-    def _loss(self, x: Tensor, noise: Noise, beta: float | None) -> LossParts:
-        config = self.config
-        if config.keep is None:
-            return self._objective(x, self.model(x, self._draws, **noise), beta)
-        return self.model.loss(
-            x,
-            objective=config.objective,
-            num_samples=config.num_samples,
-            keep=config.keep,
-            return_parts=True,
-            generator=self._device_generator(),
-            **self._options(beta),
-        )
-
-    def _kept_loss(
-        self, x: Tensor, mu: Tensor, logvar: Tensor, recon: Recon, kept_recon: Recon, keep: int, seed: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What `VAE.loss` with `keep` computes besides encoder and decoder -> the loss, and z of the kept samples."""
-        likelihood, row = self.data.likelihood, self.config.kept_row()
-        with torch.no_grad():
-            drawn = rsample(mu, logvar, self.config.num_samples, seed=seed)
-            weights = kept.weigh(log_prob(recon, x, likelihood=likelihood) + drawn.log_ratio, row)
-        chosen = kept.select(weights.a, keep, 0.5)
-        posterior = kept.rsample_kept(mu, logvar, chosen, seed=seed)
-        log_likelihood = log_prob(kept_recon, x.index_select(0, chosen.datum), likelihood=likelihood)
-        return kept.loss_of(log_likelihood, posterior, chosen, weights, row).mean(), posterior.z
-
-    @property
-    def kept_share(self) -> float:
-        """Of the K samples of the next step, the share that is back-propagated."""
-        keep = self._auto.keep if self._auto is not None else self.config.keep
-        return keep / self.config.num_samples if isinstance(keep, int) else 1.0
+        epochs, patience = len(self.history), self.config.patience
+        return epochs >= self.config.epochs or (patience is not None and epochs - self.best >= patience)
 
     def step(self, x: Tensor, beta: float | None = None) -> Tensor:
         """One step of the optimizer on the batch x [B, *event] -> `_totals`; beta: see `VAE.loss`."""
-        rows = self._rows(x)
-        noise: Noise = {} if self.config.keep else self._noise(x, self.generator, rows)
-        mine, parts = x if rows is None else x[rows], None
+        rank, processes = self.processes.rank, self.processes.size
+        rows = slice(len(x) * rank // processes, len(x) * (rank + 1) // processes)
+        noise, mine = self.noise(x, self.generator, rows), x[rows]
+        totals = torch.zeros(4, dtype=torch.float64)
         with self._impl():
             start = self._now()
             mine = mine.to(self.device)
@@ -319,24 +293,23 @@ class Trainer:
             total = torch.zeros((), device=self.device)
             if len(mine):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
-                    parts = self._loss(mine, noise, beta)
+                    parts = self.model.parts(mine, self.objective, keep=self.config.keep, beta=beta, **noise)
                 share = parts.loss * (len(mine) / len(x))
                 share.backward()  # type: ignore[no-untyped-call]
-                total = share.detach()
-            self._add_up(total, *self._gradients())
+                total, totals = share.detach(), _totals(parts, len(mine))
+            self.processes.sum(total, *self._gradients())
             loss = total.item()
             if not math.isfinite(loss):
                 raise Diverged(f"loss is {loss} in epoch {len(self.history) + 1}: try a smaller lr")
             self.step_losses.append(loss)
             self.optimizer.step()
             self.step_times.append(self._now() - start)
-        totals = torch.zeros(4, dtype=torch.float64) if parts is None else _totals(parts, len(mine))
-        self._add_up(totals)
+        self.processes.sum(totals)
         return totals
 
     def _gradients(self) -> list[Tensor]:
         """Of all parameters, if there are several processes to add them up."""
-        if self.processes == 1:
+        if self.processes.size == 1:
             return []
         for p in self.model.parameters():
             if p.grad is None:
@@ -350,81 +323,63 @@ class Trainer:
         and loss, forward and backward, divided by that of a step.
         """
         self.model.train()
-        train = self.data.train
-        totals, kept_shares = torch.zeros(4, dtype=torch.float64), []
-        first_step = len(self.step_times)
-        batches = torch.randperm(len(train), generator=self.generator).split(self.config.batch_size)
-        label = f"epoch {len(self.history) + 1}"
+        config, train, epoch = self.config, self.data.train, len(self.history) + 1
+        totals, first_step = torch.zeros(4, dtype=torch.float64), len(self.step_times)
+        batches = torch.randperm(len(train), generator=self.generator).split(config.batch_size)
         start = len(self.history) * len(batches)
-        for step, batch in enumerate(progress(batches, label, "step", len(batches)), start):
-            x = train[batch]
-            kept_shares.append(self.kept_share)
+        for step, batch in enumerate(progress(batches, f"epoch {epoch}", "step", len(batches)), start):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr(step)
-            totals += self.step(x, self.beta(step))
+            totals += self.step(train[batch], self.beta(step))
         seconds = statistics.median(self.step_times[first_step:])
-        loss_share = self.loss_time(train[: self.config.batch_size]) / seconds
-        row = {"epoch": len(self.history) + 1} | _means("train", totals, len(train)) | self.evaluate()
+        loss_share = self.loss_time(train[: config.batch_size]) / seconds
+        row = {"epoch": epoch} | _means("train", totals, len(train)) | self.evaluate()
         if not math.isfinite(sum(row.values())):
-            raise Diverged(f"held-out loss is {-row['held_out_bound']} after epoch {row['epoch']}: try a smaller lr")
-        cost = {"ms_per_step": 1e3 * seconds, "loss_share": loss_share, "kept_share": statistics.fmean(kept_shares)}
-        self.history.append(row | cost)
-        return self.history[-1]
+            raise Diverged(f"held-out loss is {-row['held_out_bound']} after epoch {epoch}: try a smaller lr")
+        kept_share = (config.keep or config.num_samples) / config.num_samples
+        row |= {"ms_per_step": 1e3 * seconds, "loss_share": loss_share, "kept_share": kept_share}
+        self.history.append(row)
+        return row
 
     @torch.no_grad()
     def evaluate(self) -> Metrics:
         """Means over the held-out part, with the same noise at every epoch, and what the latent dimensions hold."""
         self.model.eval()
         generator = torch.Generator().manual_seed(self.config.seed)
-        totals, carrying = torch.zeros(4, dtype=torch.float64), 0.0
-        meter = DiagnosticsMeter()
-        count = len(self.data.held_out)
+        totals, samples_99, meter = torch.zeros(4, dtype=torch.float64), 0.0, DiagnosticsMeter()
+        held_out = self.data.held_out
         with self._impl():
-            for rows in self.data.held_out.split(math.ceil(evaluate.BATCH / self.config.num_samples)):
-                x = rows.to(self.device)
-                output = self.model(x, self._draws, **self._noise(x, generator))
-                parts = self._objective(x, output, self.config.beta)
+            for batch in held_out.split(math.ceil(evaluate.BATCH / self.config.num_samples)):
+                x = batch.to(self.device)
+                recon, posterior = self.model(x, self.objective.draws, **self.noise(x, generator))
+                parts = self.objective.parts(recon, x, posterior, likelihood=self.data.likelihood)
                 totals += _totals(parts, len(x))
-                log_w = _log_w(parts, output.posterior)
-                meter.update(output.posterior, log_w)
-                carrying += kept.carrying(log_w, 0.99).sum().item() / count
+                log_w = torch.atleast_2d(parts.log_likelihood + posterior.log_ratio)
+                meter.update(posterior, log_w)
+                samples_99 += samples_of_weight(log_w, 0.99).sum().item() / len(held_out)
         found = meter.result()
-        latent = {"active_units": found.active_units.item(), "ess": found.ess.item(), "samples_99": carrying}
+        latent = {"active_units": found.active_units.item(), "ess": found.ess.item(), "samples_99": samples_99}
         latent |= {f"kl_{j}": value for j, value in enumerate(found.kl.tolist())}
         latent |= {f"mu_variance_{j}": value for j, value in enumerate(found.mu_variance.tolist())}
-        return _means("held_out", totals, count) | latent
+        return _means("held_out", totals, len(held_out)) | latent
 
     def loss_time(self, x: Tensor, repeats: int = 5) -> float:
-        """Median seconds of sampling and loss, forward and backward, without encoder and decoder.
-
-        They run on leaves that hold what encoder and decoder give for the batch x [B, *event].
-        """
-        config, seconds, x = self.config, [], x.to(self.device)
-        noise = self._noise(x, torch.Generator().manual_seed(0))
+        """Median seconds of sampling and loss, forward and backward, without encoder and decoder."""
+        x, keep, seconds = x.to(self.device), self.config.keep, []
         with self._impl():
-            with torch.no_grad():
-                output, posterior = self.model(x, self._draws, **noise)
-            mu, logvar = (t.clone().requires_grad_() for t in (posterior.mu, posterior.logvar))
-            keep, full = round(self.kept_share * config.num_samples), split_recon(output)
-            some = keep < config.num_samples  # then the decoder returns keep * B rows with a graph
-            rows = [t.flatten(0, 1)[: keep * len(x)] if some and t.dim() == full[0].dim() else t for t in full]
-            leaves = tuple(t.clone().requires_grad_() for t in rows)
+            rest = _WithoutNetworks(self.model, x, self.objective, keep)
             for _ in range(repeats):
+                noise = self.noise(x, torch.Generator().manual_seed(0))
                 start = self._now()
-                if some:
-                    recon, seed = join_recon(*full), noise["seed"]
-                    loss, z = self._kept_loss(x, mu, logvar, recon, join_recon(*leaves), keep, seed)
-                else:
-                    drawn = rsample(mu, logvar, self._draws, **noise)
-                    loss, z = self._objective(x, VAEOutput(join_recon(*leaves), drawn), config.beta).loss, drawn.z
-                torch.autograd.grad([loss, z], [mu, logvar, *leaves], [None, torch.ones_like(z)])
+                loss = rest.loss(x, self.objective, keep=keep, **noise)
+                torch.autograd.grad([loss, rest.z], rest.leaves, [None, torch.ones_like(rest.z)])
                 seconds.append(self._now() - start)
         return statistics.median(seconds)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Of the data: see `fastelbo.commands.data.fingerprint`."""
-        return data.fingerprint(self.config.test_data or self.config.data, self.data)
+        return data.fingerprint(self.data)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint atomically; the history is not part of it."""
@@ -436,7 +391,6 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            "auto_keep": None if self._auto is None else self._auto.state_dict(),
         }
         files.save_checkpoint(path, state)
 
@@ -454,13 +408,11 @@ class Trainer:
             changes = ", ".join(f"{k} {state['config'].get(k)!r} -> {ours[k]!r}" for k in differing)
             besides = " besides epochs" if "epochs" in free else ""
             raise ValueError(f"a resumed run keeps its options{besides}; changed: {changes}")
-        data.check_unchanged(self.config.test_data or self.config.data, self.data, state["data"])
+        data.check_unchanged(self.data, state["data"])
         with files.reading(out / "checkpoint.pt", files.CHECKPOINT):
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
-            if self._auto is not None:
-                self._auto.load_state_dict(state["auto_keep"])
             epoch = int(state["epoch"])
         self.history = read_history(out / "metrics.csv", self.columns, epoch)
 
@@ -484,7 +436,7 @@ def read_history(path: Path, columns: Sequence[str], epochs: int) -> list[Metric
 
 def model_of(state: dict[str, Any]) -> VAE:
     """The model of a checkpoint. Where the two do not fit, what torch raises: see `fastelbo.commands.files.reading`."""
-    config = Config(**state["config"])
+    config = Config(**state["config"] | {"keep": None})  # in older versions it could be "auto"
     with torch.device("meta"):  # memory is taken by what is in the checkpoint, not by the sizes that it names
         event, likelihood = tuple(state["data"]["shape"][1:]), str(config.likelihood)
         model = build_model(event, config.latent_dim, config.hidden, likelihood, config.net)
@@ -505,8 +457,7 @@ def prepare(config: Config, out: Path, *, resume: bool = False) -> Trainer:
         trainer.restore(out)
     elif (out / "checkpoint.pt").exists():
         raise FileExistsError(f"{out} already holds a run: resume it, or write to another directory")
-    if trainer.processes > 1:
-        dist.barrier()  # all have read the folder before one writes there
+    trainer.processes.gather(None)  # all have read the folder before one writes there
     return trainer
 
 
@@ -521,7 +472,7 @@ def fit(trainer: Trainer, out: Path, on_epoch: Callable[[Metrics], object] | Non
         OSError: a file cannot be written; both are those of the epoch before.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if trainer.rank:  # the first process writes
+    if trainer.processes.rank:  # the first process writes
         while not trainer.done:
             trainer.run_epoch()
         return

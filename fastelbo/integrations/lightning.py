@@ -23,7 +23,7 @@ class PartsMixin:
         class Model(PartsMixin, lightning.LightningModule):
             def training_step(self, x):
                 ...
-                return self.log_parts(fastelbo.elbo_loss(recon, x, mu, logvar, return_parts=True))
+                return self.log_parts(fastelbo.elbo_parts(recon, x, mu, logvar))
 
     Means over batches of different sizes are weighted by the number of data. Outside "train" they are averaged over
     processes, too.
@@ -33,7 +33,7 @@ class PartsMixin:
         """Logs stage/loss, stage/log_likelihood and stage/kl, in nats per datum.
 
         Args:
-            parts: of a fastelbo loss with return_parts=True.
+            parts: from a function such as `fastelbo.elbo_parts`, or from `VAE.parts`.
             stage: the prefix of the names.
             options: of LightningModule.log, such as on_step, on_epoch or prog_bar.
 
@@ -94,7 +94,7 @@ class LightningVAE(PartsMixin, lightning.LightningModule):  # type: ignore[misc]
 
     def _step(self, batch: Any, stage: str) -> Tensor:
         x = _data(batch)
-        loss = self.log_parts(self.model.loss(x, return_parts=True, **self.options), stage)
+        loss = self.log_parts(self.model.parts(x, **self.options), stage)
         if stage != "train" and self.eval_samples:
             log_p = self.model.log_marginal(x, self.eval_samples).log_prob.mean()
             self.log(f"{stage}/log_marginal", log_p, batch_size=len(x), sync_dist=True)

@@ -19,7 +19,7 @@ from fastelbo.losses.multi_sample import (
     multi_sample_loss,
     multi_sample_parts,
 )
-from fastelbo.losses.parts import LossParts
+from fastelbo.losses.parts import LossParts, loss_of
 from fastelbo.losses.sampling import Kept, Posterior, drawn_once, gaussian_kl, rsample, seed_tensor
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "likelihood_sample",
     "log_mean_exp",
     "log_prob",
+    "loss_of",
     "multi_sample_loss",
     "multi_sample_parts",
     "rsample",

@@ -4,8 +4,6 @@
 estimators and their coefficients from fastelbo/estimators.py and csrc/math/weights.h.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,43 +12,12 @@ from fastelbo._internal import arguments, ordered
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
 from fastelbo._internal.ordered import ordered_sum, reduce
-from fastelbo.losses.inputs import weighted
+from fastelbo.losses.inputs import bound_numbers, weighted
 from fastelbo.losses.multi_sample import mean_kl, steered
 from fastelbo.losses.parts import LossParts, loss_of
 from fastelbo.losses.sampling import Posterior
 
 _op = torch.ops.fastelbo
-
-
-class _MinusBound(torch.autograd.Function):
-    """Minus the bound [B] of log w [K, B]; the "gradient" of gates are their factors (csrc/math/estimator.h)."""
-
-    @staticmethod
-    def forward(log_w: Tensor, gates: Tensor | None, estimator: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-        bound, weights, factors = _op._multi_sample_weights(log_w, estimator)
-        return -bound, weights, factors
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        log_w, gates, ctx.estimator = inputs
-        ctx.gates_dtype = None if gates is None else gates.dtype
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(log_w, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
-        log_w, weights, factors = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient's own graph: weights and factors are functions of log w
-            _, weights, factors = _op._multi_sample_weights(log_w, ctx.estimator)
-        of_gates = None if ctx.gates_dtype is None else factors.to(ctx.gates_dtype)
-        return (-weights * grad).to(log_w.dtype), of_gates, None
-
-
-def _minus_bound(log_w: Tensor, gates: Tensor | None, estimator: list[float]) -> Tensor:
-    if torch._C._are_functorch_transforms_active():  # only checked: an autograd.Function does not run below torch.func
-        return -_op._multi_sample_weights(log_w, estimator)[0]  # type: ignore[no-any-return]
-    loss: Tensor = _MinusBound.apply(log_w, gates, estimator)[0]  # type: ignore[no-untyped-call]
-    return loss
 
 
 def _added(name: str, t: Tensor, shape: torch.Size) -> Tensor:
@@ -132,7 +99,7 @@ def bound_parts(
         if gates is not None:  # of dreg: b = a (1 - kl_weight + kl_weight a), by the steps of Tucker et al. 2019, eq. 8
             gates = torch.stack([kl_weight * gates[0], gates[1]])
     log_w = log_likelihood.to(dtype) + ratio
-    minus_bound = call(_minus_bound, reference.minus_bound, log_w, gates, [float(number) for number in row])
+    minus_bound = call(_op.minus_bound.default, reference.minus_bound, log_w, gates, *bound_numbers(row, log_w))
     kl = ordered_sum(torch.stack([mean_kl(p) for p in posteriors]), 0)
     return LossParts(reduce(minus_bound, reduction), log_likelihood, kl)
 

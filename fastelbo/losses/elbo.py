@@ -1,5 +1,7 @@
 """The evidence lower bound, with the KL in closed form."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from fastelbo._internal import arguments, domains
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
 from fastelbo._internal.ordered import ordered_sum, reduce
-from fastelbo.losses.inputs import expand, expand_like, number, padded, parameters
+from fastelbo.losses.inputs import expand, mask_like, number, parameters
 from fastelbo.losses.likelihood import log_prob
 from fastelbo.losses.parts import LossParts, loss_of
 from fastelbo.losses.sampling import gaussian_kl
@@ -64,30 +66,24 @@ def elbo_parts(
             raise ValueError(f"free_bits must be 0 with kl_mask or with a beta per dimension; got {free_bits}")
         latents = mu, logvar, prior_mu, prior_logvar
         return _weighted_parts(recon, x, latents, likelihood, beta, mask, kl_mask, reduction)
-    given = parameters(recon, x)
-    mask = expand_like("mask", mask, x, "x")
-    first, x, second, third = padded(given, x)
-    weight, floor = number(beta, 1.0, mu), number(free_bits, 0.0, mu)
-    parts = call(
+    given, mask = parameters(recon, x), mask_like(mask, x)
+    loss, log_likelihood, kl, *_ = call(
         _op.elbo_loss.default,
         reference.elbo_loss,
-        first,
+        given,
         x,
         mu,
         logvar,
-        expand_like("prior_mu", prior_mu, mu, "mu"),
-        expand_like("prior_logvar", prior_logvar, mu, "mu"),
-        second,
-        third,
+        prior_mu,
+        prior_logvar,
         mask,
-        1.0,
-        weight,
-        float(free_bits) if isinstance(free_bits, Tensor) else free_bits,
+        number(beta, 1.0, mu),
+        number(free_bits, 0.0, mu),
         likelihood,
         reduction,
     )
-    domains.check_some(first, x, likelihood, mask)
-    return LossParts(*parts)
+    domains.check_some(given[0], x, likelihood, mask)
+    return LossParts(loss, log_likelihood, kl)
 
 
 def _weighted_parts(
@@ -103,13 +99,11 @@ def _weighted_parts(
     """The parts with a weight for the KL of every dimension, or with a mask of it: made of `log_prob` and the KLs."""
     log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)
     terms = gaussian_kl(*latents, mask=kl_mask, reduce=False)  # type: ignore[arg-type]
-    if isinstance(beta, Tensor):
-        beta = expand("beta", expand("beta", beta.to(terms.dtype), terms.shape[1:], "one latent"), terms.shape, "mu")
-        # what a weight of 0 leaves of an infinite KL is read by nothing: neither value nor gradient is NaN
-        left = ~((beta == 0) & terms.isinf())
-        terms, whole = gaussian_kl(*latents, mask=left if kl_mask is None else left & kl_mask, reduce=False), terms  # type: ignore[arg-type]
-    else:
-        whole = terms
+    beta = beta.to(terms.dtype) if isinstance(beta, Tensor) else terms.new_ones(()) * beta
+    beta = expand("beta", expand("beta", beta, terms.shape[1:], "one latent"), terms.shape, "mu")
+    # what a weight of 0 leaves of an infinite KL is read by nothing: neither value nor gradient is NaN
+    left = ~((beta == 0) & terms.isinf())
+    whole, terms = terms, gaussian_kl(*latents, mask=left if kl_mask is None else left & kl_mask, reduce=False)  # type: ignore[arg-type]
     penalty = ordered_sum((beta * terms).flatten(1), 1)
     fit = ordered_sum(log_likelihood, 0) / len(log_likelihood) if log_likelihood.dim() == 2 else log_likelihood
     return LossParts(reduce(penalty - fit, reduction), log_likelihood, ordered_sum(whole.flatten(1), 1))
@@ -154,9 +148,9 @@ class ELBOLoss(torch.nn.Module):
         prior_logvar: Tensor | None = None,
     ) -> Tensor:
         """See `elbo_loss`."""
-        options = {"likelihood": self.likelihood, "beta": self.beta, "free_bits": self.free_bits}
-        prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
-        return elbo_loss(recon, x, mu, logvar, mask=mask, reduction=self.reduction, **options, **prior)
+        options: dict[str, Any] = {"likelihood": self.likelihood, "beta": self.beta, "free_bits": self.free_bits}
+        options |= {"prior_mu": prior_mu, "prior_logvar": prior_logvar, "mask": mask, "reduction": self.reduction}
+        return elbo_loss(recon, x, mu, logvar, **options)
 
     def extra_repr(self) -> str:
         return f"{self.likelihood!r}, beta={self.beta}, free_bits={self.free_bits}, reduction={self.reduction!r}"

@@ -8,7 +8,9 @@ from torch import Tensor
 from fastelbo import reference
 from fastelbo._internal import ordered
 from fastelbo._internal.arguments import ORDINALS
+from fastelbo.estimators import Estimator
 
+_CPU = torch.device("cpu")
 Recon = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
@@ -22,11 +24,6 @@ def expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:
         return ordered.expand(t, shape)
     except RuntimeError:
         raise ValueError(f"{name} must broadcast to the shape {tuple(shape)} of {like}; got {tuple(t.shape)}") from None
-
-
-def expand_like(name: str, t: Tensor | None, like: Tensor, like_name: str) -> Tensor | None:
-    """The same of what may be absent."""
-    return None if t is None else expand(name, t, like.shape, like_name)
 
 
 def split_recon(recon: Any) -> tuple[Tensor, ...]:
@@ -52,6 +49,10 @@ def parameters(recon: Any, x: Tensor) -> list[Tensor]:
     return shaped
 
 
+def mask_like(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if mask is None else expand("mask", mask, x.shape, "x")
+
+
 def weighted(weight: float | Tensor, kl: Tensor) -> Tensor:
     """weight kl; a weight of 0 leaves nothing of an infinite KL, nor a gradient (0 times infinity is NaN)."""
     return weight * torch.where(kl.isinf() & (weight == 0), 0.0, kl)
@@ -72,9 +73,10 @@ def number(value: float | Tensor, default: float, like: Tensor) -> Tensor | None
         return value
     if compiling():
         return torch.ones((), dtype=reference.compute_dtype(like), device=like.device) * value
-    return None if value == default else torch.full((), value, dtype=torch.float64, device="cpu")
+    return None if value == default else torch.scalar_tensor(value, dtype=torch.float64, device=_CPU)
 
 
-def padded(given: list[Tensor], x: Tensor) -> tuple[Any, ...]:
-    first, *others = given
-    return first, x, *others, *[None] * (2 - len(others))
+def bound_numbers(row: Estimator, like: Tensor) -> tuple[Tensor | None, Tensor | None, int, list[float]]:
+    """An estimator as the ops take it: elbo_weight, alpha, groups, and the three numbers of steering."""
+    steering = [row.path, row.path_weight, row.score]
+    return number(row.elbo_weight, 0.0, like), number(row.alpha, 0.0, like), row.groups, steering

@@ -11,7 +11,7 @@ from fastelbo._internal import arguments, domains
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
 from fastelbo._internal.ordered import ordered_sum
-from fastelbo.losses.inputs import expand_like, padded, parameters
+from fastelbo.losses.inputs import bound_numbers, mask_like, parameters
 from fastelbo.losses.parts import LossParts, loss_of
 from fastelbo.losses.sampling import Posterior
 
@@ -69,13 +69,10 @@ def _bound(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """Minus the bound of a row, and log p(x | z) [K, B]."""
-    given = parameters(recon, x)
-    mask = expand_like("mask", mask, x, "x")
-    first, x, second, third = padded(given, x)
-    numbers = [float(n) for n in row]
-    args = first, x, log_ratio, gates, second, third, mask, likelihood, numbers, reduction
-    loss, log_likelihood = call(_op.multi_sample_loss.default, reference.multi_sample_loss, *args)
-    domains.check_some(first, x, likelihood, mask)
+    given, mask = parameters(recon, x), mask_like(mask, x)
+    args = given, x, log_ratio, gates, mask, *bound_numbers(row, log_ratio), likelihood, reduction
+    loss, log_likelihood, *_ = call(_op.multi_sample_loss.default, reference.multi_sample_loss, *args)
+    domains.check_some(given[0], x, likelihood, mask)
     return loss, log_likelihood
 
 

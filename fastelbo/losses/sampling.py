@@ -12,7 +12,7 @@ from fastelbo import reference
 from fastelbo._internal import arguments
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
-from fastelbo.losses.inputs import compiling, expand, expand_like, number
+from fastelbo.losses.inputs import compiling, expand, number
 
 _op = torch.ops.fastelbo
 
@@ -24,7 +24,8 @@ class _Posterior(NamedTuple):
     log_q: Tensor  # [K?, B]: log q(z | x)
     mu: Tensor  # [B, *latent], or [K, B, *latent] with batch_dims=2: as it was given
     logvar: Tensor  # likewise
-    prior: tuple[()] | tuple[Tensor, Tensor] = ()  # (mu, logvar) as they were given; () for N(0, I)
+    # (mu, logvar) as they were given; () for N(0, I); (log p(z),) [K?, B] of another density
+    prior: tuple[()] | tuple[Tensor] | tuple[Tensor, Tensor] = ()
 
 
 class Posterior(_Posterior):
@@ -35,10 +36,39 @@ class Posterior(_Posterior):
     # of z alone would act on every loss that reads the same z (csrc/math/estimator.h).
     gates: Tensor | None = None
 
+    def _replace(self, **changes: Any) -> "Posterior":
+        changed = super()._replace(**changes)
+        changed.gates = self.gates
+        return changed
+
     @property
     def prior_options(self) -> dict[str, Tensor]:
-        """The prior as the functions take it."""
+        """The prior as the functions take it.
+
+        Raises:
+            ValueError: it is known by its density alone.
+        """
+        if len(self.prior) == 1:
+            raise ValueError("posterior must be under a Gaussian prior: one of another density has no KL per dimension")
         return dict(zip(("prior_mu", "prior_logvar"), self.prior, strict=False))
+
+    def under(self, log_prior: Tensor) -> "Posterior":
+        """The same samples under a prior of any density, of which log p(z) is given.
+
+        Args:
+            log_prior: [K?, B], as log_q. log p of z, in nats.
+
+        Returns:
+            Posterior with log_ratio = log_prior - log_q, kl = -log_ratio and prior = (log_prior,).
+
+        Raises:
+            ValueError: another shape.
+        """
+        if log_prior.shape != self.log_q.shape:
+            shape = tuple(self.log_q.shape)
+            raise ValueError(f"log_prior must be {shape}, a number for each sample; got {tuple(log_prior.shape)}")
+        log_ratio = log_prior - self.log_q
+        return self._replace(kl=-log_ratio, log_ratio=log_ratio, prior=(log_prior,))
 
 
 class Kept(NamedTuple):
@@ -118,7 +148,6 @@ def rsample(
         prior_mu = torch.zeros_like(mu) if prior_mu is None else prior_mu
         prior_logvar = torch.zeros_like(mu) if prior_logvar is None else prior_logvar
     prior = () if prior_mu is None or prior_logvar is None else (prior_mu, prior_logvar)
-    p_mu, p_logvar = expand_like("prior_mu", prior_mu, mu, "mu"), expand_like("prior_logvar", prior_logvar, mu, "mu")
     if batch_dims == 2:
         if num_samples is not None or first_sample or kept is not None:
             raise ValueError(
@@ -133,10 +162,11 @@ def rsample(
         if eps is not None and eps.shape != mu.shape:
             raise ValueError(f"eps must have the shape {tuple(mu.shape)} of mu; got {tuple(eps.shape)}")
         lead, num_samples = mu.shape[:2], 1
-        rows = [None if t is None else t.flatten(0, 1) for t in (mu, logvar, p_mu, p_logvar)]
+        whole = mu, logvar, *_whole_prior(prior_mu, prior_logvar, mu)
+        given = [None if t is None else t.flatten(0, 1) for t in whole]
         eps = None if eps is None else eps.flatten(0, 1).unsqueeze(0)
     else:
-        lead, rows = None, [mu, logvar, p_mu, p_logvar]
+        lead, given = None, [mu, logvar, prior_mu, prior_logvar]
     if eps is None and seed is None and reference.exports_to_onnx():  # no seed can be drawn there, but noise can
         eps = torch.randn_like(mu.expand(mu.shape if num_samples is None else (num_samples, *mu.shape)))
     if eps is not None and not (seed is None and generator is None and kept is None):
@@ -146,25 +176,10 @@ def rsample(
     if first_sample and first_sample > (limit := 2**63 // max(1, mu.numel()) - (num_samples or 1)):
         raise ValueError(f"first_sample must be at most {limit}: noise has 2^63 elements; got {first_sample}")
     key = None if eps is not None else seed_tensor(seed, generator, mu.device)
-    if kept is None:
-        z, kl, log_ratio, gates = call(
-            _op.rsample.default,
-            reference.rsample,
-            rows[0],
-            rows[1],
-            num_samples,
-            rows[2],
-            rows[3],
-            key,
-            eps,
-            first_sample,
-        )
-    else:
-        z, log_ratio, gates = call(
-            _op._rsample_kept.default, reference.rsample_kept, *rows, kept.sample, kept.datum, key
-        )
-        kl = gaussian_kl(mu, logvar, p_mu, p_logvar)
-    log_q = _log_q(z, log_ratio, rows, kept)
+    chosen = (None, None) if kept is None else (kept.sample, kept.datum)
+    z, kl, log_ratio, log_q, gates = call(
+        _op.rsample.default, reference.rsample, *given, num_samples, key, eps, *chosen, first_sample
+    )
     if lead is not None:
         z, kl = z.view(mu.shape), kl.view(lead)
         log_ratio, log_q, gates = log_ratio.view(lead), log_q.view(lead), gates.view(2, *lead)
@@ -174,15 +189,10 @@ def rsample(
     return drawn
 
 
-def _log_q(z: Tensor, log_ratio: Tensor, rows: list[Tensor | None], kept: Kept | None) -> Tensor:
-    dtype = log_ratio.dtype
-    mu, logvar = (t if t is None or kept is None else t.index_select(0, kept.datum) for t in rows[:2])
-    e = (z.to(dtype) - mu.to(dtype)) * torch.exp(-0.5 * logvar.to(dtype))
-    return -0.5 * (e.square() + logvar.to(dtype) + 1.8378770664093453).flatten(log_ratio.dim()).sum(-1)
-
-
-def _unmasked(t: Tensor | None, mask: Tensor) -> Tensor | None:
-    return None if t is None else torch.where(mask, t, 0)
+def _whole_prior(prior_mu: Tensor | None, prior_logvar: Tensor | None, mu: Tensor) -> list[Tensor | None]:
+    """A prior in the shape of mu, where rows are taken apart."""
+    given = (("prior_mu", prior_mu), ("prior_logvar", prior_logvar))
+    return [None if t is None else expand(name, t, mu.shape, "mu") for name, t in given]
 
 
 @checked
@@ -216,21 +226,16 @@ def gaussian_kl(
 
     Reference: Kingma & Welling 2014, app. B; free bits: Kingma et al. 2016, eq. 15.
     """
-    p_mu, p_logvar = expand_like("prior_mu", prior_mu, mu, "mu"), expand_like("prior_logvar", prior_logvar, mu, "mu")
     if (mask is not None or not reduce) and (isinstance(free_bits, Tensor) or free_bits > 0):
         raise ValueError(f"free_bits must be 0 with a mask or with reduce=False; got {free_bits}")
+    given = [mu, logvar, prior_mu, prior_logvar]
+    if mask is not None or not reduce:
+        given = [mu, logvar, *_whole_prior(prior_mu, prior_logvar, mu)]
     if mask is not None:  # two standard normals have a KL of 0, whose gradient is 0
         where = expand("mask", mask, mu.shape, "mu")
-        mu, logvar = torch.where(where, mu, 0), torch.where(where, logvar, 0)
-        p_mu, p_logvar = _unmasked(p_mu, where), _unmasked(p_logvar, where)
-    rows = [mu, logvar, p_mu, p_logvar]
+        given = [None if t is None else torch.where(where, t, 0) for t in given]
     if not reduce:  # every element as a row
-        rows = [None if t is None else t.reshape(-1, 1) for t in rows]
+        given = [None if t is None else t.reshape(-1, 1) for t in given]
     floor = None if mask is not None or not reduce else number(free_bits, 0.0, mu)
-    kl: Tensor = call(
-        _op.gaussian_kl.default,
-        reference.gaussian_kl,
-        *rows,
-        float(free_bits) if isinstance(free_bits, Tensor) else free_bits,
-    )
+    kl: Tensor = call(_op.gaussian_kl.default, reference.gaussian_kl, *given, floor)
     return kl if reduce else kl.view(mu.shape)

@@ -1,24 +1,20 @@
 """Marginal likelihood: a streaming log mean exp of importance weights, and the estimate of log p(x) made of it."""
 
 import math
-from collections.abc import Callable, Iterator
-from itertools import pairwise
-from typing import NamedTuple, Protocol, Self
+from collections.abc import Iterator
+from typing import Annotated, NamedTuple, Protocol, Self
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor, nn
 
-from fastelbo._internal.arguments import checked, refusal
+from fastelbo._internal import arguments
+from fastelbo._internal.arguments import Condition, checked, refusal
 from fastelbo._internal.ordered import ordered_sum
-from fastelbo.losses import Recon, expand, join_recon, log_prob, rsample, seed_tensor, split_recon
-
-Condition = Tensor | tuple[Tensor, ...]  # what a model's modules take besides x or z; each tensor [B, ...]
+from fastelbo.losses import Recon, join_recon, log_prob, seed_tensor, split_recon
+from fastelbo.models import priors
+from fastelbo.models.pieces import blocks_of, cut, given
 
 PROPOSALS = ("posterior", "prior")
-# Elements of recon that are decoded at a time. On a CPU few enough that they and the decoder's hidden layers stay in
-# the cache, which is up to twice as fast; on other devices enough to keep them busy.
-PIECE_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 25}
-CHUNK = 512  # samples per datum whose weights are added up at a time, by default
 
 
 class MarginalEstimate(NamedTuple):
@@ -63,7 +59,7 @@ class LogMeanExp:
         return self
 
     @checked
-    def update(self, log_w: Tensor) -> Self:
+    def update(self, log_w: arguments.Floats) -> Self:
         """Add a chunk of log weights.
 
         Args:
@@ -109,9 +105,11 @@ class LogMeanExp:
 
 
 class Model(Protocol):
-    """What `log_weights` reads of a model; `fastelbo.VAE` is one."""
+    """What is read of a model; `fastelbo.VAE` is one."""
 
     likelihood: str
+    decoder: nn.Module
+    prior: nn.Module | None
 
     def encode(
         self, x: Tensor, condition: Condition | None = None, *, mask: Tensor | None = None
@@ -119,90 +117,8 @@ class Model(Protocol):
 
     def decode(self, z: Tensor, condition: Condition | None = None) -> Recon: ...
 
-    def _prior_parameters(self, condition: Condition | None = None) -> dict[str, Tensor]: ...
 
-
-def given(condition: Condition | None) -> tuple[Condition, ...]:
-    """The further argument of a module, if there is one."""
-    return () if condition is None else (condition,)
-
-
-def _each(function: Callable[[Tensor], Tensor], condition: Condition | None) -> Condition | None:
-    if condition is None or isinstance(condition, Tensor):
-        return None if condition is None else function(condition)
-    return tuple(map(function, condition))
-
-
-def fold(condition: Condition | None, lead: tuple[int, ...]) -> Condition | None:
-    """The condition [B, ...] of latents whose leading dimensions, [B] or [K, B], are folded."""
-
-    def each(t: Tensor) -> Tensor:
-        if t.dim() == 0 or t.shape[0] != lead[-1]:
-            raise ValueError(f"condition must be [B, ...] with B={lead[-1]} from z; got {tuple(t.shape)}")
-        return t.expand(*lead, *t.shape[1:]).flatten(0, 1) if len(lead) == 2 else t
-
-    return _each(each, condition)
-
-
-def rows_of(condition: Condition | None, datum: Tensor) -> Condition | None:
-    """The condition of the data [n]."""
-    return _each(lambda t: t.index_select(0, datum), condition)
-
-
-def _expand_batch(recon: Recon, x: Tensor) -> Recon:
-    """recon [k, 1, *event] as [k, B, *event], without a copy."""
-    first, *others = split_recon(recon)
-    shape = (len(first), *x.shape)
-    return join_recon(first.expand(shape), *(t.expand(shape) if t.dim() == first.dim() else t for t in others))
-
-
-def _limit(device: torch.device) -> int:
-    return PIECE_ELEMENTS.get(device.type, PIECE_ELEMENTS["other"])
-
-
-def cut(start: int, end: int, elements: int, device: torch.device) -> list[tuple[int, int]]:
-    """start to end in pieces that stay in the cache, each step of so many elements."""
-    piece = max(1, _limit(device) // max(1, elements))
-    count = max(1, round((end - start) / piece))
-    return list(pairwise(start + (end - start) * i // count for i in range(count + 1)))  # of nearly equal size
-
-
-def pieces(x: Tensor, start: int, end: int) -> list[tuple[int, int]]:
-    """Samples start to end, cut so that recon of each piece, for data like x [B, *event], stays in the cache."""
-    return cut(start, end, x.numel(), x.device)
-
-
-def rows_between(condition: Condition | None, start: int, end: int) -> Condition | None:
-    """The condition of the data from start to end."""
-    return _each(lambda t: t[start:end], condition)
-
-
-def blocks_of(
-    x: Tensor, condition: Condition | None, mask: Tensor | None
-) -> Iterator[tuple[Tensor, Condition | None, Tensor | None]]:
-    """x [B, *event] with its condition and mask, cut along B so that each block stays in the cache."""
-    if x.dim() == 0:  # the model says what is wrong
-        yield x, condition, mask
-        return
-    fold(condition, (len(x),))  # refuses one of another number of rows
-    whole = None if mask is None else expand("mask", mask, x.shape, "x")
-    for a, b in cut(0, len(x), x.numel() // max(1, len(x)), x.device):
-        yield x[a:b], rows_between(condition, a, b), None if whole is None else whole[a:b]
-
-
-FIRST_ROWS = 16  # of which the size of a row is learned
-
-
-def by_rows(function: Callable[[int, int], Tensor], n: int) -> Tensor:
-    """function(first, last) [last - first, ...] of rows 0 to n, in pieces and put into one tensor."""
-    if n < 2 * FIRST_ROWS or torch.compiler.is_compiling():
-        return function(0, n)
-    found = function(0, FIRST_ROWS)
-    whole = found.new_empty(n, *found.shape[1:])
-    whole[:FIRST_ROWS] = found
-    for a, b in cut(FIRST_ROWS, n, found[0].numel(), found.device):
-        whole[a:b] = function(a, b)
-    return whole
+AnyModel = Annotated[Model, arguments.module]
 
 
 def encode_blocks(
@@ -215,72 +131,66 @@ def encode_blocks(
     return torch.cat(mu), torch.cat(logvar)
 
 
-def _weigh(
-    model: Model,
-    x: Tensor,
-    num_samples: int,
-    chunk_size: int | None,
-    proposal: str,
-    condition: Condition | None,
-    mask: Tensor | None,
-    seed: int | Tensor | None,
-    generator: Generator | None,
-) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
-    """Chunk by chunk, samples z [k, B, *latent] (or [k, 1, ...], of one prior) and log weights [k, B] in pieces."""
-    if proposal not in PROPOSALS:
-        raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}; got {proposal!r}")
-    key = seed_tensor(seed, generator, x.device)
-    from_prior = proposal == "prior"
-    with torch.no_grad():
-        mu, logvar = encode_blocks(model, x, condition, mask)
-        prior = model._prior_parameters(condition)
-        if from_prior:
-            # without a condition, the same samples for every datum: K of them are decoded, not K times B
-            like = mu if condition is not None else mu[:1]
-            mu = expand("prior_mu", prior.get("prior_mu", torch.zeros_like(like)), like.shape, "one latent")
-            logvar = expand("prior_logvar", prior.get("prior_logvar", torch.zeros_like(like)), like.shape, "one latent")
-            prior = {}
-
-    def weigh(first: int, count: int) -> tuple[Tensor, Tensor]:
-        drawn = rsample(mu, logvar, count, **prior, seed=key, first_sample=first)
-        if len(mu) != len(x):  # one prior for all data
-            whole = _expand_batch(model.decode(drawn.z, condition), x)
-            return drawn.z, log_prob(whole, x, likelihood=model.likelihood, mask=mask)
-        log_p, start = [], 0
-        for part, of_part, left in blocks_of(x, condition, mask):
-            recon = model.decode(drawn.z[:, start : start + len(part)], of_part)
-            log_p.append(log_prob(recon, part, likelihood=model.likelihood, mask=left))
-            start += len(part)
-        log_likelihood = torch.cat(log_p, 1)
-        return drawn.z, log_likelihood if from_prior else log_likelihood + drawn.log_ratio
-
-    def chunk(start: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for first, last in cut(start, end, max(x[: len(mu)].numel(), len(x)), x.device):
-            with torch.no_grad():
-                found = weigh(first, last - first)
-            yield found
-
-    size = chunk_size or max(1, min(CHUNK, _limit(x.device) // max(1, len(x))))
-    for start in range(0, num_samples, size):
-        yield chunk(start, min(start + size, num_samples))
+def _of_every_datum(recon: Recon, x: Tensor) -> Recon:
+    """recon [k, 1, *event] as [k, B, *event], without a copy."""
+    first, *others = split_recon(recon)
+    shape = (len(first), *x.shape)
+    return join_recon(first.expand(shape), *(t.expand(shape) if t.dim() == first.dim() else t for t in others))
 
 
 @checked
-def log_weights(
-    model: Model,
-    x: Tensor,
-    num_samples: int,
+def weighted_samples(
+    model: AnyModel,
+    x: arguments.Data,
+    num_samples: arguments.Count,
     *,
-    chunk_size: int | None = None,
-    proposal: str = "posterior",
+    chunk_size: arguments.Count | None = None,
+    proposal: arguments.Text = "posterior",
     condition: Condition | None = None,
-    mask: Tensor | None = None,
-    seed: int | Tensor | None = None,
-    generator: Generator | None = None,
-) -> Iterator[Tensor]:
-    """The log importance weights of `VAE.log_marginal`, chunk by chunk: [k, B]. It explains the arguments."""
-    for chunk in _weigh(model, x, num_samples, chunk_size, proposal, condition, mask, seed, generator):
-        yield torch.cat([log_w for _, log_w in chunk])
+    mask: arguments.Mask | None = None,
+    seed: arguments.Seed | None = None,
+    generator: arguments.Generator | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Piece by piece, the samples z and log weights [k, B] of `VAE.log_marginal`, which explains the arguments.
+
+    z is [k, B, *latent], or [k, 1, *latent] where all data share the samples of one prior.
+    """
+    if proposal not in PROPOSALS:
+        raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}; got {proposal!r}")
+    key = seed_tensor(seed, generator, x.device)
+    # without a condition, the same samples of the prior serve every datum: K of them are decoded, not K times B
+    of_prior, shared = proposal == "prior", proposal == "prior" and condition is None
+    with torch.no_grad():
+        mu, logvar = encode_blocks(model, x, condition, mask)
+        latents = priors.latents(model.prior, mu[:1] if shared else mu, condition, key)
+        draw = priors.sampler(model.prior, mu, logvar, condition)
+
+    def piece(first: int, count: int) -> tuple[Tensor, Tensor]:
+        drawn = None if of_prior else draw(count, seed=key, first_sample=first)
+        z = latents(first, count) if drawn is None else drawn.z
+        if shared:
+            whole = _of_every_datum(model.decode(z, condition), x)
+            return z, log_prob(whole, x, likelihood=model.likelihood, mask=mask)
+        log_p, start = [], 0
+        for part, of_part, left in blocks_of(x, condition, mask):
+            recon = model.decode(z[:, start : start + len(part)], of_part)
+            log_p.append(log_prob(recon, part, likelihood=model.likelihood, mask=left))
+            start += len(part)
+        log_likelihood = torch.cat(log_p, 1)
+        return z, log_likelihood if drawn is None else log_likelihood + drawn.log_ratio
+
+    size, elements = chunk_size or num_samples, max((x[:1] if shared else x).numel(), len(x))
+    for start in range(0, num_samples, size):
+        for first, last in cut(start, min(start + size, num_samples), elements, x.device):
+            with torch.no_grad():
+                found = piece(first, last - first)
+            yield found
+
+
+def log_weights(model: Model, x: Tensor, num_samples: int, **options: object) -> Iterator[Tensor]:
+    """The log weights of `weighted_samples`, which has the options, alone."""
+    for _, log_w in weighted_samples(model, x, num_samples, **options):  # type: ignore[arg-type]
+        yield log_w
 
 
 class ImportanceWeights(NamedTuple):
@@ -300,14 +210,14 @@ class ImportanceWeights(NamedTuple):
 @torch.no_grad()
 @checked
 def importance_weights(
-    model: Model,
-    x: Tensor,
-    num_samples: int,
+    model: AnyModel,
+    x: arguments.Data,
+    num_samples: arguments.Count,
     *,
     condition: Condition | None = None,
-    mask: Tensor | None = None,
-    seed: int | Tensor | None = None,
-    generator: Generator | None = None,
+    mask: arguments.Mask | None = None,
+    seed: arguments.Seed | None = None,
+    generator: arguments.Generator | None = None,
 ) -> ImportanceWeights:
     """K samples of q(z | x) with their weights, for estimates of your own: imputation, posterior expectations.
 
@@ -330,7 +240,6 @@ def importance_weights(
 
     Reference: Burda et al. 2016, eq. 8; Owen, Monte Carlo, ch. 9.2 (self-normalized importance sampling).
     """
-    chunks = _weigh(model, x, num_samples, None, "posterior", condition, mask, seed, generator)
-    found = [piece for chunk in chunks for piece in chunk]
-    z, log_w = (torch.cat(parts) for parts in zip(*found, strict=True))
+    pieces = weighted_samples(model, x, num_samples, condition=condition, mask=mask, seed=seed, generator=generator)
+    z, log_w = map(torch.cat, zip(*pieces, strict=True))
     return ImportanceWeights(log_w, z)

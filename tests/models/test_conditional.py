@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from toys import log_normal
 
 import fastelbo
-from fastelbo import VAE
+from fastelbo import VAE, VAELoss
 from fastelbo.commands import cli
-from fastelbo.losses import kept
+from fastelbo.models.kept_samples import kept_parts
 
 B, D, M, C, K = 5, 6, 3, 4, 7
 OBJECTIVES = [("elbo", 1), ("elbo", K), ("stl", K), ("iwae", K), ("dreg", K), ("rws", K)]
@@ -72,21 +72,22 @@ def test_condition_mask_and_prior(hole):
     found = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), upstream)]
     for ours, theirs in zip(found, by_hand(model, x, c, mask, eps, upstream), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    assert torch.equal(loss, model(x, objective="iwae", **options))
+    given = {name: options.pop(name) for name in ("condition", "mask", "eps", "reduction")}
+    assert torch.equal(loss, VAELoss(model, "iwae", **options)(x, **given))
 
 
 @every_objective
-def test_the_call_is_the_loss_and_data_count_by_themselves(objective, samples):
+def test_data_count_by_themselves(objective, samples):
     """Each datum's loss is that of a batch of one: conditions go with their data, however K and B are folded."""
     model, x, c, mask = conditional()
     eps = torch.randn(*(() if (objective, samples) == ("elbo", 1) else (samples,)), B, M)
     options = {"objective": objective, "num_samples": samples, "reduction": "none"}
-    whole = model(x, condition=c, mask=mask, eps=eps, **options)
+    whole = model.loss(x, condition=c, mask=mask, eps=eps, **options)
     for b in range(B):
         row = slice(b, b + 1)
         one = model.loss(x[row], condition=c[row], mask=mask[row], eps=eps[..., row, :], **options)
         torch.testing.assert_close(one, whole[row], rtol=1e-12, atol=1e-12)
-    parts = model(x, condition=(c,)[0], objective="elbo", return_parts=True)
+    parts = model.parts(x, condition=c)
     expected = torch.distributions.kl_divergence(
         *(torch.distributions.Normal(m, torch.exp(0.5 * v)) for m, v in (model.encode(x, c), model.prior(c)))
     )
@@ -109,8 +110,8 @@ def test_kept_samples(shape):
     for keep in (K - 1, 2):
         torch.testing.assert_close(model.loss(x, keep=keep, **options), whole, rtol=1e-12, atol=1e-12)
     # all samples kept by the functions that keep fewer: the gradient is the whole one
-    row = kept.row_of("dreg", K)
-    parts = model._kept_loss(x, c, mask, row, K, K, None, "mean", 3, None)
+    row = fastelbo.Objective("dreg", num_samples=K).row
+    parts, _ = kept_parts(model, x, row, K, K, condition=c, mask=mask, reduction="mean", seed=3, generator=None)
     for ours, theirs in zip(
         torch.autograd.grad(parts.loss, parameters), torch.autograd.grad(whole, parameters), strict=True
     ):
@@ -216,7 +217,7 @@ def test_nan_is_refused_by_name(options):
             r"condition must be \[B, ...\] with B=5 from z; got \(2, 4\)",
         ),
         (lambda m, x, c: m.loss(x, condition=c, mask=torch.ones(2)), r"mask must broadcast to the shape \(5, 6\) of x"),
-        (lambda m, x, c: m(x, condition=c, beta=2.0), "beta has no effect without an objective"),
+        (lambda m, x, c: m(x, condition=c, beta=2.0), "unexpected keyword argument 'beta'"),
     ],
 )
 def test_errors(call, message):
@@ -242,10 +243,10 @@ def test_compiles_in_one_graph(options):
     torch._dynamo.reset()
     model, x, c, mask = conditional()
     model.encode(x, c)
-    found, compiled = [], (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (model.loss, model))
-    for loss in (model.loss, *compiled):
-        arguments = {"condition": c, "mask": mask, "seed": torch.tensor([3]), **options}
-        value = loss(x, **{"objective": "elbo", **arguments})
+    whole = VAELoss(model, **{"objective": "elbo", **options})
+    found, compiled = [], (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (model.loss, whole))
+    for loss, given in zip((model.loss, *compiled), (options, options, {}), strict=True):
+        value = loss(x, condition=c, mask=mask, seed=torch.tensor([3]), **given)
         found.append([value.detach(), *torch.autograd.grad(value, list(model.parameters()))])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-12)

@@ -1,6 +1,5 @@
 """What wraps and shards a VAE, and figures of all processes: two processes with gloo."""
 
-import copy
 import socket
 import warnings
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from toys import leave_group
 
-from fastelbo import VAE, DiagnosticsMeter, rsample
+from fastelbo import VAE, DiagnosticsMeter, Objective, VAELoss, rsample
 
 B, D, M, K = 6, 8, 3, 5  # B data, a half for each process
 
@@ -46,16 +45,16 @@ def new_model(latent_shape: tuple[int, ...] | None = None) -> VAE:
     return VAE(encoder, nn.Linear(M, D), prior=prior, latent_shape=latent_shape).double()
 
 
-def _gradients(rank: int, x: Tensor, eps: Tensor, options: dict, accumulated: bool) -> list[Tensor]:
-    model = DistributedDataParallel(new_model())
+def _gradients(rank: int, x: Tensor, eps: Tensor, objective: Objective, accumulated: bool) -> list[Tensor]:
+    loss = DistributedDataParallel(VAELoss(new_model(), objective))
     mine = slice(3 * rank, 3 * rank + 3)
     if accumulated:
-        with model.no_sync():
-            model(x[0, mine], eps=eps[0, ..., mine, :], **options).backward()
-        model(x[1, mine], eps=eps[1, ..., mine, :], **options).backward()
+        with loss.no_sync():
+            loss(x[0, mine], eps=eps[0, ..., mine, :]).backward()
+        loss(x[1, mine], eps=eps[1, ..., mine, :]).backward()
     else:
-        model(x[0, mine], eps=eps[0, ..., mine, :], **options).backward()
-    return [p.grad for p in model.parameters()]
+        loss(x[0, mine], eps=eps[0, ..., mine, :]).backward()
+    return [p.grad for p in loss.parameters()]
 
 
 @pytest.mark.parametrize("accumulated", [False, True])
@@ -64,42 +63,14 @@ def test_gradients_are_those_of_the_whole_batch(tmp_path, objective, accumulated
     torch.manual_seed(1)
     lead = () if objective == "elbo" else (K,)
     x, eps = torch.rand(2, B, D).double(), torch.randn(2, *lead, B, M).double()
-    options = {"objective": objective, "num_samples": 1 if objective == "elbo" else K}
-    first, second = run(_gradients, tmp_path, x, eps, options, accumulated)
+    objective = Objective(objective, num_samples=1 if objective == "elbo" else K)
+    first, second = run(_gradients, tmp_path, x, eps, objective, accumulated)
     model = new_model()
     for step in range(1 + accumulated):
-        model.loss(x[step], eps=eps[step], **options).backward()
+        model.loss(x[step], objective, eps=eps[step]).backward()
     for ours, theirs, p in zip(first, second, model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
         torch.testing.assert_close(ours, p.grad, rtol=1e-12, atol=1e-15)
-
-
-def _warnings(rank: int) -> list[str]:
-    wrapped, alone, x = DistributedDataParallel(new_model()), new_model(), torch.rand(3, D).double()
-    found = []
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        wrapped(x, objective="elbo").backward()
-        alone.loss(x).backward()
-        copy.deepcopy(new_model()).loss(x)
-        with torch.no_grad():
-            wrapped.module.loss(x)
-        found.append([str(w.message) for w in told if "loss was called" in str(w.message)])
-        wrapped.module.loss(x)
-        wrapped.module.loss(x)
-        found.append([str(w.message) for w in told if "loss was called" in str(w.message)])
-    return found
-
-
-def test_a_loss_beside_the_wrapper_warns_once(tmp_path):
-    for right, wrong in run(_warnings, tmp_path):
-        assert right == [] and len(wrong) == 1 and 'ddp(x, objective="elbo", ...)' in wrong[0]
-
-
-def test_the_names_that_ddp_ignores():
-    model = new_model()
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["decoder.bias"])
-    assert list(model._ddp_params_and_buffers_to_ignore) == ["decoder.bias"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,7 +89,9 @@ WRAPPERS = {
 
 def _train(model: nn.Module) -> nn.Module:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    model(torch.full((3, D), 0.7).double(), objective="elbo", eps=torch.ones(3, M).double()).backward()
+    x = torch.full((3, D), 0.7).double()
+    recon, posterior = model(x, eps=torch.ones(3, M).double())
+    Objective("elbo").loss(recon, x, posterior).backward()
     optimizer.step()
     return model
 

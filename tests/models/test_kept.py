@@ -17,6 +17,7 @@ import fastelbo
 from fastelbo import VAE, Kept
 from fastelbo.estimators import ESTIMATORS
 from fastelbo.losses import kept, split_recon
+from fastelbo.models.kept_samples import check_repeats
 
 B, SEED = 5, 3
 CASES = [case for case in paper.CASES if case[0] not in ("elbo", "stl")]
@@ -81,7 +82,7 @@ def by_functions(model: VAE, x: Tensor, case, reduction: str, upstream: Tensor, 
     name, options, K = case
     log_w = log_weights(model, x, K)
     mu, logvar = model.encode(x)
-    posterior = fastelbo.rsample_kept(mu, logvar, chosen, seed=SEED)
+    posterior = fastelbo.rsample(mu, logvar, kept=chosen, seed=SEED)
     log_p = fastelbo.log_prob(model.decode(posterior.z), x[chosen.datum], likelihood=model.likelihood)
     options = {"estimator": name, "reduction": reduction, **options}
     loss = fastelbo.kept_loss(log_p, posterior, chosen, log_w, **options)
@@ -231,9 +232,9 @@ def test_what_is_refused():
     for sample, datum in (([0, 0], [0, 3]), ([0, 0], [-1, 0]), ([-1, 0], [0, 0]), ([2**62, 0], [0, 0])):
         index = torch.tensor(sample), torch.tensor(datum)
         with pytest.raises(IndexError, match=r"(sample|datum) must be in \[0, "):
-            fastelbo.rsample_kept(mu, mu, Kept(*index, torch.ones(2)), seed=1)
+            fastelbo.rsample(mu, mu, kept=Kept(*index, torch.ones(2)), seed=1)
     chosen = fastelbo.keep_samples(log_w, 2)
-    posterior = fastelbo.rsample_kept(mu, mu, chosen, seed=1)
+    posterior = fastelbo.rsample(mu, mu, kept=chosen, seed=1)
     with pytest.raises(ValueError, match=r"log_likelihood must be \[n\] with n=6 from kept; got \(3,\)"):
         fastelbo.kept_loss(torch.zeros(3), posterior, chosen, log_w)
     with pytest.raises(ValueError, match="posterior must be of the kept samples"):
@@ -252,7 +253,7 @@ def test_the_rows_are_those_of_all_samples(dtype, latent, seed):
     mu, logvar, p_mu, p_logvar = (torch.randn(B, *latent).to(dtype) for _ in range(4))
     chosen = fastelbo.keep_samples(spread(K, B), 3)
     whole = fastelbo.rsample(mu, logvar, K, prior_mu=p_mu, prior_logvar=p_logvar, seed=seed)
-    rows = fastelbo.rsample_kept(mu, logvar, chosen, prior_mu=p_mu, prior_logvar=p_logvar, seed=seed)
+    rows = fastelbo.rsample(mu, logvar, kept=chosen, prior_mu=p_mu, prior_logvar=p_logvar, seed=seed)
     at = chosen.sample, chosen.datum
     assert torch.equal(rows.z, whole.z[at]) and torch.equal(rows.log_ratio, whole.log_ratio[at])
     assert torch.equal(rows.kl, fastelbo.gaussian_kl(mu, logvar, p_mu, p_logvar))
@@ -266,8 +267,8 @@ def test_their_gradient_is_that_of_all_samples(dtype, gated):
     K, latent = 9, 130
     leaves = [torch.randn(B, latent).to(dtype).requires_grad_() for _ in range(4)]
     sample, datum = torch.tensor([5, 0, 8, 5, 2, 2, 7]), torch.tensor([4, 0, 1, 3, 4, 0, 4])
-    rows = fastelbo.rsample_kept(
-        *leaves[:2], Kept(sample, datum, sample), prior_mu=leaves[2], prior_logvar=leaves[3], seed=SEED
+    rows = fastelbo.rsample(
+        *leaves[:2], kept=Kept(sample, datum, sample), prior_mu=leaves[2], prior_logvar=leaves[3], seed=SEED
     )
     whole = fastelbo.rsample(*leaves[:2], K, prior_mu=leaves[2], prior_logvar=leaves[3], seed=SEED)
     up_z, up_ratio, up_gates = torch.randn(7, latent).to(dtype), torch.randn(7), torch.randn(2, 7)
@@ -291,7 +292,7 @@ def test_the_gradient_is_the_same_for_any_number_of_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            rows = fastelbo.rsample_kept(mu, logvar, chosen, seed=SEED)
+            rows = fastelbo.rsample(mu, logvar, kept=chosen, seed=SEED)
             found.append([rows.z, *torch.autograd.grad([rows.z, rows.log_ratio], [mu, logvar], up)])
     finally:
         torch.set_num_threads(before)
@@ -358,7 +359,7 @@ def test_masks_and_priors():
 
         def at(u: float, estimator: str = estimator, log_w: Tensor = log_w) -> list[Tensor]:
             chosen = fastelbo.keep_samples(log_w, keep, u=u)
-            rows = fastelbo.rsample_kept(mu, logvar, chosen, **prior)
+            rows = fastelbo.rsample(mu, logvar, kept=chosen, **prior)
             log_p = fastelbo.log_prob(decoder(rows.z), x[chosen.datum], mask=mask[chosen.datum])
             loss = fastelbo.kept_loss(log_p, rows, chosen, log_w, estimator=estimator)
             return list(torch.autograd.grad(loss, leaves))
@@ -372,7 +373,7 @@ def test_a_weight_of_nan_gives_a_gradient_of_nan():
     log_w[3, 1] = math.nan
     mu, logvar = (t.detach().requires_grad_() for t in model.encode(x))
     chosen = fastelbo.keep_samples(log_w, 2)
-    rows = fastelbo.rsample_kept(mu, logvar, chosen, seed=SEED)
+    rows = fastelbo.rsample(mu, logvar, kept=chosen, seed=SEED)
     loss = fastelbo.kept_loss(
         fastelbo.log_prob(model.decode(rows.z), x[chosen.datum]), rows, chosen, log_w, reduction="none"
     )
@@ -394,7 +395,7 @@ def test_the_parts_compile():
 
     def step(x: Tensor, log_w: Tensor, u: Tensor) -> Tensor:
         chosen = fastelbo.keep_samples(log_w, 3, u=u)
-        rows = fastelbo.rsample_kept(*model.encode(x), chosen, seed=torch.tensor([SEED]))
+        rows = fastelbo.rsample(*model.encode(x), kept=chosen, seed=torch.tensor([SEED]))
         log_p = fastelbo.log_prob(model.decode(rows.z), x.index_select(0, chosen.datum))
         return fastelbo.kept_loss(log_p, rows, chosen, log_w, estimator="dreg")
 
@@ -414,10 +415,13 @@ def test_the_parts_compile():
 
 def at_u(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """VAE.loss chooses by this u."""
-    select = kept.select
+    keep_samples = kept.keep_samples
 
     def choose(u: float) -> None:
-        monkeypatch.setattr(kept, "select", lambda weights, keep, generator=None: select(weights, keep, u))
+        def at(log_w: Tensor, keep: int, *, weights: Tensor, generator: None) -> Kept:
+            return keep_samples(log_w, keep, weights=weights, u=u)
+
+        monkeypatch.setattr(kept, "keep_samples", at)
 
     return choose
 
@@ -440,7 +444,7 @@ def test_loss_of_any_likelihood(decoder, objective, monkeypatch):
     model, K, keep = dense(make(), likelihood), 6, 2
     x = torch.randint(0, 5, (B, 2, 3)) if likelihood == "zinb" else torch.rand(B, 2, 3).double()
     parameters, options = list(model.parameters()), {"objective": objective, "num_samples": K, "seed": SEED}
-    parts = model.loss(x, return_parts=True, **options)
+    parts = model.parts(x, **options)
     expected = torch.autograd.grad(parts.loss, parameters)
     recon, posterior = model(x, K, seed=SEED)
     weights = torch.softmax(fastelbo.log_prob(recon, x, likelihood=likelihood) + posterior.log_ratio, 0).detach()
@@ -448,7 +452,7 @@ def test_loss_of_any_likelihood(decoder, objective, monkeypatch):
 
     def at(u: float) -> list[Tensor]:
         choose(u)
-        ours = model.loss(x, keep=keep, return_parts=True, **options)
+        ours = model.parts(x, keep=keep, **options)
         for a, b in zip(ours, parts, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
         assert ours.loss.requires_grad and ours.kl.requires_grad and not ours.log_likelihood.requires_grad
@@ -580,8 +584,8 @@ def test_modules_that_hold_dropout_themselves():
         ),
     ):
         with pytest.raises(ValueError, match=f"two runs of {name}"):
-            kept.check_repeats(module)
-        kept.check_repeats(module.eval())
+            check_repeats(module)
+        check_repeats(module.eval())
 
 
 class Body(nn.Module):
@@ -659,84 +663,18 @@ def test_what_differs_in_no_run_is_taken():
         ({"objective": "stl", "num_samples": 8}, "keep has no use with 'stl'"),
         ({"num_samples": 3}, "keep must be at most num_samples=3; got 4"),
         ({"num_samples": 8, "eps": torch.zeros(8, B, M)}, "eps and keep exclude each other"),
-        ({"num_samples": 8, "keep": "all"}, 'keep must be an int or "auto"; got "all"'),
+        ({"num_samples": 8, "keep": "auto"}, "keep must be an int; got str"),
         ({"num_samples": 8, "keep": 0}, "keep must be at least 1; got 0"),
+        (
+            {"num_samples": 8, "objective": "vr", "alpha": torch.tensor(0.5, requires_grad=True)},
+            "keep takes no learned number: the weights have no graph",
+        ),
         ({"num_samples": 8, "objective": "miwae", "groups": 3}, "groups must divide the number of samples K=8"),
     ],
 )
 def test_options_of_the_loss(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         model_of().loss(torch.rand(B, D).double(), **{"objective": "iwae", "keep": 4, **options})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# keep="auto".
-
-
-def test_the_added_variance_is_bounded():
-    """Of sum w f with independent f of variance 1, by chance of both the choice and f: sum (E scale - 1) w^2."""
-    log_w, sizes = spread(50, 10), (1, 2, 4, 8, 16, 32, 50)
-    weights = torch.softmax(log_w, 0)
-    w = flat(weights)
-    bounds = kept.added_variance(weights, sizes).tolist()
-    assert bounds == sorted(bounds, reverse=True) and bounds[-1] < 1e-12
-    for keep, bound in zip(sizes, bounds, strict=True):
-        c = threshold(w, keep * 10)
-        added = (w * (c - w)).clamp(min=0).sum() / w.square().sum()
-        assert added <= bound * (1 + 1e-9)
-        torch.testing.assert_close(bound, (c * w[w < c].sum() / w.square().sum()).item(), rtol=1e-6, atol=1e-12)
-
-
-def test_auto_takes_few_where_few_weigh_and_all_where_all_do():
-    K = 50
-    concentrated, equal = torch.zeros(K, 10).double(), torch.full((K, 10), 1 / K).double()
-    concentrated[3] = 1
-    auto = kept.AutoKeep(K)
-    assert auto.keep == max(auto.sizes) < 2 * K / 3
-    looks = []
-    for step in range(4 * kept.INTERVAL):
-        if auto.due():
-            looks.append(step)
-            auto.update(concentrated if step < kept.INTERVAL else equal)
-            assert auto.keep == (1 if step < kept.INTERVAL else K)
-    assert looks == [0, kept.INTERVAL, 2 * kept.INTERVAL, 3 * kept.INTERVAL]
-    before = auto.keep
-    auto.update(torch.full((K, 10), math.nan))
-    assert auto.keep == before
-    assert kept.AutoKeep(1).keep == 1 and not kept.AutoKeep(1).due()
-
-
-def test_auto_goes_on_from_its_state():
-    K, before, after = 50, kept.AutoKeep(50), kept.AutoKeep(50)
-
-    def steps(auto: kept.AutoKeep, count: int) -> list[int]:
-        sizes = []
-        for step in range(count):
-            if auto.due():
-                auto.update(torch.softmax(spread(K, 10, 1.0 + step), 0))
-            sizes.append(auto.keep)
-        return sizes
-
-    steps(before, kept.INTERVAL // 2)
-    after.load_state_dict(before.state_dict())
-    assert steps(after, 2 * kept.INTERVAL) == steps(before, 2 * kept.INTERVAL)
-    assert after.state_dict() == before.state_dict() and after.keep < K
-
-
-def test_auto_trains(monkeypatch):
-    monkeypatch.setattr(kept, "INTERVAL", 2)
-    model, x = model_of(torch.float32), torch.rand(B, D)
-    options = {"objective": "iwae", "num_samples": 60, "seed": SEED}
-    rows = []
-    model.decoder.register_forward_hook(lambda m, args, out: rows.append(len(out)) if out.requires_grad else None)
-    for _ in range(6):
-        loss = model.loss(x, keep="auto", **options)
-        torch.testing.assert_close(loss, model.loss(x, **options), rtol=2e-6, atol=2e-6)
-        loss.backward()
-    (auto,) = model._auto.values()
-    assert set(rows[1::2]) == {60 * B} and rows[0] == 32 * B
-    assert rows[2:-1:2] == [auto.keep * B] * 5 and auto.keep in (*kept.SIZES, 60)
-    assert set(model.state_dict()) == {"_extra_state", *(name for name, _ in model.named_parameters())}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -758,52 +696,43 @@ def test_accumulated_gradients_add_up():
         torch.testing.assert_close(p.grad, e, rtol=1e-12, atol=1e-15)
 
 
-class LossOf(nn.Module):
-    """What DistributedDataParallel wraps: its forward is the loss."""
-
-    def __init__(self, vae: VAE, keep: int | str) -> None:
-        super().__init__()
-        self.vae, self.keep = vae, keep
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.vae.loss(x, objective="dreg", num_samples=9, keep=self.keep)
+LOSS = fastelbo.Objective("dreg", num_samples=9)
 
 
-def _parallel(rank: int, port: int, shards: list[Tensor], keep: int | str, folder: str) -> None:
+def _parallel(rank: int, port: int, shards: list[Tensor], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     found = []
     for accumulated in (False, True):
-        wrapped = nn.parallel.DistributedDataParallel(LossOf(model_of(torch.float64), keep))
+        wrapped = nn.parallel.DistributedDataParallel(fastelbo.VAELoss(model_of(torch.float64), LOSS))
         torch.manual_seed(rank)
         if accumulated:
             with wrapped.no_sync():
-                wrapped(shards[rank]).backward()
-        wrapped(shards[rank]).backward()
+                wrapped(shards[rank], keep=2).backward()
+        wrapped(shards[rank], keep=2).backward()
         found.append([p.grad for p in wrapped.parameters()])
     torch.save(found, f"{folder}/{rank}.pt")
     leave_group()
 
 
-@pytest.mark.parametrize("keep", [2, "auto"])
-def test_two_processes_average_their_gradients(tmp_path, keep):
+def test_two_processes_average_their_gradients(tmp_path):
     """DistributedDataParallel sees the pass with a graph alone; each process chooses samples of its own."""
     torch.manual_seed(7)
     shards = list(torch.rand(2, B, D).double())
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.start_processes(_parallel, (port, shards, keep, str(tmp_path)), 2, start_method="fork")
+    mp.start_processes(_parallel, (port, shards, str(tmp_path)), 2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for ours, theirs in zip(first, second, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for found, steps in zip(first, (1, 2), strict=True):
         expected = None
         for rank in range(2):
-            module = LossOf(model_of(torch.float64), keep)
+            module = fastelbo.VAELoss(model_of(torch.float64), LOSS)
             torch.manual_seed(rank)
             for _ in range(steps):
-                module(shards[rank]).backward()
+                module(shards[rank], keep=2).backward()
             grads = [p.grad / 2 for p in module.parameters()]
             expected = grads if expected is None else [a + b for a, b in zip(expected, grads, strict=True)]
         assert_close(found, expected, 1e-12)

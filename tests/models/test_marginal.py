@@ -11,7 +11,7 @@ from toys import D, M, linear_gaussian, model_of
 
 import fastelbo
 from fastelbo import LogMeanExp
-from fastelbo.models import marginal
+from fastelbo.models import marginal, pieces
 
 inf, nan = float("inf"), float("nan")
 
@@ -333,7 +333,7 @@ def test_pieces_change_nothing(n, monkeypatch):
     log_w = torch.randn(6, n)
     whole = found()
     torch.testing.assert_close(whole["reconstruct"], model.reconstruct(x, **given).detach(), rtol=1e-12, atol=1e-12)
-    monkeypatch.setitem(marginal.PIECE_ELEMENTS, "cpu", 7 * D)
+    monkeypatch.setitem(pieces.PIECE_ELEMENTS, "cpu", 7 * D)
     seen: list[int] = []
     handle = model.decoder.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     for name, t in found().items():

@@ -157,7 +157,7 @@ def emptied(model: VAE) -> VAE:
 
 def called_with_its_state(model: VAE) -> VAE:
     state, x = model.state_dict(), torch.rand(B, D)
-    torch.func.functional_call(model, state, (x,), {"objective": "elbo"})
+    torch.func.functional_call(model, state, (x,))
     return model
 
 
@@ -245,11 +245,12 @@ METHODS = {
     "encode, mask": lambda model, x: model.encode(x, mask=x > 0.1),
     "forward": lambda model, x: model(x),
     "forward, K": lambda model, x: model(x, 4),
-    "forward, objective": lambda model, x: model(x, objective="elbo"),
     "loss": lambda model, x: model.loss(x),
     "loss, K": lambda model, x: model.loss(x, **OPTIONS),
     "loss, keep": lambda model, x: model.loss(x, **OPTIONS, keep=5),
-    "loss, auto": lambda model, x: model.loss(x, **OPTIONS, keep="auto"),
+    "parts": lambda model, x: model.parts(x),
+    "parts, an objective": lambda model, x: model.parts(x, fastelbo.Objective("vr", num_samples=4), alpha=0.3),
+    "VAELoss": lambda model, x: fastelbo.VAELoss(model, "iwae", num_samples=4)(x),
     "reconstruct": lambda model, x: model.reconstruct(x),
     "log_marginal": lambda model, x: model.log_marginal(x, 7),
     "log_marginal, prior": lambda model, x: model.log_marginal(x, 7, proposal="prior"),
@@ -261,7 +262,7 @@ METHODS = {
 
 def test_every_method_is_here():
     public = {name for name, f in vars(VAE).items() if callable(f) and name[0] != "_" and "extra_state" not in name}
-    assert public == {name.partition(",")[0] for name in METHODS} - {"importance_weights"}
+    assert public == {name.partition(",")[0] for name in METHODS} - {"importance_weights", "VAELoss"}
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["compiled first", "eager first"])

@@ -27,14 +27,14 @@ def test_nan_is_not_below_the_floor_of_free_bits():
 
 
 def test_where_there_is_more_nan_than_in_eager():
-    """The three places that README.md names."""
+    """The three places that docs/limits.md names."""
     mean = torch.full((1, 40), torch.nan, requires_grad=True)
     value = fastelbo.log_prob(mean, torch.zeros(1, 40), likelihood="laplace")
     assert torch.autograd.grad(value, mean)[0].isnan().all()
     assert (torch.autograd.grad(mean.abs().sum(), mean)[0] == 0).all()
 
     outside, x = torch.tensor([[1.1]]), torch.tensor([[0.5]])
-    assert torch.ops.fastelbo.log_prob(outside, x, None, None, None, "bernoulli_probs").isnan().all()
+    assert torch.ops.fastelbo.log_prob([outside], x, None, "bernoulli_probs").isnan().all()
     with pytest.raises(RuntimeError, match="between 0 and 1"):
         torch.nn.functional.binary_cross_entropy(outside, x)
 
@@ -68,7 +68,7 @@ def test_gradient_of_shared_data_does_not_depend_on_threads():
 
 def test_parts_may_be_changed_in_place_before_the_backward():
     logits = torch.randn(4, 3, requires_grad=True)
-    parts = fastelbo.elbo_loss(logits, torch.ones(4, 3), torch.zeros(4, 2), torch.zeros(4, 2), return_parts=True)
+    parts = fastelbo.elbo_parts(logits, torch.ones(4, 3), torch.zeros(4, 2), torch.zeros(4, 2))
     with torch.no_grad():
         parts.kl.div_(8)
     parts.loss.backward()
@@ -132,11 +132,10 @@ def test_gradients_of_half_precision_gates_and_ratios_fit_them(gates, ratio):
     logits, x = torch.randn(K, B, 12, requires_grad=True), torch.rand(B, 12)
     log_ratio = torch.randn(K, B).to(ratio).requires_grad_()
     opened = torch.zeros(2, K, B, dtype=gates, requires_grad=True)
-    dreg = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
     def loss(logits, log_ratio, opened):
         return torch.ops.fastelbo.multi_sample_loss(
-            logits, x, log_ratio, opened, None, None, None, "bernoulli", dreg, "mean"
+            [logits], x, log_ratio, opened, None, None, None, 1, [0, 1, 0], "bernoulli", "mean"
         )[0]
 
     found = torch.autograd.grad(loss(logits, log_ratio, opened), (logits, log_ratio, opened))
@@ -245,7 +244,7 @@ def test_a_weight_of_zero_leaves_nothing_of_an_infinite_kl(path, dtype, reductio
     if beta == "kl_mask":
         options["kl_mask"] = torch.ones(2, dtype=torch.bool)
     with path():
-        parts = fastelbo.elbo_loss(recon, x, mu, logvar, return_parts=True, **options)
+        parts = fastelbo.elbo_parts(recon, x, mu, logvar, **options)
         grads = torch.autograd.grad(parts.loss.sum(), (recon, mu, logvar))
         only = -fastelbo.log_prob(recon, x)
     only = {"mean": only.mean(), "sum": only.sum(), "none": only}[reduction]
@@ -270,5 +269,5 @@ def test_a_kl_weight_of_zero_leaves_nothing_of_an_infinite_log_ratio(estimator):
 def test_the_loss_has_the_dtype_of_its_inputs_beside_a_float64_beta():
     zeros = torch.zeros(2, 3)
     for beta in (torch.ones(3, dtype=torch.float64), torch.ones((), dtype=torch.float64)):
-        parts = fastelbo.elbo_loss(zeros, zeros, zeros, zeros, beta=beta, return_parts=True)
+        parts = fastelbo.elbo_parts(zeros, zeros, zeros, zeros, beta=beta)
         assert {t.dtype for t in parts} == {torch.float32}

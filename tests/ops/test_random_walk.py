@@ -192,9 +192,7 @@ def elbo_loss(d: Draw) -> Case:
 
     def call(recon, second, third, x, mask, mu, logvar, beta):
         weight = number if beta is None else beta
-        loss = fastelbo.elbo_loss(
-            joined(recon, second, third), x, mu, logvar, mask=mask, beta=weight, return_parts=True, **options
-        )
+        loss = fastelbo.elbo_parts(joined(recon, second, third), x, mu, logvar, mask=mask, beta=weight, **options)
         results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), _of(loss.kl, mu, logvar)]
         return [results[i] for i in parts]
 
@@ -207,7 +205,7 @@ def iwae_loss(d: Draw) -> Case:
     parts = d.parts(3)
 
     def call(recon, second, third, x, mask, log_ratio):
-        loss = fastelbo.iwae_loss(joined(recon, second, third), x, log_ratio, mask=mask, return_parts=True, **options)
+        loss = fastelbo.iwae_parts(joined(recon, second, third), x, log_ratio, mask=mask, **options)
         results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), loss.kl]
         return [results[i] for i in parts]
 
@@ -225,9 +223,7 @@ def multi_sample_loss(d: Draw) -> Case:
 
     def call(recon, second, third, x, mask, mu, logvar, prior_mu, prior_logvar, eps):
         posterior = fastelbo.rsample(mu, logvar, K, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
-        loss = fastelbo.multi_sample_loss(
-            joined(recon, second, third), x, posterior, mask=mask, return_parts=True, **options
-        )
+        loss = fastelbo.multi_sample_parts(joined(recon, second, third), x, posterior, mask=mask, **options)
         kl = _of(loss.kl, mu, logvar, prior_mu, prior_logvar)
         results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), kl, posterior.z, posterior.log_ratio]
         return [results[i] for i in parts]

@@ -39,7 +39,7 @@ def fit(vae: fastelbo.VAE, x: torch.Tensor, condition: torch.Tensor | None = Non
 
 
 def trained() -> fastelbo.VAE:
-    return fit(reading.small_vae(), fractions(20, D), objective="iwae", num_samples=40, keep="auto")
+    return fit(reading.small_vae(), fractions(20, D), objective="iwae", num_samples=40, keep=8)
 
 
 def conditional() -> fastelbo.VAE:

@@ -54,8 +54,8 @@ def vae_figures(vae: fastelbo.VAE, x: Tensor, condition: Tensor | None = None) -
     vae.eval()
     eps = 4 * fractions(len(x), *vae.latent_shape) - 2
     with torch.no_grad():
-        parts = vae.loss(x, condition=condition, eps=eps, return_parts=True)
-        kept = vae.loss(x, objective="iwae", num_samples=40, keep="auto", condition=condition, seed=1)
+        parts = vae.parts(x, condition=condition, eps=eps)
+        kept = vae.loss(x, objective="iwae", num_samples=40, keep=8, condition=condition, seed=1)
     log_p = vae.log_marginal(x, 20, condition=condition, seed=2).log_prob
     return {**parts._asdict(), "kept": kept, "log_marginal": log_p, "mean": vae.reconstruct(x, condition).detach()[0]}
 

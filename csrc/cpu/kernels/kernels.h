@@ -17,8 +17,6 @@ struct KernelTable {
   Kernel<KlDimsParams> kl_dims[2];
   Kernel<SampleParams> sample[2];
   Kernel<SampleBackwardParams> sample_backward[2];
-  Kernel<KeptParams> sample_kept[2];
-  Kernel<KeptBackwardParams> sample_kept_backward[2];
   Kernel<LogMeanExpParams> log_mean_exp[2], log_mean_exp_backward[2];
   Kernel<MultiSampleParams> weigh[2];
   Kernel<PpcaFactorParams> ppca_factor;

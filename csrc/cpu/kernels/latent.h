@@ -3,6 +3,7 @@
 
 #include "cpu/kernels/noise.h"
 #include "cpu/kernels/tile.h"
+#include "math/half.h"
 #include "math/kl.h"
 #include "math/latent.h"
 
@@ -134,6 +135,7 @@ void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
   alignas(64) T value[kLatentTile], up[kLatentTile];
   TileGrads<T> g;
   const bool prior = p.grad.prior(), grads = p.grad.any();
+  const double free_bits = read(p.free_bits);
   for (int64_t block = begin; block < end; ++block) {
     for_latent_tiles<T, false>(p.q, block, [&](LatentTile<T>& tile, int64_t b, int64_t column) {
       const int64_t columns = tile.columns;
@@ -168,13 +170,13 @@ void kl_kernel(const KlParams& p, int64_t begin, int64_t end) {
         const double* means = p.dim_means + column;
         int64_t below = 0;  // floors are counted: the roundings of a sum of equal numbers all go the same way
         for (int64_t i = 0; i < columns; ++i) {
-          if (!(means[i] < p.free_bits)) continue;  // NaN is not below the floor
+          if (!(means[i] < free_bits)) continue;  // NaN is not below the floor
           ++below;
           for (int64_t at = i; at < tile.n; at += columns) {
             value[at] = g.mu[at] = g.logvar[at] = g.prior_mu[at] = g.prior_logvar[at] = 0;
           }
         }
-        add_rows(p.floored_kl, p.free_bits * double(below));
+        add_rows(p.floored_kl, free_bits * double(below));
       }
       if (grads) g.store_to(p.grad, b, column, tile);
     });
@@ -196,12 +198,14 @@ void kl_dims_kernel(const KlDimsParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// The noise of the tile's elements in sample k, in the compute type.
-template <class T>
-inline const T* noise_of(const int64_t* seed, const Latents& q, int64_t k, int64_t b, int64_t column,
-                         const LatentTile<T>& tile, T* to, NoiseBuffer& noise) {
+// The noise of the tile's elements in sample k of the data from b on, in the compute type.
+template <class T, class Params>
+inline const T* noise_of(const Params& p, int64_t k, int64_t b, int64_t column, const LatentTile<T>& tile, T* to,
+                         NoiseBuffer& noise) {
+  if (p.eps) return load_rows(p.eps, k, b, column, tile.rows, tile.columns, to);
   // a tile is whole rows, or part of one row: its indices in [K, B, D] are contiguous
-  const float* e = normal_run(uint64_t(*seed), (k * q.B + b) * q.D + column, tile.n, noise);
+  const int64_t first = ((p.first_sample + k) * p.q.B + b) * p.q.D + column;
+  const float* e = normal_run(uint64_t(*p.seed), first, tile.n, noise);
   if constexpr (sizeof(T) == 4) {
     return e;
   } else {
@@ -210,61 +214,44 @@ inline const T* noise_of(const int64_t* seed, const Latents& q, int64_t k, int64
   }
 }
 
-// eps of the tile's elements for sample k, in the compute type.
-template <class T, class Params>
-inline const T* eps_of(const Params& p, const LatentTile<T>& tile, int64_t k, int64_t b, int64_t column, T* to,
-                       NoiseBuffer& noise) {
-  if (p.eps) return load_rows(p.eps, k, b, column, tile.rows, tile.columns, to);
-  return noise_of(p.seed, p.q, p.first_sample + k, b, column, tile, to, noise);
-}
-
-// z and the log ratio of every element of a tile.
-template <class T>
-inline void sample_tile(const LatentTile<T>& tile, const T* __restrict eps, T* __restrict z, T* __restrict ratio) {
-#pragma omp simd
-  for (int64_t i = 0; i < tile.n; ++i) {
-    const Sample<T> s = sample(tile.mu[i], tile.delta[i], tile.t[i], tile.std[i], tile.inv_std_p[i], eps[i]);
-    z[i] = s.z;
-    ratio[i] = s.log_ratio;
-  }
-}
-
 template <class T>
 void sample_kernel(const SampleParams& p, int64_t begin, int64_t end) {
+  constexpr double kHalfLog2Pi = 0.91893853320467274178;
   const int64_t blocks_k = sample_blocks(p.K);
-  alignas(64) T eps_buffer[kLatentTile], z[kLatentTile], ratio[kLatentTile];
+  alignas(64) T eps_buffer[kLatentTile], z_buffer[kLatentTile], ratio[kLatentTile], density[kLatentTile];
   NoiseBuffer noise;
+  // sample k of the tile's data, from b on; to the rows (to_k, to_b) and the next ones
+  const auto draw = [&](const LatentTile<T>& tile, int64_t k, int64_t b, int64_t column, int64_t to_k, int64_t to_b) {
+    const T* __restrict eps = noise_of(p, k, b, column, tile, eps_buffer, noise);
+    T* __restrict z = target_rows(p.z, to_k, to_b, column, tile, z_buffer);
+#pragma omp simd
+    for (int64_t i = 0; i < tile.n; ++i) {
+      const Sample<T> s =
+          sample(tile.mu[i], tile.logvar[i], tile.delta[i], tile.t[i], tile.std[i], tile.inv_std_p[i], eps[i]);
+      z[i] = s.z;
+      ratio[i] = s.log_ratio;
+      density[i] = s.log_q;
+    }
+    store_rows(p.z, to_k, to_b, column, tile, z);
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t row = to_k * p.q.B + to_b + r, first = r * tile.columns;
+      p.log_ratio[row] += double(sum_of(ratio + first, tile.columns));
+      p.log_q[row] += double(sum_of(density + first, tile.columns)) - kHalfLog2Pi * double(tile.columns);
+    }
+  };
+  LatentTile<T> row_tile;
   for (int64_t item = begin; item < end; ++item) {
+    if (p.sample) {
+      const int64_t b = p.datum[item];
+      for_columns<true>(p.q, b, 1, row_tile, [&](const LatentTile<T>& tile, int64_t column) {
+        draw(tile, p.sample[item], b, column, 0, item);
+      });
+      continue;
+    }
     const int64_t first = item % blocks_k * kSampleBlock;
     const int64_t last = first + kSampleBlock < p.K ? first + kSampleBlock : p.K;
     for_latent_tiles<T, true>(p.q, item / blocks_k, [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
-      for (int64_t k = first; k < last; ++k) {
-        const T* __restrict eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
-        T* __restrict z_at = target_rows(p.z, k, b, column, tile, z);
-        sample_tile(tile, eps, z_at, ratio);
-        store_rows(p.z, k, b, column, tile, z_at);
-        for (int64_t r = 0; r < tile.rows; ++r) {
-          p.log_ratio[k * p.q.B + b + r] += double(sum_of(ratio + r * tile.columns, tile.columns));
-        }
-      }
-    });
-  }
-}
-
-// Rows of samples that were chosen: z and the log ratio.
-template <class T>
-void sample_kept_kernel(const KeptParams& p, int64_t begin, int64_t end) {
-  alignas(64) T eps_buffer[kLatentTile], z[kLatentTile], ratio[kLatentTile];
-  NoiseBuffer noise;
-  LatentTile<T> row;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = p.datum[i];
-    for_columns<true>(p.q, b, 1, row, [&](const LatentTile<T>& tile, int64_t column) {
-      const T* __restrict eps = noise_of(p.seed, p.q, p.sample[i], b, column, tile, eps_buffer, noise);
-      T* __restrict z_at = target_rows(p.z, 0, i, column, tile, z);
-      sample_tile(tile, eps, z_at, ratio);
-      store_rows(p.z, 0, i, column, tile, z_at);
-      p.log_ratio[i] += double(sum_of(ratio, tile.columns));
+      for (int64_t k = first; k < last; ++k) draw(tile, k, b, column, k, b);
     });
   }
 }
@@ -302,40 +289,30 @@ class SampleSums {
     pending_ = 0;
   }
 
-  // One sample. grad_z and up, the upstream gradient of the log ratio, are by element; up may be null: then nothing of
-  // the log ratio is multiplied by 0, since it may be infinite. path, score: the gates of row r, where `gated`.
-  template <class Gate>
-  void add(const LatentTile<T>& tile, const T* __restrict grad_z, const T* __restrict up, const T* __restrict eps,
-           bool gated, Gate path, Gate score) {
-    const auto put = [&](int64_t i, const SampleGrad<T>& g) {
+  // The upstream gradients of one sample, by element; only what `kind` reads of them need be there.
+  struct UpstreamTile {
+    alignas(64) T log_p[kLatentTile], minus_log_q[kLatentTile], path[kLatentTile], score[kLatentTile];
+  };
+
+  template <Upstream kind>
+  void add(const LatentTile<T>& tile, const T* __restrict grad_z, const UpstreamTile& up, const T* __restrict eps) {
+    const auto of = [&](int64_t i) {
+      constexpr bool kDensities = kind != Upstream::z, kGated = kind == Upstream::gated;
+      const SampleUpstream<T> one{grad_z[i], kDensities ? up.log_p[i] : T(0), kDensities ? up.minus_log_q[i] : T(0),
+                                  kGated ? up.path[i] : T(1), kGated ? up.score[i] : T(1)};
+      return sample_grad(kind, one, tile.delta[i], tile.std[i], tile.inv_std_p[i], eps[i]);
+    };
+#pragma omp simd
+    for (int64_t i = 0; i < tile.n; ++i) {
+      const SampleGrad<T> g = of(i);
       part_.mu[i] += g.mu;
       part_.logvar[i] += g.logvar;
       grad_eps[i] = g.eps;
-    };
-    if (gated) {
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        const T by_path = 1 + path(r), by_score = 1 + score(r);
-        const int64_t begin = r * tile.columns, end = begin + tile.columns;
-        const T lr = up && tile.columns ? up[begin] : T(0);
-#pragma omp simd
-        for (int64_t i = begin; i < end; ++i) {
-          put(i, gated_sample_grad(grad_z[i], lr, by_path, by_score, tile.delta[i], tile.std[i], tile.inv_std_p[i],
-                                   eps[i]));
-        }
-      }
-    } else if (!up) {
-#pragma omp simd
-      for (int64_t i = 0; i < tile.n; ++i) put(i, sample_grad(grad_z[i], tile.std[i], eps[i]));
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < tile.n; ++i) {
-        put(i, sample_grad(grad_z[i], up[i], tile.delta[i], tile.std[i], tile.inv_std_p[i], eps[i]));
-      }
     }
-    if (up && prior_) {
+    if (kind != Upstream::z && prior_) {
 #pragma omp simd
       for (int64_t i = 0; i < tile.n; ++i) {
-        const SampleGrad<T> g = sample_grad(grad_z[i], up[i], tile.delta[i], tile.std[i], tile.inv_std_p[i], eps[i]);
+        const SampleGrad<T> g = of(i);
         part_.prior_mu[i] += g.prior_mu;
         part_.prior_logvar[i] += g.prior_logvar;
       }
@@ -357,67 +334,68 @@ class SampleSums {
 // The gradients of the samples, and the KL's own.
 template <class T>
 void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_t end) {
-  alignas(64) T eps_buffer[kLatentTile], grad_z[kLatentTile], up[kLatentTile], zeros[kLatentTile] = {};
+  alignas(64) T eps_buffer[kLatentTile], z_buffer[kLatentTile], zeros[kLatentTile] = {};
   NoiseBuffer noise;
-  const bool prior = p.grad.prior(), ratio = p.grad_log_ratio.data, gated = p.gate_path.data;
+  const bool prior = p.grad.prior();
+  const Upstream kind = p.upstream();
   SampleSums<T> sums(prior);
-  for (int64_t block = begin; block < end; ++block) {
-    for_latent_tiles<T, true>(p.q, block, [&](LatentTile<T>& tile, int64_t b, int64_t column) {
+  typename SampleSums<T>::UpstreamTile up;
+  // sample k of the tile's data, from b on, whose upstream gradients are in the rows (up_k, up_b) and the next ones
+  const auto add = [&](const LatentTile<T>& tile, int64_t k, int64_t b, int64_t column, int64_t up_k, int64_t up_b) {
+    const T* eps = noise_of(p, k, b, column, tile, eps_buffer, noise);
+    const T* grad_z =
+        p.grad_z ? load_rows(p.grad_z, up_k, up_b, column, tile.rows, tile.columns, z_buffer) : zeros;
+    for (int64_t r = 0; kind != Upstream::z && r < tile.rows; ++r) {
+      const auto row = [&](const RowScalars& s) { return row_number<T>(s, up_k, up_b + r); };
+      const T log_p = row(p.grad_log_ratio), minus_log_q = log_p - row(p.grad_log_q);
+      const T path = 1 + row(p.gate_path), score = 1 + row(p.gate_score);
+      for (int64_t i = r * tile.columns; i < (r + 1) * tile.columns; ++i) {
+        up.log_p[i] = log_p, up.minus_log_q[i] = minus_log_q, up.path[i] = path, up.score[i] = score;
+      }
+    }
+    switch (kind) {
+      case Upstream::z: sums.template add<Upstream::z>(tile, grad_z, up, eps); break;
+      case Upstream::densities: sums.template add<Upstream::densities>(tile, grad_z, up, eps); break;
+      case Upstream::gated: sums.template add<Upstream::gated>(tile, grad_z, up, eps); break;
+    }
+  };
+  const auto finish = [&](const LatentTile<T>& tile, int64_t b, int64_t column) {
+    TileGrads<T>& part = sums.finish(tile.n);
+    for (int64_t r = 0; p.grad_kl.data && r < tile.rows; ++r) {
+      const T g = row_number<T>(p.grad_kl, 0, b + r);
+      for (int64_t i = r * tile.columns; i < (r + 1) * tile.columns; ++i) {
+        const KlTerm<T> kl = tile.kl(i);
+        part.mu[i] = T(sums.total(0, i) + double(times(g, kl.d_mu)));
+        part.logvar[i] = T(sums.total(1, i) + double(times(g, kl.d_logvar)));
+        if (!prior) continue;
+        part.prior_mu[i] = T(sums.total(2, i) + double(times(g, kl.d_prior_mu)));
+        part.prior_logvar[i] = T(sums.total(3, i) + double(times(g, kl.d_prior_logvar)));
+      }
+    }
+    part.store_to(p.grad, b, column, tile);
+  };
+  LatentTile<T> row_tile;
+  for (int64_t item = begin; item < end; ++item) {
+    const auto tile_of = [&](LatentTile<T>& tile, int64_t b, int64_t column) {
       if (p.grad_kl.data) tile.prepare_kl();
       sums.start(tile.n);
-      for (int64_t k = 0; k < p.K; ++k) {
-        const T* eps = eps_of(p, tile, k, b, column, eps_buffer, noise);
-        for (int64_t r = 0; ratio && r < tile.rows; ++r) {
-          const T g = row_number<T>(p.grad_log_ratio, k, b + r);
-          for (int64_t i = 0; i < tile.columns; ++i) up[r * tile.columns + i] = g;
+      if (p.sample) {
+        for (int64_t at = p.starts[b]; at < p.starts[b + 1]; ++at) {
+          add(tile, p.sample[p.order[at]], b, column, 0, p.order[at]);
         }
-        const T* gz = p.grad_z ? load_rows(p.grad_z, k, b, column, tile.rows, tile.columns, grad_z) : zeros;
-        const auto gate = [&](const RowScalars& factor) {
-          return [&, k, b](int64_t r) { return row_number<T>(factor, k, b + r); };
-        };
-        sums.add(tile, gz, ratio ? up : nullptr, eps, gated, gate(p.gate_path), gate(p.gate_score));
-        store_rows(p.grad_eps, k, b, column, tile, sums.grad_eps);
-      }
-      TileGrads<T>& part = sums.finish(tile.n);
-      for (int64_t r = 0; p.grad_kl.data && r < tile.rows; ++r) {
-        const T g = row_number<T>(p.grad_kl, 0, b + r);
-        for (int64_t i = r * tile.columns; i < (r + 1) * tile.columns; ++i) {
-          const KlTerm<T> kl = tile.kl(i);
-          part.mu[i] = T(sums.total(0, i) + double(times(g, kl.d_mu)));
-          part.logvar[i] = T(sums.total(1, i) + double(times(g, kl.d_logvar)));
-          if (!prior) continue;
-          part.prior_mu[i] = T(sums.total(2, i) + double(times(g, kl.d_prior_mu)));
-          part.prior_logvar[i] = T(sums.total(3, i) + double(times(g, kl.d_prior_logvar)));
+      } else {
+        for (int64_t k = 0; k < p.K; ++k) {
+          add(tile, k, b, column, k, b);
+          store_rows(p.grad_eps, k, b, column, tile, sums.grad_eps);
         }
       }
-      part.store_to(p.grad, b, column, tile);
-    });
-  }
-}
-
-template <class T>
-void sample_kept_backward_kernel(const KeptBackwardParams& p, int64_t begin, int64_t end) {
-  alignas(64) T eps_buffer[kLatentTile], grad_z[kLatentTile], up[kLatentTile], zeros[kLatentTile] = {};
-  NoiseBuffer noise;
-  LatentTile<T> row;
-  const bool ratio = p.grad_log_ratio.data, gated = p.gate_path.data;
-  SampleSums<T> sums(p.grad.prior());
-  for (int64_t b = begin; b < end; ++b) {
-    for_columns<true>(p.q, b, 1, row, [&](const LatentTile<T>& tile, int64_t column) {
-      sums.start(tile.n);
-      for (int64_t at = p.starts[b]; at < p.starts[b + 1]; ++at) {
-        const int64_t i = p.order[at];
-        const T* eps = noise_of(p.seed, p.q, p.sample[i], b, column, tile, eps_buffer, noise);
-        const T g = ratio ? row_number<T>(p.grad_log_ratio, 0, i) : T(0);
-        for (int64_t j = 0; j < tile.n; ++j) up[j] = g;
-        const T* gz = p.grad_z ? load_rows(p.grad_z, 0, i, column, 1, tile.columns, grad_z) : zeros;
-        const auto gate = [&](const RowScalars& factor) {
-          return [&, i](int64_t) { return row_number<T>(factor, 0, i); };
-        };
-        sums.add(tile, gz, ratio ? up : nullptr, eps, gated, gate(p.gate_path), gate(p.gate_score));
-      }
-      sums.finish(tile.n).store_to(p.grad, b, column, tile);
-    });
+      finish(tile, b, column);
+    };
+    if (p.sample) {
+      for_columns<true>(p.q, item, 1, row_tile, [&](LatentTile<T>& tile, int64_t column) { tile_of(tile, item, column); });
+    } else {
+      for_latent_tiles<T, true>(p.q, item, tile_of);
+    }
   }
 }
 

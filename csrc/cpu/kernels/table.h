@@ -29,8 +29,6 @@ KernelTable make_table(TypeList<L...>) {
       .kl_dims = {kl_dims_kernel<float>, kl_dims_kernel<double>},
       .sample = {sample_kernel<float>, sample_kernel<double>},
       .sample_backward = {sample_backward_kernel<float>, sample_backward_kernel<double>},
-      .sample_kept = {sample_kept_kernel<float>, sample_kept_kernel<double>},
-      .sample_kept_backward = {sample_kept_backward_kernel<float>, sample_kept_backward_kernel<double>},
       .log_mean_exp = {log_mean_exp_kernel<float>, log_mean_exp_kernel<double>},
       .log_mean_exp_backward = {log_mean_exp_backward_kernel<float>, log_mean_exp_backward_kernel<double>},
       .weigh = {weigh_kernel<float>, weigh_kernel<double>},

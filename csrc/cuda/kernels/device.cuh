@@ -48,13 +48,6 @@ __device__ void store_at(const View& v, int64_t at, T value) {
   }
 }
 
-inline __device__ double read(const DeviceScalar& s) {
-  if (!s.data) return 1;
-  View v;
-  v.data = const_cast<void*>(s.data), v.dtype = s.dtype;
-  return load_at<double>(v, 0);
-}
-
 inline __device__ int64_t row_of(const View& v, int64_t k, int64_t b) { return k * v.stride_k + b * v.stride_b; }
 
 template <class Word>

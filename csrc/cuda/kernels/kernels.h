@@ -23,12 +23,6 @@ struct Total {
   unsigned* ticket = nullptr;    // 0
 };
 
-// A float or double on the device, in any floating dtype; the constant 1 where data is null.
-struct DeviceScalar {
-  const void* data = nullptr;
-  DType dtype = DType::f32;
-};
-
 // log p of rows with its gradient, then KL of rows with its gradient (none where kl.q.B is 0), in one launch:
 //   total = fit_weight sum log p + kl_weight beta sum KL
 struct RowsParams {
@@ -37,7 +31,7 @@ struct RowsParams {
   void* log_p = nullptr;       // T [K, B], or null; only where segments(D) is 1, else add_segments()
   void* kl_out = nullptr;      // T [B]: KL, without free bits
   void* floored_kl = nullptr;  // T [B]: KL with free bits, or null
-  DeviceScalar beta;           // multiplies kl_weight and the gradient of the KL
+  Number beta;                 // multiplies kl_weight and the gradient of the KL
   double fit_weight = 0, kl_weight = 0;
   Total total;
 };
@@ -61,13 +55,13 @@ void launch_multi_sample(const MultiSampleParams& p, const Total& total, int lik
 // from p.weights where that is null.
 void launch_weigh(const MultiSampleParams& p, const Total& total, bool is_double, cudaStream_t stream);
 
-// The samples. log_ratio: T [K, B]; kl: the KL of every row, T [B].
-void launch_samples(const SampleParams& p, void* log_ratio, void* kl, bool is_double, cudaStream_t stream);
+// The samples, and the KL of every row.
+struct SampleOutputs {
+  void *log_ratio = nullptr, *log_q = nullptr;  // T [K, B] or [n], in place of those of the SampleParams
+  void* kl = nullptr;                           // T [B]
+};
+void launch_samples(const SampleParams& p, const SampleOutputs& out, bool is_double, cudaStream_t stream);
 void launch_samples_backward(const SampleBackwardParams& p, bool is_double, cudaStream_t stream);
-
-// Rows of samples that were chosen. log_ratio: T [n].
-void launch_samples_kept(const KeptParams& p, void* log_ratio, bool is_double, cudaStream_t stream);
-void launch_samples_kept_backward(const KeptBackwardParams& p, bool is_double, cudaStream_t stream);
 
 // Batch means of every dimension's KL, for free bits: out [D].
 void launch_kl_dims(const KlDimsParams& p, bool is_double, cudaStream_t stream);
@@ -80,6 +74,6 @@ void launch_ppca_project(const PpcaProjectParams& p, cudaStream_t stream);
 void launch_ppca_rest(const PpcaRestParams& p, cudaStream_t stream);
 
 // p[i] *= factor, which is on the device: reads nothing but the factor where that is 1.
-void launch_scale(const View& p, int64_t n, DeviceScalar factor, cudaStream_t stream);
+void launch_scale(const View& p, int64_t n, Number factor, cudaStream_t stream);
 
 }  // namespace fastelbo::cuda

@@ -16,13 +16,19 @@ inline __device__ void normals(uint64_t seed, uint64_t counter, float* to) {
   to[0] = a.first, to[1] = a.second, to[2] = b.first, to[3] = b.second;
 }
 
-// A row of samples, its noise from `eps` or from element `start` on: z, and this thread's part of the log ratio.
+// This thread's part of the log densities of a row of samples.
 template <class T>
-__device__ T draw_row(const Latents& q, int64_t b, uint64_t seed, int64_t start, const View& eps, int64_t eps_row,
-                      const View& z_out, int64_t to, int lane, int g) {
+struct Densities {
+  T ratio = 0, log_q = 0;
+};
+
+// A row of samples, its noise from `eps` or from element `start` on.
+template <class T>
+__device__ Densities<T> draw_row(const Latents& q, int64_t b, uint64_t seed, int64_t start, const View& eps,
+                                 int64_t eps_row, const View& z_out, int64_t to, int lane, int g) {
   // the counters whose numbers the row's elements take; the first and the last may belong to two rows
   const int64_t counters = q.D ? (start + q.D + 3) / 4 - start / 4 : 0;
-  T ratio = 0;
+  Densities<T> sums;
   for (int64_t c = lane; c < counters; c += g) {
     float noise[4];
     if (!eps) normals(seed, uint64_t(start / 4 + c), noise);
@@ -34,9 +40,9 @@ __device__ T draw_row(const Latents& q, int64_t b, uint64_t seed, int64_t start,
       if (i < 0 || i >= q.D) continue;
       const T e = eps ? load_at<T>(eps, eps_row + offset_of(eps, i)) : T(noise[j]);
       const Latent<T> l(q, b, i);
-      const Sample<T> s = sample(l.mu, l.delta, l.t, exp_full(T(0.5) * l.logvar), l.inv_std_p, e);
+      const Sample<T> s = sample(l.mu, l.logvar, l.delta, l.t, exp_full(T(0.5) * l.logvar), l.inv_std_p, e);
       z[j] = s.z;
-      ratio += s.log_ratio;
+      sums.ratio += s.log_ratio, sums.log_q += s.log_q;
     }
     if (first >= 0 && first + 4 <= q.D) {
       store4(z_out, to, first, 4, z);
@@ -47,73 +53,80 @@ __device__ T draw_row(const Latents& q, int64_t b, uint64_t seed, int64_t start,
       }
     }
   }
-  return ratio;
+  return sums;
 }
 
-// A group takes row (k, b): z and the log ratio; the rows of k = 0 also have the KL.
+// A group takes row (k, b), or of chosen samples row i; then the KL of the data. Nothing waits for the device, so that an
+// index out of range gives NaN.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) samples_kernel(SampleParams p, T* log_ratio, T* kl_out, int g) {
+__global__ void __launch_bounds__(kThreads, 2) samples_kernel(SampleParams p, SampleOutputs out, int g) {
   const int per_block = kThreads / g, lane = int(threadIdx.x) % g, group = int(threadIdx.x) / g;
   const uint64_t seed = p.seed ? uint64_t(*p.seed) : 0;
-  const int64_t rows = p.K * p.q.B;
-  for (int64_t base = int64_t(blockIdx.x) * per_block; base < rows; base += int64_t(gridDim.x) * per_block) {
-    const int64_t row = base + group, k = row / p.q.B, b = row % p.q.B;
-    T ratio = 0, kl = 0;
+  const int64_t rows = p.sample ? p.n : p.K * p.q.B, all = rows > p.q.B ? rows : p.q.B;
+  for (int64_t base = int64_t(blockIdx.x) * per_block; base < all; base += int64_t(gridDim.x) * per_block) {
+    const int64_t row = base + group;
+    Densities<T> sums;
+    T kl = 0;
     if (row < rows) {
-      const int64_t start = ((p.first_sample + k) * p.q.B + b) * p.q.D;
-      ratio = draw_row<T>(p.q, b, seed, start, p.eps, row_of(p.eps, k, b), p.z, row_of(p.z, k, b), lane, g);
+      const int64_t to_k = p.sample ? 0 : row / p.q.B, to_b = p.sample ? row : row % p.q.B;
+      const int64_t k = p.sample ? p.sample[row] : to_k, b = p.sample ? p.datum[row] : to_b;
+      if (b >= 0 && b < p.q.B) {
+        const int64_t start = ((p.first_sample + k) * p.q.B + b) * p.q.D;
+        sums = draw_row<T>(p.q, b, seed, start, p.eps, row_of(p.eps, k, b), p.z, row_of(p.z, to_k, to_b), lane, g);
+      } else {
+        sums.ratio = sums.log_q = T(NAN);
+        for (int64_t i = lane; i < p.q.D; i += g) store_one(p.z, row, i, T(NAN));
+      }
     }
-    if (row < rows && k == 0) {
-      for (int64_t i = lane; i < p.q.D; i += g) kl += Latent<T>(p.q, b, i).kl().value;
+    if (row < p.q.B) {
+      for (int64_t i = lane; i < p.q.D; i += g) kl += Latent<T>(p.q, row, i).kl().value;
     }
-    ratio = group_sum(ratio, g);
+    sums.ratio = group_sum(sums.ratio, g), sums.log_q = group_sum(sums.log_q, g);
     kl = group_sum(kl, g);
-    if (row < rows && lane == 0) {
-      log_ratio[row] = ratio;
-      if (k == 0) kl_out[b] = kl;
+    if (lane != 0) continue;
+    if (row < rows) {
+      static_cast<T*>(out.log_ratio)[row] = sums.ratio;
+      static_cast<T*>(out.log_q)[row] = sums.log_q - T(0.91893853320467274178) * T(p.q.D);
     }
+    if (row < p.q.B) static_cast<T*>(out.kl)[row] = kl;
   }
 }
 
-// A group takes row i: z and the log ratio. Nothing waits for the device, so that an index out of range gives NaN.
+// Of one element, drawn with noise e: its gradients from that of z, and from those of the densities in row (k, b).
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) samples_kept_kernel(KeptParams p, T* log_ratio, int g) {
-  const int per_block = kThreads / g, lane = int(threadIdx.x) % g, group = int(threadIdx.x) / g;
-  for (int64_t base = int64_t(blockIdx.x) * per_block; base < p.n; base += int64_t(gridDim.x) * per_block) {
-    const int64_t row = base + group, b = row < p.n ? p.datum[row] : -1;
-    T ratio = 0;
-    if (row < p.n && b >= 0 && b < p.q.B) {
-      const int64_t start = (p.sample[row] * p.q.B + b) * p.q.D, to = row_of(p.z, 0, row);
-      ratio = draw_row<T>(p.q, b, uint64_t(*p.seed), start, View{}, 0, p.z, to, lane, g);
-    } else if (row < p.n) {
-      ratio = T(NAN);
-      for (int64_t i = lane; i < p.q.D; i += g) store_one(p.z, row, i, ratio);
-    }
-    ratio = group_sum(ratio, g);
-    if (row < p.n && lane == 0) log_ratio[row] = ratio;
+__device__ SampleGrad<T> grad_of_sample(const SampleBackwardParams& p, int64_t k, int64_t b, T grad_z, T delta, T std,
+                                        T inv_std_p, T e) {
+  const auto row = [k, b](const RowScalars& s) { return row_number<T>(s, k, b); };
+  const T log_p = row(p.grad_log_ratio);
+  return sample_grad(p.upstream(),
+                     {grad_z, log_p, log_p - row(p.grad_log_q), 1 + row(p.gate_path), 1 + row(p.gate_score)}, delta, std,
+                     inv_std_p, e);
+}
+
+// Adds the KL's own gradients of one element to those of its samples, and writes them.
+template <class T>
+__device__ void store_grads(const SampleBackwardParams& p, const Latent<T>& l, int64_t b, int64_t i, double* sums) {
+  if (p.grad_kl.data) {
+    const T up = row_number<T>(p.grad_kl, 0, b);
+    const KlTerm<T> kl = l.kl();
+    sums[0] += times(up, kl.d_mu), sums[1] += times(up, kl.d_logvar);
+    sums[2] += times(up, kl.d_prior_mu), sums[3] += times(up, kl.d_prior_logvar);
   }
+  store_one(p.grad.mu, b, i, T(sums[0]));
+  store_one(p.grad.logvar, b, i, T(sums[1]));
+  store_one(p.grad.prior_mu, b, i, T(sums[2]));
+  store_one(p.grad.prior_logvar, b, i, T(sums[3]));
 }
 
-// Of one element of sample (k, b), drawn with noise e: its gradients from grad_z (gz) and from the log ratio.
-template <class T, class P>
-__device__ SampleGrad<T> grad_of_sample(const P& p, int64_t k, int64_t b, T gz, T delta, T std, T inv_std_p, T e) {
-  if (!p.grad_log_ratio.data && !p.gate_path.data) return sample_grad(gz, std, e);
-  const T up = p.grad_log_ratio.data ? row_number<T>(p.grad_log_ratio, k, b) : T(0);
-  if (!p.gate_path.data) return sample_grad(gz, up, delta, std, inv_std_p, e);
-  const T path = 1 + row_number<T>(p.gate_path, k, b), score = 1 + row_number<T>(p.gate_score, k, b);
-  return gated_sample_grad(gz, up, path, score, delta, std, inv_std_p, e);
-}
-
-// A thread takes one element of a datum, and adds up its rows in their order.
+// Of chosen samples: a thread takes one element of a datum, and adds up its rows in their order.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) samples_kept_backward_kernel(KeptBackwardParams p) {
-  const bool prior = p.grad.prior(), ratio = p.grad_log_ratio.data;
+__global__ void __launch_bounds__(kThreads, 2) chosen_backward_kernel(SampleBackwardParams p) {
   const int64_t elements = p.q.B * p.q.D;
   for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < elements; at += int64_t(gridDim.x) * kThreads) {
     const int64_t b = at / p.q.D, i = at % p.q.D;
     const Latent<T> l(p.q, b, i);
     const T std = exp_full(T(0.5) * l.logvar);
-    double mu = 0, logvar = 0, prior_mu = 0, prior_logvar = 0;
+    double sums[4] = {};
     for (int64_t next = p.starts[b]; next < p.starts[b + 1]; ++next) {
       const int64_t row = p.order[next], index = p.sample[row] * elements + at;
       float noise[4];
@@ -122,13 +135,9 @@ __global__ void __launch_bounds__(kThreads, 2) samples_kept_backward_kernel(Kept
       const T e = s == 0 ? noise[0] : s == 1 ? noise[1] : s == 2 ? noise[2] : noise[3];
       const T gz = p.grad_z ? load_at<T>(p.grad_z, row_of(p.grad_z, 0, row) + offset_of(p.grad_z, i)) : T(0);
       const SampleGrad<T> g = grad_of_sample(p, 0, row, gz, l.delta, std, l.inv_std_p, e);
-      mu += g.mu, logvar += g.logvar;
-      if (ratio && prior) prior_mu += g.prior_mu, prior_logvar += g.prior_logvar;
+      sums[0] += g.mu, sums[1] += g.logvar, sums[2] += g.prior_mu, sums[3] += g.prior_logvar;
     }
-    store_one(p.grad.mu, b, i, T(mu));
-    store_one(p.grad.logvar, b, i, T(logvar));
-    store_one(p.grad.prior_mu, b, i, T(prior_mu));
-    store_one(p.grad.prior_logvar, b, i, T(prior_logvar));
+    store_grads<T>(p, l, b, i, sums);
   }
 }
 
@@ -162,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBac
   __shared__ Sums<T> slices[kSlices][kPieces];
   const int piece = int(threadIdx.x) % kPieces, slice = int(threadIdx.x) / kPieces;
   const uint64_t seed = p.seed ? uint64_t(*p.seed) : 0;
-  const bool prior = p.grad.prior(), ratio = p.grad_log_ratio.data;
+  const bool prior = p.grad.prior() && p.upstream() != Upstream::z;
   const int64_t elements = p.q.B * p.q.D, pieces = (elements + 3) / 4;
   for (int64_t base = int64_t(blockIdx.x) * kPieces; base < pieces; base += int64_t(gridDim.x) * kPieces) {
     const int64_t first = 4 * (base + piece);
@@ -201,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBac
         const SampleGrad<T> g = grad_of_sample(p, k, c.b, gz, c.delta, c.std, c.inv_std_p, e);
         sums[j].mu += g.mu;
         sums[j].logvar += g.logvar;
-        if (ratio && prior) {
+        if (prior) {
           sums[j].prior_mu += g.prior_mu;
           sums[j].prior_logvar += g.prior_logvar;
         }
@@ -213,22 +222,13 @@ __global__ void __launch_bounds__(kThreads, 2) samples_backward_kernel(SampleBac
       slices[slice][piece] = sums[j];
       __syncthreads();
       if (slice == 0 && j < n) {
-        double mu = 0, logvar = 0, prior_mu = 0, prior_logvar = 0;
+        double total[4] = {};
         for (int s = 0; s < kSlices; ++s) {
           const Sums<T>& part = slices[s][piece];
-          mu += part.mu, logvar += part.logvar, prior_mu += part.prior_mu, prior_logvar += part.prior_logvar;
+          total[0] += part.mu, total[1] += part.logvar, total[2] += part.prior_mu, total[3] += part.prior_logvar;
         }
         const int64_t b = (first + j) / p.q.D, i = (first + j) % p.q.D;
-        if (p.grad_kl.data) {
-          const T up = row_number<T>(p.grad_kl, 0, b);
-          const KlTerm<T> kl = Latent<T>(p.q, b, i).kl();
-          mu += times(up, kl.d_mu), logvar += times(up, kl.d_logvar);
-          prior_mu += times(up, kl.d_prior_mu), prior_logvar += times(up, kl.d_prior_logvar);
-        }
-        store_one(p.grad.mu, b, i, T(mu));
-        store_one(p.grad.logvar, b, i, T(logvar));
-        store_one(p.grad.prior_mu, b, i, T(prior_mu));
-        store_one(p.grad.prior_logvar, b, i, T(prior_logvar));
+        store_grads<T>(p, Latent<T>(p.q, b, i), b, i, total);
       }
       __syncthreads();
     }
@@ -260,16 +260,21 @@ void launch_kl(const KlParams& p, void* kl_out, void* floored_kl, bool is_double
             : launch(kl_kernel<float>, blocks, stream, p, kl_out, floored_kl, g);
 }
 
-void launch_samples(const SampleParams& p, void* log_ratio, void* kl, bool is_double, cudaStream_t stream) {
+void launch_samples(const SampleParams& p, const SampleOutputs& out, bool is_double, cudaStream_t stream) {
   const int g = group_size(p.q.D, kMaxBlocks * kThreads);  // by D alone: samples in chunks are those of the whole
-  const int64_t blocks = blocks_for(p.K * p.q.B, kThreads / g);
-  is_double
-      ? launch(samples_kernel<double>, blocks, stream, p, static_cast<double*>(log_ratio), static_cast<double*>(kl), g)
-      : launch(samples_kernel<float>, blocks, stream, p, static_cast<float*>(log_ratio), static_cast<float*>(kl), g);
+  const int64_t blocks = blocks_for(std::max(p.sample ? p.n : p.K * p.q.B, p.q.B), kThreads / g);
+  is_double ? launch(samples_kernel<double>, blocks, stream, p, out, g)
+            : launch(samples_kernel<float>, blocks, stream, p, out, g);
 }
 
 void launch_samples_backward(const SampleBackwardParams& p, bool is_double, cudaStream_t stream) {
-  const int64_t pieces = (p.q.B * p.q.D + 3) / 4;
+  const int64_t elements = p.q.B * p.q.D, pieces = (elements + 3) / 4;
+  if (p.sample) {
+    const int64_t blocks = blocks_for(elements, kThreads);
+    is_double ? launch(chosen_backward_kernel<double>, blocks, stream, p)
+              : launch(chosen_backward_kernel<float>, blocks, stream, p);
+    return;
+  }
   const auto with = [&]<int kPieces>() {
     const int64_t blocks = blocks_for(pieces, kPieces);
     is_double ? launch(samples_backward_kernel<double, kPieces>, blocks, stream, p)
@@ -277,19 +282,6 @@ void launch_samples_backward(const SampleBackwardParams& p, bool is_double, cuda
   };
   // few columns of many samples: more blocks, each with more slices. By shapes alone, as the order of the sums
   pieces < 32 * kBusy&& p.K > 8 ? with.template operator()<8>() : with.template operator()<32>();
-}
-
-void launch_samples_kept(const KeptParams& p, void* log_ratio, bool is_double, cudaStream_t stream) {
-  const int g = group_size(p.q.D, kMaxBlocks * kThreads);  // as of all samples
-  const int64_t blocks = blocks_for(p.n, kThreads / g);
-  is_double ? launch(samples_kept_kernel<double>, blocks, stream, p, static_cast<double*>(log_ratio), g)
-            : launch(samples_kept_kernel<float>, blocks, stream, p, static_cast<float*>(log_ratio), g);
-}
-
-void launch_samples_kept_backward(const KeptBackwardParams& p, bool is_double, cudaStream_t stream) {
-  const int64_t blocks = blocks_for(p.q.B * p.q.D, kThreads);
-  is_double ? launch(samples_kept_backward_kernel<double>, blocks, stream, p)
-            : launch(samples_kept_backward_kernel<float>, blocks, stream, p);
 }
 
 void launch_kl_dims(const KlDimsParams& p, bool is_double, cudaStream_t stream) {

@@ -35,6 +35,7 @@ template <class T>
 __device__ double kl_rows(const KlParams& p, T factor, void* out, void* floored_out, int g) {
   const int per_block = kThreads / g, lane = int(threadIdx.x) % g, group = int(threadIdx.x) / g;
   const bool grads = p.grad.any();
+  const double free_bits = read(p.free_bits);
   double total = 0;
   for (int64_t base = int64_t(blockIdx.x) * per_block; base < p.q.B; base += int64_t(gridDim.x) * per_block) {
     const int64_t b = base + group;
@@ -44,7 +45,7 @@ __device__ double kl_rows(const KlParams& p, T factor, void* out, void* floored_
       const T up = factor * row_number<T>(p.factor, 0, b);
       for (int64_t i = lane; i < p.q.D; i += g) {
         const KlTerm<T> k = Latent<T>(p.q, b, i).kl();
-        const bool free = p.dim_means && p.dim_means[i] < p.free_bits;  // NaN is not below the floor
+        const bool free = p.dim_means && p.dim_means[i] < free_bits;  // NaN is not below the floor
         sum += k.value;
         floored += free ? T(0) : k.value;
         below += free;
@@ -56,7 +57,7 @@ __device__ double kl_rows(const KlParams& p, T factor, void* out, void* floored_
       }
     }
     sum = group_sum(sum, g);
-    floored = T(group_sum(double(floored) + p.free_bits * double(below), g));
+    floored = T(group_sum(double(floored) + free_bits * double(below), g));
     if (b < p.q.B && lane == 0) {
       if (out) static_cast<T*>(out)[b] = sum;
       if (floored_out) static_cast<T*>(floored_out)[b] = floored;

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) log_mean_exp_kernel(LogMeanExpParams
 
 // 8 bytes per float32 element; 4 in all where the factor is 1.
 template <class T>
-__global__ void __launch_bounds__(kThreads) scale_kernel(View p, int64_t n, DeviceScalar factor) {
+__global__ void __launch_bounds__(kThreads) scale_kernel(View p, int64_t n, Number factor) {
   const T f = T(read(factor));
   if (f == 1) return;
   const Pieces pieces(p, 0, 0, n);
@@ -164,7 +164,7 @@ void launch_log_mean_exp(const LogMeanExpParams& p, int64_t columns, bool is_dou
   side_by_side ? with.template operator()<32>() : with.template operator()<1>();
 }
 
-void launch_scale(const View& p, int64_t n, DeviceScalar factor, cudaStream_t stream) {
+void launch_scale(const View& p, int64_t n, Number factor, cudaStream_t stream) {
   const int64_t blocks = blocks_for((n + 3) / 4 + 1, kThreads);
   p.dtype == DType::f64 ? launch(scale_kernel<double>, blocks, stream, p, n, factor)
                         : launch(scale_kernel<float>, blocks, stream, p, n, factor);

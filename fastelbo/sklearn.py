@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_array, check_random_state
+from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -26,15 +27,9 @@ from fastelbo.ppca.closed_form import of_moments
 from fastelbo.ppca.moments import Moments
 from fastelbo.ppca.result import variance
 
-if TYPE_CHECKING:
-    from numpy.random import RandomState
-    from numpy.typing import ArrayLike, NDArray
-    from sklearn.utils import Tags
-
-    Array = NDArray[np.floating]
-
 __all__ = ["PPCA"]
 
+Array = NDArray[np.floating]
 DTYPES = (np.float64, np.float32)
 
 
@@ -93,7 +88,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         max_iter: int = 1000,
         tol: float = 1e-6,
         min_noise_variance: float = 0.0,
-        random_state: int | RandomState | None = None,
+        random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.n_components = n_components
         self.method = method

@@ -143,13 +143,11 @@ def _has_missing(x: Tensor, method: str, cells: int) -> bool:
             f'X must be finite{expected} for method "{method}"; "em" takes NaN for missing cells; got {got}'
         )
     if largest > math.sqrt(torch.finfo(torch.float64).max / cells) / 2:
-        raise ValueError(
-            f"X must have squares in the range of float64; its largest value is {largest:.1e}: scale the data"
-        )
+        raise ValueError(f"X must have squares in the range of float64; its largest is {largest:.1e}: scale the data")
     return missing
 
 
-class Data:
+class Dataset:
     """The rows that a model is fitted to: batches, read as often as a method needs, of one process or of several.
 
     Attributes, of all processes together, once the first pass has ended:

@@ -35,8 +35,10 @@ class FitReport(NamedTuple):
     log_likelihood: tuple[float, ...]
 
 
-Step = tuple[float, Parameters]  # the mean of log p(x) per row, and the parameters that have it
-Fit = tuple[Parameters, FitReport]  # float64; W with orthogonal columns, longest first, the largest entry of each > 0
+Step = tuple[float, Parameters]  # mean log p(x) per row, and the parameters that have it
+
+
+Found = tuple[Parameters, FitReport]  # float64; W with orthogonal columns, longest first, the largest entry of each > 0
 
 
 class RankError(ValueError):

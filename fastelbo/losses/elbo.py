@@ -1,5 +1,6 @@
 """The evidence lower bound, with the KL in closed form."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,6 +118,8 @@ class ELBOLoss(torch.nn.Module):
 
     A tensor beta is a buffer that moves with the module and is not in its state_dict; an nn.Parameter is learned.
     """
+
+    __call__: Callable[..., Tensor]
 
     @checked
     def __init__(

@@ -11,7 +11,6 @@
 
 namespace fastelbo {
 
-
 // A strided view of [K, B, D]. D is walked through up to kMaxDims collapsed dimensions; all strides are in elements.
 struct View {
   static constexpr int kMaxDims = 6;
@@ -84,8 +83,8 @@ struct MultiSampleParams {
   double* slopes = nullptr;    // [2, B], or null: of the bound by elbo_weight and by alpha
 };
 
-// What reaches a sample in the backward: the gradient of z; those of log p(z) and log q(z) too; and an estimator's share
-// of each.
+// What reaches a sample in the backward: the gradient of z; those of log p(z) and log q(z) too; and an estimator's
+// share of each.
 enum class Upstream { z, densities, gated };
 
 // N(mu, diag exp(logvar)) and its prior, N(0, I) where that is empty.
@@ -147,7 +146,9 @@ struct SampleBackwardParams {
   View grad_eps;  // [K, B, D], may be empty
 
   constexpr Upstream upstream() const {
-    return gate_path.data ? Upstream::gated : grad_log_ratio.data || grad_log_q.data ? Upstream::densities : Upstream::z;
+    return gate_path.data                           ? Upstream::gated
+           : grad_log_ratio.data || grad_log_q.data ? Upstream::densities
+                                                    : Upstream::z;
   }
 };
 

@@ -67,8 +67,7 @@ ElboGrads elbo_loss_backward(const Tensor& grad_loss, const Tensor& grad_log_lik
   if (result.latents[3].defined()) result.latents[3] = result.latents[3].to(in.prior_logvar->scalar_type());
   if (beta && datum.defined()) {
     const bool again = in.free_bits.has_value() || !kl.defined() || at::GradMode::is_enabled();
-    const Tensor weighted =
-        again ? ops::gaussian_kl(in.mu, in.logvar, in.prior_mu, in.prior_logvar, in.free_bits) : kl;
+    const Tensor weighted = again ? ops::gaussian_kl(in.mu, in.logvar, in.prior_mu, in.prior_logvar, in.free_bits) : kl;
     result.beta = of_number(datum * weighted, in.beta);
   }
   return result;
@@ -101,10 +100,9 @@ MultiSampleGrads multi_sample_loss_backward(const Tensor& grad_loss, const Tenso
   if (grad_loss.defined()) {
     const bool again = !log_likelihood.defined() || at::GradMode::is_enabled();
     const Tensor log_p = again ? ops::log_prob(in.parameters, in.x, in.mask, in.likelihood) : log_likelihood;
-    result.bound =
-        minus_bound_backward(per_datum(grad_loss, in.reduction, in.x.sym_size(0)),
-                             log_p + in.log_ratio.to(log_p.scalar_type()), in.gates, in.elbo_weight, in.alpha,
-                             in.groups, in.steering, bound);
+    result.bound = minus_bound_backward(per_datum(grad_loss, in.reduction, in.x.sym_size(0)),
+                                        log_p + in.log_ratio.to(log_p.scalar_type()), in.gates, in.elbo_weight,
+                                        in.alpha, in.groups, in.steering, bound);
     rows = result.bound.log_w;
     result.bound.log_w = bound[0] ? rows.to(in.log_ratio.scalar_type()) : Tensor();
   }

@@ -87,7 +87,8 @@ struct NbSmall : NbZero {
     const T value = of_x.value - lgamma1p_unit(x) + (x * l + total * share.log);
     const T psi = log_positive(total) - (T(0.5) / total + stirling(total).digamma);
     return {.value = value + below(in.p.second, kLowest<T>),
-            .d = {x * w[kRatio] + theta * w[kF], in.p.second > kThetaEdge<T> ? T(0) : of_x.slope + theta * share.curve - x * w[kF]},
+            .d = {x * w[kRatio] + theta * w[kF],
+                  in.p.second > kThetaEdge<T> ? T(0) : of_x.slope + theta * share.curve - x * w[kF]},
             .d_x = psi + (l - r + share.log) - digamma_of_next(x)};
   }
 };
@@ -108,7 +109,8 @@ struct NbLarge {
     if constexpr (kStep == 0) {
       const T top = larger(in), edge = kNegligible<T>;
       const bool raised = top < edge;  // both are, and keep their difference, which is exact where it is small
-      w[kL] = raised ? (in.p.first - top) + edge : in.p.first, w[kR] = raised ? (in.p.second - top) + edge : in.p.second;
+      w[kL] = raised ? (in.p.first - top) + edge : in.p.first,
+      w[kR] = raised ? (in.p.second - top) + edge : in.p.second;
       w[kMean] = exp_within(clamped(kFaintMean<T>, w[kL], kMeanEdge<T>));
       w[kTheta] = exp_within(clamped(kFaintTheta<T>, w[kR], kThetaEdge<T>));
       const T sum = w[kTheta] + w[kMean];  // two divisions: d/dr is as large as theta f where x is
@@ -140,9 +142,8 @@ struct NbLarge {
     const T d_x = w[kLog] + log_ratio(x / next, -1 / next).log + below(w[kL], kFaintMean<T>) + of_next -
                   (T(0.5) / total + of_total.digamma);
     const T d_r = theta * (w[kCurve] - of_total.digamma - excess) + x / (2 * total);
-    return {.value = w[kValue] + (rest + cut),
-            .d = {theta * w[kF], in.p.second > kThetaEdge<T> ? T(0) : d_r},
-            .d_x = d_x};
+    return {
+        .value = w[kValue] + (rest + cut), .d = {theta * w[kF], in.p.second > kThetaEdge<T> ? T(0) : d_r}, .d_x = d_x};
   }
 };
 

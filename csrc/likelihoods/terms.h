@@ -26,7 +26,8 @@ struct Defaults {
   static constexpr bool kShares = false, kSoftplus = false, kZeros = false;
 };
 
-// A number of each parameter, 0 where there is none. No array: of one that is declared in it, gcc 12 vectorizes no loop.
+// A number of each parameter, 0 where there is none. No array: of one that is declared in it, gcc 12 vectorizes no
+// loop.
 template <class T>
 struct OfParameters {
   T first = 0, second = 0, third = 0, fourth = 0;
@@ -66,28 +67,39 @@ inline constexpr int kParameters = int(sizeof(L::parameters) / sizeof(L::paramet
 // f.template operator()<0, ..., n - 1>()
 template <int n, class F>
 FASTELBO_HD auto with_indices(F f) {
-  return [&]<int... i>(std::integer_sequence<int, i...>) { return f.template operator()<i...>(); }(
-      std::make_integer_sequence<int, n>());
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return f.template operator()<i...>();
+  }(std::make_integer_sequence<int, n>());
 }
 
 // Of all parameters there may be, those of L. Numbers by themselves: gcc 12 vectorizes no loop over structs of floats.
 template <class L, class T>
 FASTELBO_HD T shared_of(T a, T b, T c, T d) {
   constexpr int n = kParameters<L>;
-  if constexpr (!L::kShares) return T(0);
-  else if constexpr (n == 1) return L::shared(a);
-  else if constexpr (n == 2) return L::shared(a, b);
-  else if constexpr (n == 3) return L::shared(a, b, c);
-  else return L::shared(a, b, c, d);
+  if constexpr (!L::kShares)
+    return T(0);
+  else if constexpr (n == 1)
+    return L::shared(a);
+  else if constexpr (n == 2)
+    return L::shared(a, b);
+  else if constexpr (n == 3)
+    return L::shared(a, b, c);
+  else
+    return L::shared(a, b, c, d);
 }
 template <class L, class T>
 FASTELBO_HD Terms<T> terms_of(T a, T b, T c, T d, T x, T shared) {
   constexpr int n = kParameters<L>;
-  if constexpr (L::kZeros) return L::terms_of(Element<T>{{a, b, c, d}, x});
-  else if constexpr (n == 1) return L::eval(a, x, shared);
-  else if constexpr (n == 2) return L::eval(a, b, x, shared);
-  else if constexpr (n == 3) return L::eval(a, b, c, x, shared);
-  else return L::eval(a, b, c, d, x, shared);
+  if constexpr (L::kZeros)
+    return L::terms_of(Element<T>{{a, b, c, d}, x});
+  else if constexpr (n == 1)
+    return L::eval(a, x, shared);
+  else if constexpr (n == 2)
+    return L::eval(a, b, x, shared);
+  else if constexpr (n == 3)
+    return L::eval(a, b, c, x, shared);
+  else
+    return L::eval(a, b, c, d, x, shared);
 }
 
 // The whole of one element.

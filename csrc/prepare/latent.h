@@ -14,7 +14,7 @@ using views::Views;
 inline Latents latents(Views& views, const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
                        const OptionalTensor& prior_logvar) {
   const auto prior = [&](const OptionalTensor& t) { return t.has_value() ? views.in(t->expand(mu.sizes())) : View{}; };
-  return {mu.size(0), mu.size(0) ? mu.numel() / mu.size(0) : 0, views.in(mu), views.in(logvar), prior(prior_mu),
+  return {mu.size(0),         mu.size(0) ? mu.numel() / mu.size(0) : 0, views.in(mu), views.in(logvar), prior(prior_mu),
           prior(prior_logvar)};
 }
 

@@ -46,13 +46,14 @@ at::Tensor column_sums(const at::Tensor& t, int64_t columns, at::IntArrayRef sha
   const int64_t rows = columns ? t.numel() / columns : 0;
   const T* from = t.const_data_ptr<T>();
   T* to = sums.mutable_data_ptr<T>();
-  at::parallel_for(0, columns, std::max<int64_t>(16, 32768 / std::max<int64_t>(rows, 1)), [&](int64_t first, int64_t last) {
-    c10::SmallVector<double, 256> total(last - first, 0.0);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = first; c < last; ++c) total[c - first] += double(from[r * columns + c]);
-    }
-    for (int64_t c = first; c < last; ++c) to[c] = T(total[c - first]);
-  });
+  at::parallel_for(0, columns, std::max<int64_t>(16, 32768 / std::max<int64_t>(rows, 1)),
+                   [&](int64_t first, int64_t last) {
+                     c10::SmallVector<double, 256> total(last - first, 0.0);
+                     for (int64_t r = 0; r < rows; ++r) {
+                       for (int64_t c = first; c < last; ++c) total[c - first] += double(from[r * columns + c]);
+                     }
+                     for (int64_t c = first; c < last; ++c) to[c] = T(total[c - first]);
+                   });
   return sums;
 }
 

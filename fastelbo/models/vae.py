@@ -1,6 +1,7 @@
 """The variational autoencoder: any encoder and decoder around `rsample` and the losses."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -34,6 +35,14 @@ class VAEOutput(NamedTuple):
 
     recon: Recon  # [K?, B, *event], or a tuple such as (mean, logvar)
     posterior: Posterior
+
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+
+def _typed_as(forward: Callable[_P, _R]) -> Callable[[Callable[..., object]], Callable[_P, _R]]:
+    """For type checkers alone: a module's call has the type of its forward, in place of nn.Module's."""
+    raise NotImplementedError
 
 
 class VAE(nn.Module):
@@ -214,7 +223,9 @@ class VAE(nn.Module):
         return VAEOutput(self.decode(posterior.z, condition), posterior)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @_typed_as(forward)
+        def __call__(self, *args: object, **kwargs: object) -> object: ...
 
     def reconstruct(
         self, x: arguments.Data, condition: Condition | None = None, *, mask: arguments.Mask | None = None

@@ -179,7 +179,7 @@ def test_elbo_loss_is_trace_mean_field_elbo(likelihood, num_samples, ours):
     vae, x = PyroVAE(likelihood), data(likelihood)
 
     def loss(recon, x, q):
-        prior = {"prior_mu": q.prior_mu, "prior_logvar": q.prior_logvar}
+        prior = q.prior_options
         return fastelbo.elbo_loss(recon, x, q.mu, q.logvar, **prior, likelihood=likelihood, reduction="sum")
 
     elbo = TraceMeanField_ELBO(

@@ -62,10 +62,8 @@ template <class L, int kCount, Grads kGrads, bool kWeighted, bool kBytes, class 
                                      T* __restrict shared) {
   constexpr bool kShares = L::kShares && kCount == kParameters<L>;  // else it is a constant, or short
   // by name, since gcc 12 vectorizes no loop over an array of pointers
-  const T *__restrict first = e.parameter[0], *__restrict second = e.parameter[1], *__restrict third = e.parameter[2],
-          *__restrict fourth = e.parameter[3], *__restrict x = e.x, *__restrict weight = e.weight;
-  T *__restrict d_first = e.grad[0], *__restrict d_second = e.grad[1], *__restrict d_third = e.grad[2],
-    *__restrict d_fourth = e.grad[3], *__restrict d_x = e.grad_x;
+  const T* __restrict first = e.parameter[0], * __restrict second = e.parameter[1], * __restrict third = e.parameter[2], * __restrict fourth = e.parameter[3], * __restrict x = e.x, * __restrict weight = e.weight;
+  T* __restrict d_first = e.grad[0], * __restrict d_second = e.grad[1], * __restrict d_third = e.grad[2], * __restrict d_fourth = e.grad[3], * __restrict d_x = e.grad_x;
   const uint8_t* __restrict bytes = e.bytes;
   const ByteScale<T> byte_scale = e.byte_scale;
   if constexpr (kShares) {
@@ -102,10 +100,8 @@ inline constexpr int64_t kBlock = 128;  // elements that a formula in steps take
 template <class Formula, int kCount, Grads kGrads, class T>
 [[gnu::noinline]] void formula_tile(const Elements<T>& e, T factor, int64_t n, T* __restrict value) {
   constexpr int kWork = Formula::kWork;
-  const T *__restrict first = e.parameter[0], *__restrict second = e.parameter[1], *__restrict third = e.parameter[2],
-          *__restrict fourth = e.parameter[3], *__restrict x = e.x, *__restrict weight = e.weight;
-  T *__restrict d_first = e.grad[0], *__restrict d_second = e.grad[1], *__restrict d_third = e.grad[2],
-    *__restrict d_fourth = e.grad[3];
+  const T* __restrict first = e.parameter[0], * __restrict second = e.parameter[1], * __restrict third = e.parameter[2], * __restrict fourth = e.parameter[3], * __restrict x = e.x, * __restrict weight = e.weight;
+  T* __restrict d_first = e.grad[0], * __restrict d_second = e.grad[1], * __restrict d_third = e.grad[2], * __restrict d_fourth = e.grad[3];
   const auto of = [=](int64_t i) {
     return OfParameters<T>{first[i], kCount > 1 ? second[i] : T(0), kCount > 2 ? third[i] : T(0),
                            kCount > 3 ? fourth[i] : T(0)};

@@ -26,9 +26,8 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
         of_x.read(p.x, at(p.x, i), half, x);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const Terms<float> t = with_indices<kCount>([&]<int... c>() {
-            return evaluate<L>(Element<float>{{u[c][j]...}, x[j]});
-          });
+          const Terms<float> t =
+              with_indices<kCount>([&]<int... c>() { return evaluate<L>(Element<float>{{u[c][j]...}, x[j]}); });
           sum += t.value;
           with_indices<kCount>([&]<int... c>() { ((grad[c][j] = factor * t.d.template get<c>()), ...); });
         }

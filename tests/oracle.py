@@ -166,10 +166,10 @@ def assert_accurate(
         )
 
 
-def _sum_of_magnitudes(twin: Call, inputs: list[Any], index: int, upstream: Sequence[Tensor]) -> Tensor:
-    """Of the gradient of inputs[index], which broadcasts to inputs[0]: the sum of the |terms| of each element."""
+def _sum_of_magnitudes(twin: Call, inputs: list[Any], index: int, like: int, upstream: Sequence[Tensor]) -> Tensor:
+    """Of the gradient of inputs[index], which broadcasts to inputs[like]: the sum of the |terms| of each element."""
     small = inputs[index]
-    full = small.detach().expand(inputs[0].shape).clone().requires_grad_()
+    full = small.detach().expand(inputs[like].shape).clone().requires_grad_()
     outputs = tensors_of(twin(*inputs[:index], full, *inputs[index + 1 :]))
     return gradients(outputs, [full], upstream)[0].abs().sum_to_size(small.shape)
 
@@ -180,13 +180,15 @@ def check(
     twin: Call | None = None,
     label: str = "",
     shared: Sequence[int] = (),
+    like: int = 0,
     roundings: float = 0.0,
 ) -> None:
     """Values and all gradients of `call(*inputs)` against `twin(*inputs)` (or the same call) in reference mode.
 
     The upstream gradients are random and differ from element to element. Gradients are taken for the inputs that
-    require one. `shared`: the indices of inputs that broadcast to the first. `roundings`: of a result that a LAPACK
-    has a part in, how many roundings of the inputs the error may amount to, where it is more than eager's.
+    require one. `shared`: the indices of inputs that broadcast to the one of index `like`. `roundings`: of a result
+    that a LAPACK has a part in, how many roundings of the inputs the error may amount to, where that is more than
+    eager's.
     """
     twin = twin or call
     leaves, wide = leaves_of(inputs), partial(leaves_of, inputs, torch.float64)
@@ -208,7 +210,7 @@ def check(
     for index in shared:
         if index in wanted:
             with reference_mode(exact=True):
-                terms = _sum_of_magnitudes(twin, wide(), index, upstream)
+                terms = _sum_of_magnitudes(twin, wide(), index, like, upstream)
             at = len(outputs) + wanted.index(index)
             magnitudes[at] = torch.maximum(magnitudes[at], terms)
     random_runs: list[list[Tensor]] = []

@@ -7,6 +7,7 @@ FASTELBO_WALK_START on.
     python tests/ops/test_random_walk.py NUMBER     prints a case, and checks it
 """
 
+import math
 import os
 import random
 import sys
@@ -32,14 +33,16 @@ LARGEST = 20_000  # elements of recon
 
 class Case(NamedTuple):
     call: Call
-    inputs: list[Tensor | None]
+    inputs: list[Tensor | float | None]
     options: dict[str, object]  # those of the call, to be read
     twin: Call | None = None
+    shared: tuple[int, ...] = ()  # the inputs that may be the same for several data, and
+    like: int = 0  # the one to which they broadcast
 
     def __str__(self) -> str:
-        def text(t: Tensor | None) -> str:
-            if t is None:
-                return "None"
+        def text(t: Tensor | float | None) -> str:
+            if not isinstance(t, Tensor):
+                return str(t)
             place = f"{t.dtype}".removeprefix("torch.") + f"{tuple(t.shape)} strides {t.stride()}"
             return place + f" offset {t.storage_offset()}" + " requires_grad" * t.requires_grad
 
@@ -160,6 +163,13 @@ class Draw:
 
         return [one(), one()]
 
+    def number(self, value: float) -> float | Tensor:
+        """A number of a loss: a float, or in a third of the cases a 0-d tensor near it, learned or not."""
+        if self.chance(0.67):
+            return value
+        off = self.any_of(0.0, 0.1)
+        return self.tensor((), lambda noise: value + off * noise, self.any_of(*DTYPES))
+
     def reduction(self) -> str:
         return self.any_of("mean", "sum", "none")
 
@@ -173,6 +183,15 @@ def _of(result: Tensor, *inputs: Tensor | None) -> Tensor:
     return result if any(t is not None and t.requires_grad for t in inputs) else result.detach()
 
 
+def _log_q(posterior: fastelbo.Posterior, *inputs: Tensor | None) -> Tensor:
+    """log q(z | x) without its constant, next to which the other terms may leave little.
+
+    z - mu is free of mu: without the noise's and logvar's gradient there is none.
+    """
+    size = torch.Size(posterior.mu.shape[posterior.kl.dim() :]).numel()
+    return _of(posterior.log_q + 0.5 * math.log(2 * math.pi) * size, *inputs)
+
+
 def log_prob(d: Draw) -> Case:
     options = {"likelihood": d.likelihood}
 
@@ -184,20 +203,20 @@ def log_prob(d: Draw) -> Case:
 
 def elbo_loss(d: Draw) -> Case:
     options = {"likelihood": d.likelihood, "reduction": d.reduction(), "free_bits": d.any_of(0.0, 0.0, 0.2, 1.0)}
-    parts, number = d.parts(3), d.any_of(1.0, 0.0, 0.7, -2.0)
-    latent = d.latent(2, (d.B, *d.sizes(3, 2000)))
-    beta = None
-    if d.chance(0.3):
-        beta = d.tensor((), lambda noise: number + noise, d.any_of(*DTYPES))
+    parts, beta = d.parts(3), d.number(d.any_of(1.0, 0.0, 0.7, -2.0))
+    shape = (d.B, *d.sizes(3, 2000))
 
-    def call(recon, second, third, x, mask, mu, logvar, beta):
-        weight = number if beta is None else beta
-        loss = fastelbo.elbo_parts(joined(recon, second, third), x, mu, logvar, mask=mask, beta=weight, **options)
-        results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), _of(loss.kl, mu, logvar)]
+    def call(recon, second, third, x, mask, mu, logvar, prior_mu, prior_logvar, beta):
+        prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
+        loss = fastelbo.elbo_parts(
+            joined(recon, second, third), x, mu, logvar, **prior, mask=mask, beta=beta, **options
+        )
+        kl = _of(loss.kl, mu, logvar, prior_mu, prior_logvar)
+        results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), kl]
         return [results[i] for i in parts]
 
-    inputs = [*d.parameters(d.chance(0.6)), *d.data(), *latent, beta]
-    return Case(call, inputs, options | {"parts": parts, "beta": number if beta is None else "input 7"})
+    inputs = [*d.parameters(d.chance(0.6)), *d.data(), *d.latent(2, shape), *d.prior(shape), beta]
+    return Case(call, inputs, options | {"parts": parts}, shared=(7, 8), like=5)
 
 
 def iwae_loss(d: Draw) -> Case:
@@ -212,49 +231,97 @@ def iwae_loss(d: Draw) -> Case:
     return Case(call, [*d.parameters(True), *d.data(), *d.latent(1, (d.K, d.B), 3)], options | {"parts": parts})
 
 
+def _estimator(d: Draw) -> tuple[dict[str, object], list[float | Tensor]]:
+    """The options of an estimator that are no inputs, and its alpha and beta."""
+    name = d.any_of(*(e for e in ESTIMATORS if ESTIMATORS[e].fewest <= d.K))
+    options = {"reduction": d.reduction(), "estimator": name}
+    options["groups"] = d.any_of(*(g for g in range(1, d.K + 1) if d.K % g == 0))
+    numbers = {"alpha": d.any_of(-0.7, 0.0, 0.5, 1.0, 2.0), "beta": d.any_of(0.0, 0.3, 1.0)}
+    return options, [d.number(v) if n in ESTIMATORS[name].options else v for n, v in numbers.items()]
+
+
 def multi_sample_loss(d: Draw) -> Case:
     """Drawn and judged together with rsample. z is a result of its own: it has the upstream gradient of a decoder."""
-    name = d.any_of(*(e for e in ESTIMATORS if ESTIMATORS[e].fewest <= d.K))
-    options = {"likelihood": d.likelihood, "reduction": d.reduction(), "estimator": name}
-    options |= {"alpha": d.any_of(-0.7, 0.0, 0.5, 1.0, 2.0), "beta": d.any_of(0.0, 0.3, 1.0)}
-    options["groups"] = d.any_of(*(g for g in range(1, d.K + 1) if d.K % g == 0))
+    options, numbers = _estimator(d)
+    options["likelihood"] = d.likelihood
     parts, K = d.parts(5), d.K
     shape = (d.B, *d.sizes(2, max(2000 // K, 1)))
 
-    def call(recon, second, third, x, mask, mu, logvar, prior_mu, prior_logvar, eps):
+    def call(recon, second, third, x, mask, mu, logvar, prior_mu, prior_logvar, eps, alpha, beta):
         posterior = fastelbo.rsample(mu, logvar, K, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
-        loss = fastelbo.multi_sample_parts(joined(recon, second, third), x, posterior, mask=mask, **options)
+        loss = fastelbo.multi_sample_parts(
+            joined(recon, second, third), x, posterior, mask=mask, alpha=alpha, beta=beta, **options
+        )
         kl = _of(loss.kl, mu, logvar, prior_mu, prior_logvar)
         results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), kl, posterior.z, posterior.log_ratio]
         return [results[i] for i in parts]
 
-    inputs = [*d.parameters(True), *d.data(), *d.latent(2, shape), *d.prior(shape), *d.latent(1, d.samples(shape))]
-    return Case(call, inputs, options | {"parts": parts})
+    latent = [*d.latent(2, shape), *d.prior(shape), *d.latent(1, d.samples(shape))]
+    return Case(
+        call, [*d.parameters(True), *d.data(), *latent, *numbers], options | {"parts": parts}, shared=(7, 8), like=5
+    )
+
+
+def bound_loss(d: Draw) -> Case:
+    """Of any log p(x | z), with parameters of q that may differ per sample."""
+    options, numbers = _estimator(d)
+    batch_dims = d.any_of(1, 1, 2)
+    draws = {"batch_dims": 2} if batch_dims == 2 else {"num_samples": d.K}
+    whole = (d.K, d.B, *(d.sizes(2, max(2000 // d.K, 1)) or (1,)))
+    shape = whole if batch_dims == 2 else whole[1:]
+    parts = d.parts(5)
+    weight = 1.0 if options["estimator"] == "rws" else d.number(d.any_of(1.0, 0.0, 0.4))
+    extra = d.tensor((d.K, d.B)) if d.chance(0.5) else None
+
+    def call(log_p, mu, logvar, prior_mu, prior_logvar, eps, extra, alpha, beta, weight):
+        q = fastelbo.rsample(mu, logvar, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps, **draws)
+        numbers = {"alpha": alpha, "beta": beta, "kl_weight": weight, "log_ratio": extra}
+        loss = fastelbo.bound_parts(log_p, q, **numbers, **options)
+        kl = _of(loss.kl, mu, logvar, prior_mu, prior_logvar)
+        results = [loss.loss, kl, q.z, q.log_ratio, _log_q(q, mu, logvar, eps)]
+        return [results[i] for i in parts]
+
+    latent = [*d.latent(2, shape), *d.prior(shape), *d.latent(1, whole)]
+    inputs = [*d.latent(1, (d.K, d.B), 3), *latent, extra, *numbers, weight]
+    return Case(call, inputs, options | {"parts": parts, "batch_dims": batch_dims}, shared=(3, 4), like=1)
 
 
 def rsample(d: Draw) -> Case:
-    K = d.any_of(None, d.K)
+    way = d.any_of("one", "samples", "kept", "batch_dims")
     shape = (d.B, *d.sizes(3, 2000))
-    parts, seed, first = d.parts(3), d.random.randrange(-(2**63), 2**63), d.random.randrange(2 ** d.any_of(1, 20, 40))
+    K = {"one": None, "samples": d.K, "kept": d.K, "batch_dims": None}[way]
+    if way == "batch_dims":  # [K, B, *latent], of one latent dimension or more
+        shape = (d.any_of(1, 2, 3), d.B, *(shape[1:] or (1,)))
+    draws = {"batch_dims": 2} if way == "batch_dims" else {"num_samples": K}
+    parts, seed, first = d.parts(4), d.random.randrange(-(2**63), 2**63), d.random.randrange(2 ** d.any_of(1, 20, 40))
+    source = {"seed": seed} if way == "batch_dims" else {"seed": seed, "first_sample": first}
     zero = torch.zeros(shape, dtype=compute_dtype(d.dtype))
-    noise = fastelbo.rsample(zero, zero, K, seed=seed, first_sample=first).z
+    noise = fastelbo.rsample(zero, zero, **source, **draws).z
+    count = d.any_of(0, 1, 5, 30) if d.B else 0
+    rows = [torch.tensor([d.random.randrange(n) for _ in range(count)], dtype=torch.int64) for n in (d.K, d.B or 1)]
+    kept = fastelbo.Kept(*rows, torch.ones(count))
 
     def sample(options: Callable[[Tensor], dict[str, object]]) -> Call:
         def call(mu, logvar, prior_mu, prior_logvar, eps):
-            prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
-            p = fastelbo.rsample(mu, logvar, K, **prior, **options(eps))
-            results = [_of(p.z, mu, logvar, eps), _of(p.kl, mu, logvar, prior_mu, prior_logvar), p.log_ratio]
+            prior, given = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}, options(eps)
+            p = fastelbo.rsample(mu, logvar, **prior, **given)
+            drawn = [p.z, p.log_ratio, _log_q(p, logvar, eps)]
+            if way == "kept" and "kept" not in given:  # the twin draws all
+                drawn = [t[kept.sample, kept.datum] for t in drawn]
+            z, log_ratio, log_q = drawn
+            kl = _of(p.kl, mu, logvar, prior_mu, prior_logvar)
+            results = [_of(z, mu, logvar, eps), kl, log_ratio, log_q]
             return [results[i] for i in parts]
 
         return call
 
     inputs = [*d.latent(2, shape), *d.prior(shape)]
-    by_noise = sample(lambda eps: {"eps": eps})
-    if d.chance(0.5):
-        eps = d.tensor(noise.shape)
-        return Case(by_noise, [*inputs, eps], {"K": K, "parts": parts, "noise": "eps"})
-    by_seed = sample(lambda _: {"seed": seed, "first_sample": first})
-    return Case(by_seed, [*inputs, noise], {"K": K, "parts": parts, "seed": seed, "first": first}, by_noise)
+    by_noise = sample(lambda eps: {"eps": eps, **draws})
+    read = {"K": K, "way": way, "parts": parts}
+    if way != "kept" and d.chance(0.5):
+        return Case(by_noise, [*inputs, d.tensor(noise.shape)], read | {"noise": "eps"}, shared=(2, 3))
+    by_seed = sample(lambda _: {**source, **({"kept": kept} if way == "kept" else draws)})
+    return Case(by_seed, [*inputs, noise], read | {"seed": seed, "first": first, "rows": rows}, by_noise, shared=(2, 3))
 
 
 def gaussian_kl(d: Draw) -> Case:
@@ -264,7 +331,7 @@ def gaussian_kl(d: Draw) -> Case:
     def call(*latent):
         return fastelbo.gaussian_kl(*latent, **options)
 
-    return Case(call, [*d.latent(2, shape, d.any_of(1.0, 1.0, 0.01, 4.0)), *d.prior(shape)], options)
+    return Case(call, [*d.latent(2, shape, d.any_of(1.0, 1.0, 0.01, 4.0)), *d.prior(shape)], options, shared=(2, 3))
 
 
 def log_mean_exp(d: Draw) -> Case:
@@ -274,7 +341,7 @@ def log_mean_exp(d: Draw) -> Case:
 
 
 OPS = (log_prob, log_prob, elbo_loss, elbo_loss, iwae_loss, multi_sample_loss, multi_sample_loss)
-OPS = (*OPS, rsample, gaussian_kl, log_mean_exp)
+OPS = (*OPS, bound_loss, rsample, rsample, gaussian_kl, log_mean_exp)
 
 
 def case_of(number: int) -> Case:
@@ -287,7 +354,7 @@ def case_of(number: int) -> Case:
 def judge(number: int) -> None:
     case = case_of(number)
     try:
-        check(case.call, *case.inputs, twin=case.twin)
+        check(case.call, *case.inputs, twin=case.twin, shared=case.shared, like=case.like)
     except Exception as error:
         repeat = f"python tests/ops/test_random_walk.py {number}"
         raise AssertionError(f"case {number} of the random walk; to repeat it: {repeat}\n{case}\n{error}") from error

@@ -39,7 +39,7 @@ inline at::Tensor grad_like(const OptionalTensor& t, bool needed) {
   return needed && t.has_value() ? grad_like(*t) : at::Tensor();
 }
 
-// The columns of t, [rows, columns] in memory, added up row by row, in double: each by one thread.
+// The columns of t, [rows, columns] in memory, added up in double, some rows at a time: each by one thread.
 template <class T>
 at::Tensor column_sums(const at::Tensor& t, int64_t columns, at::IntArrayRef shape) {
   const at::Tensor sums = at::empty(shape, t.options());
@@ -48,11 +48,17 @@ at::Tensor column_sums(const at::Tensor& t, int64_t columns, at::IntArrayRef sha
   T* to = sums.mutable_data_ptr<T>();
   at::parallel_for(0, columns, std::max<int64_t>(16, 32768 / std::max<int64_t>(rows, 1)),
                    [&](int64_t first, int64_t last) {
-                     c10::SmallVector<double, 256> total(last - first, 0.0);
-                     for (int64_t r = 0; r < rows; ++r) {
-                       for (int64_t c = first; c < last; ++c) total[c - first] += double(from[r * columns + c]);
+                     constexpr int64_t kTogether = 64;
+                     const int64_t n = last - first;
+                     c10::SmallVector<double, 256> total(n, 0.0), part(n);
+                     for (int64_t r = 0; r < rows; r += kTogether) {
+                       std::fill(part.begin(), part.end(), 0.0);
+                       for (int64_t row = r; row < std::min(rows, r + kTogether); ++row) {
+                         for (int64_t c = 0; c < n; ++c) part[c] += double(from[row * columns + first + c]);
+                       }
+                       for (int64_t c = 0; c < n; ++c) total[c] += part[c];
                      }
-                     for (int64_t c = first; c < last; ++c) to[c] = T(total[c - first]);
+                     for (int64_t c = 0; c < n; ++c) to[first + c] = T(total[c]);
                    });
   return sums;
 }

@@ -252,14 +252,12 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         # every loss pays for this: values are put in place only where a check has converted one
-        for i, value in enumerate(args):
-            if i == len(positional):
-                break  # the function says what is wrong
-            name, default, check = positional[i]
-            if check is not None and value is not default:
-                taken = check(name, value)
-                if taken is not value:
-                    args = (*args[:i], taken, *args[i + 1 :])
+        for (name, default, check), value in zip(positional, args, strict=False):  # of too many the function tells
+            if check is not None and value is not default and check(name, value) is not value:
+                rows_of_args = zip(positional, args, strict=False)
+                taken = [v if c is None or v is d else c(n, v) for (n, d, c), v in rows_of_args]
+                args = (*taken, *args[len(taken) :])
+                break
         for name, value in kwargs.items():
             if name in rows:
                 name, default, check = rows[name]

@@ -12,6 +12,7 @@ from fastelbo import likelihoods
 # calls of a likelihood and a shape, and then at every 64th.
 FIRST, INTERVAL = 64, 64
 _calls: dict[tuple[str, torch.Size], int] = {}
+_UNIT = {name for name, row in likelihoods.LIKELIHOODS.items() if row.domain == "[0, 1]"}
 
 
 def readable(t: Tensor) -> bool:
@@ -47,7 +48,7 @@ def check_some(first: Tensor, x: Tensor, likelihood: str, mask: Tensor | None = 
     """`check_data` under a Bernoulli, and its probabilities, at some calls. Of what is no count, log p is -inf: the
     loss tells.
     """
-    if torch.compiler.is_compiling() or likelihoods.get(likelihood).domain != "[0, 1]":
+    if likelihood not in _UNIT or torch.compiler.is_compiling():
         return
     key = likelihood, x.shape
     if len(_calls) > 1000 and key not in _calls:

@@ -58,13 +58,13 @@ def _gradients(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """`vjp` of function(**values) for those inputs, slot by slot."""
-    slots = [_slots(values[name]) for name in inputs]
+    slots = [_slots(values.get(name)) for name in inputs]
 
     def call(*nodes: Tensor | None) -> Any:
         left, given = list(nodes), dict(values)
         for name, slot in zip(inputs, slots, strict=True):
             own, left = left[: len(slot)], left[len(slot) :]
-            given[name] = [t for t in own if t is not None] if isinstance(values[name], list | tuple) else own[0]
+            given[name] = [t for t in own if t is not None] if isinstance(values.get(name), list | tuple) else own[0]
         return function(**given)
 
     return vjp(call, [t for slot in slots for t in slot], grads, needs)
@@ -97,7 +97,7 @@ def with_gradients(*inputs: str) -> Callable[[Callable[..., tuple[Tensor, ...]]]
             if len(args) > len(names):
                 *args, needs = args  # type: ignore[assignment]
             values, outputs = dict(zip(names, args, strict=False)), twin(*args)
-            slots = sum(len(_slots(values[name])) for name in inputs)
+            slots = sum(len(_slots(values.get(name))) for name in inputs)
             if not needs:
                 return (*outputs, *[None] * slots)
             wanted = [bool(needs >> i & 1) for i in range(slots)]

@@ -53,6 +53,12 @@ def test_right_contenders_are_timed_in_phases():
     assert math.isnan(rows[SUBJECT, "both"].kernels)
 
 
+def test_the_kernel_alone_is_judged_right():
+    kernel = next(case for case in cases.CASES if case.op == "kernel")
+    small = replace(kernel, make=lambda: cases.bernoulli(4, 6).frozen(), contenders=(SUBJECT,))
+    assert _measured(small)[SUBJECT, "forward"].failure == ""
+
+
 @pytest.mark.parametrize("wrong", ["value", "gradient"])
 def test_wrong_contender_is_not_timed(monkeypatch, wrong):
     def off(recon, x, mu, logvar):

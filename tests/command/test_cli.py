@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,6 @@ from fastelbo.commands import ppca as commands_ppca
 from fastelbo.commands.data import counts_model, load
 from fastelbo.commands.ppca import METRICS as METRICS_OF_PPCA
 from fastelbo.commands.train import LATENT_METRICS, METRICS, Config, Trainer
-from fastelbo.losses import kept
 from fastelbo.nets import build_model
 
 TIMES = {"ms_per_step", "loss_share"}
@@ -87,8 +88,7 @@ def test_held_out_figures_are_datum_weighted(monkeypatch):
     whole = trainer.evaluate()
     x = trainer.data.held_out
     with torch.no_grad():
-        noise = trainer._noise(x, torch.Generator().manual_seed(0))
-        kl = trainer.model.loss(x, return_parts=True, **noise).kl.double().mean()
+        kl = trainer.model.parts(x, **trainer.noise(x, torch.Generator().manual_seed(0))).kl.double().mean()
     assert whole["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
     monkeypatch.setattr(evaluate, "BATCH", 179)  # 180 held-out digits: a mean of means would be far off
     assert trainer.evaluate()["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
@@ -100,7 +100,6 @@ def test_held_out_figures_are_datum_weighted(monkeypatch):
         {"beta_warmup": 3},
         {"objective": "dreg", "num_samples": 3, "impl": "reference"},
         {"objective": "iwae", "num_samples": 6, "keep": 2},
-        {"objective": "dreg", "num_samples": 12, "keep": "auto"},
     ],
     ids=str,
 )
@@ -135,21 +134,56 @@ def test_fused_and_reference_take_the_same_first_steps():
     assert fused.history[0]["held_out_elbo"] == pytest.approx(plain.history[0]["held_out_elbo"], rel=1e-4)
 
 
-def test_kept_samples_in_the_figures(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kept, "INTERVAL", 3)
+def test_kept_samples_in_the_figures(tmp_path, capsys):
     options = ["--objective", "iwae", "--samples", "12", "--epochs", "2", "--hidden", "16", "--latent-dim", "2"]
-    found = {}
-    for keep in ("3", "auto"):
-        out = tmp_path / keep
-        assert cli.main(["train", *options, "--keep", keep, "--out", str(out)]) == 0
-        found[keep] = rows(out)
-        line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("epoch 2/2"))
-        assert f"{found[keep][1]['kept_share']:.0%} kept" in line and "99 % of the weight in" in line
-        for row in found[keep]:
-            assert row["ess"] < row["samples_99"] < 12 and 0 < row["loss_share"] < 1
-    assert [row["kept_share"] for row in found["3"]] == [0.25, 0.25]
-    assert 1 / 12 < found["auto"][1]["kept_share"] <= 1 and found["auto"][1]["kept_share"] != 0.25
-    assert found["3"][1]["held_out_bound"] > found["3"][0]["held_out_bound"]
+    assert cli.main(["train", *options, "--keep", "3", "--out", str(tmp_path)]) == 0
+    history = rows(tmp_path)
+    line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("epoch 2/2"))
+    assert "25% kept" in line and "99 % of the weight in" in line
+    for row in history:
+        assert row["ess"] < row["samples_99"] < 12 and 0 < row["loss_share"] < 1
+    assert [row["kept_share"] for row in history] == [0.25, 0.25]
+    assert history[1]["held_out_bound"] > history[0]["held_out_bound"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"objective": "iwae", "num_samples": 5}, {"objective": "iwae", "num_samples": 12, "keep": 3}],
+    ids=str,
+)
+@pytest.mark.parametrize("data, likelihood", [("digits", "gaussian"), ("counts", "zinb")])
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_the_time_of_the_loss_leaves_the_run_as_it_was(options, data, likelihood, impl):
+    """Without the networks: neither they nor their gradients, nor the generator, notice."""
+    trainer = Trainer(Config(**SMALL, **options, data=data, likelihood=likelihood, impl=impl))
+    calls = []
+    trainer.model.decoder.register_forward_hook(lambda *_: calls.append(1))
+    before = trainer.generator.get_state()
+    assert 0 < trainer.loss_time(trainer.data.train[:64]) < 1
+    assert len(calls) == 1 and all(p.grad is None for p in trainer.model.parameters())
+    assert torch.equal(trainer.generator.get_state(), before)
+
+
+def test_keep_auto_is_gone(tmp_path, capsys):
+    """A run of it is read, but not continued."""
+    (tmp_path / "run.toml").write_text('objective = "iwae"\nnum_samples = 8\nkeep = "auto"\n')
+    iwae = ["--objective", "iwae", "--samples", "8"]
+    for options in ([*iwae, "--keep", "auto"], ["--config", str(tmp_path / "run.toml")]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["train", *options, "--out", str(tmp_path / "run")])
+        error = capsys.readouterr().err
+        assert 'keep must be a number of samples: "auto", of earlier versions, is gone' in error
+        assert error.count("\n") == 1
+    old, run = Path(__file__).parents[1] / "saved/kept", tmp_path / "kept"
+    shutil.copytree(old, run)
+    assert fastelbo.load(run).latent_shape == (2,)
+    for change in ([], ["--keep", "8"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["train", "--resume", "--epochs", "3", *change, "--out", str(run)])
+        error = capsys.readouterr().err
+        assert error.endswith("holds a run of keep 'auto', which is gone and cannot be continued: start a new one\n")
+        assert error.count("\n") == 1
+    assert (run / "metrics.csv").read_bytes() == (old / "metrics.csv").read_bytes()
 
 
 def test_the_reference_keeps_the_same_samples():
@@ -163,7 +197,8 @@ def test_the_reference_keeps_the_same_samples():
 def test_samples_that_carry_a_share_of_the_weight(scale):
     log_w = scale * torch.randn(20, 7)
     for share in (0.5, 0.99):
-        for w, count in zip(torch.softmax(log_w.double(), 0).unbind(1), kept.carrying(log_w, share), strict=True):
+        found = train.samples_of_weight(log_w, share)
+        for w, count in zip(torch.softmax(log_w.double(), 0).unbind(1), found, strict=True):
             largest = w.sort(descending=True).values
             assert largest[:count].sum() >= share - 1e-12 > largest[: count - 1].sum() - 2e-12
 
@@ -178,7 +213,9 @@ def test_fused_and_reference_agree_on_an_estimator_with_a_gradient_of_its_own():
 def test_beta_rises_step_by_step():
     trainer = Trainer(Config(**SMALL, beta=2.0, beta_warmup=2, batch_size=809))  # 1617 data: two steps per epoch
     assert [trainer.beta(step) for step in range(6)] == [0.0, 0.5, 1.0, 1.5, 2.0, 2.0]
-    assert Trainer(Config(**SMALL)).beta(0) is None
+    assert Trainer(Config(**SMALL)).beta(0) == 1.0
+    assert Trainer(Config(**SMALL, objective="ciwae", num_samples=2)).beta(0) == 0.5
+    assert Trainer(Config(**SMALL, objective="iwae")).beta(0) is None
     x = trainer.data.train[:5]
     totals = trainer.step(x, 0.5)
     bound, _, log_likelihood, kl = totals.tolist()
@@ -408,7 +445,7 @@ def test_counts_from_files(tmp_path, capsys):
         (["--objective", "elboo"], "argument --objective: invalid choice: 'elboo'"),
         (["--epochs", "0"], "epochs must be at least 1; got 0"),
         (["--epochs", "many"], "argument --epochs: invalid int value"),
-        (["--keep", "some"], "argument --keep: invalid int or \"auto\" value: 'some'"),
+        (["--keep", "some"], "argument --keep: invalid int value: 'some'"),
         (["--keep", "0", "--objective", "iwae", "--samples", "4"], "keep must be at least 1; got 0"),
         (["--keep", "5", "--objective", "iwae", "--samples", "4"], "keep must be at most num_samples=4; got 5"),
         (["--keep", "2", "--samples", "4"], "keep has no use with 'elbo'"),
@@ -728,8 +765,8 @@ def test_two_processes_train_what_one_does(tmp_path, options):
 
 
 def test_kept_samples_take_one_process(monkeypatch):
-    for name, value in (("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)):
-        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    several = SimpleNamespace(rank=0, size=2)
+    monkeypatch.setattr(train.Processes, "world", lambda: several)
     with pytest.raises(ValueError, match=r"keep takes one process: .*; got 2"):
         Trainer(Config(**SMALL, objective="iwae", num_samples=4, keep=2))
 

@@ -173,6 +173,8 @@ def run_figures(run: Path) -> Figures:
         if isinstance(model, fastelbo.PPCA):
             x = fractions(5, 64)
             return found | {"log_prob": model.log_prob(x), "z": model.transform(x)}
+        if json.loads((run / "config.json").read_text())["keep"] == "auto":  # of earlier versions: not continued
+            return found | vae_figures(model, run_data(model))
         shutil.copytree(run, copy)
         command("train", "--resume", "--epochs", MORE, "--out", copy)
         found["resumed"] = last_row(copy)
@@ -241,6 +243,7 @@ SAVED = {
     "nb": Saved(Path, run_figures),
     "zinb": Saved(Path, run_figures),
     "kept": Saved(Path, run_figures),
+    "kept_four": Saved(Path, run_figures),
     "ppca": Saved(Path, run_figures),
     "networks.pt": Saved(whole, networks_figures),
     "vae_state.pt": Saved(state_of(small_vae), lambda vae: vae_figures(vae, fractions(20, D))),

@@ -1,8 +1,8 @@
 // Every op, once. Names and shapes: K samples, B batch; recon [K?, B, *event], x and mask [B, *event], mu [B, *latent].
 //
-// "parameters" are those of the likelihood (a Gaussian's mean and logvar): the first has the shape of recon, each other a
-// shape of its own: that of recon, [*event] or 0-d. A prior broadcasts to mu. A number (beta, free_bits, alpha, ...) is a
-// 0-d tensor of a float type, on the CPU or on the device; None is its default. "needs" says which inputs want a
+// "parameters" are those of the likelihood (a Gaussian's mean and logvar): the first has the shape of recon, each other
+// a shape of its own: that of recon, [*event] or 0-d. A prior broadcasts to mu. A number (beta, free_bits, alpha, ...)
+// is a 0-d tensor of a float type, on the CPU or on the device; None is its default. "needs" says which inputs want a
 // gradient; a gradient that is not wanted comes back undefined (None in Python). In the losses it is a mask of bits, by
 // the order of the gradients that are returned, and what autograd asks for: the caller leaves it at 0.
 #include <torch/library.h>
@@ -50,10 +50,11 @@ TORCH_LIBRARY(fastelbo, m) {
       "Tensor? elbo_weight, Tensor? alpha, int groups, float[] steering, str likelihood, str reduction, int needs=0) "
       "-> (Tensor loss, Tensor log_likelihood, Tensor first, Tensor second, Tensor third, Tensor fourth, "
       "Tensor log_ratio, Tensor gates)");
-  // of log w [K, B]: the bound [B], its gradient by log w [K, B], the factors of the gates [2, K, B], and where asked for
-  // its gradients by elbo_weight and alpha [2, B]
+  // of log w [K, B]: the bound [B], its gradient by log w [K, B], the factors of the gates [2, K, B], and where asked
+  // for its gradients by elbo_weight and alpha [2, B]
   m.def(
-      "_multi_sample_weights(Tensor log_w, Tensor? elbo_weight, Tensor? alpha, int groups, float[] steering, bool slopes) "
+      "_multi_sample_weights(Tensor log_w, Tensor? elbo_weight, Tensor? alpha, int groups, float[] steering, bool "
+      "slopes) "
       "-> (Tensor bound, Tensor weights, Tensor gates, Tensor slopes)");
   // minus that bound; the gradient of gates are their factors
   m.def(

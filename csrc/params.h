@@ -6,10 +6,10 @@
 
 #include <cstdint>
 
+#include "likelihoods/info.h"
 #include "math/estimator.h"
 
 namespace fastelbo {
-
 
 // A strided view of [K, B, D]. D is walked through up to kMaxDims collapsed dimensions; all strides are in elements.
 struct View {
@@ -39,8 +39,6 @@ constexpr T row_number(const RowScalars& s, int64_t k, int64_t b) {
 inline constexpr int64_t kSegment = 4096;                  // of a row, in one work item
 inline constexpr int64_t kTile = 1024, kLatentTile = 512;  // what is in the L1 cache at a time
 inline constexpr int64_t segments(int64_t d) { return d <= kSegment ? 1 : (d + kSegment - 1) / kSegment; }
-
-inline constexpr int kMaxParameters = 4;
 
 // The gradient of a parameter that rows share, [*event] or 0-d: its sums over the rows of every chunk.
 struct SharedGrad {
@@ -85,8 +83,8 @@ struct MultiSampleParams {
   double* slopes = nullptr;    // [2, B], or null: of the bound by elbo_weight and by alpha
 };
 
-// What reaches a sample in the backward: the gradient of z; those of log p(z) and log q(z) too; and an estimator's share
-// of each.
+// What reaches a sample in the backward: the gradient of z; those of log p(z) and log q(z) too; and an estimator's
+// share of each.
 enum class Upstream { z, densities, gated };
 
 // N(mu, diag exp(logvar)) and its prior, N(0, I) where that is empty.
@@ -148,7 +146,9 @@ struct SampleBackwardParams {
   View grad_eps;  // [K, B, D], may be empty
 
   constexpr Upstream upstream() const {
-    return gate_path.data ? Upstream::gated : grad_log_ratio.data || grad_log_q.data ? Upstream::densities : Upstream::z;
+    return gate_path.data                           ? Upstream::gated
+           : grad_log_ratio.data || grad_log_q.data ? Upstream::densities
+                                                    : Upstream::z;
   }
 };
 

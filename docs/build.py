@@ -27,7 +27,10 @@ from fastelbo.commands import cli
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PROSE = ("README", "concepts", "adapters", "kept_samples", "practice", "performance")
+PROSE = (
+    *("README", "installation", "functions", "models", "concepts", "kept_samples", "counts", "ppca", "adapters"),
+    *("practice", "limits", "performance"),
+)
 RECIPES = ROOT / "examples" / "recipes"
 # called by torch, not by the user; and what scikit-learn adds to an estimator
 HOOKS = {"extra_repr", "get_extra_state", "set_extra_state", "set_fit_request", "set_partial_fit_request"}
@@ -56,7 +59,10 @@ def public(space: pdoc.doc.Namespace) -> Iterator[pdoc.doc.Doc]:
     named_tuple = isinstance(space.obj, type) and issubclass(space.obj, tuple)
     comments = field_comments(space.obj) if named_tuple else {}
     for doc in space.members.values():
-        plain = isinstance(doc, pdoc.doc.Variable) and not isinstance(names.get(doc.name), property)
+        of_property = isinstance(names.get(doc.name), property)
+        if of_property and not doc.docstring:  # pdoc reads that of the getter alone
+            doc.docstring = inspect.getdoc(names[doc.name]) or ""
+        plain = isinstance(doc, pdoc.doc.Variable) and not of_property
         if doc.name == "__init__" and not named_tuple:
             doc.docstring = ""  # the class describes the arguments
         elif doc.name.startswith("_") or doc.name not in names or doc.name in HOOKS or (plain and not doc.docstring):

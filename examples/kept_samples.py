@@ -14,7 +14,6 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -35,7 +34,7 @@ class Run:
 
     name: str
     num_samples: int
-    keep: int | Literal["auto"] | None
+    keep: int | None
     model: VAE
     seconds: float = 0.0
     course: list[tuple[float, float]] = field(default_factory=list)  # (seconds of training, held-out log p(x))
@@ -46,7 +45,7 @@ class Run:
     def epoch(self, x: Tensor) -> None:
         start = time.perf_counter()
         for batch in x.split(BATCH):
-            loss = self.model.loss(batch, objective="iwae", num_samples=self.num_samples, keep=self.keep)
+            loss = self.model.loss(batch, "iwae", num_samples=self.num_samples, keep=self.keep)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -63,7 +62,6 @@ def new_runs(seed: int) -> list[Run]:
         ("50 samples, keep=4", 50, 4),
         (EIGHT, 50, 8),
         ("50 samples, keep=16", 50, 16),
-        ('50 samples, keep="auto"', 50, "auto"),
         (ALONE, 8, None),
     ):
         torch.manual_seed(seed)

@@ -43,7 +43,6 @@ __version__ = "0.1.0"
 __all__ = [
     "PPCA",
     "VAE",
-    "VAELoss",
     "Diagnostics",
     "DiagnosticsMeter",
     "ELBOLoss",
@@ -56,6 +55,7 @@ __all__ = [
     "MarginalEstimate",
     "Objective",
     "Posterior",
+    "VAELoss",
     "bernoulli_log_prob",
     "bound_loss",
     "bound_parts",

@@ -4,7 +4,7 @@ A row has a counterpart in C++, csrc/likelihoods/NAME.h, with the same name, par
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -90,6 +90,65 @@ def _draw_laplace(generator: Generator | None, mean: Tensor, log_scale: Tensor |
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Student's t.
+
+# B_2k / (2k (2k - 1)), of Stirling's series of lgamma: the remainder at a = 10 is 2e-17
+STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156, -3617 / 122400)
+
+# of log(1 + q) / q for q < 1/20: the remainder is 1e-19
+LOG1P = [(-1) ** k / (k + 1) for k in range(14)]
+
+# Beyond it on either side, log_df counts as this: the Gaussian is left above, and below log p hardly depends on x.
+LOG_DF_LIMIT = 80.0
+
+
+def _series(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """c0 + c1 x + c2 x^2 + ..."""
+    total = torch.zeros_like(x)
+    for coefficient in reversed(coefficients):
+        total = coefficient + x * total
+    return total
+
+
+def _half_step(log_a: Tensor) -> Tensor:
+    """lgamma(a + 1/2) - lgamma(a) - 1/2 log a, by the difference of Stirling's series where a > 10."""
+    large = log_a > math.log(10)
+    w = torch.exp(-torch.where(large, log_a, math.log(10)))
+    coefficients = [(2.0 ** (1 - 2 * k) - 2) * c for k, c in enumerate(STIRLING, 1)]
+    small = torch.where(large, 0.0, log_a)
+    a = torch.exp(small)
+    direct = torch.lgamma(a + 0.5) - torch.lgamma(a + 1) + 0.5 * small  # lgamma(a) = lgamma(a + 1) - log a
+    return torch.where(large, w * _series(w.square(), coefficients), direct)
+
+
+def _student_t(x: Tensor, mean: Tensor, log_scale: Tensor, log_df: Tensor) -> Tensor:
+    """With nu = exp(log_df), s = log_scale, t = (x - mean) exp(-s) and q = t^2 / nu:
+    lgamma((nu + 1) / 2) - lgamma(nu / 2) - 1/2 log(nu pi) - s - (nu + 1) / 2 log(1 + q).
+
+    Where q is small, nu / 2 log(1 + q) is t^2 / 2 times a series in q: its derivative by log_df is no difference of
+    large terms where nu is large. Where 1 is lost beside q, which may overflow, log(1 + q) is log q.
+    """
+    log_df = torch.where(log_df > LOG_DF_LIMIT, LOG_DF_LIMIT, log_df)  # NaN stays
+    log_df = torch.where(log_df < -LOG_DF_LIMIT, -LOG_DF_LIMIT, log_df)
+    difference = x - mean
+    far = 2 * (difference.abs().log() - log_scale) - log_df > 1 - math.log(torch.finfo(x.dtype).eps)
+    log_q = 2 * (torch.where(far, difference, 1.0).abs().log() - log_scale) - log_df
+    bounded = torch.where(far, 0.0, difference)
+    t, q = divided(bounded, log_scale), divided(bounded, log_scale + 0.5 * log_df).square()
+    small = q < 0.05
+    series = torch.where(small, t, 0.0).square() * _series(torch.where(small, q, 0.0), LOG1P)
+    bend = 0.5 * (torch.where(small, series, torch.exp(log_df) * torch.log1p(q)) + torch.log1p(q))
+    bend = torch.where(far, 0.5 * (torch.exp(log_df) + 1) * log_q, bend)
+    return _half_step(log_df - LOG_2) - (0.5 * LOG_2PI + log_scale) - bend
+
+
+def _draw_student_t(generator: Generator | None, mean: Tensor, log_scale: Tensor, log_df: Tensor) -> Tensor:
+    """Gaussian whose variance is exp(2 s) over a Gamma of mean 1 and shape nu / 2."""
+    gamma = _draw_gamma(generator, log_df - LOG_2, mean)
+    return _draw_gaussian(generator, mean, 2 * log_scale - torch.log(gamma).to(mean.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Counts. x may be fractional; log p of a negative x is -inf, and that of NaN is NaN.
 
 # Beyond it, log theta counts as this: log p differs there from that of the Poisson by about x^2 / 2e17.
@@ -113,17 +172,9 @@ def stirling_tail(a: Tensor) -> Tensor:
     """S(a) = lgamma(a) - (a - 1/2) log a + a - 1/2 log 2 pi, by Stirling's series where a > 10."""
     large = a > 10
     w = 1 / torch.where(large, a, 10.0)
-    square = w.square()
-    series = torch.zeros_like(w)
-    for coefficient in reversed(STIRLING):
-        series = coefficient + square * series
     small = torch.where(large, 1.0, a)
     direct = torch.lgamma(small) - (small - 0.5) * torch.log(small) + (small - 0.5 * LOG_2PI)
-    return torch.where(large, w * series, direct)
-
-
-# B_2k / (2k (2k - 1)): the remainder at a = 10 is 2e-17
-STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156, -3617 / 122400)
+    return torch.where(large, w * _series(w.square(), STIRLING), direct)
 
 
 def _nb_terms(x: Tensor, log_mean: Tensor, log_theta: Tensor) -> Tensor:
@@ -174,12 +225,18 @@ def _draw_poisson(generator: Generator | None, log_rate: Tensor) -> Tensor:
     return torch.poisson(torch.exp(log_rate), generator=generator)
 
 
+def _draw_gamma(generator: Generator | None, log_shape: Tensor, like: Tensor) -> Tensor:
+    """Gamma of mean 1 and shape exp(log_shape), in the shape of `like`; in float32 for half types, of which torch
+    draws none."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    shape = torch.exp(log_shape.to(wide).clamp(max=LOG_THETA_LIMIT)).expand(like.shape)
+    return torch._standard_gamma(shape, generator=generator) / shape
+
+
 def _draw_nb(generator: Generator | None, log_mean: Tensor, log_theta: Tensor) -> Tensor:
     """Poisson whose rate is Gamma of mean exp(log_mean) and shape theta."""
-    wide = torch.promote_types(log_mean.dtype, torch.float32)  # torch draws no Gamma in half types
-    theta = torch.exp(log_theta.to(wide).clamp(max=LOG_THETA_LIMIT)).expand(log_mean.shape)
-    gamma = torch._standard_gamma(theta, generator=generator) / theta
-    return torch.poisson(gamma * torch.exp(log_mean.to(wide)), generator=generator).to(log_mean.dtype)
+    gamma = _draw_gamma(generator, log_theta, log_mean)
+    return torch.poisson(gamma * torch.exp(log_mean.to(gamma.dtype)), generator=generator).to(log_mean.dtype)
 
 
 def _draw_zinb(generator: Generator | None, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
@@ -188,7 +245,7 @@ def _draw_zinb(generator: Generator | None, log_mean: Tensor, log_theta: Tensor,
     return torch.where(zeros == 1, 0.0, counts)
 
 
-def _first(mean: Tensor, scale: Tensor | None = None) -> Tensor:
+def _first(mean: Tensor, *others: Tensor) -> Tensor:
     return mean
 
 
@@ -197,6 +254,7 @@ LIKELIHOODS = {
     "bernoulli_probs": Likelihood(("probs",), 1, "[0, 1]", _bernoulli_probs, _first, _draw_bernoulli_probs),
     "gaussian": Likelihood(("mean", "logvar"), 1, "reals", _gaussian, _first, _draw_gaussian),
     "laplace": Likelihood(("mean", "log_scale"), 1, "reals", _laplace, _first, _draw_laplace),
+    "student_t": Likelihood(("mean", "log_scale", "log_df"), 3, "reals", _student_t, _first, _draw_student_t),
     "poisson": Likelihood(("log_rate",), 1, "counts", _poisson, _exp, _draw_poisson),
     "nb": Likelihood(("log_mean", "log_theta"), 2, "counts", _nb, _exp, _draw_nb),
     "zinb": Likelihood(("log_mean", "log_theta", "zero_logits"), 3, "counts", _zinb, _zinb_mean, _draw_zinb),

@@ -12,14 +12,16 @@ NETS = ("mlp", "conv")
 
 
 class LearnedScale(nn.Module):
-    """Pairs the decoder's mean with one learned 0-d log variance or log scale (Rybkin et al. 2021, sigma-VAE)."""
+    """Puts learned 0-d parameters behind the decoder's mean: a log variance or log scale (Rybkin et al. 2021,
+    sigma-VAE), and those that `others` names."""
 
-    def __init__(self) -> None:
+    def __init__(self, *others: str) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        for name in ("log_scale", *others):
+            self.register_parameter(name, nn.Parameter(torch.zeros(())))
 
-    def forward(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        return mean, self.log_scale
+    def forward(self, mean: Tensor) -> tuple[Tensor, ...]:
+        return mean, *self.parameters()
 
 
 class Log1p(nn.Module):
@@ -91,5 +93,5 @@ def build_model(event: tuple[int, ...], latent_dim: int, hidden: int, likelihood
     if likelihood == "bernoulli_probs":
         decoder.append(nn.Sigmoid())
     elif len(row.parameters) > 1:
-        decoder.append(LearnedScale())
+        decoder.append(LearnedScale(*row.parameters[2:]))
     return VAE(encoder, decoder, likelihood, latent_shape=(latent_dim,))

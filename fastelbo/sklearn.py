@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
-from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_array, check_random_state
+from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -27,15 +27,9 @@ from fastelbo.ppca.closed_form import of_moments
 from fastelbo.ppca.moments import Moments
 from fastelbo.ppca.result import variance
 
-if TYPE_CHECKING:
-    from numpy.random import RandomState
-    from numpy.typing import ArrayLike, NDArray
-    from sklearn.utils import Tags
-
-    Array = NDArray[np.floating]
-
 __all__ = ["PPCA"]
 
+Array = NDArray[np.floating]
 DTYPES = (np.float64, np.float32)
 
 
@@ -94,7 +88,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         max_iter: int = 1000,
         tol: float = 1e-6,
         min_noise_variance: float = 0.0,
-        random_state: int | RandomState | None = None,
+        random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.n_components = n_components
         self.method = method
@@ -174,13 +168,13 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
 
     def _update(self, before: Moments | None, rows: Tensor, weight: Tensor) -> PPCA:
         """The fit of the rows, and of those that the moments are of."""
-        dtypes = [rows.dtype, *(p.dtype for p in self.model_.parameters())] if before else [rows.dtype]
+        dtype = torch.promote_types(rows.dtype, next(self.model_.parameters()).dtype) if before else rows.dtype
         moments = deepcopy(before) or Moments(rows.shape[1], rows.device)
         for piece in data.pieces(rows, weight):
             moments.update(*piece)
         fitted = model.PPCA(self.n_components)
         parameters, fitted.fit_report = of_moments(moments, fitted.n_components, self._least())
-        fitted.load_state_dict(parameters.to(reduce(torch.promote_types, dtypes))._asdict())
+        fitted.load_state_dict(parameters.to(dtype)._asdict())
         return self._set(fitted, moments)
 
     def _least(self) -> float:

@@ -49,6 +49,7 @@ ROWS = {
     "bernoulli_probs": Row(recon=_unit, x=_unit),
     "gaussian": Row(recon=_itself, x=_itself, second=_itself),
     "laplace": Row(recon=_itself, x=_itself, second=_itself),
+    "student_t": Row(recon=_itself, x=_twice, second=_itself, third=lambda n: 3 * n + 1),
     "poisson": Row(recon=_twice, x=_counts),
     "nb": Row(recon=_twice, x=_counts, second=_log_theta),
     "zinb": Row(recon=_twice, x=_counts, second=_log_theta, third=_zero_logits),

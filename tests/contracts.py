@@ -104,6 +104,10 @@ FUNCTIONS = {
         lambda m, x, s: fastelbo.log_prob((m, s), x, likelihood="laplace"),
         lambda b, d: [_r(b, d) + 3, _r(b, d) - 3, 0.5 * _r(b, d)],
     ),
+    "student_t": Function(
+        lambda m, x, s, r: fastelbo.log_prob((m, s, r), x, likelihood="student_t"),
+        lambda b, d: [_r(K, b, d), _r(b, d), 0.5 * _r(b, d), _r(d)],
+    ),
     "poisson": Function(
         lambda rate, x: fastelbo.log_prob(rate, x, likelihood="poisson"), lambda b, d: [_r(K, b, d), 5 * _unit(b, d)]
     ),
@@ -376,5 +380,13 @@ def public() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
         "VAE.reconstruct": (vae.reconstruct, {"x": x}),
         "VAE.sample": (vae.sample, {"n": 2}),
         "VAE.loss": (vae.loss, {"x": x}),
+        "VAE.parts": (vae.parts, {"x": x}),
+        "VAELoss": (fastelbo.VAELoss, {"vae": vae}),
+        "VAELoss.forward": (fastelbo.VAELoss(vae), {"x": x}),
+        "Objective": (fastelbo.Objective, {"name": "miwae"}),
+        "Objective.parts": (fastelbo.Objective("iwae").parts, {**p, "posterior": posterior}),
+        "Objective.loss": (fastelbo.Objective("iwae").loss, {**p, "posterior": posterior}),
+        "Objective.estimator": (fastelbo.Objective("iwae").estimator, {}),
+        "Objective.check_keep": (fastelbo.Objective("iwae", num_samples=K).check_keep, {"keep": 2}),
         "VAE.log_marginal": (vae.log_marginal, {"x": x, "num_samples": K}),
     }

@@ -23,8 +23,8 @@ inline Tensor tensor(const OptionalTensor& t) { return t.has_value() ? *t : Tens
 inline bool wants_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 inline bool wants_grad(const OptionalTensor& t) { return t.has_value() && t->requires_grad(); }
 
-// Whether each of the first N saved inputs needs a gradient now; they are in the order of apply()'s tensor arguments, and
-// undefined ones have no edge.
+// Whether each of the first N saved inputs needs a gradient now; they are in the order of apply()'s tensor arguments,
+// and undefined ones have no edge.
 template <size_t N>
 std::array<bool, N> needs(AutogradContext* ctx, at::TensorList inputs) {
   std::array<bool, N> result{};

@@ -53,9 +53,8 @@ struct GaussianKl : public Function<GaussianKl> {
     const auto saved = ctx->get_saved_variables();
     variable_list result(5);
     BelowAutogradUnlessGraph guard;
-    std::tie(result[0], result[1], result[2], result[3]) =
-        ops::gaussian_kl_backward(grads[0], saved[0], saved[1], optional(saved[2]), optional(saved[3]),
-                                  optional(saved[4]), needs<4>(ctx, saved));
+    std::tie(result[0], result[1], result[2], result[3]) = ops::gaussian_kl_backward(
+        grads[0], saved[0], saved[1], optional(saved[2]), optional(saved[3]), optional(saved[4]), needs<4>(ctx, saved));
     return result;
   }
 };

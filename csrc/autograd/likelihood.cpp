@@ -23,9 +23,9 @@ struct LogProb : public Function<LogProb> {
     for (size_t i = 0; i < count; ++i) wanted[i] = needed[i];
     wanted[kMaxParameters] = needed[count];
     BelowAutogradUnlessGraph guard;
-    const auto found = ops::log_prob_backward(grads[0], at::TensorList(saved).slice(0, count), saved[count],
-                                              optional(saved[count + 1]), ctx->saved_data["likelihood"].toStringView(),
-                                              wanted);
+    const auto found =
+        ops::log_prob_backward(grads[0], at::TensorList(saved).slice(0, count), saved[count],
+                               optional(saved[count + 1]), ctx->saved_data["likelihood"].toStringView(), wanted);
     const std::array<Tensor, kMaxParameters> of = some_of<kMaxParameters>(found);
     variable_list result(of.begin(), of.begin() + count);
     result.resize(count + 3);

@@ -118,19 +118,20 @@ struct MultiSampleLoss : public Function<MultiSampleLoss> {
   static variable_list forward(AutogradContext* ctx, const A&... arguments) {
     MultiSampleInputs in{arguments...};
     variable_list saved(in.parameters.begin(), in.parameters.end());
-    saved.insert(saved.end(), {in.x, in.log_ratio, tensor(in.gates), tensor(in.mask), tensor(in.elbo_weight),
-                               tensor(in.alpha)});
+    saved.insert(saved.end(),
+                 {in.x, in.log_ratio, tensor(in.gates), tensor(in.mask), tensor(in.elbo_weight), tensor(in.alpha)});
     bool fused = in.reduction != "none" && !wants_grad(in.x) && !wants_grad(in.elbo_weight) && !wants_grad(in.alpha) &&
                  keeps_weighted_precision(in.log_ratio);
-    in.needs = int64_t(wants_grad(in.log_ratio)) << kMaxParameters | int64_t(wants_grad(in.gates)) << (kMaxParameters + 1);
+    in.needs = int64_t(wants_grad(in.log_ratio)) << kMaxParameters | int64_t(wants_grad(in.gates))
+                                                                         << (kMaxParameters + 1);
     for (size_t i = 0; i < in.parameters.size(); ++i) {
       fused &= keeps_weighted_precision(in.parameters[i]);
       in.needs |= int64_t(wants_grad(in.parameters[i])) << i;
     }
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto found =
-        ops::multi_sample_loss(in.parameters, in.x, in.log_ratio, in.gates, in.mask, in.elbo_weight, in.alpha, in.groups,
-                               in.steering, in.likelihood, in.reduction, fused ? in.needs : 0);
+        ops::multi_sample_loss(in.parameters, in.x, in.log_ratio, in.gates, in.mask, in.elbo_weight, in.alpha,
+                               in.groups, in.steering, in.likelihood, in.reduction, fused ? in.needs : 0);
     const auto [loss, log_likelihood] = some_of<2>(found);
     saved.push_back(fused ? Tensor() : log_likelihood);
     for (const Tensor& grad : some_of<kMaxParameters + 2, 2>(found)) saved.push_back(grad);
@@ -197,7 +198,8 @@ struct MinusBound : public Function<MinusBound> {
     const composite::BoundGrads found = composite::minus_bound_backward(
         grads[0], saved[kLogW], optional(saved[kGates]), optional(saved[kElboWeight]), optional(saved[kAlpha]),
         options[0].toInt(), steering, needed, saved[kWeights], saved[kFactors]);
-    return {found.log_w.to(saved[kLogW].scalar_type()), found.gates, found.elbo_weight, found.alpha, Tensor(), Tensor()};
+    return {
+        found.log_w.to(saved[kLogW].scalar_type()), found.gates, found.elbo_weight, found.alpha, Tensor(), Tensor()};
   }
 };
 

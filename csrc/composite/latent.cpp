@@ -12,8 +12,8 @@ using namespace ops;
 Tensor normal_rows(const Tensor& seed, const Tensor& rows, c10::SymInt size) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor zeros = at::zeros_symint({1, std::move(size)}, seed.options().dtype(at::kFloat));
-  return std::get<0>(ops::rsample(zeros, zeros, {}, {}, {}, seed, {}, rows,
-                                  at::zeros_symint(rows.sym_sizes(), rows.options()), 0));
+  return std::get<0>(
+      ops::rsample(zeros, zeros, {}, {}, {}, seed, {}, rows, at::zeros_symint(rows.sym_sizes(), rows.options()), 0));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "composite/objective.h"
 
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/library.h>
 
 #include "prepare/shapes.h"
@@ -12,7 +13,7 @@ Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.def
 
 // The gradient of a number, from those that every datum gives it [B].
 Tensor of_number(const Tensor& grads, const OptionalTensor& number) {
-  return shapes::sum_to(grads, {}).to(number->options());
+  return (at::isTensorSubclassLike(grads) ? grads.sum() : shapes::sum_to(grads, {})).to(number->options());
 }
 
 // Upstream gradients [B] of the loss of every datum.
@@ -46,10 +47,15 @@ ElboGrads elbo_loss_backward(const Tensor& grad_loss, const Tensor& grad_log_lik
     penalty = in.beta.has_value() ? datum * in.beta->to(datum.scalar_type()) : datum;
   }
   ElboGrads result{log_prob_backward(plus(rows, grad_log_likelihood), in, fit)};
+  // the two gradients of a half type's prior, which may be sums over data, are rounded once
+  const auto wide = [&](const OptionalTensor& t) {
+    return t.has_value() ? OptionalTensor(t->to(checks::compute_type(*t))) : t;
+  };
+  const OptionalTensor prior_mu = wide(in.prior_mu), prior_logvar = wide(in.prior_logvar);
   const auto add_kl = [&](const Tensor& grad, const OptionalTensor& free_bits) {
     if (!grad.defined() || latents == std::array<bool, 4>{}) return;
-    const auto found = some_of<4>(
-        ops::gaussian_kl_backward(grad, in.mu, in.logvar, in.prior_mu, in.prior_logvar, free_bits, latents));
+    const auto found =
+        some_of<4>(ops::gaussian_kl_backward(grad, in.mu, in.logvar, prior_mu, prior_logvar, free_bits, latents));
     for (size_t i = 0; i < 4; ++i) result.latents[i] = plus(result.latents[i], found[i]);
   };
   if (in.free_bits.has_value()) {
@@ -57,10 +63,11 @@ ElboGrads elbo_loss_backward(const Tensor& grad_loss, const Tensor& grad_log_lik
   } else {
     add_kl(plus(penalty, grad_kl), {});
   }
+  if (result.latents[2].defined()) result.latents[2] = result.latents[2].to(in.prior_mu->scalar_type());
+  if (result.latents[3].defined()) result.latents[3] = result.latents[3].to(in.prior_logvar->scalar_type());
   if (beta && datum.defined()) {
     const bool again = in.free_bits.has_value() || !kl.defined() || at::GradMode::is_enabled();
-    const Tensor weighted =
-        again ? ops::gaussian_kl(in.mu, in.logvar, in.prior_mu, in.prior_logvar, in.free_bits) : kl;
+    const Tensor weighted = again ? ops::gaussian_kl(in.mu, in.logvar, in.prior_mu, in.prior_logvar, in.free_bits) : kl;
     result.beta = of_number(datum * weighted, in.beta);
   }
   return result;
@@ -93,10 +100,9 @@ MultiSampleGrads multi_sample_loss_backward(const Tensor& grad_loss, const Tenso
   if (grad_loss.defined()) {
     const bool again = !log_likelihood.defined() || at::GradMode::is_enabled();
     const Tensor log_p = again ? ops::log_prob(in.parameters, in.x, in.mask, in.likelihood) : log_likelihood;
-    result.bound =
-        minus_bound_backward(per_datum(grad_loss, in.reduction, in.x.sym_size(0)),
-                             log_p + in.log_ratio.to(log_p.scalar_type()), in.gates, in.elbo_weight, in.alpha,
-                             in.groups, in.steering, bound);
+    result.bound = minus_bound_backward(per_datum(grad_loss, in.reduction, in.x.sym_size(0)),
+                                        log_p + in.log_ratio.to(log_p.scalar_type()), in.gates, in.elbo_weight,
+                                        in.alpha, in.groups, in.steering, bound);
     rows = result.bound.log_w;
     result.bound.log_w = bound[0] ? rows.to(in.log_ratio.scalar_type()) : Tensor();
   }

@@ -30,8 +30,8 @@ struct ElboGrads : FitGrads {
   Tensor beta;
 };
 
-// grad_loss, grad_log_likelihood, grad_kl: upstream gradients; undefined ones are 0. kl [B]: the loss's own output, where
-// it was kept, for the gradient by beta.
+// grad_loss, grad_log_likelihood, grad_kl: upstream gradients; undefined ones are 0. kl [B]: the loss's own output,
+// where it was kept, for the gradient by beta.
 ElboGrads elbo_loss_backward(const Tensor& grad_loss, const Tensor& grad_log_likelihood, const Tensor& grad_kl,
                              const ElboInputs& in, const FitNeeds& fit, const std::array<bool, 4>& latents, bool beta,
                              const Tensor& kl);
@@ -40,8 +40,8 @@ struct BoundGrads {
   Tensor log_w, gates, elbo_weight, alpha;
 };
 
-// Of minus the bound [B] of log w, with the upstream gradient [B]. weights, factors: as the forward computed them, where
-// they were kept.
+// Of minus the bound [B] of log w, with the upstream gradient [B]. weights, factors: as the forward computed them,
+// where they were kept.
 BoundGrads minus_bound_backward(const Tensor& grad, const Tensor& log_w, const OptionalTensor& gates,
                                 const OptionalTensor& elbo_weight, const OptionalTensor& alpha, int64_t groups,
                                 at::ArrayRef<double> steering, const std::array<bool, 4>& needs,

@@ -95,7 +95,8 @@ TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
   on_cpu_and_meta<ops::rsample, prepare::rsample, cpu::rsample>(m, "rsample");
   on_cpu_and_meta<ops::rsample_backward, prepare::rsample_backward, cpu::rsample_backward>(m, "_rsample_backward");
   on_cpu_and_meta<ops::gaussian_kl, prepare::gaussian_kl, cpu::gaussian_kl>(m, "gaussian_kl");
-  on_cpu_and_meta<ops::gaussian_kl_backward, prepare::gaussian_kl_backward, cpu::gaussian_kl_backward>(m, "_gaussian_kl_backward");
+  on_cpu_and_meta<ops::gaussian_kl_backward, prepare::gaussian_kl_backward, cpu::gaussian_kl_backward>(
+      m, "_gaussian_kl_backward");
 }
 
 }  // namespace fastelbo

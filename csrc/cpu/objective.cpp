@@ -87,10 +87,12 @@ void log_mean_exp_backward(prepare::LogMeanExpBackward& op) {
 
 TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
   on_cpu_and_meta<ops::log_mean_exp, prepare::log_mean_exp, cpu::log_mean_exp>(m, "log_mean_exp");
-  on_cpu_and_meta<ops::log_mean_exp_backward, prepare::log_mean_exp_backward, cpu::log_mean_exp_backward>(m, "_log_mean_exp_backward");
+  on_cpu_and_meta<ops::log_mean_exp_backward, prepare::log_mean_exp_backward, cpu::log_mean_exp_backward>(
+      m, "_log_mean_exp_backward");
   on_cpu_and_meta<ops::elbo_loss, prepare::elbo_loss, cpu::elbo_loss>(m, "elbo_loss");
   on_cpu_and_meta<ops::multi_sample_loss, prepare::multi_sample_loss, cpu::multi_sample_loss>(m, "multi_sample_loss");
-  on_cpu_and_meta<ops::multi_sample_weights, prepare::multi_sample_weights, cpu::multi_sample_weights>(m, "_multi_sample_weights");
+  on_cpu_and_meta<ops::multi_sample_weights, prepare::multi_sample_weights, cpu::multi_sample_weights>(
+      m, "_multi_sample_weights");
 }
 
 }  // namespace fastelbo

@@ -41,7 +41,8 @@ TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
   m.impl("rsample", implement<ops::rsample, prepare::rsample, cuda::rsample>);
   m.impl("_rsample_backward", implement<ops::rsample_backward, prepare::rsample_backward, cuda::rsample_backward>);
   m.impl("gaussian_kl", implement<ops::gaussian_kl, prepare::gaussian_kl, cuda::gaussian_kl>);
-  m.impl("_gaussian_kl_backward", implement<ops::gaussian_kl_backward, prepare::gaussian_kl_backward, cuda::gaussian_kl_backward>);
+  m.impl("_gaussian_kl_backward",
+         implement<ops::gaussian_kl_backward, prepare::gaussian_kl_backward, cuda::gaussian_kl_backward>);
 }
 
 }  // namespace fastelbo

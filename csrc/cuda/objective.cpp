@@ -107,7 +107,8 @@ void log_mean_exp_backward(prepare::LogMeanExpBackward& op) {
 
 void scale(const Tensor& t, const Tensor& factor) {
   const OnDeviceOf device(t);
-  launch_scale(views::view_of(t.as_strided({t.numel()}, {1}), 1), t.numel(), views::number_of(factor, 1), device.stream());
+  launch_scale(views::view_of(t.as_strided({t.numel()}, {1}), 1), t.numel(), views::number_of(factor, 1),
+               device.stream());
 }
 
 }  // namespace
@@ -115,10 +116,12 @@ void scale(const Tensor& t, const Tensor& factor) {
 
 TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
   m.impl("log_mean_exp", implement<ops::log_mean_exp, prepare::log_mean_exp, cuda::log_mean_exp>);
-  m.impl("_log_mean_exp_backward", implement<ops::log_mean_exp_backward, prepare::log_mean_exp_backward, cuda::log_mean_exp_backward>);
+  m.impl("_log_mean_exp_backward",
+         implement<ops::log_mean_exp_backward, prepare::log_mean_exp_backward, cuda::log_mean_exp_backward>);
   m.impl("elbo_loss", implement<ops::elbo_loss, prepare::elbo_loss, cuda::elbo_loss>);
   m.impl("multi_sample_loss", implement<ops::multi_sample_loss, prepare::multi_sample_loss, cuda::multi_sample_loss>);
-  m.impl("_multi_sample_weights", implement<ops::multi_sample_weights, prepare::multi_sample_weights, cuda::multi_sample_weights>);
+  m.impl("_multi_sample_weights",
+         implement<ops::multi_sample_weights, prepare::multi_sample_weights, cuda::multi_sample_weights>);
   m.impl("_scale_", cuda::scale);
 }
 

@@ -24,7 +24,7 @@ struct Bernoulli : Defaults {
   FASTELBO_HD static Terms<T> eval(T l, T x, T e) {
     const T step = x - one_unless_negative(l);
     const T tail = e / (1 + e);  // sigmoid(-|l|)
-    return {.value = l * step, .d_first = step + with_sign_of(l, tail), .d_x = l};
+    return {.value = l * step, .d = {step + with_sign_of(l, tail)}, .d_x = l};
   }
 };
 

@@ -20,7 +20,7 @@ struct BernoulliProbs : Defaults {
     const T log_1mp = logs.log_1mp < -100 ? T(-100) : logs.log_1mp;
     const T variance = p * (1 - p);
     const T floored = variance < T(1e-12f) ? T(1e-12f) : variance;  // float: torch's constant
-    return {.value = x * log_p + (1 - x) * log_1mp, .d_first = (x - p) / floored, .d_x = log_p - log_1mp};
+    return {.value = x * log_p + (1 - x) * log_1mp, .d = {(x - p) / floored}, .d_x = log_p - log_1mp};
   }
 };
 

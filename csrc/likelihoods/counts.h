@@ -15,11 +15,6 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
-template <class T>
-struct Element {
-  T first, second, third, x;
-};
-
 template <class Formula, int kStep = 0, class T>
 FASTELBO_HD Terms<T> run_steps(const Element<T>& in, T* w) {
   if constexpr (kStep < Formula::kSteps) {
@@ -72,21 +67,7 @@ struct Counts : Defaults {
   using Other = Either<Small, Large>;
 
   template <class T>
-  FASTELBO_HD static Terms<T> eval(T first, T x, T) {
-    return at(Element<T>{first, T(0), T(0), x});
-  }
-  template <class T>
-  FASTELBO_HD static Terms<T> eval(T first, T second, T x, T) {
-    return at(Element<T>{first, second, T(0), x});
-  }
-  template <class T>
-  FASTELBO_HD static Terms<T> eval(T first, T second, T third, T x, T) {
-    return at(Element<T>{first, second, third, x});
-  }
-
- private:
-  template <class T>
-  FASTELBO_HD static Terms<T> at(const Element<T>& in) {
+  FASTELBO_HD static Terms<T> terms_of(const Element<T>& in) {
 #if defined(__CUDA_ARCH__)
     if (in.x == 0) return run<Zero>(in);  // branches: the registers of one formula at a time
     return of_count(in.x, in.x < 1 ? run<Small>(in) : run<Large>(in));

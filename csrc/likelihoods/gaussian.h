@@ -22,10 +22,7 @@ struct Gaussian : Defaults {
     const T slope = times(distance, inverse_std);
     const T half_square = T(0.5) * distance * distance;  // halved first: finite wherever its double in the log p is not
     const T half_log_2pi = T(0.91893853320467274178);
-    return {.value = -(half_square + (T(0.5) * lv + half_log_2pi)),
-            .d_first = slope,
-            .d_second = half_square - T(0.5),
-            .d_x = -slope};
+    return {.value = -(half_square + (T(0.5) * lv + half_log_2pi)), .d = {slope, half_square - T(0.5)}, .d_x = -slope};
   }
 };
 

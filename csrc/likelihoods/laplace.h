@@ -23,7 +23,7 @@ struct Laplace : Defaults {
     const T distance = times(abs_of(delta), inverse);
     const T slope = delta > 0 ? inverse : (delta < 0 ? -inverse : distance);
     const T log_2 = T(0.69314718055994530942);
-    return {.value = -(distance + s + log_2), .d_first = slope, .d_second = distance - 1, .d_x = -slope};
+    return {.value = -(distance + s + log_2), .d = {slope, distance - 1}, .d_x = -slope};
   }
 };
 

@@ -7,6 +7,7 @@
 #include "likelihoods/laplace.h"
 #include "likelihoods/nb.h"
 #include "likelihoods/poisson.h"
+#include "likelihoods/student_t.h"
 #include "likelihoods/zinb.h"
 
 namespace fastelbo::FASTELBO_ISA {
@@ -16,6 +17,6 @@ struct TypeList {
   static constexpr int size = sizeof...(L);
 };
 
-using Likelihoods = TypeList<Bernoulli, BernoulliProbs, Gaussian, Laplace, Poisson, Nb, Zinb>;
+using Likelihoods = TypeList<Bernoulli, BernoulliProbs, Gaussian, Laplace, StudentT, Poisson, Nb, Zinb>;
 
 }  // namespace fastelbo::FASTELBO_ISA

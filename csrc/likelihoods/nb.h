@@ -38,11 +38,6 @@ template <class T>
 inline constexpr T kFaintTheta = sizeof(T) == 4 ? -60 : -150;
 
 template <class T>
-FASTELBO_HD T clamped(T low, T x, T high) {  // NaN stays
-  const T below = x > high ? high : x;
-  return below < low ? low : below;
-}
-template <class T>
 FASTELBO_HD T above(T log, T edge) {
   return log > edge ? log - edge : T(0);
 }
@@ -66,19 +61,18 @@ struct NbZero {
 
   template <int, class T>
   FASTELBO_HD static void step(const Element<T>& in, T* w) {
-    const T mean = exp_within(clamped(kLowest<T>, in.first, kMeanEdge<T>));
-    const T theta = exp_within(clamped(kLowest<T>, in.second, kThetaEdge<T>)), inverse = 1 / (theta + mean);
+    const T mean = exp_within(clamped(kLowest<T>, in.p.first, kMeanEdge<T>));
+    const T theta = exp_within(clamped(kLowest<T>, in.p.second, kThetaEdge<T>)), inverse = 1 / (theta + mean);
     w[kTheta] = theta, w[kRatio] = theta * inverse, w[kF] = -(mean * inverse);
   }
 
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
-    const LogRatio<T> share = nb_share(in.first, in.second, w[kRatio], w[kF]);
+    const LogRatio<T> share = nb_share(in.p.first, in.p.second, w[kRatio], w[kF]);
     const T theta = w[kTheta];
-    const T d_x = share.log - (T(0.5) / theta + stirling(theta).digamma) + in.first - digamma_of_next(T(0));
+    const T d_x = share.log - (T(0.5) / theta + stirling(theta).digamma) + in.p.first - digamma_of_next(T(0));
     return {.value = theta * share.log,
-            .d_first = theta * w[kF],
-            .d_second = in.second > kThetaEdge<T> ? T(0) : theta * share.curve,
+            .d = {theta * w[kF], in.p.second > kThetaEdge<T> ? T(0) : theta * share.curve},
             .d_x = d_x};
   }
 };
@@ -86,15 +80,15 @@ struct NbZero {
 struct NbSmall : NbZero {
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
-    const T x = in.x, l = in.first, theta = w[kTheta], total = x + theta;
-    const T r = clamped(kLowest<T>, in.second, kThetaEdge<T>);
-    const LogRatio<T> share = nb_share(l, in.second, w[kRatio], w[kF]);
+    const T x = in.x, l = in.p.first, theta = w[kTheta], total = x + theta;
+    const T r = clamped(kLowest<T>, in.p.second, kThetaEdge<T>);
+    const LogRatio<T> share = nb_share(l, in.p.second, w[kRatio], w[kF]);
     const Rising<T> of_x = rising(x, theta);
     const T value = of_x.value - lgamma1p_unit(x) + (x * l + total * share.log);
     const T psi = log_positive(total) - (T(0.5) / total + stirling(total).digamma);
-    return {.value = value + below(in.second, kLowest<T>),
-            .d_first = x * w[kRatio] + theta * w[kF],
-            .d_second = in.second > kThetaEdge<T> ? T(0) : of_x.slope + theta * share.curve - x * w[kF],
+    return {.value = value + below(in.p.second, kLowest<T>),
+            .d = {x * w[kRatio] + theta * w[kF],
+                  in.p.second > kThetaEdge<T> ? T(0) : of_x.slope + theta * share.curve - x * w[kF]},
             .d_x = psi + (l - r + share.log) - digamma_of_next(x)};
   }
 };
@@ -105,7 +99,7 @@ struct NbLarge {
 
   template <class T>
   FASTELBO_HD static T larger(const Element<T>& in) {  // finite: that of two -inf has no difference
-    const T top = in.first > in.second ? in.first : in.second, lowest = T(-1e30f);
+    const T top = in.p.first > in.p.second ? in.p.first : in.p.second, lowest = T(-1e30f);
     return top < lowest ? lowest : top;
   }
 
@@ -115,7 +109,8 @@ struct NbLarge {
     if constexpr (kStep == 0) {
       const T top = larger(in), edge = kNegligible<T>;
       const bool raised = top < edge;  // both are, and keep their difference, which is exact where it is small
-      w[kL] = raised ? (in.first - top) + edge : in.first, w[kR] = raised ? (in.second - top) + edge : in.second;
+      w[kL] = raised ? (in.p.first - top) + edge : in.p.first,
+      w[kR] = raised ? (in.p.second - top) + edge : in.p.second;
       w[kMean] = exp_within(clamped(kFaintMean<T>, w[kL], kMeanEdge<T>));
       w[kTheta] = exp_within(clamped(kFaintTheta<T>, w[kR], kThetaEdge<T>));
       const T sum = w[kTheta] + w[kMean];  // two divisions: d/dr is as large as theta f where x is
@@ -134,7 +129,7 @@ struct NbLarge {
 
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
-    const T x = in.x, theta = w[kTheta], total = x + theta, excess = above(in.first, kMeanEdge<T>);
+    const T x = in.x, theta = w[kTheta], total = x + theta, excess = above(in.p.first, kMeanEdge<T>);
     const Stirling<T> of_total = stirling_from_one(total);
     const bool tiny = theta < T(0x1p-30);  // x^2 / theta may overflow
     const T square = x * (total / (tiny ? theta * T(0x1p60) : theta));
@@ -147,10 +142,8 @@ struct NbLarge {
     const T d_x = w[kLog] + log_ratio(x / next, -1 / next).log + below(w[kL], kFaintMean<T>) + of_next -
                   (T(0.5) / total + of_total.digamma);
     const T d_r = theta * (w[kCurve] - of_total.digamma - excess) + x / (2 * total);
-    return {.value = w[kValue] + (rest + cut),
-            .d_first = theta * w[kF],
-            .d_second = in.second > kThetaEdge<T> ? T(0) : d_r,
-            .d_x = d_x};
+    return {
+        .value = w[kValue] + (rest + cut), .d = {theta * w[kF], in.p.second > kThetaEdge<T> ? T(0) : d_r}, .d_x = d_x};
   }
 };
 

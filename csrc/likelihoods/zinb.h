@@ -20,9 +20,9 @@ struct ZinbZero {
       NbZero::step<kStep>(in, w);
     } else if constexpr (kStep == NbZero::kSteps) {
       const Terms<T> nb = NbZero::terms(in, w);
-      w[kShift] = nb.value, w[kFirst] = nb.d_first, w[kSecond] = nb.d_second;
+      w[kShift] = nb.value, w[kFirst] = nb.d.first, w[kSecond] = nb.d.second;
     } else {
-      const T value = w[kShift], pi = in.third, shift = below(value > pi ? value : pi, T(-40)), logit = pi - shift;
+      const T value = w[kShift], pi = in.p.third, shift = below(value > pi ? value : pi, T(-40)), logit = pi - shift;
       const T e = exp_nonpositive(minus_abs(logit)), norm = 1 / (1 + e);
       const T a = logit >= 0 ? T(1) : e, b = logit >= 0 ? e : T(1);  // s = a norm, 1 - s = b norm
       const ExpPair<T> n = exp_and_expm1(value - shift);
@@ -35,9 +35,7 @@ struct ZinbZero {
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
     return {.value = w[kShift] + log_ratio(w[kQ], w[kBelow]).log,
-            .d_first = w[kFirst],
-            .d_second = w[kSecond],
-            .d_third = w[kThird],
+            .d = {w[kFirst], w[kSecond], w[kThird]},
             .d_x = w[kWeight] * run<NbZero>(in).d_x};
   }
 };
@@ -52,7 +50,7 @@ struct ZinbOther {
     if constexpr (kStep < Nb::kSteps) {
       Nb::template step<kStep>(in, w);
     } else {
-      const T pi = in.third, e = exp_nonpositive(minus_abs(pi)), tail = e / (1 + e);
+      const T pi = in.p.third, e = exp_nonpositive(minus_abs(pi)), tail = e / (1 + e);
       w[kLogRest] = -((pi > 0 ? pi : T(0)) + log1p_unit(e));  // log sigmoid(-pi)
       w[kThird] = pi >= 0 ? tail - 1 : -tail;
     }
@@ -64,9 +62,7 @@ struct ZinbOther {
     const T value = w[kLogRest] + nb.value;
     const bool poisoned = value != value;  // NaN in any of them is NaN in all gradients, as that of a zero is
     return {.value = value,
-            .d_first = poisoned ? value : nb.d_first,
-            .d_second = poisoned ? value : nb.d_second,
-            .d_third = poisoned ? value : w[kThird],
+            .d = {poisoned ? value : nb.d.first, poisoned ? value : nb.d.second, poisoned ? value : w[kThird]},
             .d_x = poisoned ? value : nb.d_x};
   }
 };

@@ -9,23 +9,6 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
-template <class T>
-struct LogRatio {
-  T log;    // log q
-  T curve;  // log q - (q - 1), never positive
-};
-
-// Of a ratio q = 1 + f > 0 whose two forms have all their digits: near q = 1 those of f are lost in q. Relative error
-// 1.2e-7 (float), 2e-16 (double) of the logarithm; 6e-7, 1.2e-15 of the curve, 3e-7, 6e-16 where |f| < 1/4.
-template <class T>
-FASTELBO_HD LogRatio<T> log_ratio(T q, T f) {
-  const Split<T> s = split_log(q);
-  const bool near = s.exponent == 0;
-  const T t = near ? f : s.f;
-  const T curve = log1p_curve(t), log = log_joined(s.exponent, t, curve);
-  return {f == f ? log : f, near ? curve : log - f};  // the bits of a NaN q say nothing
-}
-
 // f(P's variable at v, its coefficients), where S = v P, the first of the tails below as a function of v = 1 / a
 template <class F>
 FASTELBO_HD auto with_stirling(float, F f) {
@@ -41,11 +24,6 @@ FASTELBO_HD auto with_stirling(double, F f) {
            1.387667547102892912e-5, -6.10698859699650413e-5, 2.149250868935360157e-5, 2.296568541568550223e-4,
            -2.332220915404523131e-4, -1.570463721964579734e-4, 2.158204364442332694e-4);
 }
-template <class T>
-FASTELBO_HD T stirling_series(T v) {
-  return with_stirling(v, [v](T middle, auto... c) { return v * poly(v - middle, c...); });
-}
-
 // The same of D = v^2 P, the second
 template <class F>
 FASTELBO_HD auto with_digamma(float, F f) {
@@ -63,11 +41,6 @@ FASTELBO_HD auto with_digamma(double, F f) {
            2.029456857172259838e-3);
 }
 template <class T>
-FASTELBO_HD T digamma_series(T v) {
-  return with_digamma(v, [v](T middle, auto... c) { return v * v * poly(v - middle, c...); });
-}
-
-template <class T>
 struct Stirling {
   T tail;     // S(a) = lgamma(a) - (a - 1/2) log a + a - 1/2 log 2 pi = 1/(12 a) - 1/(360 a^3) + ...
   T digamma;  // D(a) = log a - 1/(2 a) - digamma(a) = -S'(a) = 1/(12 a^2) - 1/(120 a^4) + ...
@@ -77,7 +50,8 @@ struct Stirling {
 template <class T>
 FASTELBO_HD Stirling<T> stirling_from_one(T a) {
   const T v = 1 / a;
-  return {stirling_series(v), digamma_series(v)};
+  return {with_stirling(v, [v](T middle, auto... c) { return v * poly(v - middle, c...); }),
+          with_digamma(v, [v](T middle, auto... c) { return v * v * poly(v - middle, c...); })};
 }
 
 // Of a > 0: below 1, by a step of the recurrence. Error there 3e-7 (float), 6e-16 (double) of the larger of the tail
@@ -85,10 +59,10 @@ FASTELBO_HD Stirling<T> stirling_from_one(T a) {
 template <class T>
 FASTELBO_HD Stirling<T> stirling(T a) {
   const bool small = a < 1;
-  const T v = 1 / (small ? a + 1 : a), u = 1 / a;
-  const T tail = stirling_series(v), digamma = digamma_series(v);
-  const T step = log_ratio(1 + u, u).log;  // log((a + 1) / a)
-  return {small ? tail + ((a + T(0.5)) * step - 1) : tail, small ? digamma + (T(0.5) * (u + v) - step) : digamma};
+  const T b = small ? a + 1 : a, u = 1 / a, step = log_ratio(1 + u, u).log;  // log((a + 1) / a)
+  const Stirling<T> of_b = stirling_from_one(b);
+  return {small ? of_b.tail + ((a + T(0.5)) * step - 1) : of_b.tail,
+          small ? of_b.digamma + (T(0.5) * (u + 1 / b) - step) : of_b.digamma};
 }
 
 // P(t) and [P(t) - P(u)] / (t - u), in which nothing cancels

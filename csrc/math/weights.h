@@ -51,13 +51,14 @@ FASTELBO_HD double weigh(const Estimator& e, double* log_w, int64_t stride, int6
       // around the mean c of the group: R = c + log mean exp(t (log w - c)) / t, which near t = 0 cancels nothing
       const double c = team.sum(size, [=](int64_t k) { return w[k * stride]; }) / double(size);
       const double spread = team.max(size, [=](int64_t k) { return t * (c - w[k * stride]); });
-      const double beyond =
-          __builtin_log1p(team.sum(size, [=](int64_t k) {
-            const double u = t * (w[k * stride] - c);
-            return expm1_of(u, exp_full(u)).value;
-          }) / double(size));
-      if (t == 0) value = c;
-      else if (spread < 0.5 && largest - t * c < 0.5) value = c + beyond / t;
+      const double beyond = __builtin_log1p(team.sum(size, [=](int64_t k) {
+        const double u = t * (w[k * stride] - c);
+        return expm1_of(u, exp_full(u)).value;
+      }) / double(size));
+      if (t == 0)
+        value = c;
+      else if (spread < 0.5 && largest - t * c < 0.5)
+        value = c + beyond / t;
       if (slopes) {
         slope += team.sum(size, [=](int64_t k) {
           const double v = w[k * stride] - value;

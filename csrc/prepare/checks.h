@@ -92,10 +92,7 @@ inline void data(const at::Tensor& x, const char* like_name, const at::Tensor& l
   const auto xt = x.scalar_type();
   const bool counts = domain == Domain::counts;
   if (xt == at::kByte || (counts ? xt == at::kShort || xt == at::kInt || xt == at::kLong : xt == at::kBool)) return;
-  TORCH_CHECK_TYPE(
-      is_float(xt), "x must be ",
-      counts ? "counts: a float type, uint8, int16, int32 or int64" : "a float type, uint8 (read as x / 255) or bool",
-      "; got ", dtype_name(xt));
+  TORCH_CHECK_TYPE(is_float(xt), "x must be ", data_of(domain), "; got ", dtype_name(xt));
   if (!mixed) same_precision("x", x, like_name, like);
 }
 
@@ -209,8 +206,8 @@ inline void latent(const at::Tensor& mu, const at::Tensor& logvar, const Optiona
   like_mu("logvar", logvar);
   const auto prior = [&](const char* name, const OptionalTensor& t) {
     if (!t.has_value()) return;
-    TORCH_CHECK_VALUE(broadcasts(t->sym_sizes(), mu.sym_sizes()), name, " must broadcast to the shape ",
-                      shape_text(mu), " of mu; got ", shape_text(*t));
+    TORCH_CHECK_VALUE(broadcasts(t->sym_sizes(), mu.sym_sizes()), name, " must broadcast to the shape ", shape_text(mu),
+                      " of mu; got ", shape_text(*t));
     like_mu(name, *t);
   };
   prior("prior_mu", prior_mu), prior("prior_logvar", prior_logvar);
@@ -239,8 +236,9 @@ inline void noise(const at::Tensor& mu, const std::optional<c10::SymInt>& num_sa
   TORCH_CHECK_VALUE(first_sample >= 0, "first_sample must be at least 0; got ", first_sample);
   TORCH_CHECK_VALUE(seed.has_value() != eps.has_value(), "rsample takes either seed or eps; got ",
                     seed.has_value() ? "both" : "neither");
-  TORCH_CHECK_VALUE(sample.has_value() == datum.has_value() && !(sample.has_value() && (num_samples || eps.has_value())),
-                    "sample and datum go together, with a seed and without num_samples");
+  TORCH_CHECK_VALUE(
+      sample.has_value() == datum.has_value() && !(sample.has_value() && (num_samples || eps.has_value())),
+      "sample and datum go together, with a seed and without num_samples");
   if (seed.has_value()) checks::seed(*seed, mu);
   if (sample.has_value()) {
     for (const auto& [name, t] : {std::pair<const char*, const at::Tensor&>{"sample", *sample}, {"datum", *datum}}) {

@@ -14,7 +14,7 @@ using views::Views;
 inline Latents latents(Views& views, const Tensor& mu, const Tensor& logvar, const OptionalTensor& prior_mu,
                        const OptionalTensor& prior_logvar) {
   const auto prior = [&](const OptionalTensor& t) { return t.has_value() ? views.in(t->expand(mu.sizes())) : View{}; };
-  return {mu.size(0), mu.size(0) ? mu.numel() / mu.size(0) : 0, views.in(mu), views.in(logvar), prior(prior_mu),
+  return {mu.size(0),         mu.size(0) ? mu.numel() / mu.size(0) : 0, views.in(mu), views.in(logvar), prior(prior_mu),
           prior(prior_logvar)};
 }
 
@@ -40,7 +40,9 @@ class LatentOutputs {
   // After the views are finished.
   const std::array<Tensor, 4>& sums() {
     for (int i = 2; i < 4; ++i) {
-      if (!own_[i].is_same(whole_[i]) && !own_[i].is_meta()) own_[i].copy_(shapes::sum_to(whole_[i], own_[i].sizes()));
+      if (own_[i].is_same(whole_[i]) || own_[i].is_meta()) continue;
+      own_[i].copy_(shapes::sum_to(whole_[i], own_[i].sizes()));
+      whole_[i].reset();  // its memory is that of the next sum
     }
     return own_;
   }
@@ -177,7 +179,9 @@ inline RSampleBackward rsample_backward(const SampleBackwardInputs& in) {
   const Tensor& mu = in.mu;
   checks::latent(mu, in.logvar, in.prior_mu, in.prior_logvar);
   checks::noise(mu, in.num_samples, in.seed, in.eps, in.sample, in.datum, in.first_sample);
-  checks::rsample_backward(in.grad_z, in.grad_kl, in.grad_log_ratio, in.grad_log_q, in.grad_gates, mu,
+  const bool weighed = in.num_samples || in.sample.has_value();
+  const OptionalTensor grad_gates = weighed ? in.grad_gates : std::nullopt;
+  checks::rsample_backward(in.grad_z, in.grad_kl, in.grad_log_ratio, in.grad_log_q, grad_gates, mu,
                            checks::samples_shape(mu, in.num_samples, in.sample), in.num_samples ? 2 : 1);
   const std::array<bool, 4> needs{in.needs[0], in.needs[1], in.needs[2], in.needs[3]};
   RSampleBackward op{mu,
@@ -194,8 +198,8 @@ inline RSampleBackward rsample_backward(const SampleBackwardInputs& in) {
   p.grad_z = op.views.in(in.grad_z);
   const auto rows = [](const OptionalTensor& t) { return t.has_value() ? views::rows_of(*t) : RowScalars{}; };
   p.grad_kl = rows(in.grad_kl), p.grad_log_ratio = rows(in.grad_log_ratio), p.grad_log_q = rows(in.grad_log_q);
-  if (in.grad_gates.has_value()) {
-    p.gate_path = views::rows_of(in.grad_gates->select(0, 0)), p.gate_score = views::rows_of(in.grad_gates->select(0, 1));
+  if (grad_gates.has_value()) {
+    p.gate_path = views::rows_of(grad_gates->select(0, 0)), p.gate_score = views::rows_of(grad_gates->select(0, 1));
   }
   if (in.sample.has_value()) {
     op.sample = in.sample->contiguous();

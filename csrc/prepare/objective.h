@@ -139,8 +139,8 @@ inline MultiSampleWeights multi_sample_weights(const Tensor& log_w, const Option
   checks::estimator(elbo_weight, alpha, groups, steering, K, log_w);
   const auto options = shapes::compute_options(log_w);
   MultiSampleWeights op{at::empty_symint({B}, options), at::empty_symint({K, B}, options),
-                        at::empty_symint({2, K, B}, options),
-                        slopes ? at::empty_symint({2, B}, options) : Tensor(), views::is_double(log_w)};
+                        at::empty_symint({2, K, B}, options), slopes ? at::empty_symint({2, B}, options) : Tensor(),
+                        views::is_double(log_w)};
   if (log_w.is_meta()) return op;
   op.double_weights = log_w.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).contiguous();
   op.double_bound = at::empty({log_w.size(1)}, op.double_weights.options());

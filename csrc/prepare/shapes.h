@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 
 #include "aten.h"
@@ -38,10 +39,27 @@ inline at::Tensor grad_like(const OptionalTensor& t, bool needed) {
   return needed && t.has_value() ? grad_like(*t) : at::Tensor();
 }
 
-// The sum of t over the dimensions in which it is larger than `shape`, which broadcasts to it. In an order of its own: the
-// sum of a contiguous row is one thread's, but torch shares out the terms of a single one.
+// The columns of t, [rows, columns] in memory, added up row by row, in double: each by one thread.
+template <class T>
+at::Tensor column_sums(const at::Tensor& t, int64_t columns, at::IntArrayRef shape) {
+  const at::Tensor sums = at::empty(shape, t.options());
+  const int64_t rows = columns ? t.numel() / columns : 0;
+  const T* from = t.const_data_ptr<T>();
+  T* to = sums.mutable_data_ptr<T>();
+  at::parallel_for(0, columns, std::max<int64_t>(16, 32768 / std::max<int64_t>(rows, 1)),
+                   [&](int64_t first, int64_t last) {
+                     c10::SmallVector<double, 256> total(last - first, 0.0);
+                     for (int64_t r = 0; r < rows; ++r) {
+                       for (int64_t c = first; c < last; ++c) total[c - first] += double(from[r * columns + c]);
+                     }
+                     for (int64_t c = first; c < last; ++c) to[c] = T(total[c - first]);
+                   });
+  return sums;
+}
+
+// The sum of t over the dimensions in which it is larger than `shape`, which broadcasts to it: of the same bits for any
+// number of threads. torch's own are, of a contiguous row.
 inline at::Tensor sum_to(const at::Tensor& t, at::IntArrayRef shape) {
-  constexpr int64_t kRow = 4096;
   const int64_t missing = t.dim() - int64_t(shape.size());
   c10::SmallVector<int64_t, 8> order, summed;
   int64_t rows = 1;
@@ -50,12 +68,12 @@ inline at::Tensor sum_to(const at::Tensor& t, at::IntArrayRef shape) {
     (stays ? order : summed).push_back(d);
     if (stays) rows *= t.size(d);
   }
-  order.append(summed.begin(), summed.end());
-  at::Tensor terms = t.permute(order).reshape({rows, rows ? t.numel() / rows : 0});
-  while (rows == 1 && terms.numel() > kRow && !at::isTensorSubclassLike(t)) {
-    terms = at::constant_pad_nd(terms, {0, (kRow - terms.numel() % kRow) % kRow}).view({-1, kRow}).sum(1).view({1, -1});
+  const bool leading = order.empty() || summed.empty() || summed.back() < order.front();
+  if (leading && t.is_cpu() && t.is_contiguous() && !at::isTensorSubclassLike(t)) {
+    return t.scalar_type() == at::kDouble ? column_sums<double>(t, rows, shape) : column_sums<float>(t, rows, shape);
   }
-  return terms.contiguous().sum(1).view(shape);
+  order.append(summed.begin(), summed.end());
+  return t.permute(order).reshape({rows, rows ? t.numel() / rows : 0}).contiguous().sum(1).view(shape);
 }
 
 inline at::Tensor reduced_like(const at::Tensor& log_w, int64_t dim) {

@@ -34,7 +34,7 @@ def build() -> VAE:
 
 
 def loss(model: VAE, x: Tensor, label: Tensor) -> Tensor:
-    return model(x, objective="elbo", condition=label)
+    return model.loss(x, condition=label)
 
 
 def nearest_class(x: Tensor, train: Tensor, labels: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def build() -> VAE:
 
 
 def loss(model: VAE, x: Tensor) -> Tensor:
-    return model(x, objective="iwae", num_samples=K, mask=~x.isnan())
+    return model.loss(x, "iwae", num_samples=K, mask=~x.isnan())
 
 
 def impute(model: VAE, x: Tensor, num_samples: int = 500) -> Tensor:

@@ -37,15 +37,13 @@ class M2(nn.Module):
 
     def labeled(self, x: Tensor, y: Tensor) -> Tensor:
         label = F.one_hot(y, CLASSES).to(x.dtype)
-        bound = self.vae.loss(x, objective="elbo", condition=label) + math.log(CLASSES)
+        bound = self.vae.loss(x, condition=label) + math.log(CLASSES)
         return bound + WEIGHT * F.cross_entropy(self.classifier(x), y)
 
     def unlabeled(self, x: Tensor) -> Tensor:
         log_q = torch.log_softmax(self.classifier(x), 1)  # [B, CLASSES]
         every = torch.eye(CLASSES).repeat(len(x), 1)  # [B * CLASSES, CLASSES]
-        each = self.vae.loss(
-            x.repeat_interleave(CLASSES, 0), objective="elbo", condition=every, reduction="none"
-        ).view_as(log_q)
+        each = self.vae.loss(x.repeat_interleave(CLASSES, 0), condition=every, reduction="none").view_as(log_q)
         return (log_q.exp() * (each + math.log(CLASSES) + log_q)).sum(1).mean()
 
     def loss(self, x: Tensor, labeled: Tensor, y: Tensor) -> Tensor:

@@ -36,9 +36,7 @@ class SequenceVAE(nn.Module):
         mu, logvar = self.reader(torch.where(mask, x, 0.0).mT).mT.chunk(2, -1)  # each [B, T, M]
         z = fastelbo.rsample(mu, logvar).z
         mean = self.writer(torch.where(mask, z, 0.0).mT).mT
-        return fastelbo.elbo_loss(
-            (mean, self.logvar), x, mu, logvar, likelihood="gaussian", mask=mask, kl_mask=mask, return_parts=True
-        )
+        return fastelbo.elbo_parts((mean, self.logvar), x, mu, logvar, likelihood="gaussian", mask=mask, kl_mask=mask)
 
 
 def build() -> SequenceVAE:

@@ -25,29 +25,6 @@ __all__ = ["IWAE", "VAE", "VAMP", "BetaVAE"]
 LIKELIHOODS = {"bce": "bernoulli_probs", "mse": "gaussian"}  # of Pythae's reconstruction_loss
 
 
-class _Encoder(nn.Module):
-    """Pythae's encoder as `fastelbo.VAE` calls it."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.encoder(x)
-        return out.embedding, out.log_covariance
-
-
-class _Decoder(nn.Module):
-    """Pythae's decoder as `fastelbo.VAE` calls it."""
-
-    def __init__(self, decoder: nn.Module, event: torch.Size) -> None:
-        super().__init__()
-        self.decoder, self.event = decoder, event
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.decoder(z)["reconstruction"].reshape(-1, *self.event)  # type: ignore[no-any-return]
-
-
 class _Fused:
     """What the models share: the likelihood by its name here, Pythae's constants, and log p(x).
 
@@ -63,24 +40,18 @@ class _Fused:
     def _likelihood(self) -> str:
         return LIKELIHOODS[self.model_config.reconstruction_loss]
 
-    def _constant(self, x: Tensor) -> float:
-        """What Pythae's reconstruction loss leaves out of -log p(x | z)."""
-        return 0.5 * LOG_2PI * x[0].numel() if self._likelihood == "gaussian" else 0.0
-
     def loss_function(self, recon_x: Tensor, x: Tensor, mu: Tensor, log_var: Tensor, z: Tensor) -> tuple[Tensor, ...]:
         """Loss, reconstruction loss and KL, averaged over the batch, as Pythae's."""
-        parts = fastelbo.elbo_loss(
-            recon_x.reshape(x.shape), x, mu, log_var, likelihood=self._likelihood, beta=self.beta, return_parts=True
-        )
-        return self._outputs(parts, x)
+        recon = recon_x.reshape(x.shape)
+        return self._outputs(fastelbo.elbo_parts(recon, x, mu, log_var, likelihood=self._likelihood, beta=self.beta), x)
 
     def _outputs(self, parts: LossParts, x: Tensor) -> tuple[Tensor, ...]:
-        constant = self._constant(x)
+        constant = 0.5 * LOG_2PI * x[0].numel() if self._likelihood == "gaussian" else 0.0
         return parts.loss - constant, -parts.log_likelihood.mean() - constant, parts.kl.mean()
 
-    def _log_prior_ratio(self, z: Tensor) -> Tensor | float:
-        """log p(z) - log N(z; 0, I); z [B, M] -> [B]."""
-        return 0.0
+    def _log_prior_ratio(self, z: Tensor) -> Tensor:
+        """log p(z) - log N(z; 0, I); z [n, M] -> [n]."""
+        return z.new_zeros(len(z))
 
     @torch.no_grad()
     def get_nll(self, data: Tensor, n_samples: int = 1, batch_size: int = 100) -> float:
@@ -98,12 +69,16 @@ class _Fused:
 
         Reference: Burda et al. 2016, eq. 8.
         """
-        model = fastelbo.VAE(_Encoder(self.encoder), _Decoder(self.decoder, data.shape[1:]), self._likelihood)
         total = 0.0
         for x in data.split(batch_size):
-            log_w, z = fastelbo.importance_weights(model, x, n_samples)
-            log_w = torch.stack([row + self._log_prior_ratio(of_row) for row, of_row in zip(log_w, z, strict=True)])
-            total += fastelbo.log_mean_exp(log_w, 0).double().sum().item()
+            out, rows = self.encoder(x), max(1, batch_size // len(x))  # of one pass of the decoder
+            drawn, log_w = fastelbo.rsample(out.embedding, out.log_covariance, n_samples), []
+            for z, log_ratio in zip(drawn.z.split(rows), drawn.log_ratio.split(rows), strict=True):
+                flat = z.flatten(0, 1)
+                recon = self.decoder(flat)["reconstruction"].reshape(-1, *x.shape)
+                log_likelihood = fastelbo.log_prob(recon, x, likelihood=self._likelihood)
+                log_w.append(log_likelihood + log_ratio + self._log_prior_ratio(flat).view_as(log_ratio))
+            total += fastelbo.log_mean_exp(torch.cat(log_w), 0).double().sum().item()
         return total / len(data)
 
 
@@ -150,9 +125,7 @@ class IWAE(_Fused, models.IWAE):  # type: ignore[misc]
         noise = torch.randn(len(x), self.n_samples, self.latent_dim, dtype=mu.dtype, device=mu.device)
         posterior = fastelbo.rsample(mu, log_var, self.n_samples, eps=noise.transpose(0, 1))
         recon = self.decoder(posterior.z.flatten(0, 1))["reconstruction"].reshape(-1, *x.shape)
-        parts = fastelbo.multi_sample_loss(
-            recon, x, posterior, estimator="iwae", likelihood=self._likelihood, return_parts=True
-        )
+        parts = fastelbo.multi_sample_parts(recon, x, posterior, estimator="iwae", likelihood=self._likelihood)
         loss, recon_loss, _ = self._outputs(parts, x)
         return ModelOutput(
             loss=loss,

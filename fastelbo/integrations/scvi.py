@@ -6,6 +6,7 @@ Methods, options, seeds and files stay: either class loads the models of the oth
 gets the same after `scvi.model.SCVI._module_cls = FusedVAE`. Written for scvi-tools 1.4.
 """
 
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -16,16 +17,16 @@ from scvi.module import PEAKVAE, VAE
 from scvi.module._constants import MODULE_KEYS
 from scvi.module.base import LossOutput, auto_move_data
 from scvi.nn import DecoderSCVI
-from scvi.utils import unsupported_if_adata_minified
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 from torch.distributions.utils import lazy_property
 
 import fastelbo
-from fastelbo.losses import Recon, join_recon, weighted
+from fastelbo.losses import join_recon
 
 __all__ = ["PEAKVI", "SCVI", "FusedPEAKVAE", "FusedVAE"]
 
+Outputs = dict[str, Any]  # tensors and distributions, by scvi's keys
 EPS = 1e-8  # scvi adds it to a mean before it takes the logarithm
 
 
@@ -36,13 +37,13 @@ EPS = 1e-8  # scvi adds it to a mean before it takes the logarithm
 class _Fused:
     """The tensors of which scvi computes a distribution's parameters; a fused loss starts from them.
 
-    Set by `of_outputs`. The constructor is that of scvi's class: scvi rebuilds distributions from their parameters.
+    `of_outputs` sets them. The constructor is that of scvi's class: scvi rebuilds distributions from their parameters.
 
     Attributes:
         library: [K?, B, 1]. log of the factor between `scale` and the mean.
         activation, logits: a module, and its argument [K?, B, G]; the result is `scale`.
         log_theta: [G] or [K?, B, G]; None for Poisson.
-        zi_logits: [K?, B, G], of ZeroInflatedNegativeBinomial alone.
+        zi_logits: [K?, B, G]; None but for ZeroInflatedNegativeBinomial.
     """
 
     likelihood: ClassVar[str]
@@ -51,6 +52,7 @@ class _Fused:
     activation: nn.Module
     logits: Tensor
     log_theta: Any
+    zi_logits: Any
 
     @classmethod
     def of_outputs(cls, **outputs: Any) -> "_Fused":
@@ -70,27 +72,15 @@ class _Fused:
     def _mean(self) -> Tensor:
         return torch.exp(self.library) * self.scale
 
-    def _recon(self) -> Recon:
-        """The parameters as `fastelbo.log_prob` takes them."""
+    def log_prob_of_cells(self, x: Tensor) -> Tensor:
+        """log p(x), summed over genes: [K?, B, 1]."""
         if isinstance(self.activation, nn.Softmax):
             log_mean = self.library + F.log_softmax(self.logits, dim=-1)
         else:
             log_mean = torch.log(self._mean() + EPS)
-        others = self.log_theta, vars(self).get("zi_logits")
         # autocast leaves the others in half
-        return join_recon(log_mean, *(t.to(log_mean.dtype) for t in others if t is not None))
-
-    def elbo_loss(self, x: Tensor, qz: Normal, kl_weight: Tensor | float) -> fastelbo.LossParts:
-        """-log p(x | z) + kl_weight KL(qz || N(0, I)), averaged over cells, and its parts."""
-        return fastelbo.elbo_loss(
-            self._recon(),
-            x,
-            qz.loc,
-            2 * torch.log(qz.scale),
-            likelihood=self.likelihood,
-            beta=kl_weight,
-            return_parts=True,
-        )
+        others = (t.to(log_mean.dtype) for t in (self.log_theta, self.zi_logits) if t is not None)
+        return fastelbo.log_prob(join_recon(log_mean, *others), x, likelihood=self.likelihood).unsqueeze(-1)
 
     def __repr__(self) -> str:
         for name in self.arg_constraints:  # scvi shows what is there
@@ -138,20 +128,11 @@ FUSED: dict[str, type[_Fused]] = {
 # The module and the model.
 
 
-def _kl(q: Normal, p: Normal) -> Tensor:
-    """KL(q || p), summed over the last dimension."""
-    shape = torch.broadcast_shapes(q.loc.shape, p.loc.shape)
-    tensors = (q.loc, 2 * torch.log(q.scale), p.loc, 2 * torch.log(p.scale))
-    mu, logvar, prior_mu, prior_logvar = (t.expand(shape).reshape(-1, shape[-1]) for t in tensors)
-    return fastelbo.gaussian_kl(mu, logvar, prior_mu, prior_logvar).view(shape[:-1])
-
-
 class FusedVAE(VAE):  # type: ignore[misc]
-    """scvi.module.VAE whose loss is computed by `fastelbo.elbo_loss`.
+    """scvi.module.VAE whose log p(x | z) in the loss is computed by `fastelbo.log_prob`.
 
-    -log p(x | z) + kl_weight KL(q(z | x) || p(z)) + KL(q(l | x) || p(l)), averaged over cells; l is the log library
-    size where it is inferred. The likelihoods "nb", "zinb" and "poisson" are fused, with every `dispersion`; for others
-    ("normal"), and for decoders other than scvi's DecoderSCVI, scvi computes log p.
+    The likelihoods "nb", "zinb" and "poisson" are fused, with every `dispersion`; for others ("normal"), and for
+    decoders other than scvi's DecoderSCVI, scvi computes log p.
 
     Arguments, parameters, outputs and random draws are those of scvi's class, and so is everything computed without a
     loss, to the last bit. The loss differs in three ways:
@@ -176,12 +157,11 @@ class FusedVAE(VAE):  # type: ignore[misc]
         size_factor: Tensor | None = None,
         y: Tensor | None = None,
         transform_batch: Tensor | None = None,
-    ) -> dict[str, Any]:
+    ) -> Outputs:
         """As scvi's. The distribution of x computes its parameters when they are asked for: the loss asks for none."""
         if self.gene_likelihood not in FUSED or type(self.decoder) is not DecoderSCVI:
-            return super().generative(  # type: ignore[no-any-return]
-                z, library, batch_index, cont_covs, cat_covs, size_factor, y, transform_batch
-            )
+            optional = (cont_covs, cat_covs, size_factor, y, transform_batch)
+            return super().generative(z, library, batch_index, *optional)  # type: ignore[no-any-return]
         if transform_batch is not None:
             batch_index = torch.ones_like(batch_index) * transform_batch
 
@@ -195,21 +175,19 @@ class FusedVAE(VAE):  # type: ignore[misc]
         decoder = self.decoder
         hidden = decoder.px_decoder(torch.cat(inputs, dim=-1), *categories, y)
         linear, activation = decoder.px_scale_decoder
-        outputs = {
-            "library": size_factor if self.use_size_factor_key else library,
-            "activation": activation,
-            "logits": linear(hidden),
-            "log_theta": None if self.gene_likelihood == "poisson" else self._log_theta(hidden, batch_index, y),
-        }
-        if self.gene_likelihood == "zinb":
-            outputs["zi_logits"] = decoder.px_dropout_decoder(hidden)
-
+        px = FUSED[self.gene_likelihood].of_outputs(
+            library=size_factor if self.use_size_factor_key else library,
+            activation=activation,
+            logits=linear(hidden),
+            log_theta=None if self.gene_likelihood == "poisson" else self._log_theta(hidden, batch_index, y),
+            zi_logits=decoder.px_dropout_decoder(hidden) if self.gene_likelihood == "zinb" else None,
+        )
         pl = None
         if not self.use_observed_lib_size:
             mean, variance = self._compute_local_library_params(batch_index)
             pl = Normal(mean, variance.sqrt())
         return {
-            MODULE_KEYS.PX_KEY: FUSED[self.gene_likelihood].of_outputs(**outputs),
+            MODULE_KEYS.PX_KEY: px,
             MODULE_KEYS.PL_KEY: pl,
             MODULE_KEYS.PZ_KEY: Normal(torch.zeros_like(z), torch.ones_like(z)),
         }
@@ -225,41 +203,15 @@ class FusedVAE(VAE):  # type: ignore[misc]
         index: Any = batch_index if self.dispersion == "gene-batch" else y
         return F.linear(F.one_hot(index.squeeze(-1), px_r.shape[1]).to(px_r.dtype), px_r)
 
-    @unsupported_if_adata_minified  # type: ignore[untyped-decorator]
     def loss(
-        self,
-        tensors: dict[str, Tensor],
-        inference_outputs: dict[str, Any],
-        generative_outputs: dict[str, Any],
-        kl_weight: Tensor | float = 1.0,
+        self, tensors: Outputs, inference_outputs: Outputs, generative_outputs: Outputs, kl_weight: Tensor | float = 1.0
     ) -> LossOutput:
         """As scvi's."""
-        x, px = tensors[REGISTRY_KEYS.X_KEY], generative_outputs[MODULE_KEYS.PX_KEY]
-        qz = inference_outputs[MODULE_KEYS.QZ_KEY]
-        if isinstance(px, _Fused):
-            loss, log_likelihood, kl_z = px.elbo_loss(x, qz, kl_weight)
-            kl_z = kl_z.expand(log_likelihood.shape)  # scvi repeats it for every sample
-        else:
-            log_likelihood, kl_z = px.log_prob(x).sum(-1), _kl(qz, generative_outputs[MODULE_KEYS.PZ_KEY])
-            loss = torch.mean(weighted(kl_weight, kl_z) - log_likelihood)
-        if self.use_observed_lib_size:
-            kl_l = torch.zeros_like(kl_z)
-        else:
-            kl_l = _kl(inference_outputs[MODULE_KEYS.QL_KEY], generative_outputs[MODULE_KEYS.PL_KEY])
-            loss = loss + kl_l.mean()
-        extra = {}
-        if self.extra_payload_autotune:
-            extra = {
-                "z": inference_outputs[MODULE_KEYS.Z_KEY],
-                "batch": tensors[REGISTRY_KEYS.BATCH_KEY],
-                "labels": tensors[REGISTRY_KEYS.LABELS_KEY],
-            }
-        return LossOutput(
-            loss=loss,
-            reconstruction_loss=-log_likelihood,
-            kl_local={MODULE_KEYS.KL_L_KEY: kl_l, MODULE_KEYS.KL_Z_KEY: kl_z},
-            extra_metrics=extra,
-        )
+        px = generative_outputs[MODULE_KEYS.PX_KEY]
+        if isinstance(px, _Fused):  # scvi sums over the last dimension
+            summed = SimpleNamespace(log_prob=px.log_prob_of_cells)
+            generative_outputs = {**generative_outputs, MODULE_KEYS.PX_KEY: summed}
+        return super().loss(tensors, inference_outputs, generative_outputs, kl_weight)  # type: ignore[no-any-return]
 
 
 class SCVI(model.SCVI):  # type: ignore[misc]
@@ -273,7 +225,7 @@ class SCVI(model.SCVI):  # type: ignore[misc]
 
 
 class FusedPEAKVAE(PEAKVAE):  # type: ignore[misc]
-    """scvi.module.PEAKVAE whose log-likelihood and KL are computed by fastelbo: the same loss and gradients.
+    """scvi.module.PEAKVAE whose log-likelihood is computed by fastelbo: the same loss and gradients.
 
     As scvi's, the loss of B cells is B times the sum of their reconstruction losses, plus kl_weight times the sum of
     their KL: the KL counts 1 / B of what it does in the ELBO.
@@ -284,21 +236,6 @@ class FusedPEAKVAE(PEAKVAE):  # type: ignore[misc]
     def get_reconstruction_loss(self, p: Tensor, d: Tensor | int, f: Tensor | int, x: Tensor) -> Tensor:
         """-log p(x > 0) [B], of the probabilities p d f [B, G]."""
         return -fastelbo.log_prob(p * d * f, x > 0, likelihood="bernoulli_probs")
-
-    def loss(
-        self,
-        tensors: dict[str, Tensor],
-        inference_outputs: dict[str, Any],
-        generative_outputs: dict[str, Any],
-        kl_weight: Tensor | float = 1.0,
-    ) -> LossOutput:
-        """As scvi's."""
-        qz, d, p = inference_outputs["qz"], inference_outputs["d"], generative_outputs["px"]
-        f = 1 if self.region_factors is None else torch.sigmoid(self.region_factors)
-        reconstruction = self.get_reconstruction_loss(p, d, f, tensors[REGISTRY_KEYS.X_KEY])
-        kl = fastelbo.gaussian_kl(qz.loc, 2 * torch.log(qz.scale))
-        loss = (reconstruction.sum() + weighted(kl_weight, kl)).sum()
-        return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=kl)
 
 
 class PEAKVI(model.PEAKVI):  # type: ignore[misc]

@@ -1,5 +1,8 @@
 """The evidence lower bound, with the KL in closed form."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -97,13 +100,11 @@ def _weighted_parts(
     """The parts with a weight for the KL of every dimension, or with a mask of it: made of `log_prob` and the KLs."""
     log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)
     terms = gaussian_kl(*latents, mask=kl_mask, reduce=False)  # type: ignore[arg-type]
-    if isinstance(beta, Tensor):
-        beta = expand("beta", expand("beta", beta.to(terms.dtype), terms.shape[1:], "one latent"), terms.shape, "mu")
-        # what a weight of 0 leaves of an infinite KL is read by nothing: neither value nor gradient is NaN
-        left = ~((beta == 0) & terms.isinf())
-        terms, whole = gaussian_kl(*latents, mask=left if kl_mask is None else left & kl_mask, reduce=False), terms  # type: ignore[arg-type]
-    else:
-        whole = terms
+    beta = beta.to(terms.dtype) if isinstance(beta, Tensor) else terms.new_ones(()) * beta
+    beta = expand("beta", expand("beta", beta, terms.shape[1:], "one latent"), terms.shape, "mu")
+    # what a weight of 0 leaves of an infinite KL is read by nothing: neither value nor gradient is NaN
+    left = ~((beta == 0) & terms.isinf())
+    whole, terms = terms, gaussian_kl(*latents, mask=left if kl_mask is None else left & kl_mask, reduce=False)  # type: ignore[arg-type]
     penalty = ordered_sum((beta * terms).flatten(1), 1)
     fit = ordered_sum(log_likelihood, 0) / len(log_likelihood) if log_likelihood.dim() == 2 else log_likelihood
     return LossParts(reduce(penalty - fit, reduction), log_likelihood, ordered_sum(whole.flatten(1), 1))
@@ -117,6 +118,8 @@ class ELBOLoss(torch.nn.Module):
 
     A tensor beta is a buffer that moves with the module and is not in its state_dict; an nn.Parameter is learned.
     """
+
+    __call__: Callable[..., Tensor]
 
     @checked
     def __init__(
@@ -148,9 +151,9 @@ class ELBOLoss(torch.nn.Module):
         prior_logvar: Tensor | None = None,
     ) -> Tensor:
         """See `elbo_loss`."""
-        options = {"likelihood": self.likelihood, "beta": self.beta, "free_bits": self.free_bits}
-        prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
-        return elbo_loss(recon, x, mu, logvar, mask=mask, reduction=self.reduction, **options, **prior)
+        options: dict[str, Any] = {"likelihood": self.likelihood, "beta": self.beta, "free_bits": self.free_bits}
+        options |= {"prior_mu": prior_mu, "prior_logvar": prior_logvar, "mask": mask, "reduction": self.reduction}
+        return elbo_loss(recon, x, mu, logvar, **options)
 
     def extra_repr(self) -> str:
         return f"{self.likelihood!r}, beta={self.beta}, free_bits={self.free_bits}, reduction={self.reduction!r}"

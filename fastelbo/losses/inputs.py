@@ -10,6 +10,7 @@ from fastelbo._internal import ordered
 from fastelbo._internal.arguments import ORDINALS
 from fastelbo.estimators import Estimator
 
+_CPU = torch.device("cpu")
 Recon = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
@@ -72,7 +73,7 @@ def number(value: float | Tensor, default: float, like: Tensor) -> Tensor | None
         return value
     if compiling():
         return torch.ones((), dtype=reference.compute_dtype(like), device=like.device) * value
-    return None if value == default else torch.full((), value, dtype=torch.float64, device="cpu")
+    return None if value == default else torch.scalar_tensor(value, dtype=torch.float64, device=_CPU)
 
 
 def bound_numbers(row: Estimator, like: Tensor) -> tuple[Tensor | None, Tensor | None, int, list[float]]:

@@ -53,22 +53,18 @@ def check_weighs(estimator: str) -> None:
         )
 
 
-def row_of(estimator: str, num_samples: int, **options: float) -> estimators.Estimator:
-    """The row of an estimator that keeps samples.
-
-    Raises:
-        ValueError: as in `estimators.estimator`; an estimator whose weights are all equal.
-    """
-    row = estimators.estimator(estimator, num_samples, **options)
-    check_weighs(estimator)
-    return row
-
-
 def _shape_of(log_w: Tensor) -> tuple[int, int]:
     if log_w.dim() != 2:
         raise ValueError(f"log_w must be [K, B]; got {tuple(log_w.shape)}")
     K, B = log_w.shape
     return K, B
+
+
+def _weights_of(log_w: Tensor, estimator: str, **options: Any) -> tuple[estimators.Estimator, Weights]:
+    """An estimator by its name, and what it makes of log w [K, B]."""
+    check_weighs(estimator)
+    row = estimators.estimator(estimator, _shape_of(log_w)[0], **options)
+    return row, weigh(log_w, row)
 
 
 @torch.no_grad()
@@ -142,61 +138,39 @@ def keep_samples(
 
 
 class _Loss(torch.autograd.Function):
-    """loss [B] as it is; its gradient by the log p and log ratios [n] of kept samples is -coefficients [n]."""
+    """The loss [B] as it is. The gradient of each row [n] is minus that of its datum; that of gates is the factors."""
 
     @staticmethod
-    def forward(
-        loss: Tensor,
-        log_likelihood: Tensor,
-        log_ratio: Tensor,
-        gates: Tensor | None,
-        coefficients: Tensor,
-        factors: Tensor,
-        datum: Tensor,
-    ) -> Tensor:
+    def forward(loss: Tensor, rows: Tensor, gates: Tensor | None, factors: Tensor, datum: Tensor) -> Tensor:
         return loss.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, log_likelihood, log_ratio, gates, *constants = inputs
-        ctx.save_for_backward(*constants)
-        ctx.dtypes = log_likelihood.dtype, log_ratio.dtype, None if gates is None else gates.dtype
+        ctx.gated = inputs[2] is not None
+        ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "the gradient through kept samples has no graph (create_graph=True): the weights of all samples, on "
-                "which it depends, have none; leave keep out"
+                "the gradient through kept samples has no graph (create_graph=True, torch.func): the weights of all "
+                "samples, on which it depends, have none; leave keep out"
             )
-        coefficients, factors, datum = ctx.saved_tensors
-        rows = -grad.index_select(0, datum) * coefficients
-        of_likelihood, of_ratio, of_gates = ctx.dtypes
-        return (
-            None,
-            rows.to(of_likelihood),
-            rows.to(of_ratio),
-            None if of_gates is None else factors.to(of_gates),
-            None,
-            None,
-            None,
-        )
+        factors, datum = ctx.saved_tensors
+        return None, -grad.index_select(0, datum), factors if ctx.gated else None, None, None
 
 
 def loss_of(
     log_likelihood: Tensor, posterior: Posterior, kept: Kept, weights: Weights, row: estimators.Estimator
 ) -> Tensor:
     """Minus the bound of all samples [B]; its gradient goes through the kept ones."""
-    at = kept.sample * weights.bound.shape[0] + kept.datum
-    coefficients = kept.scale * weights.a.flatten().index_select(0, at)
-    factors = weights.gates.flatten(1).index_select(1, at)
-    gates = None if row.is_gradient else posterior.gates
+    at, dtype = kept.sample * weights.bound.shape[0] + kept.datum, log_likelihood.dtype
+    coefficients = (kept.scale * weights.a.flatten().index_select(0, at)).to(dtype)
+    factors = weights.gates.flatten(1).index_select(1, at).to(posterior.log_ratio.dtype)
     loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-        -weights.bound.to(log_likelihood.dtype),
-        log_likelihood,
-        posterior.log_ratio,
-        gates,
-        coefficients.to(log_likelihood.dtype),
+        -weights.bound.to(dtype),
+        coefficients * (log_likelihood + posterior.log_ratio),
+        None if row.is_gradient else posterior.gates,
         factors,
         kept.datum,
     )
@@ -243,7 +217,7 @@ def kept_loss(
 
     Reference: those of `multi_sample_loss`; Fearnhead & Clifford 2003 for the choice of samples.
     """
-    row = row_of(estimator, _shape_of(log_w)[0], alpha=alpha, beta=beta, groups=groups)
+    row, weights = _weights_of(log_w, estimator, alpha=alpha, beta=beta, groups=groups)
     n = kept.sample.shape[0]
     if log_likelihood.shape != (n,):
         raise ValueError(f"log_likelihood must be [n] with n={n} from kept; got {tuple(log_likelihood.shape)}")
@@ -252,7 +226,7 @@ def kept_loss(
             f"posterior must be of the kept samples, log_ratio [n] with n={n}: draw it with rsample; "
             f"got log_ratio {tuple(posterior.log_ratio.shape)}"
         )
-    return reduce(loss_of(log_likelihood, posterior, kept, weigh(log_w, row), row), reduction)
+    return reduce(loss_of(log_likelihood, posterior, kept, weights, row), reduction)
 
 
 @torch.no_grad()
@@ -282,7 +256,7 @@ def estimator_weights(
 
     Reference: those of `multi_sample_loss`.
     """
-    return weigh(log_w, row_of(estimator, _shape_of(log_w)[0], alpha=alpha, beta=beta, groups=groups)).a
+    return _weights_of(log_w, estimator, alpha=alpha, beta=beta, groups=groups)[1].a
 
 
 class AutoKeep:

@@ -7,7 +7,7 @@ from fastelbo import likelihoods, reference
 from fastelbo._internal import arguments, domains
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.ops import call
-from fastelbo.losses.inputs import Recon, expand, mask_like, parameters, split_recon
+from fastelbo.losses.inputs import expand, mask_like, parameters, split_recon
 
 _op = torch.ops.fastelbo
 
@@ -29,6 +29,9 @@ def log_prob(
       torch's BCE
     - "gaussian": mean (unit variance) or (mean, logvar). -1/2 [(x - m)^2 exp(-lv) + lv + log 2 pi]
     - "laplace": mean (unit scale) or (mean, log_scale). -[|x - m| exp(-s) + s + log 2]
+    - "student_t", of nu = exp(log_df) degrees of freedom, the Gaussian in the limit: (mean, log_scale, log_df).
+      lgamma((nu + 1) / 2) - lgamma(nu / 2) - 1/2 log(nu pi) - s - (nu + 1) / 2 log(1 + [(x - m) exp(-s)]^2 / nu),
+      computed without a difference of two lgammas; log_df counts as at least -80 and at most 80
     - "poisson": log_rate l. x l - exp(l) - lgamma(x + 1)
     - "nb", negative binomial of mean m = exp(log_mean) and variance m + m^2 / theta: (log_mean, log_theta).
       lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) + theta log(theta / (theta + m)) + x log(m / (theta + m)),
@@ -63,7 +66,7 @@ def log_prob(
     return found
 
 
-def _of_row(recon: Recon, likelihood: str) -> tuple[likelihoods.Likelihood, tuple[Tensor, ...]]:
+def _of_row(recon: arguments.Recon, likelihood: str) -> tuple[likelihoods.Likelihood, tuple[Tensor, ...]]:
     """The row of a likelihood, and its parameters."""
     row, parameters = likelihoods.get(likelihood), split_recon(recon)
     names, count = ", ".join(row.parameters), len(parameters)

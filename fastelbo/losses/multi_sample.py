@@ -1,6 +1,6 @@
 """K-sample bounds on log p(x), on the built-in likelihoods."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -181,6 +181,8 @@ multi_sample_loss = loss_of(multi_sample_parts, "multi_sample_loss")
 
 class IWAELoss(torch.nn.Module):
     """`iwae_loss` as a module: the constructor takes the options, each call the tensors."""
+
+    __call__: Callable[..., Tensor]
 
     @checked
     def __init__(

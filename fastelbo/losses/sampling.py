@@ -36,6 +36,11 @@ class Posterior(_Posterior):
     # of z alone would act on every loss that reads the same z (csrc/math/estimator.h).
     gates: Tensor | None = None
 
+    def _replace(self, **changes: Any) -> "Posterior":
+        changed = super()._replace(**changes)
+        changed.gates = self.gates
+        return changed
+
     @property
     def prior_options(self) -> dict[str, Tensor]:
         """The prior as the functions take it.
@@ -63,9 +68,7 @@ class Posterior(_Posterior):
             shape = tuple(self.log_q.shape)
             raise ValueError(f"log_prior must be {shape}, a number for each sample; got {tuple(log_prior.shape)}")
         log_ratio = log_prior - self.log_q
-        changed = self._replace(kl=-log_ratio, log_ratio=log_ratio, prior=(log_prior,))
-        changed.gates = self.gates
-        return changed
+        return self._replace(kl=-log_ratio, log_ratio=log_ratio, prior=(log_prior,))
 
 
 class Kept(NamedTuple):
@@ -159,10 +162,8 @@ def rsample(
         if eps is not None and eps.shape != mu.shape:
             raise ValueError(f"eps must have the shape {tuple(mu.shape)} of mu; got {tuple(eps.shape)}")
         lead, num_samples = mu.shape[:2], 1
-        given = [
-            None if t is None else t.flatten(0, 1)
-            for t in (mu, logvar, *(_over(t, mu) for t in (prior_mu, prior_logvar)))
-        ]
+        whole = mu, logvar, *_whole_prior(prior_mu, prior_logvar, mu)
+        given = [None if t is None else t.flatten(0, 1) for t in whole]
         eps = None if eps is None else eps.flatten(0, 1).unsqueeze(0)
     else:
         lead, given = None, [mu, logvar, prior_mu, prior_logvar]
@@ -188,9 +189,10 @@ def rsample(
     return drawn
 
 
-def _over(t: Tensor | None, mu: Tensor) -> Tensor | None:
+def _whole_prior(prior_mu: Tensor | None, prior_logvar: Tensor | None, mu: Tensor) -> list[Tensor | None]:
     """A prior in the shape of mu, where rows are taken apart."""
-    return None if t is None else expand("prior_mu or prior_logvar", t, mu.shape, "mu")
+    given = (("prior_mu", prior_mu), ("prior_logvar", prior_logvar))
+    return [None if t is None else expand(name, t, mu.shape, "mu") for name, t in given]
 
 
 @checked
@@ -227,11 +229,13 @@ def gaussian_kl(
     if (mask is not None or not reduce) and (isinstance(free_bits, Tensor) or free_bits > 0):
         raise ValueError(f"free_bits must be 0 with a mask or with reduce=False; got {free_bits}")
     given = [mu, logvar, prior_mu, prior_logvar]
+    if mask is not None or not reduce:
+        given = [mu, logvar, *_whole_prior(prior_mu, prior_logvar, mu)]
     if mask is not None:  # two standard normals have a KL of 0, whose gradient is 0
         where = expand("mask", mask, mu.shape, "mu")
         given = [None if t is None else torch.where(where, t, 0) for t in given]
     if not reduce:  # every element as a row
-        given = [None if t is None else _over(t, mu).reshape(-1, 1) for t in given]
+        given = [None if t is None else t.reshape(-1, 1) for t in given]
     floor = None if mask is not None or not reduce else number(free_bits, 0.0, mu)
     kl: Tensor = call(_op.gaussian_kl.default, reference.gaussian_kl, *given, floor)
     return kl if reduce else kl.view(mu.shape)

@@ -1,1 +1,1 @@
-"""The VAE and what is told of it: marginal likelihood, diagnostics."""
+"""The VAE, its objectives and priors, log p(x) by importance sampling, and diagnostics."""

@@ -1,4 +1,4 @@
-"""What contradicts a likelihood in a model's first batches: data, and last layers that cannot reach its parameters.
+"""What encoders and decoders return, and what contradicts a likelihood: data, last layers that miss its parameters.
 
 Values are read in eager mode and on the CPU alone: nothing waits for a device, and what is compiled is not checked.
 Layers are known by the graph that autograd has recorded, whatever the modules are called.
@@ -14,25 +14,18 @@ from torch import Tensor
 
 from fastelbo import likelihoods, reference
 from fastelbo._internal import domains
+from fastelbo._internal.arguments import ORDINALS
 from fastelbo.losses import Recon, split_recon
 
 _BOUNDS = {
-    "Sigmoid": (0.0, 1.0),
-    "Hardsigmoid": (0.0, 1.0),
-    "Softmax": (0.0, 1.0),
-    "Tanh": (-1.0, 1.0),
-    "Softsign": (-1.0, 1.0),
-    "Erf": (-1.0, 1.0),
-    "Relu": (0.0, math.inf),
-    "Softplus": (0.0, math.inf),
-    "Exp": (0.0, math.inf),
-    "Abs": (0.0, math.inf),
+    **dict.fromkeys(("Sigmoid", "Hardsigmoid", "Softmax"), (0.0, 1.0)),
+    **dict.fromkeys(("Tanh", "Softsign", "Erf"), (-1.0, 1.0)),
+    **dict.fromkeys(("Relu", "Softplus", "Exp", "Abs"), (0.0, math.inf)),
+    **dict.fromkeys(("LogSigmoid", "LogSoftmax"), (-math.inf, 0.0)),
     "Silu": (-0.28, math.inf),
     "Gelu": (-0.17, math.inf),
     "Mish": (-0.31, math.inf),
     "Hardswish": (-0.375, math.inf),
-    "LogSigmoid": (-math.inf, 0.0),
-    "LogSoftmax": (-math.inf, 0.0),
 }
 _VIEWS = {"View", "UnsafeView", "ReshapeAlias", "ToCopy"}
 _PICKS = {"Permute", "Transpose", "T", "Squeeze", "Unsqueeze", "Split", "Unbind", "Slice", "Select", "Clone", "Alias"}
@@ -191,3 +184,46 @@ def check_halved(out: Tensor) -> None:
             f"one tensor {tuple(out.shape)}, which would be halved on dim 1: return out.chunk(2, -1), or give "
             f"VAE(..., latent_shape={half}) if dim 1 is meant"
         )
+
+
+def encoded(out: Any, stated_shape: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    """(mu, logvar) of what an encoder returned, refused if their shape is not the one that was stated."""
+    if isinstance(out, Tensor):
+        if out.dim() < 2 or out.shape[1] % 2:
+            raise ValueError(
+                "encoder must return a pair (mu, logvar), or one tensor of even size on dim 1 to split in half; "
+                f"got a tensor {tuple(out.shape)}"
+            )
+        if stated_shape is None:
+            check_halved(out)
+        mu, logvar = out.chunk(2, 1)
+    elif isinstance(out, tuple | list) and len(out) == 2 and all(isinstance(t, Tensor) for t in out):
+        mu, logvar = out
+    else:
+        raise TypeError(f"encoder must return a pair (mu, logvar) or one tensor; got {type(out).__name__}")
+    if mu.shape != logvar.shape:
+        raise ValueError(
+            "encoder must return mu and logvar of the same shape [B, *latent]; "
+            f"got {tuple(mu.shape)} and {tuple(logvar.shape)}"
+        )
+    if stated_shape is not None and tuple(mu.shape[1:]) != stated_shape:
+        halved = f", half of one tensor {tuple(out.shape)} on dim 1" if isinstance(out, Tensor) else ""
+        raise ValueError(
+            f"encoder must return latents of the latent_shape={stated_shape} that was given; got "
+            f"{tuple(mu.shape[1:])}{halved}: return a pair (mu, logvar) of that shape, or give another latent_shape"
+        )
+    return mu, logvar
+
+
+def decoded(out: Any, size: int) -> tuple[Tensor, ...]:
+    """The parameters of what a decoder returned for so many latents."""
+    several = isinstance(out, tuple | list) and 2 <= len(out) <= len(ORDINALS)
+    if not isinstance(out, Tensor) and not (several and all(isinstance(t, Tensor) for t in out)):
+        many, kind = isinstance(out, tuple | list), type(out).__name__
+        came = f"a {kind} of {', '.join(type(t).__name__ for t in out)}" if many else kind
+        expected = "a tensor, or a tuple of two or three tensors such as (mean, logvar)"
+        raise TypeError(f"decoder must return {expected}; got {came}")
+    first, *others = split_recon(out)
+    if first.dim() == 0 or first.shape[0] != size:
+        raise ValueError(f"decoder must return [{size}, *event] for {size} latents; got {tuple(first.shape)}")
+    return first, *others

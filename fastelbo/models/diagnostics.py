@@ -1,8 +1,6 @@
 """Diagnostics of the latent dimensions, KL and activity, and the effective sample size of the importance weights."""
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -12,6 +10,7 @@ from fastelbo import reference
 from fastelbo._internal import arguments
 from fastelbo._internal.arguments import checked, refusal
 from fastelbo._internal.ordered import ordered_sum
+from fastelbo._internal.process_groups import Processes
 from fastelbo.losses import Posterior, expand
 from fastelbo.models.marginal import LogMeanExp
 from fastelbo.models.pieces import cut
@@ -41,11 +40,8 @@ def _ess(log_w: Tensor, batch: int) -> Tensor:
     """The sum over B of the effective sample sizes."""
     if log_w.dim() != 2 or log_w.shape[1] != batch:
         raise ValueError(f"log_w must be [K, B] with B={batch} from posterior; got {tuple(log_w.shape)}")
-    found = [
-        ordered_sum(LogMeanExp().update(log_w[:, a:b]).result().ess, 0)
-        for a, b in cut(0, batch, len(log_w), log_w.device)
-    ]
-    return found[0] if len(found) == 1 else torch.stack(found).sum()
+    blocks = cut(0, batch, len(log_w), log_w.device)
+    return torch.stack([ordered_sum(LogMeanExp().update(log_w[:, a:b]).result().ess, 0) for a, b in blocks]).sum()
 
 
 class DiagnosticsMeter:
@@ -59,7 +55,7 @@ class DiagnosticsMeter:
 
     @torch.no_grad()
     @checked
-    def update(self, posterior: arguments.AnyPosterior, log_w: arguments.Floats | None = None) -> DiagnosticsMeter:
+    def update(self, posterior: arguments.AnyPosterior, log_w: arguments.Floats | None = None) -> Self:
         """Add a batch.
 
         Args:
@@ -74,12 +70,10 @@ class DiagnosticsMeter:
         if count == 0:
             return self
         given = posterior.mu, posterior.logvar, *posterior.prior_options.values()
-        whole = [None if t is None else expand("prior", t.detach(), posterior.mu.shape, "mu") for t in given]
+        whole = [expand("prior", t.detach(), posterior.mu.shape, "mu") for t in given]
         for a, b in cut(0, count, posterior.mu[0].numel(), posterior.mu.device):
-            mu, *others = (None if t is None else t[a:b].double() for t in whole)
-            assert mu is not None and others[0] is not None
-            mean = ordered_sum(mu, 0) / (b - a)
-            kl = reference.kl_terms(mu, others[0], *others[1:])
+            mu, logvar, *prior = (t[a:b].double() for t in whole)
+            mean, kl = ordered_sum(mu, 0) / (b - a), reference.kl_terms(mu, logvar, *prior)
             self._add(b - a, ordered_sum(kl, 0), mean, ordered_sum((mu - mean).square(), 0))
         if ess is not None:
             self._ess = ess if self._weighed == 0 else self._ess + ess
@@ -99,7 +93,7 @@ class DiagnosticsMeter:
             self._mean = self._mean + step * (count / total)
         self._count += count
 
-    def merge(self, other: DiagnosticsMeter) -> DiagnosticsMeter:
+    def merge(self, other: "DiagnosticsMeter") -> Self:
         """Add the data that another meter has seen; the other does not change.
 
         Raises:
@@ -114,18 +108,18 @@ class DiagnosticsMeter:
             self._weighed += other._weighed
         return self
 
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> DiagnosticsMeter:
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
         """Add the data that the meters of all processes of a group have seen; every process ends with the same figures.
 
         Args:
-            group: of `torch.distributed`; the default group if None. Every process of it must call this.
+            group: of `torch.distributed`; the default group if None, or this process alone where there is none. Every
+                process of it must call this.
         """
-        found: list[dict[str, object] | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(found, {name: _to(value, "cpu") for name, value in vars(self).items()}, group)
+        processes = Processes(group) if group else Processes.world()
         device = self._kl.device
         total = DiagnosticsMeter()
-        for state in found:  # in the order of the processes: the same sums everywhere
-            assert state is not None
+        # in the order of the processes: the same sums everywhere
+        for state in processes.gather({name: _to(value, "cpu") for name, value in vars(self).items()}):
             one = DiagnosticsMeter()
             vars(one).update({name: _to(value, device) for name, value in state.items()})
             total.merge(one)

@@ -32,6 +32,10 @@ def kept_parts(
     generator: Generator | None,
 ) -> tuple[LossParts, Recon]:
     """The loss of all samples, whose graph holds `keep` of them per datum, and recon of these; see `VAE.loss`."""
+    if any(isinstance(number, Tensor) and number.requires_grad for number in row):
+        raise ValueError(
+            "keep takes no learned number: the weights have no graph; detach the number, or leave keep out"
+        )
     check_repeats(model.decoder)
     mu, logvar = model.encode(x, condition, mask=mask)
     draw = partial(priors.sampler(model.prior, mu, logvar, condition), seed=seed_tensor(seed, generator, mu.device))

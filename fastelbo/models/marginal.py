@@ -162,10 +162,8 @@ def weighted_samples(
     of_prior, shared = proposal == "prior", proposal == "prior" and condition is None
     with torch.no_grad():
         mu, logvar = encode_blocks(model, x, condition, mask)
-        if of_prior:
-            latents = priors.latents(model.prior, mu[:1] if shared else mu, condition, key)
-        else:
-            draw = priors.sampler(model.prior, mu, logvar, condition)
+        latents = priors.latents(model.prior, mu[:1] if shared else mu, condition, key)
+        draw = priors.sampler(model.prior, mu, logvar, condition)
 
     def piece(first: int, count: int) -> tuple[Tensor, Tensor]:
         drawn = None if of_prior else draw(count, seed=key, first_sample=first)

@@ -89,7 +89,8 @@ class Objective:
         """The row of `fastelbo.estimators`."""
         return self.estimator()
 
-    def check_keep(self, keep: int) -> None:
+    @checked
+    def check_keep(self, keep: arguments.Count) -> None:
         """Check that `keep` samples per datum can be kept of those that the objective draws.
 
         Raises:
@@ -99,18 +100,19 @@ class Objective:
         if keep > self.num_samples:
             raise ValueError(f"keep must be at most num_samples={self.num_samples}; got {keep}")
 
+    @checked
     def parts(
         self,
         recon: arguments.Recon,
-        x: Tensor,
-        posterior: Posterior,
+        x: arguments.Data,
+        posterior: arguments.AnyPosterior,
         *,
-        likelihood: str = "bernoulli",
-        mask: Tensor | None = None,
-        reduction: str = "mean",
-        beta: float | Tensor | None = None,
-        free_bits: float | Tensor | None = None,
-        alpha: float | Tensor | None = None,
+        likelihood: arguments.Likelihood = "bernoulli",
+        mask: arguments.Mask | None = None,
+        reduction: arguments.Reduction = "mean",
+        beta: arguments.NumberOrFloats | None = None,
+        free_bits: arguments.NotNegative | None = None,
+        alpha: arguments.Number | None = None,
     ) -> LossParts:
         """Minus the bound, on what `VAE.forward` returned.
 
@@ -153,22 +155,15 @@ def objective_of(objective: Objective | str, **options: float | None) -> Objecti
 
 
 def _elbo_of_samples(
-    recon: arguments.Recon,
-    x: Tensor,
-    posterior: Posterior,
-    *,
-    likelihood: str,
-    mask: Tensor | None,
-    reduction: str,
-    beta: float | Tensor,
-    free_bits: float | Tensor,
+    recon: arguments.Recon, x: Tensor, posterior: Posterior, beta: Any, free_bits: Any, reduction: str, **options: Any
 ) -> LossParts:
     """The ELBO whose KL is that of the samples."""
+    why = "a prior known by log_prob has no KL per dimension"
     if isinstance(free_bits, Tensor) or free_bits != 0:
-        raise ValueError(
-            f"free_bits must be 0 with a prior that has log_prob, and no KL per dimension; got {free_bits}"
-        )
-    log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)
+        raise ValueError(f"free_bits must be 0: {why}; got {free_bits}")
+    if isinstance(beta, Tensor) and beta.dim() > 0:
+        raise ValueError(f"beta must be a float or a 0-d tensor: {why}; got the shape {tuple(beta.shape)}")
+    log_likelihood = log_prob(recon, x, **options)
     fit, kl = (ordered_sum(t, 0) / len(t) if t.dim() == 2 else t for t in (log_likelihood, posterior.kl))
     return LossParts(reduce(weighted(beta, kl) - fit, reduction), log_likelihood, kl)
 

@@ -47,14 +47,9 @@ def rows_between(condition: Condition | None, start: int, end: int) -> Condition
     return _each(lambda t: t[start:end], condition)
 
 
-def limit(device: torch.device) -> int:
-    """Elements that stay in the cache."""
-    return PIECE_ELEMENTS.get(device.type, PIECE_ELEMENTS["other"])
-
-
 def cut(start: int, end: int, elements: int, device: torch.device) -> list[tuple[int, int]]:
     """start to end in pieces that stay in the cache, each step of so many elements."""
-    piece = max(1, limit(device) // max(1, elements))
+    piece = max(1, PIECE_ELEMENTS.get(device.type, PIECE_ELEMENTS["other"]) // max(1, elements))
     count = max(1, round((end - start) / piece))
     return list(pairwise(start + (end - start) * i // count for i in range(count + 1)))  # of nearly equal size
 

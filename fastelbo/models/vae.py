@@ -1,13 +1,14 @@
 """The variational autoencoder: any encoder and decoder around `rsample` and the losses."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
 from fastelbo import likelihoods, reference
 from fastelbo._internal import arguments
-from fastelbo._internal.arguments import ORDINALS, Condition, checked
+from fastelbo._internal.arguments import Condition, checked
 from fastelbo._internal.progress import progress
 from fastelbo.losses import (
     LossParts,
@@ -19,7 +20,6 @@ from fastelbo.losses import (
     likelihood_sample,
     loss_of,
     seed_tensor,
-    split_recon,
 )
 from fastelbo.models import checks, priors
 from fastelbo.models.kept_samples import kept_parts
@@ -35,6 +35,14 @@ class VAEOutput(NamedTuple):
 
     recon: Recon  # [K?, B, *event], or a tuple such as (mean, logvar)
     posterior: Posterior
+
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+
+def _typed_as(forward: Callable[_P, _R]) -> Callable[[Callable[..., object]], Callable[_P, _R]]:
+    """For type checkers alone: a module's call has the type of its forward, in place of nn.Module's."""
+    raise NotImplementedError
 
 
 class VAE(nn.Module):
@@ -144,31 +152,7 @@ class VAE(nn.Module):
             x = reference.read_data(x, self._like().dtype, likelihoods.get(self.likelihood).domain)
         if mask is not None:
             x = x.masked_fill(expand("mask", mask, x.shape, "x") == 0, 0)
-        out = self.encoder(x, *given(condition))
-        if isinstance(out, Tensor):
-            if out.dim() < 2 or out.shape[1] % 2:
-                raise ValueError(
-                    "encoder must return a pair (mu, logvar), or one tensor of even size on dim 1 to split in half; "
-                    f"got a tensor {tuple(out.shape)}"
-                )
-            if self._stated_shape is None:
-                checks.check_halved(out)
-            mu, logvar = out.chunk(2, 1)
-        elif isinstance(out, tuple | list) and len(out) == 2 and all(isinstance(t, Tensor) for t in out):
-            mu, logvar = out
-        else:
-            raise TypeError(f"encoder must return a pair (mu, logvar) or one tensor; got {type(out).__name__}")
-        if mu.shape != logvar.shape:
-            raise ValueError(
-                "encoder must return mu and logvar of the same shape [B, *latent]; "
-                f"got {tuple(mu.shape)} and {tuple(logvar.shape)}"
-            )
-        if self._stated_shape is not None and tuple(mu.shape[1:]) != self._stated_shape:
-            halved = f", half of one tensor {tuple(out.shape)} on dim 1" if isinstance(out, Tensor) else ""
-            raise ValueError(
-                f"encoder must return latents of the latent_shape={self._stated_shape} that was given; got "
-                f"{tuple(mu.shape[1:])}{halved}: return a pair (mu, logvar) of that shape, or give another latent_shape"
-            )
+        mu, logvar = checks.encoded(self.encoder(x, *given(condition)), self._stated_shape)
         # not read before, or compiled code would depend on what was there; but torch.export warns of what is written,
         # and torch.jit.trace refuses a state dict that changes
         learns = not torch.compiler.is_exporting() or self.latent_shape != tuple(mu.shape[1:])
@@ -197,17 +181,8 @@ class VAE(nn.Module):
         if lead not in (1, 2) or tuple(z.shape[lead:]) != latent:
             raise ValueError(f"z must be [B, *latent] or [K, B, *latent] with latent={latent}; got {tuple(z.shape)}")
         batch = z.flatten(0, 1) if lead == 2 else z
-        out = self.decoder(batch, *given(fold(condition, z.shape[:lead])))
-        several = isinstance(out, tuple | list) and 2 <= len(out) <= len(ORDINALS)
-        if not isinstance(out, Tensor) and not (several and all(isinstance(t, Tensor) for t in out)):
-            many, kind = isinstance(out, tuple | list), type(out).__name__
-            came = f"a {kind} of {', '.join(type(t).__name__ for t in out)}" if many else kind
-            expected = "a tensor, or a tuple of two or three tensors such as (mean, logvar)"
-            raise TypeError(f"decoder must return {expected}; got {came}")
-        first, *others = split_recon(out)
         size = batch.shape[0]
-        if first.dim() == 0 or first.shape[0] != size:
-            raise ValueError(f"decoder must return [{size}, *event] for {size} latents; got {tuple(first.shape)}")
+        first, *others = checks.decoded(self.decoder(batch, *given(fold(condition, z.shape[:lead]))), size)
         if lead == 2:
             whole = [t.dim() == first.dim() and t.shape[0] == size for t in others]
             others = [torch.unflatten(t, 0, z.shape[:2]) if w else t for t, w in zip(others, whole, strict=True)]
@@ -248,7 +223,9 @@ class VAE(nn.Module):
         return VAEOutput(self.decode(posterior.z, condition), posterior)
 
     if TYPE_CHECKING:
-        __call__ = forward
+
+        @_typed_as(forward)
+        def __call__(self, *args: object, **kwargs: object) -> object: ...
 
     def reconstruct(
         self, x: arguments.Data, condition: Condition | None = None, *, mask: arguments.Mask | None = None
@@ -386,14 +363,14 @@ class VAE(nn.Module):
             objective.check_keep(keep)
             if eps is not None:
                 raise ValueError("eps and keep exclude each other: kept noise is drawn again from its seed; give that")
-        given: dict[str, Any] = {"condition": condition, "mask": mask, "seed": seed, "generator": generator}
+        inputs: dict[str, Any] = {"condition": condition, "mask": mask, "seed": seed, "generator": generator}
         if keep is None or keep == objective.num_samples:
-            recon, posterior = self(x, objective.draws, eps=eps, **given)
+            recon, posterior = self(x, objective.draws, eps=eps, **inputs)
             options: dict[str, Any] = {"likelihood": self.likelihood, "mask": mask, "reduction": reduction}
             parts = objective.parts(recon, x, posterior, **options | numbers)
         else:
             row, K = objective.estimator(**numbers), objective.num_samples
-            parts, recon = kept_parts(self, x, row, K, keep, reduction=reduction, **given)
+            parts, recon = kept_parts(self, x, row, K, keep, reduction=reduction, **inputs)
         if not torch.compiler.is_compiling():
             before = self._batches_checked
             self._batches_checked = checks.check_batch(before, x, mask, self.likelihood, recon, parts.loss)
@@ -425,7 +402,7 @@ class VAE(nn.Module):
             x: [B, *event], of a dtype that `encode` takes.
             num_samples: K.
             chunk_size: at most so many samples per datum are decoded at a time; fewer where they would leave the cache.
-                The same seed draws the same samples for any chunk_size.
+                The same seed draws the same samples for any chunk_size, but for those of a prior's own `sample`.
             proposal: "posterior" or "prior".
             condition, mask: see `VAE`. With a mask, log p is that of what it leaves of x.
             seed, generator: the noise, as in `fastelbo.rsample`.

@@ -68,28 +68,18 @@ class _Posterior(torch.autograd.Function):
         coords = _op._ppca_project(x, Q[: len(W)], b)[0]
         mean, inverse = _project(_project(coords, _project(R, S)), S.mT), _project(S, S.mT)
         ctx.save_for_backward(x, W, b, log_s2, mean, inverse)
-        ctx.set_materialize_grads(False)
         return mean, inverse, 2 * torch.log(torch.diagonal(R).abs()).sum()
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, of_mean: Tensor | None, of_inverse: Tensor | None, of_log_det: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_mean: Tensor, of_inverse: Tensor, of_log_det: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, W, b, log_s2, mean, inverse = ctx.saved_tensors
-        of_G = torch.zeros_like(inverse)
-        if of_log_det is not None:
-            of_G = of_G + of_log_det * inverse
-        if of_inverse is not None:
-            of_G = of_G - product(product(inverse, of_inverse), inverse)
-        grad_W, of_s2 = product(W, of_G + of_G.mT), torch.diagonal(of_G).sum()
-        grad_x = grad_b = None
-        if of_mean is not None:
-            u = product(of_mean, inverse)
-            rest = reference.read_data(x, torch.float64) - b - product(mean, W.mT)
-            grad_W = grad_W + product(rest.mT, u) - product(W, product(u.mT, mean))
-            of_s2 = of_s2 - ordered_sum(u * mean, 0, 1)
-            grad_b = -product(W, ordered_sum(u, 0).unsqueeze(1)).squeeze(1)
-            grad_x = product(u, W.mT).to(x.dtype) if ctx.needs_input_grad[0] else None
+        of_G = of_log_det * inverse - product(product(inverse, of_inverse), inverse)
+        u = product(of_mean, inverse)
+        rest = reference.read_data(x, torch.float64) - b - product(mean, W.mT)
+        grad_W = product(W, of_G + of_G.mT - product(u.mT, mean)) + product(rest.mT, u)
+        grad_b = -product(W, ordered_sum(u, 0).unsqueeze(1)).squeeze(1)
+        of_s2 = torch.diagonal(of_G).sum() - ordered_sum(u * mean, 0, 1)
+        grad_x = product(u, W.mT).to(x.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, grad_W, grad_b, of_s2 * torch.exp(log_s2)
 
 
@@ -159,16 +149,14 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, of_mean: Tensor | None, of_inverse: Tensor | None, of_log_det: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         mean, inverse = ctx.saved_tensors
-        of_G, of_p = torch.zeros_like(inverse), None
+        of_p = torch.zeros_like(mean) if of_mean is None else (inverse * of_mean.unsqueeze(1)).sum(2)
+        of_G = -of_p.unsqueeze(2) * mean.unsqueeze(1)
         if of_log_det is not None:
             of_G = of_G + of_log_det[:, None, None] * inverse
         if of_inverse is not None:
             of_G = of_G - inverse @ of_inverse @ inverse
-        if of_mean is not None:
-            of_p = (inverse * of_mean.unsqueeze(1)).sum(2)
-            of_G = of_G - of_p.unsqueeze(2) * mean.unsqueeze(1)
         return of_G, of_p
 
 

@@ -143,13 +143,11 @@ def _has_missing(x: Tensor, method: str, cells: int) -> bool:
             f'X must be finite{expected} for method "{method}"; "em" takes NaN for missing cells; got {got}'
         )
     if largest > math.sqrt(torch.finfo(torch.float64).max / cells) / 2:
-        raise ValueError(
-            f"X must have squares in the range of float64; its largest value is {largest:.1e}: scale the data"
-        )
+        raise ValueError(f"X must have squares in the range of float64; its largest is {largest:.1e}: scale the data")
     return missing
 
 
-class Data:
+class Dataset:
     """The rows that a model is fitted to: batches, read as often as a method needs, of one process or of several.
 
     Attributes, of all processes together, once the first pass has ended:
@@ -169,8 +167,8 @@ class Data:
         """The rows in pieces that are small in float64, checked.
 
         Raises:
-            ValueError, in every process: rows that the method does not take; processes that differ in columns or in
-                components; as many components as columns.
+            ValueError, in every process: rows that the method does not take; fewer than 2; processes that differ in
+                columns; as many components as columns.
         """
         D, N, total, missing, double = None, 0, 0.0, False, False
         self.device = self.processes.device
@@ -185,11 +183,12 @@ class Data:
                     missing |= _has_missing(piece, self.method, x.numel())
                     yield piece, w
         self.D = self.processes.agree("the number of columns of X", D) or 0
-        if not self.D:
-            raise ValueError("X must hold at least 2 rows; got none")
-        check_components(self.n_components, self.D)
         rows, totals, gaps, doubles = zip(*self.processes.gather((N, total, missing, double)), strict=True)
-        self.N, self._mean_weight = sum(rows), sum(totals) / max(1, sum(rows))
+        self.N = sum(rows)
+        if self.N < 2:
+            raise ValueError(f"X must hold at least 2 rows; got {self.N or 'none'}")
+        check_components(self.n_components, self.D)
+        self._mean_weight = sum(totals) / self.N
         self.missing, self.dtype = any(gaps), torch.float64 if any(doubles) else torch.float32
 
     def pieces(self) -> Iterator[Batch]:

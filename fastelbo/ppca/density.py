@@ -48,10 +48,8 @@ def ppca_log_prob(x: Data, W: Floats, b: Floats, log_sigma2: Floats, *, observed
     if not torch.compiler.is_compiling():
         check(_op.ppca_log_prob.default, (x, W, b, log_sigma2))
     if observed.dtype != torch.bool or observed.shape != x.shape:
-        raise ValueError(
-            f"observed must be a bool tensor of the shape {tuple(x.shape)} of x; "
-            f"got {observed.dtype} {tuple(observed.shape)}"
-        )
+        got = f"{observed.dtype} {tuple(observed.shape)}"
+        raise ValueError(f"observed must be a bool tensor of the shape {tuple(x.shape)} of x; got {got}")
     return missing.posteriors(x, W, b, log_sigma2, observed).log_prob.to(compute_dtype(W))
 
 

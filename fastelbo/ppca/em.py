@@ -11,33 +11,33 @@ from fastelbo import reference
 from fastelbo._internal.ops import call
 from fastelbo._internal.progress import progress
 from fastelbo.ppca import missing
-from fastelbo.ppca.data import Data
+from fastelbo.ppca.data import Dataset
 from fastelbo.ppca.moments import column_moments
-from fastelbo.ppca.result import Fit, FitReport, Parameters, Step, best_of_subspace, canonical, check_rank
+from fastelbo.ppca.result import FitReport, Found, Parameters, Step, best_of_subspace, canonical, check_rank
 
 EPS = torch.finfo(torch.float64).eps
 _op = torch.ops.fastelbo
 
 
-def em(rows: Data, min_sigma2: float, max_iter: int, tol: float, generator: Generator | None) -> Fit:
+def em(dataset: Dataset, min_sigma2: float, max_iter: int, tol: float, generator: Generator | None) -> Found:
     """The maximum by steps of O(N D M); with missing cells O(N D M^2).
 
     It ends when less than `tol` nats per row seem left to gain. log p(x) never falls from one step to the next but by
     rounding; should it, the step before is the result, and the report says that it did not converge.
     """
-    b, variance = column_moments(rows)
-    N, D, M = rows.N, rows.D, rows.n_components
+    b, variance = column_moments(dataset)
+    N, D, M = dataset.N, dataset.D, dataset.n_components
     check_rank(M + 1 if float(variance) > 0 else 0, N, M)  # no more is known of the rank before the fit
     device = "cpu" if generator is None else generator.device  # not torch's default device
-    columns = M if rows.missing else min(3 * M, D)
+    columns = M if dataset.missing else min(3 * M, D)
     W = torch.randn(D, columns, dtype=torch.float64, device=device, generator=generator)
     W = W.to(b.device) * torch.sqrt(variance / (2 * M))
-    rows.processes.broadcast(W, b, variance)
-    if rows.missing:
+    dataset.processes.broadcast(W, b, variance)
+    if dataset.missing:
         start = Parameters(W, b, torch.log(variance / 2))
-        steps = missing.steps(rows, start, min_sigma2, torch.log(variance) + math.log(D * EPS))
+        steps = missing.steps(dataset, start, min_sigma2, torch.log(variance) + math.log(D * EPS))
     else:
-        steps = complete_steps(rows, W, b, min_sigma2)
+        steps = complete_steps(dataset, W, b, min_sigma2)
     history: list[float] = []
     converged = False
     for value, found in progress(islice(steps, max_iter + 1), "EM", "step", max_iter + 1):
@@ -63,7 +63,7 @@ def _is_settled(history: list[float], tol: float) -> bool:
     return ratio < 1 and gains[2] * ratio / (1 - ratio) < tol
 
 
-def complete_steps(rows: Data, W: Tensor, b: Tensor, min_sigma2: float) -> Iterator[Step]:
+def complete_steps(dataset: Dataset, W: Tensor, b: Tensor, min_sigma2: float) -> Iterator[Step]:
     """Of complete rows, the best parameters of the subspaces that steps reach.
 
     The M step of EM turns span W into span S W, S the covariance of the data. Given the span, the scale of W and s2 are
@@ -73,10 +73,10 @@ def complete_steps(rows: Data, W: Tensor, b: Tensor, min_sigma2: float) -> Itera
 
     Reference: Tipping & Bishop 1999, app. B; parameter expansion: Liu, Rubin & Wu 1998; Knyazev 2001.
     """
-    N, D, M = rows.N, rows.D, rows.n_components
+    N, D, M = dataset.N, dataset.D, dataset.n_components
     while True:
         basis, _, _ = call(_op._ppca_factor.default, reference.ppca_factor, W, W.new_zeros(()))
-        cross, second, rest = _sums(rows, basis, b)
+        cross, second, rest = _sums(dataset, basis, b)
         second = second / N
         vectors = torch.linalg.eigh(second)[1].flip(1)
         # not eigh's values, whose errors are those of the largest: near the end, the rest of the span holds little
@@ -91,17 +91,17 @@ def complete_steps(rows: Data, W: Tensor, b: Tensor, min_sigma2: float) -> Itera
         W = torch.cat([U, cross @ vectors, basis[:, M:] @ vectors[M:]], 1)
 
 
-def _sums(rows: Data, basis: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(dataset: Dataset, basis: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted sums of e c', c c' and |e|^2, where c = basis'(x - b) and e = x - b - basis c.
 
     basis [D, L] has orthonormal columns. Three passes over each piece of the data, in its own dtype.
     """
     cross, second, rest = torch.zeros_like(basis), basis.new_zeros(basis.shape[1], basis.shape[1]), basis.new_zeros(())
-    for x, w in rows.pieces():
+    for x, w in dataset.pieces():
         coords, square = call(_op._ppca_project.default, reference.ppca_project, x, basis, b)
         rest += w @ call(_op._ppca_rest.default, reference.ppca_rest, x, basis, b, coords, square)
         inputs = x, basis, b, coords, coords, w, [False, True, False]
         cross += call(_op._ppca_residual.default, reference.ppca_residual, *inputs)[1]  # type: ignore[arg-type]
         second += (coords * w[:, None]).mT @ coords
-    rows.processes.sum(cross, second, rest)
+    dataset.processes.sum(cross, second, rest)
     return cross, second, rest

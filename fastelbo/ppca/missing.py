@@ -14,7 +14,7 @@ from fastelbo._internal import ordered
 from fastelbo._internal.ordered import ordered_sum
 from fastelbo.likelihoods import LOG_2PI
 from fastelbo.ppca.algebra import grams, pairs, product, solution
-from fastelbo.ppca.data import Data
+from fastelbo.ppca.data import Dataset
 from fastelbo.ppca.result import Parameters, Step, check_rank
 from fastelbo.reference import read_data
 
@@ -47,7 +47,7 @@ def posteriors(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor, observed: Te
     return RowPosteriors(mean, inverse, -0.5 * (count * LOG_2PI + log_det + distance), r)
 
 
-def steps(rows: Data, start: Parameters, min_sigma2: float, least: Tensor) -> Iterator[Step]:
+def steps(dataset: Dataset, start: Parameters, min_sigma2: float, least: Tensor) -> Iterator[Step]:
     """Two steps of parameter-expanded EM, and an extrapolation of them wherever log p(x) does not fall by it.
 
     Where log s2 falls to `least`, the likelihood has no maximum.
@@ -64,21 +64,21 @@ def steps(rows: Data, start: Parameters, min_sigma2: float, least: Tensor) -> It
 
     first = torch.cat([t.flatten() for t in start])
     first[-1].clamp_(floor)
-    value, second = _step(rows, first, D, floor)
+    value, second = _step(dataset, first, D, floor)
     while True:
         yield value, _split(first, D)
         if not min(first[-1], second[-1]) > least:  # NaN too
-            check_rank(M, rows.N, M)
-        middle, third = _step(rows, second, D, floor)
+            check_rank(M, dataset.N, M)
+        middle, third = _step(dataset, second, D, floor)
         r = second - first
         v = third - second - r
         far = max(length(r) / max(length(v), 1e-300), 1.0)
         first = first + 2 * far * r + far**2 * v
         first[-1].clamp_(floor)
-        value, second = _step(rows, first, D, floor)
+        value, second = _step(dataset, first, D, floor)
         if not value >= middle:
             first = third
-            value, second = _step(rows, third, D, floor)
+            value, second = _step(dataset, third, D, floor)
 
 
 def _split(vector: Tensor, D: int) -> Parameters:
@@ -87,7 +87,7 @@ def _split(vector: Tensor, D: int) -> Parameters:
     return Parameters(W.view(D, -1), b, log_sigma2[0])
 
 
-def _step(rows: Data, parameters: Tensor, D: int, floor: float) -> tuple[float, Tensor]:
+def _step(dataset: Dataset, parameters: Tensor, D: int, floor: float) -> tuple[float, Tensor]:
     """Mean log p(x) of the parameters, in one vector, and the next ones.
 
     The M step is that for z ~ N(mu, K); the same model with N(0, I) is returned. Each column d has normal equations of
@@ -102,7 +102,7 @@ def _step(rows: Data, parameters: Tensor, D: int, floor: float) -> tuple[float, 
     of_z = W.new_zeros(len(i))  # sum over n that have any cell of E[(z, 1) (z, 1)']
     log_prob, cells = torch.zeros(2, dtype=W.dtype, device=W.device)
     size = max(16, (1 << 21) // (M * M))
-    for piece, weights in rows.pieces():
+    for piece, weights in dataset.pieces():
         for x, w in zip(piece.split(size), weights.split(size), strict=True):
             observed = ~x.isnan()
             found = posteriors(x, W, b, log_s2, observed)
@@ -117,7 +117,7 @@ def _step(rows: Data, parameters: Tensor, D: int, floor: float) -> tuple[float, 
             squares += w @ found.centered.square()
             log_prob += w @ found.log_prob
             cells += share.sum()
-    rows.processes.sum(A, S, squares, of_z, log_prob, cells)
+    dataset.processes.sum(A, S, squares, of_z, log_prob, cells)
     coefficients = torch.linalg.solve(A[:, where], S)
     moments = of_z[where] / of_z[-1]
     mu = moments[:-1, -1]
@@ -125,4 +125,4 @@ def _step(rows: Data, parameters: Tensor, D: int, floor: float) -> tuple[float, 
     W, shift = coefficients.split([M, 1], 1)
     next_s2 = (squares - (coefficients * S).sum(1)).sum() / cells
     new = (W @ K).flatten(), b + shift[:, 0] + W @ mu, torch.log(next_s2).clamp_min(floor).reshape(1)
-    return float(log_prob) / rows.N, torch.cat(new)
+    return float(log_prob) / dataset.N, torch.cat(new)

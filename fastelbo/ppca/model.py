@@ -207,8 +207,6 @@ class PPCA(nn.Module):
     def impute(self, x: _Array) -> _Array:
         """x [N, D] with every NaN replaced by its expectation given the row's other cells. Raises as `log_prob`."""
         x_, parameters = self._data(x)
-        if not x_.is_floating_point():
-            return x
         mean = density.decode(density.posterior(x_, parameters)[0], parameters)
         return self._as(x, torch.where(x_.isnan(), mean.to(x_.dtype), x_))
 
@@ -305,13 +303,13 @@ class PPCA(nn.Module):
 
         Reference: Tipping & Bishop 1999, sec. 3.2, app. B.
         """
-        rows = data.Data(X, sample_weight, method, self.n_components, Processes(group))
+        dataset = data.Dataset(X, sample_weight, method, self.n_components, Processes(group))
         if method == "eig":
-            parameters, self.fit_report = eig(rows, min_sigma2)
+            parameters, self.fit_report = eig(dataset, min_sigma2)
         else:
-            parameters, self.fit_report = em(rows, min_sigma2, max_iter, tol, generator)
-        rows.processes.broadcast(*parameters)
-        self._set(parameters.to(rows.dtype))
+            parameters, self.fit_report = em(dataset, min_sigma2, max_iter, tol, generator)
+        dataset.processes.broadcast(*parameters)
+        self._set(parameters.to(dataset.dtype))
         if not self.fit_report.converged:
             warnings.warn(advice(self), RuntimeWarning, stacklevel=4)  # beyond the frames of the two decorators
         return self
@@ -324,10 +322,10 @@ class PPCA(nn.Module):
 def advice(model: PPCA) -> str:
     """What to do about a fit that did not converge."""
     assert model.fit_report is not None and model.log_sigma2 is not None
-    history, s2 = model.fit_report.log_likelihood, math.exp(model.log_sigma2.item())
+    M, history, s2 = model.n_components, model.fit_report.log_likelihood, math.exp(model.log_sigma2.item())
     rose = f": log p(x) rose by {history[-1] - history[-2]:.1e} nats per row in the last one" if history[1:] else ""
     return (
-        f"EM did not converge in {len(history) - 1} steps{rose}. Raise max_iter or tol. If cells are missing, first try "
-        f"fewer components than {model.n_components}, or a floor of sigma2, here {s2:.2g}: too many components fit noise, "
-        "and log p(x) of held-out rows is then lower. If the scales of the columns differ, standardize the columns"
+        f"EM did not converge in {len(history) - 1} steps{rose}. Raise max_iter or tol. If cells are missing, first "
+        f"try fewer components than {M}, or a floor of sigma2, here {s2:.2g}: too many components fit noise, and "
+        "log p(x) of held-out rows is then lower. If the scales of the columns differ, standardize the columns"
     )

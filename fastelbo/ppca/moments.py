@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastelbo._internal.process_groups import Processes
-from fastelbo.ppca.data import Data
+from fastelbo.ppca.data import Dataset
 from fastelbo.reference import read_data
 
 
@@ -49,31 +49,38 @@ class Moments:
         processes.sum(self.covariance)
 
 
-def column_moments(rows: Data) -> tuple[Tensor, Tensor]:
+def column_moments(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Of observed cells, in a first pass: the mean of every column [D], and the mean of their variances [].
 
     Raises:
-        ValueError: as `Data.first_pass`; a column without an observed cell.
+        ValueError: as `Dataset.first_pass`; a column without an observed cell.
     """
-
-    def share(part: Tensor, whole: Tensor) -> Tensor:
-        return torch.where(whole > 0, part / whole, 0.0)
-
-    count = mean = variance = torch.zeros((), dtype=torch.float64, device="cpu")
-    for x, weight in rows.first_pass():
-        cells = ~x.isnan() * weight[:, None]
-        r, n = torch.nan_to_num(read_data(x, torch.float64)), cells.sum(0)
-        new_mean, total = (r * share(cells, n)).sum(0), count + n
-        old, new, delta = share(count, total), share(n, total), new_mean - mean
-        spread = ((r - new_mean).square_() * share(cells, total)).sum(0)
-        count, mean, variance = total, mean + delta * new, old * variance + spread + old * new * delta.square()
-    ours, mean, variance = (t.to(rows.device).expand(rows.D) for t in (count, mean, variance))
-    count = ours.clone()
-    rows.processes.sum(count)
-    if rows.N and (never := torch.nonzero(count == 0).flatten().tolist()):
+    before: list[Tensor] = []
+    for x, weight in dataset.first_pass():
+        r, cells = read_data(x, torch.float64), weight[:, None]  # [n, 1] of complete rows, which takes less time
+        if bool(x.isnan().any()):
+            r, cells = torch.nan_to_num(r), ~x.isnan() * cells
+        count = cells.sum(0)
+        share = _share(cells, count)
+        mean = (r * share).sum(0)
+        variance = ((r - mean).square_() * share).sum(0)
+        before = [_pooled([*before, torch.stack([count.expand_as(mean), mean, variance])])]
+    parts = dataset.processes.gather([part.cpu() for part in before])
+    count, mean, variance = _pooled([part.to(dataset.device) for process in parts for part in process])
+    if (never := torch.nonzero(count == 0).flatten().tolist()) != []:
         raise ValueError(f"X must have an observed cell in every column; none in {', '.join(map(str, never))}")
-    center = share(ours, count) * mean
-    rows.processes.sum(center)
-    variance = share(ours, count) * (variance + (mean - center).square())
-    rows.processes.sum(variance)
-    return center, (count / count.sum()) @ variance
+    return mean, (count / count.sum()) @ variance
+
+
+def _pooled(parts: list[Tensor]) -> Tensor:
+    """Sum of the weights, mean and variance [3, D] of the cells of all parts, of which each has the same."""
+    count, mean, variance = torch.stack(parts, 1)
+    total = count.sum(0)
+    share = _share(count, total)
+    center = (share * mean).sum(0)
+    return torch.stack([total, center, (share * (variance + (mean - center).square())).sum(0)])
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, 0 of nothing"""
+    return torch.where(whole > 0, part / whole, 0.0)

@@ -35,8 +35,10 @@ class FitReport(NamedTuple):
     log_likelihood: tuple[float, ...]
 
 
-Step = tuple[float, Parameters]  # the mean of log p(x) per row, and the parameters that have it
-Fit = tuple[Parameters, FitReport]  # float64; W with orthogonal columns, longest first, the largest entry of each > 0
+Step = tuple[float, Parameters]  # mean log p(x) per row, and the parameters that have it
+
+
+Found = tuple[Parameters, FitReport]  # float64; W with orthogonal columns, longest first, the largest entry of each > 0
 
 
 class RankError(ValueError):
@@ -51,8 +53,6 @@ def check_components(n_components: int, D: int) -> None:
 
 def check_rank(rank: int, N: int, n_components: int) -> None:
     """ValueError unless N centered rows of this rank have a direction of their own for the noise."""
-    if N < 2:
-        raise ValueError(f"X must hold at least 2 rows; got {N}")
     if rank <= n_components:
         raise RankError(
             f"n_components must be less than the rank {rank} of the centered data [{N} rows]; got {n_components}: "

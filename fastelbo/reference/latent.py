@@ -53,7 +53,8 @@ def gaussian_kl(
     terms = kl_terms(mu, logvar, prior_mu, prior_logvar)
     if free_bits is not None:
         floor = free_bits.to(terms.dtype)
-        terms = torch.where(terms.detach().mean(0) < floor, floor, terms)  # NaN is not below the floor
+        below = terms.detach().mean(0) < floor  # NaN is not below the floor, but a floor of NaN is seen
+        terms = torch.where(below | floor.isnan(), floor, terms)
     return sum_from(terms, 1)
 
 

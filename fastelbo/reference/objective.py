@@ -50,8 +50,10 @@ def elbo_loss(
     # a weight of 0 leaves nothing of an infinite KL, nor a gradient: 0 times infinity is NaN, so the latents are
     # replaced before the maths
     lost = ((weight == 0) & kl.isinf()).reshape(kl.shape + (1,) * (mu.dim() - 1))
-    latents = [None if t is None else torch.where(lost, 0.0, t.to(kl.dtype)) for t in (mu, logvar, prior_mu, prior_logvar)]
-    penalty = gaussian_kl(*latents, free_bits)  # type: ignore[arg-type]
+    latents = [
+        None if t is None else torch.where(lost, 0.0, t.to(kl.dtype)) for t in (mu, logvar, prior_mu, prior_logvar)
+    ]
+    penalty = gaussian_kl(*latents, free_bits)  # type: ignore[arg-type, call-arg]
     fit = log_likelihood.mean(0) if log_likelihood.dim() == 2 else log_likelihood
     return reduce(weight * penalty - fit, reduction), log_likelihood, kl
 

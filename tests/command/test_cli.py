@@ -350,7 +350,7 @@ def test_iwae_trains_and_reports_its_bound(tmp_path, capsys):
         assert row["held_out_bound"] > row["held_out_elbo"]
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", "bernoulli_probs", "gaussian", "laplace"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "bernoulli_probs", "gaussian", "laplace", "student_t"])
 def test_array_files(tmp_path, likelihood):
     x = (255 * torch.rand(40, 3, 5, generator=torch.Generator().manual_seed(0))).byte().numpy()
     np.savez(tmp_path / "x.npz", x=x, y=np.arange(40) % 3)

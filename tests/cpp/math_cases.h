@@ -215,10 +215,10 @@ void math_of(Checks& c, const char* type) {
   for (const T t : {T(0), T(1e-4), T(-1e-4), T(1e-20), T(-30), T(5)}) {
     c.expect(expm1_of(t, exp_full(t)).remainder >= 0, "KL is never negative", double(t), 0);
   }
-  const Terms<T> sure = evaluate<Bernoulli>(T(1e4), T(0), T(0), T(1)),
-                 wrong = evaluate<Bernoulli>(T(-1e4), T(0), T(0), T(1));
-  c.expect(sure.value == 0 && sure.d_first == 0, "Bernoulli at logit 1e4, x = 1", double(sure.value), 0);
-  c.expect(wrong.value == T(-1e4) && wrong.d_first == 1, "Bernoulli at logit -1e4, x = 1", double(wrong.value), 0);
+  const Terms<T> sure = evaluate<Bernoulli>(Element<T>{{T(1e4)}, T(1)}),
+                 wrong = evaluate<Bernoulli>(Element<T>{{T(-1e4)}, T(1)});
+  c.expect(sure.value == 0 && sure.d.first == 0, "Bernoulli at logit 1e4, x = 1", double(sure.value), 0);
+  c.expect(wrong.value == T(-1e4) && wrong.d.first == 1, "Bernoulli at logit -1e4, x = 1", double(wrong.value), 0);
 }
 
 inline void philox_cases(Checks& c) {

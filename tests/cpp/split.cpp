@@ -151,11 +151,12 @@ void log_prob(Checks& c, const KernelTable& t, const Shape& s, bool is_double, i
       p.fit = rows(m, s, count, is_double, turn);
       p.fit.chunk = 1;
       for (SharedGrad& g : p.fit.shared_grad) g = {};
-      p.estimator = {0.3, 0.5, 1, 0, 1, -1};
+      p.estimator = {{0.3}, {0.5}, 1, 0, 1, -1};
       p.log_ratio = m.rows(is_double, K, B);
       const DType type = is_double ? DType::f64 : DType::f32;
       p.weights = m.output(K * B), p.bound = m.output(B), p.log_p = m.make(true, type, K * B);
       p.row_factor = m.make(true, type, K * B), p.gates = m.make(true, type, 2 * K * B);
+      if (turn % 2) p.slopes = m.output(2 * B);
       m.compare(c, t.multi_sample[i][count - 1][is_double], p, B, "bounds");
     }
   }
@@ -189,7 +190,7 @@ void latent(Checks& c, const KernelTable& t, const Shape& s, bool is_double, int
     p.grad = latent_grads(m, s, is_double, turn);
     p.factor = m.rows(is_double, 1, B);
     p.kl = m.output(B);
-    if (turn % 3 == 0) p.dim_means = m.input(D), p.free_bits = 0.5, p.floored_kl = m.output(B);
+    if (turn % 3 == 0) p.dim_means = m.input(D), p.free_bits = {0.5}, p.floored_kl = m.output(B);
     m.compare(c, t.kl[is_double], p, row_blocks(B, D), "kl");
   }
   {
@@ -206,7 +207,7 @@ void latent(Checks& c, const KernelTable& t, const Shape& s, bool is_double, int
     p.K = K, p.seed = &kSeed, p.first_sample = turn;
     if (turn % 4 == 0) p.eps = m.view(false, type, K, B, D, layout);
     p.z = m.view(true, type, K, B, D, layout);
-    p.log_ratio = m.output(K * B);
+    p.log_ratio = m.output(K * B), p.log_q = m.output(K * B);
     m.compare(c, t.sample[is_double], p, row_blocks(B, D) * sample_blocks(K), "samples");
   }
   {
@@ -218,6 +219,7 @@ void latent(Checks& c, const KernelTable& t, const Shape& s, bool is_double, int
     if (turn % 4 == 0) p.eps = m.view(false, type, K, B, D, layout), p.grad_eps = m.view(true, type, K, B, D, layout);
     if (turn % 5) p.grad_z = m.view(false, type, K, B, D, layout);
     if (turn % 3) p.grad_log_ratio = m.rows(is_double, K, B);
+    if (turn % 4 == 3) p.grad_log_q = m.rows(is_double, K, B);
     if (turn % 3 == 1) p.gate_path = m.rows(is_double, K, B), p.gate_score = m.rows(is_double, K, B);
     if (turn % 2) p.grad_kl = m.rows(is_double, 1, B);
     m.compare(c, t.sample_backward[is_double], p, row_blocks(B, D), "gradients of samples");
@@ -234,23 +236,25 @@ void latent(Checks& c, const KernelTable& t, const Shape& s, bool is_double, int
   if (n == 0) return;
   {
     Memory m;
-    KeptParams p;
+    SampleParams p;
     p.q = latents(m, s, is_double, turn);
     p.n = n, p.sample = sample.data(), p.datum = datum.data(), p.seed = &kSeed;
     p.z = m.view(true, type, 1, n, D, layout);
-    p.log_ratio = m.output(n);
-    m.compare(c, t.sample_kept[is_double], p, n, "kept samples");
+    p.log_ratio = m.output(n), p.log_q = m.output(n);
+    m.compare(c, t.sample[is_double], p, n, "chosen samples");
   }
   {
     Memory m;
-    KeptBackwardParams p;
+    SampleBackwardParams p;
     p.q = latents(m, s, is_double, turn);
     p.grad = latent_grads(m, s, is_double, turn);
     p.sample = sample.data(), p.order = order.data(), p.starts = starts.data(), p.seed = &kSeed;
     if (turn % 5) p.grad_z = m.view(false, type, 1, n, D, layout);
     if (turn % 3) p.grad_log_ratio = m.rows(is_double, 1, n);
+    if (turn % 4 == 3) p.grad_log_q = m.rows(is_double, 1, n);
+    if (turn % 2) p.grad_kl = m.rows(is_double, 1, B);
     if (turn % 3 == 1) p.gate_path = m.rows(is_double, 1, n), p.gate_score = m.rows(is_double, 1, n);
-    m.compare(c, t.sample_kept_backward[is_double], p, B, "gradients of kept samples");
+    m.compare(c, t.sample_backward[is_double], p, B, "gradients of chosen samples");
   }
 }
 

@@ -109,26 +109,29 @@ void samples(Checks& c, const KernelTable& t) {
     std::vector<float> mu(B * D), logvar(B * D), z(K * B * D), part(3 * B * D);
     for (auto& v : mu) v = float(uniform());
     for (auto& v : logvar) v = float(uniform() - 1);
-    std::vector<double> ratio(K * B), part_ratio(3 * B);
+    std::vector<double> ratio(K * B), log_q(K * B), part_ratio(3 * B), part_log_q(3 * B);
     SampleParams p;
     const int64_t seed = 99;
     p.K = K, p.q.B = B, p.q.D = D, p.seed = &seed;
     p.q.mu = view(mu.data(), DType::f32, 0, D, D), p.q.logvar = view(logvar.data(), DType::f32, 0, D, D);
-    p.z = view(z.data(), DType::f32, B * D, D, D), p.log_ratio = ratio.data();
+    p.z = view(z.data(), DType::f32, B * D, D, D), p.log_ratio = ratio.data(), p.log_q = log_q.data();
     t.sample[0](p, 0, blocks);
-    double worst = 0;
+    double worst = 0, worst_log_q = 0;
     for (int64_t row = 0; row < K * B; ++row) {
-      long double sum = 0, size = 1;
+      long double sum = 0, size = 1, density = 0;
       for (int64_t d = 0; d < D; ++d) {
         const long double lv = logvar[row % B * D + d], zi = z[row * D + d];
         const long double e = (zi - mu[row % B * D + d]) / expl(lv / 2);
         sum += (e * e - zi * zi + lv) / 2, size += e * e + zi * zi;
+        density -= (e * e + lv + logl(2 * M_PIl)) / 2;
       }
+      worst_log_q = std::fmax(worst_log_q, double(fabsl(log_q[row] - density) / size));
       worst = std::fmax(worst, double(fabsl(ratio[row] - sum) / size));
     }
     c.at_most(worst, 3e-6, "log ratio of the samples that came");
+    c.at_most(worst_log_q, 3e-6, "log density of the samples that came");
     p.K = 3, p.first_sample = 65;
-    p.z = view(part.data(), DType::f32, B * D, D, D), p.log_ratio = part_ratio.data();
+    p.z = view(part.data(), DType::f32, B * D, D, D), p.log_ratio = part_ratio.data(), p.log_q = part_log_q.data();
     t.sample[0](p, 0, row_blocks(B, D) * sample_blocks(3));
     c.expect(std::memcmp(part.data(), z.data() + 65 * B * D, part.size() * 4) == 0, "samples by chunk", double(D), 0);
   }
@@ -186,7 +189,7 @@ void multi_sample(Checks& c, const KernelTable& t, int64_t D) {
   p.fit.K = K, p.fit.B = B, p.fit.D = D;
   p.fit.parameter[0] = view(l.data(), DType::f32, B * D, D, D), p.fit.x = view(x.data(), DType::f32, 0, D, D);
   p.fit.grad[0] = view(grad.data(), DType::f32, B * D, D, D);
-  p.estimator = {0, 0, 1, 0, 1, 0};
+  p.estimator = {{0}, {0}, 1, 0, 1, 0};
   p.log_ratio = {ratio.data(), 0, B, 1};
   p.datum_weight = 1.0 / B;
   p.weights = weights.data(), p.bound = bound.data();

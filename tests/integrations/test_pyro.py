@@ -52,6 +52,7 @@ OBSERVED: dict[str, tuple[Observed, Observed, int]] = {
     "bernoulli": (fd.Bernoulli, lambda logits: dist.Bernoulli(logits=logits, validate_args=False), 1),
     "gaussian": (fd.Gaussian, lambda m, lv: dist.Normal(m, torch.exp(0.5 * lv)), 2),
     "laplace": (fd.Laplace, lambda m, s: dist.Laplace(m, torch.exp(s)), 2),
+    "student_t": (fd.StudentT, lambda m, s, r: dist.StudentT(torch.exp(r), m, torch.exp(s)), 3),
     "poisson": (fd.Poisson, lambda log_rate: dist.Poisson(torch.exp(log_rate)), 1),
     "nb": (fd.NegativeBinomial, lambda m, th: dist.NegativeBinomial(torch.exp(th), logits=m - th), 2),
     "zinb": (
@@ -106,7 +107,7 @@ class PyroVAE(nn.Module):
 
 def data(likelihood: str) -> Tensor:
     x = torch.rand(B, D, dtype=torch.float64)
-    return x if likelihood in ("bernoulli", "gaussian", "laplace") else torch.floor(4 * x)
+    return x if likelihood in ("bernoulli", "gaussian", "laplace", "student_t") else torch.floor(4 * x)
 
 
 def by_pyro(vae: PyroVAE, elbo: pyro.infer.elbo.ELBO, x: Tensor, *, ours: bool) -> tuple[float, dict[str, Tensor]]:
@@ -178,7 +179,7 @@ def test_elbo_loss_is_trace_mean_field_elbo(likelihood, num_samples, ours):
     vae, x = PyroVAE(likelihood), data(likelihood)
 
     def loss(recon, x, q):
-        prior = {"prior_mu": q.prior_mu, "prior_logvar": q.prior_logvar}
+        prior = q.prior_options
         return fastelbo.elbo_loss(recon, x, q.mu, q.logvar, **prior, likelihood=likelihood, reduction="sum")
 
     elbo = TraceMeanField_ELBO(

@@ -256,7 +256,7 @@ def test_the_rows_are_those_of_all_samples(dtype, latent, seed):
     rows = fastelbo.rsample(mu, logvar, kept=chosen, prior_mu=p_mu, prior_logvar=p_logvar, seed=seed)
     at = chosen.sample, chosen.datum
     assert torch.equal(rows.z, whole.z[at]) and torch.equal(rows.log_ratio, whole.log_ratio[at])
-    assert torch.equal(rows.kl, fastelbo.gaussian_kl(mu, logvar, p_mu, p_logvar))
+    assert torch.equal(rows.kl, whole.kl)
     assert rows.gates.shape == (2, 3 * B) and not rows.gates.any()
 
 
@@ -418,11 +418,10 @@ def at_u(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     keep_samples = kept.keep_samples
 
     def choose(u: float) -> None:
-        monkeypatch.setattr(
-            kept,
-            "keep_samples",
-            lambda log_w, keep, *, weights, generator: keep_samples(log_w, keep, weights=weights, u=u),
-        )
+        def at(log_w: Tensor, keep: int, *, weights: Tensor, generator: None) -> Kept:
+            return keep_samples(log_w, keep, weights=weights, u=u)
+
+        monkeypatch.setattr(kept, "keep_samples", at)
 
     return choose
 
@@ -666,6 +665,10 @@ def test_what_differs_in_no_run_is_taken():
         ({"num_samples": 8, "eps": torch.zeros(8, B, M)}, "eps and keep exclude each other"),
         ({"num_samples": 8, "keep": "auto"}, "keep must be an int; got str"),
         ({"num_samples": 8, "keep": 0}, "keep must be at least 1; got 0"),
+        (
+            {"num_samples": 8, "objective": "vr", "alpha": torch.tensor(0.5, requires_grad=True)},
+            "keep takes no learned number: the weights have no graph",
+        ),
         ({"num_samples": 8, "objective": "miwae", "groups": 3}, "groups must divide the number of samples K=8"),
     ],
 )

@@ -203,7 +203,7 @@ def test_equals_multi_sample_loss(case, reduction, plain):
     leaves = [t.requires_grad_() for t in (torch.randn(B, M), torch.randn(B, M), torch.randn(K, B, D))]
     x, eps = torch.rand(B, D), torch.randn(K, B, M)
     upstream = torch.randn((B,) if reduction == "none" else ())
-    options = {"estimator": name, "reduction": reduction, "return_parts": True, **options}
+    options = {"estimator": name, "reduction": reduction, **options}
 
     def run(function) -> list[Tensor]:
         posterior = rsample(leaves[0], leaves[1], K, eps=eps, prior_mu=torch.ones(M))
@@ -216,10 +216,10 @@ def test_equals_multi_sample_loss(case, reduction, plain):
         log_p = fastelbo.log_prob(recon, x)
         if plain:
             with fastelbo.reference_mode():
-                return bound_loss(log_p, [posterior], **options)
-        return bound_loss(log_p, posterior, **options)
+                return bound_parts(log_p, [posterior], **options)
+        return bound_parts(log_p, posterior, **options)
 
-    theirs = run(lambda recon, posterior: fastelbo.multi_sample_loss(recon, x, posterior, **options))
+    theirs = run(lambda recon, posterior: fastelbo.multi_sample_parts(recon, x, posterior, **options))
     assert_close(run(ours), theirs, 1e-12)
 
 
@@ -326,8 +326,8 @@ def test_noise_of_every_sample_and_datum():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_samples": 5}, "num_samples must be None with batch_dims=2"),
-        ({"first_sample": 2}, "first_sample must be 0 with batch_dims=2"),
+        ({"num_samples": 5}, "num_samples must be None, .* with batch_dims=2.*; got num_samples=5"),
+        ({"first_sample": 2}, "first_sample 0 .* with batch_dims=2.*first_sample=2"),
         ({"eps": torch.zeros(B, M)}, r"eps must have the shape \(5, 4, 3\) of mu; got \(4, 3\)"),
         ({"logvar": torch.zeros(B, M)}, r"must both be \[K, B, \*latent\].*got \(5, 4, 3\) and \(4, 3\)"),
         ({"batch_dims": 3}, "batch_dims must be 1 or 2; got 3"),
@@ -358,8 +358,8 @@ def test_errors_of_bound_loss(change, message):
     posterior = rsample(torch.zeros(B, M), torch.zeros(B, M), 5)
     with pytest.raises((ValueError, TypeError), match=message):
         bound_loss(**{"log_likelihood": torch.zeros(5, B), "posterior": posterior, **change})
-    stripped = posterior._replace(gates=None)
-    with pytest.raises(ValueError, match="posterior must come from rsample for estimator 'dreg'"):
+    stripped = Posterior(*posterior)
+    with pytest.raises(ValueError, match="posterior must be what rsample returned, of K samples, for estimator 'dreg'"):
         bound_loss(torch.zeros(5, B), [posterior, stripped], estimator="dreg")
 
 

@@ -99,7 +99,7 @@ def test_keeping_samples_synchronizes_nowhere(objective):
 def test_kept_samples_out_of_range_are_nan():
     mu = torch.zeros(4, 50, device="cuda", requires_grad=True)
     index = torch.tensor([3, 4, -1, 0], device="cuda")
-    rows = fastelbo.rsample_kept(mu, mu, fastelbo.Kept(index * 0, index, index), seed=1)
+    rows = fastelbo.rsample(mu, mu, kept=fastelbo.Kept(index * 0, index, index), seed=1)
     assert rows.z.isnan().all(1).tolist() == rows.log_ratio.isnan().tolist() == [False, True, True, False]
 
 

@@ -15,8 +15,8 @@ from torch.nn.functional import logsigmoid
 
 import fastelbo
 from fastelbo import distributions as fd
+from fastelbo.distributions import base
 from fastelbo.likelihoods import LIKELIHOODS
-from fastelbo.losses import functional
 
 K, B, D = 5, 4, 3
 
@@ -89,6 +89,12 @@ CASES = {
     "laplace of unit scale": Case(fd.Laplace, lambda m: td.Laplace(m, torch.ones_like(m)), [normal], normal),
     "laplace by scale": Case(
         lambda m, s, **options: fd.Laplace(m, scale=s, **options), td.Laplace, [normal, scale], normal
+    ),
+    "student_t": Case(
+        fd.StudentT,
+        lambda m, s, r: td.StudentT(r.exp(), m, s.exp(), validate_args=False),
+        [normal, normal, lambda *shape: unit(*shape) + 1.7],
+        normal,
     ),
     "poisson": Case(fd.Poisson, lambda log_rate: td.Poisson(log_rate.exp()), [normal], counts, smooth=False),
     "nb": Case(fd.NegativeBinomial, negative_binomial, [normal, normal], counts, smooth=False),
@@ -197,7 +203,7 @@ def test_data_and_shared_parameters_are_read_once(monkeypatch):
         seen.append([tuple(t.shape) for t in (*recon, x)])
         return fastelbo.log_prob(recon, x, **options)
 
-    monkeypatch.setattr(functional, "log_prob", log_prob)
+    monkeypatch.setattr(base, "log_prob", log_prob)
     px = fd.ZeroInflatedNegativeBinomial(normal(K, B, D), normal(D), normal(1, 1, 1))
     assert px.log_prob(counts(B, D)).shape == (K, B)
     px.expand([2, K, B]).log_prob(counts(B, D))

@@ -27,14 +27,14 @@ def test_nan_is_not_below_the_floor_of_free_bits():
 
 
 def test_where_there_is_more_nan_than_in_eager():
-    """The three places that README.md names."""
+    """The three places that docs/limits.md names."""
     mean = torch.full((1, 40), torch.nan, requires_grad=True)
     value = fastelbo.log_prob(mean, torch.zeros(1, 40), likelihood="laplace")
     assert torch.autograd.grad(value, mean)[0].isnan().all()
     assert (torch.autograd.grad(mean.abs().sum(), mean)[0] == 0).all()
 
     outside, x = torch.tensor([[1.1]]), torch.tensor([[0.5]])
-    assert torch.ops.fastelbo.log_prob(outside, x, None, None, None, "bernoulli_probs").isnan().all()
+    assert torch.ops.fastelbo.log_prob([outside], x, None, "bernoulli_probs").isnan().all()
     with pytest.raises(RuntimeError, match="between 0 and 1"):
         torch.nn.functional.binary_cross_entropy(outside, x)
 
@@ -132,11 +132,10 @@ def test_gradients_of_half_precision_gates_and_ratios_fit_them(gates, ratio):
     logits, x = torch.randn(K, B, 12, requires_grad=True), torch.rand(B, 12)
     log_ratio = torch.randn(K, B).to(ratio).requires_grad_()
     opened = torch.zeros(2, K, B, dtype=gates, requires_grad=True)
-    dreg = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
 
     def loss(logits, log_ratio, opened):
         return torch.ops.fastelbo.multi_sample_loss(
-            logits, x, log_ratio, opened, None, None, None, "bernoulli", dreg, "mean"
+            [logits], x, log_ratio, opened, None, None, None, 1, [0, 1, 0], "bernoulli", "mean"
         )[0]
 
     found = torch.autograd.grad(loss(logits, log_ratio, opened), (logits, log_ratio, opened))

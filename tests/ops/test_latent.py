@@ -235,7 +235,8 @@ def test_rsample_is_plain_pytorch_on_the_same_noise():
     torch.testing.assert_close(posterior.log_ratio, (p.log_prob(z) - q.log_prob(z)).sum(-1))
     torch.testing.assert_close(posterior.kl, td.kl_divergence(q, p).sum(-1))
     assert posterior.mu is mu and posterior.logvar is logvar
-    assert posterior.prior_mu is prior_mu and posterior.prior_logvar is prior_logvar
+    assert posterior.prior[0] is prior_mu and posterior.prior[1] is prior_logvar
+    torch.testing.assert_close(posterior.log_q, q.log_prob(z).sum(-1))
 
 
 @every_prior
@@ -337,6 +338,7 @@ def test_gradient_of_the_prior_logvar_overflows_no_sooner_than_the_kl():
         ({"grad_kl": torch.zeros(3)}, "grad_kl must have the shape"),
         ({"grad_log_ratio": torch.zeros(4, 3)}, "grad_log_ratio must have the shape"),
         ({"grad_log_ratio": torch.zeros(3, 4).half()}, "grad_log_ratio must be float32"),
+        ({"grad_log_q": torch.zeros(4, 3)}, "grad_log_q must have the shape"),
         ({"grad_gates": torch.zeros(2, 4, 3)}, "grad_gates must have the shape"),
         ({"logvar": torch.zeros(4, 3)}, "logvar must have the shape"),
         ({"seed": None}, "either seed or eps"),
@@ -348,6 +350,7 @@ def test_rsample_backward_refuses(change, message):
         "grad_z": torch.zeros(3, 4, 2),
         "grad_kl": None,
         "grad_log_ratio": None,
+        "grad_log_q": None,
         "grad_gates": None,
         "mu": torch.zeros(4, 2),
         "logvar": torch.zeros(4, 2),
@@ -356,6 +359,8 @@ def test_rsample_backward_refuses(change, message):
         "prior_logvar": None,
         "seed": torch.zeros(1, dtype=torch.int64),
         "eps": None,
+        "sample": None,
+        "datum": None,
         "first_sample": 0,
         "needs": [True, True, False, False, False],
     }
@@ -367,6 +372,6 @@ def test_rsample_backward_refuses(change, message):
 def test_backwards_of_kl_and_log_mean_exp_refuse_a_gradient_of_another_shape_or_type(grad):
     t = torch.zeros(4, 2)
     with pytest.raises((ValueError, TypeError), match="grad must"):
-        torch.ops.fastelbo._gaussian_kl_backward(grad, t, t, None, None, 0.0, [True, True, False, False])
+        torch.ops.fastelbo._gaussian_kl_backward(grad, t, t, None, None, None, [True, True, False, False])
     with pytest.raises((ValueError, TypeError), match="grad must"):
         torch.ops.fastelbo._log_mean_exp_backward(grad, t, 1)

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 import fastelbo
 from fastelbo import likelihoods
 from fastelbo.losses import likelihood_mean, likelihood_sample
-from fastelbo.reference import COUNTS
+from fastelbo.reference import COUNTS, read_data
 
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=LIKELIHOOD_IDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,15 +47,18 @@ def test_rows_agree_with_the_compiled_likelihoods(name):
     """The parameters and the domain, as far as the op's own messages tell of them."""
     row, recon, op = likelihoods.get(name), torch.rand(2, 3), torch.ops.fastelbo.log_prob
     with pytest.raises(ValueError) as error:
-        op(recon, recon, None, recon, None, name)  # a third parameter without a second one
+        op([recon] * 5, recon, None, name)  # more than there may be
     expected = f"({', '.join(row.parameters)})" if len(row.parameters) > 1 else "one tensor"
     assert f"recon must be {expected}" in str(error.value)
     assert ("may be left out" in str(error.value)) == (row.fewest < len(row.parameters))
     if row.domain == "counts":
-        op(recon, torch.ones(2, 3, dtype=torch.int64), *[recon] * (row.fewest - 1), *[None] * (4 - row.fewest), name)
-    else:
-        with pytest.raises(TypeError, match=r"a float type, uint8 \(read as x / 255\) or bool"):
-            op(recon, recon.long(), None, None, None, name)
+        op([recon] * row.fewest, torch.ones(2, 3, dtype=torch.int64), None, name)
+    refused = torch.ones(2, 3, dtype=torch.bool if row.domain == "counts" else torch.int64)
+    with pytest.raises(TypeError) as by_python:
+        read_data(refused, torch.float32, row.domain)
+    with pytest.raises(TypeError) as by_op:
+        op([recon] * row.fewest, refused, None, name)
+    assert str(by_op.value).startswith(str(by_python.value))
 
 
 def test_mean_and_sample_take_the_parameters_of_the_likelihood():
@@ -380,11 +383,12 @@ def test_gradient_of_a_gaussian_scale_overflows_no_sooner_than_its_value():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"second": torch.zeros(4, 8)}, "recon must be one tensor"),
+        ({"parameters": [torch.zeros(4, 8)] * 2}, "recon must be one tensor"),
+        ({"parameters": []}, "recon must be one tensor for likelihood .*; got no tensor"),
         ({"grad": torch.zeros(5)}, "grad must have the shape"),
         ({"grad": torch.zeros(4, dtype=torch.float64)}, "grad must be float32"),
         ({"mask": torch.zeros(4, 7)}, "mask must have the shape"),
-        ({"recon": torch.zeros(4, 7)}, "recon must be"),
+        ({"parameters": [torch.zeros(4, 7)]}, "recon must be"),
         ({"likelihood": "cauchy"}, "likelihood must be one of"),
     ],
     ids=str,
@@ -392,19 +396,19 @@ def test_gradient_of_a_gaussian_scale_overflows_no_sooner_than_its_value():
 def test_log_prob_backward_refuses(change, message):
     arguments = {
         "grad": torch.zeros(4),
-        "recon": torch.zeros(4, 8),
+        "parameters": [torch.zeros(4, 8)],
         "x": torch.zeros(4, 8),
-        "second": None,
-        "third": None,
         "mask": None,
         "likelihood": "bernoulli",
-        "needs": [True, False, True, False],
+        "needs": [True, False, False, False, False],
     }
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.fastelbo._log_prob_backward(**(arguments | change))
     if not isinstance(change.get("likelihood"), str):
         with pytest.raises((ValueError, TypeError), match=message):
-            meta = {n: t.to("meta") if isinstance(t, Tensor) else t for n, t in (arguments | change).items()}
+            given = arguments | change
+            meta = {n: t.to("meta") if isinstance(t, Tensor) else t for n, t in given.items()}
+            meta["parameters"] = [t.to("meta") for t in given["parameters"]]
             torch.ops.fastelbo._log_prob_backward(**meta)
 
 

@@ -65,10 +65,16 @@ def test_the_index_says_what_this_is(site: Path) -> None:
     """It is README.md, with every page among its links, and the pictures in it."""
     index = (site / "index.html").read_text()
     assert "Fused losses for variational autoencoders" in index and "<title>README" in index
-    for page in ("README", "command", "concepts", "adapters", "kept_samples", "practice", "performance", "recipes"):
+    for page in (*build.PROSE, "command", "recipes"):
         assert f'<li><a href="{page}.html">' in index, page
-    assert '<a href="recipes.html#vampprior">' in index and '<a href="CONTRIBUTING' not in index
-    assert not re.findall(r'<img[^>]*src="(?!data:)', index)
+    assert '<a href="limits.html">' in index and '<a href="CONTRIBUTING' not in index
+    assert '<a href="recipes.html#vampprior">' in (site / "models.html").read_text()
+    for page in site.glob("*.html"):
+        assert not re.findall(r'<img[^>]*src="(?!data:)', page.read_text()), page
+
+
+def test_every_page_is_among_them() -> None:
+    assert {path.stem for path in build.HERE.glob("*.md")} == {*build.PROSE} - {"README"}
 
 
 def test_the_page_of_the_command_has_its_options(site: Path) -> None:
@@ -78,14 +84,16 @@ def test_the_page_of_the_command_has_its_options(site: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The code of README.md and of the pages. That of docs/adapters.md, which needs other packages, and the line on
-# scvi-tools run in tests/integrations/test_adapters_page.py.
-
-README = code_of((ROOT / "README.md").read_text())
+# The code of README.md and of the pages. That of docs/adapters.md and docs/counts.md, which need other packages, is run
+# by tests/integrations/test_adapters_page.py.
 
 
-def test_the_script_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(README[0])
+def page_code(name: str) -> list[str]:
+    return code_of(build.source(name).read_text())
+
+
+def test_the_script_runs_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(page_code("functions")[0])
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -93,30 +101,43 @@ def test_the_script_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     assert -30 < elbo < log_p + 0.2 and log_p < -20
 
 
-def test_the_snippets_of_the_readme_run() -> None:
-    x = torch.rand(40, 6)
-    encoder, decoder = torch.nn.Linear(6, 4), torch.nn.Linear(2, 6)
-    mu, logvar = encoder(x).chunk(2, 1)
+def test_the_lines_of_the_readme_give_the_same_loss() -> None:
+    x, decoder = torch.rand(40, 6), torch.nn.Linear(2, 6)
+    mu, logvar = torch.randn(40, 2), torch.randn(40, 2)
     space = {"torch": torch, "F": torch.nn.functional, "fastelbo": fastelbo, "x": x, "mu": mu, "logvar": logvar}
-    space |= {"logits": decoder(mu), "model": fastelbo.VAE(encoder, decoder)}
-    _, before, multi_sample, scvi, ppca = README
+    space["logits"] = decoder(mu)
+    (code,) = page_code("README")
+    before, after = code.split("# after")
     exec(before, space)
-    torch.testing.assert_close(fastelbo.elbo_loss(space["logits"], x, mu, logvar), space["loss"])
-    exec(multi_sample, space)
-    assert space["recon"].shape == (50, 40, 6) and space["estimate"].log_prob.shape == (40,)
-    assert "fastelbo.integrations.scvi" in scvi
-    wide, mu, logvar = torch.randn(200, 20), torch.randn(200, 16), torch.randn(200, 16)
-    space |= {"x": wide, "mu": mu, "logvar": logvar}
-    exec(ppca, space)
-    assert space["z"].shape == (200, 16) and torch.equal(space["full"], wide)
+    plain = space.pop("loss")
+    exec(f"#{after}", space)
+    torch.testing.assert_close(space["loss"], plain)
 
 
 def run_page(name: str) -> dict[str, object]:
     """What the code of a page leaves behind."""
-    space: dict[str, object] = {}
-    for block in code_of((build.HERE / f"{name}.md").read_text()):
+    space: dict[str, object] = {"__name__": "page"}
+    for block in page_code(name):
         exec(block, space)
     return space
+
+
+def test_the_code_of_the_page_on_functions_runs() -> None:
+    space = run_page("functions")
+    assert space["log_likelihood"].shape == space["kl"].shape == (297,) and space["posterior"].z.shape == (50, 297, 8)
+
+
+def test_the_code_of_the_page_on_models_runs() -> None:
+    space = run_page("models")
+    assert space["recon"].shape == (50, 16, 784) and space["estimate"].log_prob.shape == (16,)
+    assert space["objective"].num_samples == 50 and space["drawn"].shape == (4, 784)
+    assert all(p.grad.abs().max() > 0 for p in space["model"].parameters())
+
+
+def test_the_code_of_the_page_on_pca_runs() -> None:
+    space = run_page("ppca")
+    x, full, seen = space["x"], space["full"], ~space["gaps"].isnan()
+    assert space["z"].shape == (200, 16) and torch.equal(full[seen], x[seen]) and full.isfinite().all()
 
 
 def test_the_code_of_the_concepts_page_runs() -> None:
@@ -124,6 +145,7 @@ def test_the_code_of_the_concepts_page_runs() -> None:
     assert tuple(space["estimate"].log_prob.shape) == (8,) and space["total"].count == 100
     assert space["prior_mu"].grad.shape == (20,) and space["logvar_x"].grad.shape == ()
     assert space["model"].prior.mu.grad.shape == (20,) and space["bits"].shape == (8,)
+    assert space["mixture"].prior.means.grad.abs().max() > 0 and space["drawn"].shape == (4, 784)
 
 
 def test_the_code_of_the_page_on_practice_runs() -> None:

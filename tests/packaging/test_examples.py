@@ -47,7 +47,7 @@ def test_kept_samples(tmp_path, monkeypatch, capsys):
     small = {"EPOCHS": 2, "LOOKS": (1, 2), "TRAIN": 500, "HELD_OUT": 20, "LOOK_SAMPLES": 20, "FINAL_SAMPLES": 50}
     text = run_in_small("kept_samples", tmp_path, monkeypatch, capsys, **small)
     found = re.findall(r"^   (\S.*?)  +(-\d+\.\d\d) +([+-]\S+) +(\S+) +(-\S+)$", text, re.M)
-    assert [row[0] for row in found[:2]] == ["all 50 samples", "50 samples, keep=4"] and len(found) == 6
+    assert [row[0] for row in found[:2]] == ["all 50 samples", "50 samples, keep=4"] and len(found) == 5
     figures = [float(row[1]) for row in found]
     assert all(-600 < figure < -200 for figure in figures)
     for row, figure in zip(found, figures, strict=True):

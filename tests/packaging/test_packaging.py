@@ -83,7 +83,7 @@ def test_the_sdist_has_all_files(sdist: Path) -> None:
 def test_the_description_has_no_link_that_an_index_cannot_follow(wheel_metadata: email.message.Message) -> None:
     text = str(wheel_metadata.get_payload())
     assert wheel_metadata["Description-Content-Type"] == "text/markdown"
-    assert "import fastelbo" in text and "You have X, write Y has the lines" in text
+    assert "import fastelbo" in text and "You have X, write Y: a plain script" in text
     targets = re.findall(r"\]\(([^)]*)\)", text)
     assert targets and all(target.startswith(("https://", "#")) for target in targets), targets
 

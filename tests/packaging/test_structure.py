@@ -48,10 +48,7 @@ LAZY = "fastelbo.models.loading"  # imports the command, of whose runs it loads 
 
 def test_imports_have_no_circle():
     graph = {module: _imports(module) for module in MODULES if module != LAZY}
-    assert (
-        "fastelbo.reference" in graph["fastelbo.losses.functional"]
-        and "fastelbo.ppca" in graph["fastelbo.commands.cli"]
-    )
+    assert "fastelbo.reference" in graph["fastelbo.losses.elbo"] and "fastelbo.ppca" in graph["fastelbo.commands.cli"]
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
@@ -63,7 +60,8 @@ def test_the_library_imports_nothing_of_its_command():
 
 def test_likelihoods_and_reference_are_at_the_bottom():
     assert not _imports("fastelbo.likelihoods")
-    assert _imports("fastelbo.reference") == {"fastelbo.likelihoods"}
+    twins = {module for module in MODULES if f"{module}.".startswith("fastelbo.reference.")}
+    assert set().union(*map(_imports, twins)) - twins == {"fastelbo.likelihoods"}
 
 
 def test_every_package_is_installed():
@@ -97,7 +95,9 @@ def _public_functions(body: list[ast.stmt], prefix: str = "") -> list[tuple[str,
     return found
 
 
-API = ["diagnostics", "distributions", "functional", "marginal", "ppca.density", "ppca.model", "sklearn", "vae"]
+LOSSES = [f"losses.{name}" for name in ("bounds", "elbo", "kept", "likelihood", "multi_sample", "sampling")]
+MODELS = [f"models.{name}" for name in ("diagnostics", "marginal", "objective", "vae")]
+API = [*LOSSES, *MODELS, "distributions", "ppca.density", "ppca.model", "sklearn"]
 
 
 @pytest.mark.parametrize("module", ["fastelbo", *(f"fastelbo.{name}" for name in API)])

@@ -19,7 +19,7 @@ import fastelbo
 from fastelbo import PPCA
 from fastelbo._internal.process_groups import Processes
 from fastelbo.ppca import em
-from fastelbo.ppca.data import Data
+from fastelbo.ppca.data import Dataset
 from fastelbo.ppca.moments import column_moments
 from fastelbo.ppca.result import Parameters
 
@@ -326,7 +326,7 @@ def test_a_column_that_only_a_row_of_the_least_weight_has():
     x[1:, 3] = math.nan
     weight = torch.ones(50, dtype=F64)
     weight[0] = 1e-310
-    mean, _ = column_moments(Data(x, weight, "em", 1, Processes(None)))
+    mean, _ = column_moments(Dataset(x, weight, "em", 1, Processes(None)))
     assert mean[3].item() == pytest.approx(x[0, 3].item())
 
 

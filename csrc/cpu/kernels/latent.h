@@ -343,8 +343,7 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
   // sample k of the tile's data, from b on, whose upstream gradients are in the rows (up_k, up_b) and the next ones
   const auto add = [&](const LatentTile<T>& tile, int64_t k, int64_t b, int64_t column, int64_t up_k, int64_t up_b) {
     const T* eps = noise_of(p, k, b, column, tile, eps_buffer, noise);
-    const T* grad_z =
-        p.grad_z ? load_rows(p.grad_z, up_k, up_b, column, tile.rows, tile.columns, z_buffer) : zeros;
+    const T* grad_z = p.grad_z ? load_rows(p.grad_z, up_k, up_b, column, tile.rows, tile.columns, z_buffer) : zeros;
     for (int64_t r = 0; kind != Upstream::z && r < tile.rows; ++r) {
       const auto row = [&](const RowScalars& s) { return row_number<T>(s, up_k, up_b + r); };
       const T log_p = row(p.grad_log_ratio), minus_log_q = log_p - row(p.grad_log_q);
@@ -392,7 +391,8 @@ void sample_backward_kernel(const SampleBackwardParams& p, int64_t begin, int64_
       finish(tile, b, column);
     };
     if (p.sample) {
-      for_columns<true>(p.q, item, 1, row_tile, [&](LatentTile<T>& tile, int64_t column) { tile_of(tile, item, column); });
+      for_columns<true>(p.q, item, 1, row_tile,
+                        [&](LatentTile<T>& tile, int64_t column) { tile_of(tile, item, column); });
     } else {
       for_latent_tiles<T, true>(p.q, item, tile_of);
     }

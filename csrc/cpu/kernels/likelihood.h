@@ -10,16 +10,18 @@ enum class Grads { none, parameters, all };
 
 template <class T>
 struct Elements {
-  const T *first, *second, *third, *x, *weight;
-  T *d_first, *d_second, *d_third, *d_x;
+  const T *parameter[kMaxParameters], *x, *weight;
+  T *grad[kMaxParameters], *grad_x;
   const uint8_t* bytes;  // x as it lies, where it is bytes in a row: converted in registers
   ByteScale<T> byte_scale;
 
   // of floats, from element i on
   Elements from(int64_t i) const {
-    const auto at = [i](auto* p) { return p ? p + i : p; };
-    return {at(first),    at(second),  at(third), at(x),   at(weight), at(d_first),
-            at(d_second), at(d_third), at(d_x),   nullptr, {}};
+    Elements e = *this;
+    const auto move = [i](auto*& p) { p = p ? p + i : p; };
+    for (int j = 0; j < kMaxParameters; ++j) move(e.parameter[j]), move(e.grad[j]);
+    move(e.x), move(e.weight), move(e.grad_x);
+    return e;
   }
 };
 
@@ -59,37 +61,34 @@ template <class L, int kCount, Grads kGrads, bool kWeighted, bool kBytes, class 
 [[gnu::noinline]] void log_prob_tile(const Elements<T>& e, T factor, int64_t n, T* __restrict value,
                                      T* __restrict shared) {
   constexpr bool kShares = L::kShares && kCount == kParameters<L>;  // else it is a constant, or short
-  const T* __restrict first = e.first;
-  const T* __restrict second = e.second;
-  const T* __restrict third = e.third;
-  const T* __restrict x = e.x;
+  // by name, since gcc 12 vectorizes no loop over an array of pointers
+  const T* __restrict first = e.parameter[0], * __restrict second = e.parameter[1], * __restrict third = e.parameter[2], * __restrict fourth = e.parameter[3], * __restrict x = e.x, * __restrict weight = e.weight;
+  T* __restrict d_first = e.grad[0], * __restrict d_second = e.grad[1], * __restrict d_third = e.grad[2], * __restrict d_fourth = e.grad[3], * __restrict d_x = e.grad_x;
   const uint8_t* __restrict bytes = e.bytes;
   const ByteScale<T> byte_scale = e.byte_scale;
-  const T* __restrict weight = e.weight;
-  T* __restrict d_first = e.d_first;
-  T* __restrict d_second = e.d_second;
-  T* __restrict d_third = e.d_third;
-  T* __restrict d_x = e.d_x;
   if constexpr (kShares) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      shared[i] = shared_of<L>(first[i], kCount > 1 ? second[i] : T(0), kCount > 2 ? third[i] : T(0));
+      shared[i] = shared_of<L>(first[i], kCount > 1 ? second[i] : T(0), kCount > 2 ? third[i] : T(0),
+                               kCount > 3 ? fourth[i] : T(0));
     }
   }
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     // one const value: gcc keeps a struct that is assigned in pieces in memory, and then does not vectorize
-    const T b = kCount > 1 ? second[i] : T(0), c = kCount > 2 ? third[i] : T(0);
-    const T s = kShares ? shared[i] : shared_of<L>(first[i], b, c);
-    const Terms<T> t = terms_of<L>(first[i], b, c, kBytes ? scaled_byte(T(bytes[i]), byte_scale) : x[i], s);
+    const T b = kCount > 1 ? second[i] : T(0), c = kCount > 2 ? third[i] : T(0), d = kCount > 3 ? fourth[i] : T(0);
+    const T s = kShares ? shared[i] : shared_of<L>(first[i], b, c, d);
+    const Terms<T> t = terms_of<L>(first[i], b, c, d, kBytes ? scaled_byte(T(bytes[i]), byte_scale) : x[i], s);
     const T m = kWeighted ? weight[i] : T(1);
-    const bool seen = !kWeighted || m != 0;  // the factor comes last: a K-sample bound multiplies by it later
+    const bool seen = !kWeighted || m != 0;
     const T v = kWeighted && L::kSoftplus ? t.value - log1p_unit(s) : t.value;
     value[i] = seen ? m * v : T(0);
+    // the factor comes last: a K-sample bound multiplies by it later
     if constexpr (kGrads != Grads::none) {
-      d_first[i] = seen ? factor * (m * t.d_first) : T(0);
-      if constexpr (kCount > 1) d_second[i] = seen ? factor * (m * t.d_second) : T(0);
-      if constexpr (kCount > 2) d_third[i] = seen ? factor * (m * t.d_third) : T(0);
+      d_first[i] = seen ? factor * (m * t.d.first) : T(0);
+      if constexpr (kCount > 1) d_second[i] = seen ? factor * (m * t.d.second) : T(0);
+      if constexpr (kCount > 2) d_third[i] = seen ? factor * (m * t.d.third) : T(0);
+      if constexpr (kCount > 3) d_fourth[i] = seen ? factor * (m * t.d.fourth) : T(0);
     }
     if constexpr (kGrads == Grads::all) d_x[i] = seen ? factor * (m * t.d_x) : T(0);
   }
@@ -101,18 +100,14 @@ inline constexpr int64_t kBlock = 128;  // elements that a formula in steps take
 template <class Formula, int kCount, Grads kGrads, class T>
 [[gnu::noinline]] void formula_tile(const Elements<T>& e, T factor, int64_t n, T* __restrict value) {
   constexpr int kWork = Formula::kWork;
-  const T* __restrict first = e.first;
-  const T* __restrict second = e.second;
-  const T* __restrict third = e.third;
-  const T* __restrict x = e.x;
-  const T* __restrict weight = e.weight;
-  T* __restrict d_first = e.d_first;
-  T* __restrict d_second = e.d_second;
-  T* __restrict d_third = e.d_third;
-  alignas(64) T work[kWork][kBlock];
-  const auto element = [=](int64_t i) {
-    return Element<T>{first[i], kCount > 1 ? second[i] : T(0), kCount > 2 ? third[i] : T(0), x[i]};
+  const T* __restrict first = e.parameter[0], * __restrict second = e.parameter[1], * __restrict third = e.parameter[2], * __restrict fourth = e.parameter[3], * __restrict x = e.x, * __restrict weight = e.weight;
+  T* __restrict d_first = e.grad[0], * __restrict d_second = e.grad[1], * __restrict d_third = e.grad[2], * __restrict d_fourth = e.grad[3];
+  const auto of = [=](int64_t i) {
+    return OfParameters<T>{first[i], kCount > 1 ? second[i] : T(0), kCount > 2 ? third[i] : T(0),
+                           kCount > 3 ? fourth[i] : T(0)};
   };
+  alignas(64) T work[kWork][kBlock];
+  const auto element = [=](int64_t i) { return Element<T>{of(i), x[i]}; };
   // ivdep, not omp simd: that keeps w, whose address is taken, in memory
   const auto run_step = [&]<int kStep, int... j>(std::integer_sequence<int, j...>) {
 #pragma GCC ivdep
@@ -137,9 +132,10 @@ template <class Formula, int kCount, Grads kGrads, class T>
     const bool seen = m != 0;
     value[i] = seen ? m * t.value : T(0);
     if constexpr (kGrads != Grads::none) {
-      d_first[i] = seen ? factor * (m * t.d_first) : T(0);
-      if constexpr (kCount > 1) d_second[i] = seen ? factor * (m * t.d_second) : T(0);
-      if constexpr (kCount > 2) d_third[i] = seen ? factor * (m * t.d_third) : T(0);
+      d_first[i] = seen ? factor * (m * t.d.first) : T(0);
+      if constexpr (kCount > 1) d_second[i] = seen ? factor * (m * t.d.second) : T(0);
+      if constexpr (kCount > 2) d_third[i] = seen ? factor * (m * t.d.third) : T(0);
+      if constexpr (kCount > 3) d_fourth[i] = seen ? factor * (m * t.d.fourth) : T(0);
     }
   }
 }
@@ -174,7 +170,7 @@ template <bool kSoftplus, class T>
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < part; ++i) {
     T total = tree<kGroup>(v + i, part, [](T a, T b) { return a + b; });
-    if constexpr (kSoftplus) total -= log1p_product(product[i]);
+    if constexpr (kSoftplus) total -= log_ratio(1 + product[i], product[i]).log;
     sum += total;
   }
   return sum;
@@ -226,7 +222,7 @@ inline void log_prob_elements(const Elements<T>& e, T factor, int64_t n, T* valu
       formula_tile<L, kCount, kGrads>(part, factor, count, value + at);
     } else if constexpr (L::kZeros) {
       log_prob_tile<L, kCount, kGrads, true, false>(part, factor, count, value + at, shared + at);
-    } else if (kReadsBytes<T> && part.bytes) {
+    } else if (part.bytes) {
       log_prob_tile<L, kCount, kGrads, false, kReadsBytes<T>>(part, factor, count, value + at, shared + at);
     } else {
       part.weight ? log_prob_tile<L, kCount, kGrads, true, false>(part, factor, count, value + at, shared + at)
@@ -235,22 +231,22 @@ inline void log_prob_elements(const Elements<T>& e, T factor, int64_t n, T* valu
   };
   evaluate_part(e, whole, 0);
   if (!tail) return;
-  alignas(64) T in[5][kLanes], out[4][kLanes];
-  for (int64_t j = 0; j < kLanes; ++j) {
-    const bool inside = j < tail;
-    in[0][j] = inside ? e.first[whole + j] : T(0.5);
-    if constexpr (kCount > 1) in[1][j] = inside ? e.second[whole + j] : T(0);
-    if constexpr (kCount > 2) in[2][j] = inside ? e.third[whole + j] : T(0);
-    in[3][j] = !inside ? T(0.5) : e.bytes ? scaled_byte(T(e.bytes[whole + j]), e.byte_scale) : e.x[whole + j];
-    in[4][j] = inside && e.weight ? e.weight[whole + j] : T(0);
+  alignas(64) T in[kMaxParameters + 2][kLanes], out[kMaxParameters + 1][kLanes];
+  T *x = in[kMaxParameters], *weight = in[kMaxParameters + 1];
+  Elements<T> last = {};
+  for (int c = 0; c < kCount; ++c) {
+    last.parameter[c] = in[c], last.grad[c] = out[c];
+    for (int64_t j = 0; j < kLanes; ++j) in[c][j] = j < tail ? e.parameter[c][whole + j] : T(c ? 0 : 0.5);
   }
-  evaluate_part({in[0], in[1], in[2], in[3], e.weight ? in[4] : nullptr, out[0], out[1], out[2], out[3], nullptr, {}},
-                kLanes, whole);
+  for (int64_t j = 0; j < kLanes; ++j) {
+    x[j] = j >= tail ? T(0.5) : e.bytes ? scaled_byte(T(e.bytes[whole + j]), e.byte_scale) : e.x[whole + j];
+    weight[j] = j < tail && e.weight ? e.weight[whole + j] : T(0);
+  }
+  last.x = x, last.weight = e.weight ? weight : nullptr, last.grad_x = out[kMaxParameters];
+  evaluate_part(last, kLanes, whole);
   for (int64_t j = 0; j < tail; ++j) {
-    if constexpr (kGrads != Grads::none) e.d_first[whole + j] = out[0][j];
-    if constexpr (kGrads != Grads::none && kCount > 1) e.d_second[whole + j] = out[1][j];
-    if constexpr (kGrads != Grads::none && kCount > 2) e.d_third[whole + j] = out[2][j];
-    if constexpr (kGrads == Grads::all) e.d_x[whole + j] = out[3][j];
+    for (int c = 0; kGrads != Grads::none && c < kCount; ++c) e.grad[c][whole + j] = out[c][j];
+    if constexpr (kGrads == Grads::all) e.grad_x[whole + j] = last.grad_x[j];
   }
 }
 
@@ -274,7 +270,8 @@ inline void log_prob_counts(const Elements<T>& e, T factor, int64_t n, T* value,
   for (int64_t i = 0; i < n; i += kBlock) {
     log_prob_elements<Zero, kCount, kGrads>(e.from(i), factor, n - i < kBlock ? n - i : kBlock, value + i, shared);
   }
-  alignas(64) T in[5][kBlock], out[3][kBlock], values[kBlock];
+  alignas(64) T in[kMaxParameters + 2][kBlock], out[kMaxParameters][kBlock], values[kBlock];
+  T *packed_x = in[kMaxParameters], *packed_weight = in[kMaxParameters + 1];
   for (int64_t i = 0; i < m; i += kBlock) {
     const int64_t count = m - i < kBlock ? m - i : kBlock;
     const uint16_t* at = index + i;
@@ -284,24 +281,18 @@ inline void log_prob_counts(const Elements<T>& e, T factor, int64_t n, T* value,
     const auto unpack = [&](const T* from, T* to) {
       for (int64_t j = 0; j < count; ++j) to[at[j]] = from[j];
     };
-    pack(e.first, in[0]);
-    if constexpr (kCount > 1) pack(e.second, in[1]);
-    if constexpr (kCount > 2) pack(e.third, in[2]);
-    pack(e.x, in[3]);
+    Elements<T> packed = {};
+    for (int c = 0; c < kCount; ++c) pack(e.parameter[c], in[c]), packed.parameter[c] = in[c], packed.grad[c] = out[c];
+    pack(e.x, packed_x);
     const bool weighted = e.weight != kOnes<T>.values;
-    if (weighted) pack(e.weight, in[4]);
+    if (weighted) pack(e.weight, packed_weight);
+    packed.x = packed_x, packed.weight = weighted ? packed_weight : kOnes<T>.values;
     int others = 0;
-    for (int64_t j = 0; j < count; ++j) others += !(in[3][j] >= 1 && in[3][j] < T(__builtin_huge_val()));
-    const Elements<T> packed{in[0],  in[1],   in[2],   in[3], weighted ? in[4] : kOnes<T>.values, out[0], out[1],
-                             out[2], nullptr, nullptr, {}};
+    for (int64_t j = 0; j < count; ++j) others += !(packed_x[j] >= 1 && packed_x[j] < T(__builtin_huge_val()));
     others ? log_prob_elements<Other, kCount, kGrads>(packed, factor, count, values, shared)
            : log_prob_elements<Large, kCount, kGrads>(packed, factor, count, values, shared);
     unpack(values, value);
-    if constexpr (kGrads != Grads::none) {
-      unpack(out[0], e.d_first);
-      if constexpr (kCount > 1) unpack(out[1], e.d_second);
-      if constexpr (kCount > 2) unpack(out[2], e.d_third);
-    }
+    for (int c = 0; kGrads != Grads::none && c < kCount; ++c) unpack(out[c], e.grad[c]);
   }
 }
 
@@ -309,35 +300,31 @@ inline void log_prob_counts(const Elements<T>& e, T factor, int64_t n, T* value,
 template <class L, int kCount, Grads kGrads, class T>
 __attribute__((noinline)) double log_prob_segment(const LogProbParams& p, int64_t k, int64_t b, int64_t begin,
                                                   int64_t end, T factor, SharedSums<T>& shared) {
-  alignas(64) T in[5][kTile], out[4][kTile];
+  alignas(64) T in[kMaxParameters + 2][kTile], out[kMaxParameters + 1][kTile];
   TileSums<T> tile;
   double sum = 0;
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t n = end - i < kTile ? end - i : kTile;
-    const auto parameter = [&](int j) { return j < kCount ? load(p.parameter[j], k, b, i, n, in[j]) : nullptr; };
-    const auto grad = [&](int j) { return target(p.grad[j], k, b, i, out[j]); };
-    Elements<T> e;
-    e.first = parameter(0), e.second = parameter(1), e.third = parameter(2);
+    Elements<T> e = {};
+    for (int c = 0; c < kCount; ++c) {
+      e.parameter[c] = load(p.parameter[c], k, b, i, n, in[c]), e.grad[c] = target(p.grad[c], k, b, i, out[c]);
+    }
     e.bytes = p.mask || L::kZeros || !kReadsBytes<T> ? nullptr : bytes_of(p.x, k, b, i);
     e.byte_scale = byte_scale(p.x.unit, T());
-    e.x = e.bytes ? nullptr : load(p.x, k, b, i, n, in[3]);
-    e.weight = p.mask ? load(p.mask, k, b, i, n, in[4]) : L::kZeros ? kOnes<T>.values : nullptr;
-    e.d_first = grad(0), e.d_second = grad(1), e.d_third = grad(2);
-    e.d_x = target(p.grad_x, k, b, i, out[3]);
+    e.x = e.bytes ? nullptr : load(p.x, k, b, i, n, in[kMaxParameters]);
+    e.weight = p.mask ? load(p.mask, k, b, i, n, in[kMaxParameters + 1]) : L::kZeros ? kOnes<T>.values : nullptr;
+    e.grad_x = target(p.grad_x, k, b, i, out[kMaxParameters]);
     if constexpr (L::kZeros && kGrads != Grads::all) {
       log_prob_counts<L, kCount, kGrads>(e, factor, n, tile.value, tile.shared);
     } else {
       log_prob_elements<L, kCount, kGrads>(e, factor, n, tile.value, tile.shared);
     }
     sum += e.weight ? sum_tile<false>(tile, n) : sum_tile<L::kSoftplus>(tile, n);
-    if constexpr (kGrads != Grads::none) {
-      T* const grads[] = {e.d_first, e.d_second, e.d_third};
-      for (int j = 0; j < kCount; ++j) {
-        store(p.grad[j], k, b, i, n, grads[j]);
-        shared.add(j, i, n, grads[j]);
-      }
+    for (int c = 0; kGrads != Grads::none && c < kCount; ++c) {
+      store(p.grad[c], k, b, i, n, e.grad[c]);
+      shared.add(c, i, n, e.grad[c]);
     }
-    if constexpr (kGrads == Grads::all) store(p.grad_x, k, b, i, n, e.d_x);
+    if constexpr (kGrads == Grads::all) store(p.grad_x, k, b, i, n, e.grad_x);
   }
   return sum;
 }

@@ -56,8 +56,8 @@ __device__ Densities<T> draw_row(const Latents& q, int64_t b, uint64_t seed, int
   return sums;
 }
 
-// A group takes row (k, b), or of chosen samples row i; then the KL of the data. Nothing waits for the device, so that an
-// index out of range gives NaN.
+// A group takes row (k, b), or of chosen samples row i; then the KL of the data. Nothing waits for the device, so that
+// an index out of range gives NaN.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) samples_kernel(SampleParams p, SampleOutputs out, int g) {
   const int per_block = kThreads / g, lane = int(threadIdx.x) % g, group = int(threadIdx.x) / g;
@@ -99,8 +99,8 @@ __device__ SampleGrad<T> grad_of_sample(const SampleBackwardParams& p, int64_t k
   const auto row = [k, b](const RowScalars& s) { return row_number<T>(s, k, b); };
   const T log_p = row(p.grad_log_ratio);
   return sample_grad(p.upstream(),
-                     {grad_z, log_p, log_p - row(p.grad_log_q), 1 + row(p.gate_path), 1 + row(p.gate_score)}, delta, std,
-                     inv_std_p, e);
+                     {grad_z, log_p, log_p - row(p.grad_log_q), 1 + row(p.gate_path), 1 + row(p.gate_score)}, delta,
+                     std, inv_std_p, e);
 }
 
 // Adds the KL's own gradients of one element to those of its samples, and writes them.

@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(kThreads, 2) shared_grads_kernel(LogProbParams
         const auto in = [&](const View& v) { return load_at<T>(v, row_of(v, k, b) + offset_of(v, d)); };
         const T weight = p.mask ? in(p.mask) : T(1);
         if (weight == 0) continue;
-        const Terms<T> t = evaluate<L>(in(p.parameter[0]), kCount > 1 ? in(p.parameter[1]) : T(0),
-                                       kCount > 2 ? in(p.parameter[2]) : T(0), in(p.x));
+        const Terms<T> t =
+            with_indices<kCount>([&]<int... i>() { return evaluate<L>(Element<T>{{in(p.parameter[i])...}, in(p.x)}); });
         const T w = weight * row_number<T>(p.factor, k, b);
-        sums[0] += w * t.d_first, sums[1] += w * t.d_second, sums[2] += w * t.d_third;
+        with_indices<kCount>([&]<int... i>() { ((sums[i] += w * t.d.template get<i>()), ...); });
       }
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {

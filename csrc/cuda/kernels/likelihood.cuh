@@ -20,15 +20,16 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
       Run in[kCount], out[kCount], of_x;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float u[3][4] = {}, x[4], grad[3][4];
+        float u[kCount][4], x[4], grad[kCount][4];
 #pragma unroll
         for (int c = 0; c < kCount; ++c) in[c].read(p.parameter[c], at(p.parameter[c], i), half, u[c]);
         of_x.read(p.x, at(p.x, i), half, x);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const Terms<float> t = evaluate<L>(u[0][j], u[1][j], u[2][j], x[j]);
+          const Terms<float> t =
+              with_indices<kCount>([&]<int... c>() { return evaluate<L>(Element<float>{{u[c][j]...}, x[j]}); });
           sum += t.value;
-          grad[0][j] = factor * t.d_first, grad[1][j] = factor * t.d_second, grad[2][j] = factor * t.d_third;
+          with_indices<kCount>([&]<int... c>() { ((grad[c][j] = factor * t.d.template get<c>()), ...); });
         }
         if constexpr (kGrads) {
 #pragma unroll
@@ -43,36 +44,29 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
   const int64_t row = row_of(p.parameter[0], k, b);
   const Pieces pieces(p.parameter[0], row, begin, end);
   T sum = 0;
-  for (int64_t c = lane; c < pieces.count(); c += g) {
+  for (int64_t piece = lane; piece < pieces.count(); piece += g) {
     int n;
-    const int64_t i = pieces.at(c, n);
-    T first[4] = {}, second[4] = {}, third[4] = {}, x[4] = {}, weight[4] = {1, 1, 1, 1};
-    T d_first[4] = {}, d_second[4] = {}, d_third[4] = {}, d_x[4] = {};
-    load4(p.parameter[0], row, i, n, first);
-    if constexpr (kCount > 1) load4(p.parameter[1], row_of(p.parameter[1], k, b), i, n, second);
-    if constexpr (kCount > 2) load4(p.parameter[2], row_of(p.parameter[2], k, b), i, n, third);
+    const int64_t i = pieces.at(piece, n);
+    T in[kCount][4] = {}, x[4] = {}, weight[4] = {1, 1, 1, 1}, grad[kCount][4] = {}, grad_x[4] = {};
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) load4(p.parameter[c], row_of(p.parameter[c], k, b), i, n, in[c]);
     load4(p.x, row_of(p.x, k, b), i, n, x);
     if (p.mask) load4(p.mask, row_of(p.mask, k, b), i, n, weight);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (j >= n) continue;
-      const Terms<T> t = evaluate<L>(first[j], second[j], third[j], x[j]);
+      const Terms<T> t = with_indices<kCount>([&]<int... c>() { return evaluate<L>(Element<T>{{in[c][j]...}, x[j]}); });
       const bool seen = weight[j] != 0;  // what lies under a 0 of the mask is never looked at
       const T w = factor * weight[j];
       sum += seen ? weight[j] * t.value : T(0);
-      if constexpr (kGrads) {
-        d_first[j] = seen ? w * t.d_first : T(0);
-        d_second[j] = seen ? w * t.d_second : T(0);
-        d_third[j] = seen ? w * t.d_third : T(0);
-        d_x[j] = seen ? w * t.d_x : T(0);
-      }
+      with_indices<kCount>([&]<int... c>() { ((grad[c][j] = seen ? w * t.d.template get<c>() : T(0)), ...); });
+      grad_x[j] = seen ? w * t.d_x : T(0);
     }
-    if constexpr (kGrads) {
-      if (p.grad[0]) store4(p.grad[0], row_of(p.grad[0], k, b), i, n, d_first);
-      if (kCount > 1 && p.grad[1]) store4(p.grad[1], row_of(p.grad[1], k, b), i, n, d_second);
-      if (kCount > 2 && p.grad[2]) store4(p.grad[2], row_of(p.grad[2], k, b), i, n, d_third);
-      if (p.grad_x) store4(p.grad_x, row_of(p.grad_x, k, b), i, n, d_x);
+#pragma unroll
+    for (int c = 0; kGrads && c < kCount; ++c) {
+      if (p.grad[c]) store4(p.grad[c], row_of(p.grad[c], k, b), i, n, grad[c]);
     }
+    if (kGrads && p.grad_x) store4(p.grad_x, row_of(p.grad_x, k, b), i, n, grad_x);
   }
   return sum;
 }

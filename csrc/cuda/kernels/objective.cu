@@ -164,7 +164,7 @@ void launch_log_mean_exp(const LogMeanExpParams& p, int64_t columns, bool is_dou
   side_by_side ? with.template operator()<32>() : with.template operator()<1>();
 }
 
-void launch_scale(const View& p, int64_t n, DeviceScalar factor, cudaStream_t stream) {
+void launch_scale(const View& p, int64_t n, Number factor, cudaStream_t stream) {
   const int64_t blocks = blocks_for((n + 3) / 4 + 1, kThreads);
   p.dtype == DType::f64 ? launch(scale_kernel<double>, blocks, stream, p, n, factor)
                         : launch(scale_kernel<float>, blocks, stream, p, n, factor);

@@ -19,17 +19,15 @@ DEFECTS = [
     Defect(
         "gated gradient of eps without the path's factor",
         "csrc/math/latent.h",
-        "g * std + grad_lr * path * eps, slope,",
-        "g * std + grad_lr * eps, slope,",
+        "by_path * std + up.minus_log_q * up.path * eps, slope,",
+        "by_path * std + up.minus_log_q * eps, slope,",
         ("ops/test_twins.py",),
     ),
     Defect(
         "the backward of rsample draws from sample 0 on",
         "csrc/prepare/latent.h",
-        "p.grad_eps = op.views.out(op.grad_eps);\n  p.K = num_samples ? num_samples->expect_int() : 1;\n"
-        "  p.first_sample = first_sample.expect_int();",
-        "p.grad_eps = op.views.out(op.grad_eps);\n  p.K = num_samples ? num_samples->expect_int() : 1;\n"
-        "  p.first_sample = 0;",
+        "in.num_samples, in.seed, in.eps, {}, {}, in.first_sample}",
+        "in.num_samples, in.seed, in.eps, {}, {}, c10::SymInt(0)}",
         ("ops/test_values.py", "ops/test_derivatives.py"),
     ),
     # Likelihoods.
@@ -65,15 +63,15 @@ DEFECTS = [
     Defect(
         "miwae divides by K in each group",
         "csrc/math/weights.h",
-        "bound += part / t * total.value(size);",
-        "bound += part / t * total.value(K);",
+        "double value = total.value(size) / t;",
+        "double value = total.value(K) / t;",
         ("ops/test_multi_sample.py",),
     ),
     Defect(
         "gradient of a tensor beta without free bits",
         "csrc/composite/objective.cpp",
-        "const bool again = in.free_bits > 0 || !in.kl.defined()",
-        "const bool again = !in.kl.defined()",
+        "const bool again = in.free_bits.has_value() || !kl.defined()",
+        "const bool again = !kl.defined()",
         ("ops/test_elbo.py",),
     ),
     Defect(
@@ -108,23 +106,23 @@ DEFECTS = [
     # The public functions.
     Defect(
         "ELBOLoss drops its mask",
-        "fastelbo/losses/functional.py",
-        "            free_bits=self.free_bits,\n            mask=mask,\n",
-        "            free_bits=self.free_bits,\n",
+        "fastelbo/losses/elbo.py",
+        '"prior_logvar": prior_logvar, "mask": mask, "reduction"',
+        '"prior_logvar": prior_logvar, "reduction"',
         ("ops/test_elbo.py",),
     ),
     Defect(
         "elbo_loss with a beta per dimension forgets the prior",
-        "fastelbo/losses/functional.py",
-        "terms = gaussian_kl(mu, logvar, prior_mu, prior_logvar, mask=kl_mask, reduce=False)",
-        "terms = gaussian_kl(mu, logvar, mask=kl_mask, reduce=False)",
+        "fastelbo/losses/elbo.py",
+        "latents = mu, logvar, prior_mu, prior_logvar",
+        "latents = mu, logvar, None, None",
         ("ops/test_bounds.py",),
     ),
     Defect(
         "the KL of bound_loss's parts is that of the first layer",
         "fastelbo/losses/bounds.py",
-        "ordered_sum(torch.stack([mean_kl(p) for p in posteriors]), 0))",
-        "mean_kl(posteriors[0]))",
+        "ordered_sum(torch.stack([mean_kl(p) for p in posteriors]), 0)",
+        "mean_kl(posteriors[0])",
         ("ops/test_bounds.py",),
     ),
     Defect(
@@ -150,7 +148,7 @@ DEFECTS = [
     ),
     Defect(
         "the twin of the KL takes exp(-prior_logvar) in half precision",
-        "fastelbo/reference.py",
+        "fastelbo/reference/latent.py",
         "mu = divided(mu, 0.5 * prior_logvar.to(dtype))",
         "mu = divided(mu, 0.5 * prior_logvar)",
         ("ops/test_twins.py",),
@@ -158,7 +156,7 @@ DEFECTS = [
     Defect(
         "draws of a negative binomial take exp(log_mean) in half precision",
         "fastelbo/likelihoods.py",
-        "torch.poisson(gamma * torch.exp(log_mean.to(wide)), generator=generator)",
+        "torch.poisson(gamma * torch.exp(log_mean.to(gamma.dtype)), generator=generator)",
         "torch.poisson(gamma * torch.exp(log_mean), generator=generator)",
         ("ops/test_counts.py",),
     ),
@@ -215,8 +213,8 @@ DEFECTS = [
     Defect(
         "the KL under another density is that of the standard normal",
         "fastelbo/losses/sampling.py",
-        "changed = self._replace(kl=-log_ratio, log_ratio=log_ratio, prior=(log_prior,))",
-        "changed = self._replace(log_ratio=log_ratio, prior=(log_prior,))",
+        "self._replace(kl=-log_ratio, log_ratio=log_ratio, prior=(log_prior,))",
+        "self._replace(log_ratio=log_ratio, prior=(log_prior,))",
         ("models/test_priors.py",),
     ),
     Defect(
@@ -307,10 +305,10 @@ DEFECTS = [
         ("integrations/test_lightning.py",),
     ),
     Defect(
-        "the KL of scvi's own likelihoods is not annealed",
+        "the KL of scvi's loss is not annealed",
         "fastelbo/integrations/scvi.py",
-        "loss = torch.mean(weighted(kl_weight, kl_z) - log_likelihood)",
-        "loss = torch.mean(kl_z - log_likelihood)",
+        "super().loss(tensors, inference_outputs, generative_outputs, kl_weight)",
+        "super().loss(tensors, inference_outputs, generative_outputs)",
         ("integrations/test_scvi.py",),
     ),
 ]

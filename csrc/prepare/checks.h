@@ -119,10 +119,11 @@ inline int log_prob(at::TensorList parameters, const at::Tensor& x, const Option
                     std::string_view likelihood) {
   static constexpr const char* kNames[] = {"recon", "the second tensor of recon", "the third tensor of recon",
                                            "the fourth tensor of recon"};
-  static constexpr const char* kCounts[] = {"no tensor", "one tensor", "a pair", "three tensors", "four tensors"};
+  static constexpr const char* kCounts[] = {"no tensor",     "one tensor",   "a pair",
+                                            "three tensors", "four tensors", "more than four"};
   const int index = likelihood_index(likelihood);
   const LikelihoodInfo& info = likelihood_info(index);
-  const int count = int(std::min<size_t>(parameters.size(), kMaxParameters));
+  const int count = int(std::min<size_t>(parameters.size(), kMaxParameters + 1));
   if (count < info.fewest || count > info.most) {
     std::string names;
     for (int i = 0; i < info.most; ++i) names += std::string(i ? ", " : "") + info.parameters[i];

@@ -1,14 +1,13 @@
 """The variational autoencoder: any encoder and decoder around `rsample` and the losses."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from fastelbo import likelihoods, reference
 from fastelbo._internal import arguments
-from fastelbo._internal.arguments import Condition, checked
+from fastelbo._internal.arguments import Condition, checked, typed_as
 from fastelbo._internal.progress import progress
 from fastelbo.losses import (
     LossParts,
@@ -35,14 +34,6 @@ class VAEOutput(NamedTuple):
 
     recon: Recon  # [K?, B, *event], or a tuple such as (mean, logvar)
     posterior: Posterior
-
-
-_P, _R = ParamSpec("_P"), TypeVar("_R")
-
-
-def _typed_as(forward: Callable[_P, _R]) -> Callable[[Callable[..., object]], Callable[_P, _R]]:
-    """For type checkers alone: a module's call has the type of its forward, in place of nn.Module's."""
-    raise NotImplementedError
 
 
 class VAE(nn.Module):
@@ -224,7 +215,7 @@ class VAE(nn.Module):
 
     if TYPE_CHECKING:
 
-        @_typed_as(forward)
+        @typed_as(forward)
         def __call__(self, *args: object, **kwargs: object) -> object: ...
 
     def reconstruct(

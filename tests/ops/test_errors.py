@@ -9,7 +9,8 @@ from contracts import public
 
 import fastelbo
 
-ANY_LIKELIHOOD = ("log_prob", "elbo_loss", "iwae_loss")
+ANY_LIKELIHOOD = ("log_prob", "elbo_loss", "elbo_parts", "iwae_loss", "multi_sample_parts")
+ANY_LOSS = ("elbo_loss", "elbo_parts", "iwae_loss", "multi_sample_loss", "bound_loss")
 ANY_RECON = (*ANY_LIKELIHOOD, "bernoulli_log_prob", "gaussian_log_prob")
 
 r = torch.randn
@@ -29,7 +30,9 @@ CASES = [
     ("recon", (r(3, 4, 6), 1.0), ANY_LIKELIHOOD, TypeError, ["recon", "two or three tensors"]),
     ("recon", (r(3, 4, 6), r(3, 4, 6)), ANY_LIKELIHOOD, ValueError, ["recon", "bernoulli", "pair"]),
     ("recon", (r(3, 4, 6), r(3, 4, 5)), ANY_LIKELIHOOD, ValueError, ["second", "recon", "(3, 4, 6)", "(3, 4, 5)"]),
+    ("recon", (), ANY_LIKELIHOOD, TypeError, ["recon", "two or three tensors"]),
     ("recon", (r(3, 4, 6),) * 4, ANY_LIKELIHOOD, TypeError, ["recon", "two or three tensors"]),
+    ("recon", (r(3, 4, 6),) * 5, ANY_LIKELIHOOD, TypeError, ["recon", "two or three tensors"]),
     ("recon", (r(3, 4, 6),) * 3, ANY_LIKELIHOOD, ValueError, ["recon", "bernoulli", "three tensors"]),
     ("recon", (r(3, 4, 6), r(6), r(3, 4, 5)), ANY_LIKELIHOOD, ValueError, ["third", "recon", "(3, 4, 6)", "(3, 4, 5)"]),
     ("x", torch.ones(4, 6, dtype=torch.int64), ANY_RECON, TypeError, ["x", "uint8", "bool", "int64"]),
@@ -49,7 +52,7 @@ CASES = [
     ),
     ("likelihood", "Bernoulli", ANY_LIKELIHOOD, ValueError, ["likelihood", '"Bernoulli"', '"bernoulli"']),
     ("likelihood", "", ANY_LIKELIHOOD, ValueError, ["likelihood", '""']),
-    ("reduction", "avg", ("elbo_loss", "iwae_loss"), ValueError, ["reduction", '"mean"', '"sum"', '"none"', '"avg"']),
+    ("reduction", "avg", ANY_LOSS, ValueError, ["reduction", '"mean"', '"sum"', '"none"', '"avg"']),
     ("logvar", r(3, 4, 5), ("gaussian_log_prob",), ValueError, ["logvar", "(3, 4, 6)", "(3, 4, 5)"]),
     ("logvar", r(3, 4, 6).double(), ("gaussian_log_prob",), TypeError, ["float64", "float32"]),
     ("mu", r(5, 5), ("elbo_loss",), ValueError, ["mu", "B=4", "(5, 5)"]),
@@ -62,10 +65,16 @@ CASES = [
     ("prior_mu", r(4, 6), ("gaussian_kl", "rsample"), ValueError, ["prior_mu", "(4, 5)", "(4, 6)"]),
     ("prior_logvar", r(2, 4, 5), ("gaussian_kl", "rsample"), ValueError, ["prior_logvar", "(4, 5)", "(2, 4, 5)"]),
     ("prior_mu", r(4, 5).double(), ("gaussian_kl", "rsample"), TypeError, ["prior_mu", "float64", "mu"]),
+    ("prior_mu", r(2), ("gaussian_kl", "rsample", "elbo_loss"), ValueError, ["prior_mu", "(4, 5)", "(2,)"]),
     ("free_bits", -0.1, ("gaussian_kl", "elbo_loss"), ValueError, ["free_bits", "-0.1"]),
     ("free_bits", float("nan"), ("gaussian_kl", "elbo_loss"), ValueError, ["free_bits", "nan"]),
     ("beta", torch.ones(4), ("elbo_loss",), ValueError, ["beta", "(5,)", "one latent", "(4,)"]),
     ("beta", torch.tensor(1), ("elbo_loss",), TypeError, ["beta", "float32", "int64"]),
+    ("beta", torch.ones(2), ("bound_loss", "multi_sample_loss"), ValueError, ["beta", "0-d", "(2,)"]),
+    ("alpha", torch.ones(4), ("bound_loss", "multi_sample_loss"), ValueError, ["alpha", "0-d", "(4,)"]),
+    ("alpha", torch.tensor(1), ("bound_loss", "multi_sample_loss"), TypeError, ["alpha", "float32", "int64"]),
+    ("alpha", "1", ("bound_loss", "multi_sample_loss"), TypeError, ["alpha", "a float or a 0-d tensor", "str"]),
+    ("estimator", "iwea", ("bound_loss", "multi_sample_loss"), ValueError, ["estimator", "'iwea'", "dreg", "ciwae"]),
     ("log_ratio", r(4, 3), ("iwae_loss",), ValueError, ["log_ratio", "(3, 4)", "(4, 3)"]),
     ("log_ratio", r(4), ("iwae_loss",), ValueError, ["log_ratio", "(3, 4)", "(4,)"]),
     ("log_ratio", r(3, 4).double(), ("iwae_loss",), TypeError, ["log_ratio", "float64", "float32"]),
@@ -124,6 +133,34 @@ def test_bad_argument(path, argument, value, call, error, says):
     assert message.splitlines()[0], "the first line says it"
 
 
+WORDS = ("no tensor", "one tensor", "a pair", "three tensors", "four tensors")
+
+
+@pytest.mark.parametrize("row", fastelbo.likelihoods.LIKELIHOODS.items(), ids=lambda row: row[0])
+@pytest.mark.parametrize("op", ["log_prob", "elbo_loss", "multi_sample_loss"])
+@pytest.mark.parametrize("count", range(7))
+def test_ops_take_the_parameters_of_the_likelihood(op, row, count):
+    """Four is what an op has gradients for; every likelihood has its own number."""
+    name, likelihood = row
+    first, t = r(3, 4, 6), torch.zeros(4, 6)
+    rest = {
+        "log_prob": (t, None, name),
+        "elbo_loss": (t, t, t, *[None] * 5, name, "mean"),
+        "multi_sample_loss": (t, first[:, :, 0], *[None] * 4, 1, [1.0, 0.0, 1.0], name, "mean"),
+    }[op]
+    call = getattr(torch.ops.fastelbo, op)
+    if likelihood.fewest <= count <= len(likelihood.parameters):
+        found = call([first.sigmoid()] * count, *rest)
+        assert (found if op == "log_prob" else found[1]).shape == (3, 4)
+        return
+    with pytest.raises(ValueError) as caught:
+        call([first] * count, *rest)
+    message = str(caught.value)
+    assert message.startswith("recon must be ") and f'for likelihood "{name}"; got ' in message
+    assert all(p in message for p in likelihood.parameters) or likelihood.parameters[1:] == ()
+    assert count >= len(WORDS) or message.splitlines()[0].endswith(f"; got {WORDS[count]}")
+
+
 @pytest.mark.parametrize("call", ["elbo_loss", "iwae_loss", "rsample", "gaussian_kl"])
 def test_bad_arguments_are_refused_for_meta_tensors_too(call):
     function, good = public()[call]
@@ -143,6 +180,34 @@ def test_noise_comes_from_one_place():
     ):
         with pytest.raises(ValueError, match="exclude each other"):
             fastelbo.rsample(mu, mu, **options)
+
+
+@pytest.mark.parametrize("path", [nullcontext, fastelbo.reference_mode], ids=["op", "twin"])
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({}, ValueError, "kept takes the seed .*: give seed"),
+        ({"generator": torch.Generator()}, ValueError, "kept takes the seed .*: give seed"),
+        ({"seed": 1, "num_samples": 3}, ValueError, "kept takes the seed .* and no num_samples"),
+        ({"eps": torch.zeros(4, 5)}, ValueError, r"eps and seed \(or generator, or kept\) exclude each other"),
+        ({"seed": 1, "batch_dims": 2}, ValueError, "kept None with batch_dims=2"),
+        ({"seed": 1, "kept": (1, 2, 3)}, TypeError, "kept must be a Kept .*sample, datum, scale; got tuple"),
+        (
+            {"seed": 1, "datum": torch.tensor([0, 1])},
+            ValueError,
+            r"datum must have the shape \(3,\) of sample; got \(2,\)",
+        ),
+        ({"seed": 1, "datum": torch.zeros(3)}, TypeError, "datum must be int64; got float32"),
+        ({"seed": 1, "sample": torch.zeros(3).int()}, TypeError, "sample must be int64; got int32"),
+    ],
+    ids=str,
+)
+def test_kept_samples_come_from_their_seed(path, options, error, message):
+    kept = fastelbo.Kept(torch.tensor([2, 0, 1]), torch.tensor([3, 0, 3]), torch.ones(3))
+    kept = kept._replace(**{name: options[name] for name in ("sample", "datum") if name in options})
+    options = {"kept": kept, **{name: v for name, v in options.items() if name not in ("sample", "datum")}}
+    with path(), pytest.raises(error, match=message):
+        fastelbo.rsample(r(4, 5), r(4, 5), **options)
 
 
 def test_tensors_on_different_devices():

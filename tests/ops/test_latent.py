@@ -1,20 +1,25 @@
 """gaussian_kl and rsample: values and gradients, priors, free bits, noise of one's own or from a seed."""
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import combinations
 
 import mpmath
+import paper
 import pytest
 import torch
 import torch.distributions as td
 from oracle import DTYPES, FLOOR, HALF_TYPES, check, compute_dtype, gradients, tensors_of
 from torch import Tensor
+from toys import log_normal
 
 import fastelbo
 from fastelbo import reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 PRIORS = {"standard": (False, False), "mean": (True, False), "variance": (False, True), "both": (True, True)}
+every_path = pytest.mark.parametrize("path", [nullcontext, fastelbo.reference_mode], ids=["op", "twin"])
 every_prior = pytest.mark.parametrize("prior", PRIORS)
 
 
@@ -25,7 +30,7 @@ def latent(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, prior: st
 
 
 def sample(samples: int | None, seed: int | None = None, first: int = 0, outputs: tuple[int, ...] = (0, 1, 2)):
-    """(mu, logvar, prior_mu, prior_logvar, eps) -> the chosen ones of z, kl, log_ratio."""
+    """(mu, logvar, prior_mu, prior_logvar, eps) -> the chosen ones of z, kl, log_ratio, log_q."""
 
     def call(mu, logvar, prior_mu, prior_logvar, eps):
         prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
@@ -242,14 +247,167 @@ def test_rsample_is_plain_pytorch_on_the_same_noise():
 @every_prior
 @pytest.mark.parametrize("from_seed", [True, False], ids=["seed", "eps"])
 def test_backward_of_every_subset_of_the_results(prior, from_seed):
-    for count in (1, 2, 3):
-        for outputs in combinations(range(3), count):
+    for count in (1, 2, 3, 4):
+        for outputs in combinations(range(4), count):
             inputs = latent((4, 6), torch.float32, prior)
             eps = drawn(11, 3, (4, 6))
             if not from_seed:
                 eps = torch.randn(3, 4, 6, requires_grad=True)
             call = sample(3, seed=11 if from_seed else None, outputs=outputs)
             check(call, *inputs, eps, twin=sample(3, outputs=outputs), label=f"outputs {outputs}")
+
+
+class _Scaled(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx, t, factor):
+        ctx.save_for_backward(factor)
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None
+
+
+def plain(q: Sequence[Tensor], p: Sequence[Tensor], eps: Tensor, gates: Tensor | None = None) -> list[Tensor]:
+    """z, log_ratio and log_q [...] of q, p and eps [..., M], as a textbook has them.
+
+    With gates, the path part of the gradient (by z) times 1 + gates[0], the score part (at fixed z) times 1 + gates[1].
+    """
+    z = q[0] + torch.exp(0.5 * q[1]) * eps
+    if gates is None:
+        log_q = log_normal(z, *q)
+        return [z, log_normal(z, *p) - log_q, log_q]
+    z = _Scaled.apply(z, 1 + gates[0].unsqueeze(-1))
+    at_z = log_normal(z.detach(), *q)
+    log_q = log_normal(z, *(t.detach() for t in q)) + _Scaled.apply(at_z - at_z.detach(), 1 + gates[1])
+    return [z, log_normal(z, *p) - log_q, log_q]
+
+
+KEPT = fastelbo.Kept(torch.tensor([2, 0, 1, 2, 0, 1]), torch.tensor([3, 0, 3, 1, 0, 3]), torch.ones(6))
+
+
+@every_path
+@every_prior
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("way", ["one", "samples", "kept", "batch_dims"])
+@pytest.mark.usefixtures("double")
+def test_gradients_of_the_densities(path, way, gated, prior):
+    """Of z, log_ratio and log_q together and one by one, as the factors of the estimators steer them."""
+    K, B, M = 3, 4, 5
+    lead = (K, B) if way == "batch_dims" else (B,)
+    mu, logvar, *given = latent((*lead, M), torch.float64, prior)
+    priors = dict(zip(("prior_mu", "prior_logvar"), given, strict=True))
+    eps = torch.randn((K, B, M) if way in ("samples", "batch_dims") else (B, M), requires_grad=True)
+    options = {
+        "one": {"eps": eps},
+        "samples": {"num_samples": K, "eps": eps},
+        "kept": {"kept": KEPT, "seed": 3},
+        "batch_dims": {"batch_dims": 2, "eps": eps},
+    }[way]
+    with path():
+        found = fastelbo.rsample(mu, logvar, **options, **priors)
+        seeded = drawn(3, K, (B, M))[KEPT.sample, KEPT.datum]
+    inputs = [t for t in (mu, logvar, *given) if t is not None]
+    if way != "kept":
+        inputs.append(eps)
+    else:
+        eps = seeded
+    four = [torch.zeros(*lead, M) if t is None else t for t in (mu, logvar, *given)]
+    mu, logvar, *p = [t[KEPT.datum] for t in four] if way == "kept" else four
+    shape = found.log_q.shape
+    assert (found.gates is None) == (way == "one")
+    factors = torch.randn(2, *shape) if gated and way != "one" else None
+    expected = plain((mu, logvar), p, eps, factors)
+    actual = [found.z, found.log_ratio, found.log_q]
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+    for chosen in ((0, 1, 2), (1, 2), (0,), (1,), (2,)):
+        upstream = [torch.randn_like(expected[i]) for i in chosen]
+        roots, ups = [actual[i] for i in chosen], upstream
+        if factors is not None:
+            roots, ups = [*roots, found.gates], [*upstream, factors]
+        nothing = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        ours = torch.autograd.grad(roots, inputs, ups, **nothing)
+        theirs = torch.autograd.grad([expected[i] for i in chosen], inputs, upstream, **nothing)
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11, msg=lambda m, c=chosen: f"{c}: {m}")
+
+
+@every_path
+@pytest.mark.parametrize("name", ["stl", "dreg", "rws"])
+@pytest.mark.parametrize("batch_dims", [1, 2])
+@pytest.mark.usefixtures("double")
+def test_estimators_of_a_log_ratio_built_from_log_q(path, name, batch_dims):
+    """What `Posterior.under` makes of log p(z) = -b |z|^4, in both losses; b gets the gradient of a decoder."""
+    K, B, M = 6, 4, 3
+    mu, logvar, b = (torch.randn(s, requires_grad=True) for s in ((B, M), (B, M), ()))
+    x, eps = torch.rand(B, M), torch.randn(K, B, M)
+    log_prior = lambda z: -b * z.pow(4).sum(-1)  # noqa: E731
+    with path():
+        if batch_dims == 1:
+            q = fastelbo.rsample(mu, logvar, K, eps=eps)
+        else:
+            q = fastelbo.rsample(mu.expand(K, B, M), logvar.expand(K, B, M), eps=eps, batch_dims=2)
+        under = q.under(log_prior(q.z))
+        losses = [
+            fastelbo.multi_sample_loss(q.z, x, under, estimator=name, reduction="none"),
+            fastelbo.bound_loss(fastelbo.log_prob(q.z, x), under, estimator=name, reduction="none"),
+        ]
+    z = mu + torch.exp(0.5 * logvar) * eps
+
+    def log_joint(z: Tensor) -> Tensor:
+        return log_prior(z) + fastelbo.log_prob(z, x)
+
+    bound, for_encoder, for_decoder = paper.ESTIMATORS[name](paper.Setting(log_joint, (mu, logvar), z))
+    upstream = torch.randn(B)
+    expected = [
+        *torch.autograd.grad(for_encoder, (mu, logvar), upstream, retain_graph=True),
+        *torch.autograd.grad(for_decoder, b, upstream, retain_graph=True),
+    ]
+    for loss in losses:
+        torch.testing.assert_close(-loss, bound, rtol=1e-11, atol=1e-12)
+        ours = torch.autograd.grad(-loss, (mu, logvar, b), upstream, retain_graph=True)
+        torch.testing.assert_close(list(ours), expected, rtol=1e-10, atol=1e-12)
+
+
+PRIOR_SHAPES = [(5,), (), (4, 1), (1, 5), (4, 5), (1,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shapes", [*zip(PRIOR_SHAPES, PRIOR_SHAPES, strict=True), ((), (4, 1)), ((1, 5), ())], ids=str)
+@pytest.mark.parametrize("way", ["rsample", "gaussian_kl", "free_bits", "elbo_loss", "elbo_loss none", "kept"])
+def test_gradients_of_a_prior_have_its_shape(way, shapes, dtype):
+    mu, logvar, *_ = latent((4, 5), dtype)
+    priors = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    wide = [t.detach().double().requires_grad_() for t in (mu, logvar, *priors)]
+    q, p = wide[:2], [t.expand(4, 5) for t in wide[2:]]
+    options = dict(zip(("prior_mu", "prior_logvar"), priors, strict=True))
+    terms = td.kl_divergence(*(td.Normal(m, torch.exp(v / 2)) for m, v in (q, p)))
+    if way in ("rsample", "kept"):
+        kept = {"num_samples": 3} if way == "rsample" else {"kept": KEPT}
+        ours = fastelbo.rsample(mu, logvar, seed=3, **kept, **options)[:4]
+        eps = drawn(3, 3, (4, 5)).double()
+        rows = (slice(None), slice(None)) if way == "rsample" else (KEPT.sample, KEPT.datum)
+        z, log_ratio, log_q = (t[rows] for t in plain(q, p, eps))
+        theirs = [z, terms.sum(1), log_ratio, log_q]
+    elif way in ("gaussian_kl", "free_bits"):
+        floor = 0.0 if way == "gaussian_kl" else terms.mean(0).median().item() + 0.01
+        ours = [fastelbo.gaussian_kl(mu, logvar, *priors, free_bits=floor)]
+        theirs = [torch.where(terms.mean(0) < floor, floor, terms).sum(1)]
+    else:
+        x = torch.rand(4, 6, dtype=dtype)
+        reduction = "none" if way.endswith("none") else "mean"
+        ours = [fastelbo.elbo_loss(x, x, mu, logvar, **options, beta=0.7, reduction=reduction)]
+        log_p = fastelbo.log_prob(x.double(), x.double())
+        loss = 0.7 * terms.sum(1) - log_p
+        theirs = [loss if reduction == "none" else loss.mean()]
+    upstream = [torch.randn_like(t) for t in theirs]
+    found = torch.autograd.grad(ours, (mu, logvar, *priors), [u.to(dtype) for u in upstream])
+    exact = torch.autograd.grad(theirs, wide, upstream)
+    rtol, atol = (1e-4, 1e-4) if dtype == torch.float32 else (1e-10, 1e-11)
+    for a, e in zip([*ours, *found], [*theirs, *exact], strict=True):
+        assert a.shape == e.shape and a.dtype == dtype
+        torch.testing.assert_close(a.double(), e, rtol=rtol, atol=atol)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

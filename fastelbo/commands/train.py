@@ -1,7 +1,5 @@
 """Training a small VAE: reproducible, resumable, and timed. `fastelbo train` is this module with arguments."""
 
-import csv
-import json
 import math
 import statistics
 import time
@@ -10,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -382,24 +379,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
             epoch = int(state["epoch"])
-        self.history = read_history(out / "metrics.csv", self.columns, epoch)
-
-
-def read_history(path: Path, columns: Sequence[str], epochs: int) -> list[Metrics]:
-    """The first rows of a metrics.csv, one per epoch.
-
-    Raises:
-        OSError: the system cannot read it.
-        ValueError: a row of them is missing or damaged.
-    """
-    with path.open(newline="") as file, files.reading(path, f"metrics.csv with the {epochs} epochs of the checkpoint"):
-        reader = csv.DictReader(file)
-        rows = [{name: json.loads(row[name]) for name in columns} for row in islice(reader, epochs)]
-        if [row["epoch"] for row in rows] != list(range(1, epochs + 1)):
-            raise ValueError(f"the epochs of its rows are not 1 to {epochs}")
-        if not all(math.isfinite(value) for row in rows for value in row.values()):
-            raise ValueError("a figure is not finite")
-        return rows
+        self.history = files.read_history(out / "metrics.csv", self.columns, epoch)
 
 
 def model_of(state: dict[str, Any]) -> VAE:

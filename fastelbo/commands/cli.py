@@ -141,7 +141,8 @@ def _interrupted(what: str) -> int:
     return 130
 
 
-def _fit_ppca(args: argparse.Namespace) -> int:
+def _fit_ppca(args: argparse.Namespace) -> list[Path]:
+    """-> the pictures that were made."""
     from fastelbo.commands import pictures
 
     out: Path = args.out
@@ -157,23 +158,16 @@ def _fit_ppca(args: argparse.Namespace) -> int:
             flush=True,
         )
 
-    try:
-        print(
-            f"{run.config.data}: {len(run.train)} training and {len(run.held_out)} held-out data of shape "
-            f"{tuple(run.data.train.shape[1:])}; PPCA by {run.config.method}; log p(x) in nats per datum"
-        )
-        model = run.fit(out, report)
-        if len(run.history) > 1:
-            largest = model.n_components == run.history[-1]["components"]
-            more = ", which is the largest number tried: more may be better" if largest else ""
-            print(f"kept: {model.n_components} components, the lowest BIC{more}")
-        made = pictures.save_ppca(model, run.data, run.history, out)
-    except KeyboardInterrupt:
-        if (out / "checkpoint.pt").exists():
-            return _interrupted(f"the model is in {out}, its pictures are not all there")
-        return _interrupted("no model was written")
-    print(f"in {out}: metrics.csv, config.json, checkpoint.pt, {', '.join(path.name for path in made)}")
-    return 0
+    print(
+        f"{run.config.data}: {len(run.train)} training and {len(run.held_out)} held-out data of shape "
+        f"{tuple(run.data.train.shape[1:])}; PPCA by {run.config.method}; log p(x) in nats per datum"
+    )
+    model = run.fit(out, report)
+    if len(run.history) > 1:
+        largest = model.n_components == run.history[-1]["components"]
+        more = ", which is the largest number tried: more may be better" if largest else ""
+        print(f"kept: {model.n_components} components, the lowest BIC{more}")
+    return pictures.save_ppca(model, run.data, run.history, out)
 
 
 def _logger(out: Path, epochs: int) -> Callable[[Metrics], None]:
@@ -204,7 +198,8 @@ def _saved_config(out: Path) -> Config:
         return Config(**saved["config"])
 
 
-def _fit_vae(args: argparse.Namespace) -> int:
+def _fit_vae(args: argparse.Namespace) -> list[Path]:
+    """-> the pictures that were made."""
     from fastelbo.commands import pictures
 
     out: Path = args.out
@@ -237,26 +232,17 @@ def _fit_vae(args: argparse.Namespace) -> int:
             reported.update(collapsed)
             print(_collapse(collapsed), flush=True)
 
-    try:
-        train.fit(trainer, out, report)
-        if trainer.processes.rank:
-            return 0
-        if len(trainer.history) < config.epochs:
-            print(f"stopped: no better held-out bound in {config.patience} epochs; best.pt is epoch {trainer.best}")
-        if collapsed and config.epochs >= SETTLED:
-            print(f"at the end: {_collapse(collapsed)}")
-        made = pictures.save_all(trainer.model.cpu(), dataset, trainer.history, out)
-        if all(path.stem != "reconstructions" for path in made):
-            print(f"no pictures of data and samples: {tuple(dataset.train.shape[1:])} is not the shape of an image")
-    except train.Diverged as error:
-        print(f"fastelbo train: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if (out / "checkpoint.pt").exists():
-            return _interrupted(f"--resume --out {shlex.quote(str(out))} goes on after the last whole epoch")
-        return _interrupted("no epoch was finished, so that there is nothing to resume")
-    print(f"in {out}: metrics.csv, config.json, checkpoint.pt, {', '.join(path.name for path in made)}")
-    return 0
+    train.fit(trainer, out, report)
+    if trainer.processes.rank:
+        return []
+    if len(trainer.history) < config.epochs:
+        print(f"stopped: no better held-out bound in {config.patience} epochs; best.pt is epoch {trainer.best}")
+    if collapsed and config.epochs >= SETTLED:
+        print(f"at the end: {_collapse(collapsed)}")
+    made = pictures.save_all(trainer.model.cpu(), dataset, trainer.history, out)
+    if all(path.stem != "reconstructions" for path in made):
+        print(f"no pictures of data and samples: {tuple(dataset.train.shape[1:])} is not the shape of an image")
+    return made
 
 
 @contextmanager
@@ -276,12 +262,28 @@ def _processes(model: str) -> Iterator[int]:
 
 
 def _train(args: argparse.Namespace) -> int:
-    with _processes(args.model) as rank:
-        # the first process writes, and prints what there is to say
-        locked = files.locked(args.out) if rank == 0 else nullcontext()
-        quiet = nullcontext() if rank == 0 else redirect_stdout(io.StringIO())
-        with locked, quiet:
-            return _fit_ppca(args) if args.model == "ppca" else _fit_vae(args)
+    try:
+        with _processes(args.model) as rank:
+            # the first process writes, and prints what there is to say
+            locked = files.locked(args.out) if rank == 0 else nullcontext()
+            quiet = nullcontext() if rank == 0 else redirect_stdout(io.StringIO())
+            with locked, quiet:
+                made = _fit_ppca(args) if args.model == "ppca" else _fit_vae(args)
+                names = ["metrics.csv", "config.json", "checkpoint.pt", *(path.name for path in made)]
+                print(f"in {args.out}: {', '.join(names)}")
+    except train.Diverged as error:
+        print(f"fastelbo train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        there = (args.out / "checkpoint.pt").exists()
+        if args.model == "ppca":
+            left = f"the model is in {args.out}, its pictures are not all there" if there else "no model was written"
+        elif there:
+            left = f"--resume --out {shlex.quote(str(args.out))} goes on after the last whole epoch"
+        else:
+            left = "no epoch was finished, so that there is nothing to resume"
+        return _interrupted(left)
+    return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -185,40 +185,41 @@ def _annotated(path: Path) -> Part:
 PARTS = ("_train", "_test")  # how Keras names the arrays of an .npz file that is split already: x_train, y_train, ...
 
 
-def _is_split(path: Path) -> bool:
-    """Whether an .npz file holds x_train and x_test."""
-    if path.suffix != ".npz":
-        return False
-    with path.open("rb") as file, files.reading(path, ".npz file of plain arrays"), ZipFile(file) as archive:
-        return {f"x{part}.npy" for part in PARTS} <= set(archive.namelist())
-
-
-def _file(path: Path, part: str = "") -> Part:
-    """The arrays of an .npy or .npz file; of one that is split already, those of a part."""
+def _arrays(path: Path, opened: Sequence[IO[bytes]], kind: str) -> Part:
+    """The arrays x and, where there is a second file, its labels."""
     import numpy as np
 
+    with files.reading(path, kind):
+        x, *labels = map(_Array, opened)
+    _check_array(x.dtype, x.shape, path)
+    for y in labels:
+        if y.shape != x.shape[:1]:
+            raise ValueError(f"labels y must be [{x.shape[0]}]; {path} holds {y.shape}")
+        if y.dtype.kind not in "biuf":
+            raise TypeError(f"labels y must be numbers; {path} holds {y.dtype}")
+    with files.reading(path, kind), np.errstate(over="ignore", invalid="ignore"):
+        read = _as_tensor(x.read())
+        numbers = [y.read().astype(np.float64 if y.dtype.kind == "f" else np.int64) for y in labels]
+        return read, torch.from_numpy(numbers[0]) if numbers else None
+
+
+def _plain(path: Path) -> list[Part]:
+    """The arrays of an .npy or .npz file, or of both parts of one that is split already."""
     kind = f"{path.suffix} file of plain arrays"
     with path.open("rb") as file, ExitStack() as stack:
-        opened: list[IO[bytes]] = [file]
-        if path.suffix == ".npz":
-            with files.reading(path, kind):
-                archive = stack.enter_context(ZipFile(file))
-                names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-            chosen = [f"x{part}" if part else _chosen(names, path), *(y for y in [f"y{part}"] if y in names)]
-            with files.reading(path, kind):  # no other member is decompressed
-                opened = [stack.enter_context(archive.open(f"{name}.npy")) for name in chosen]
+        if path.suffix == ".npy":
+            return [_arrays(path, [file], kind)]
         with files.reading(path, kind):
-            x, *labels = map(_Array, opened)
-        _check_array(x.dtype, x.shape, path)
-        for y in labels:
-            if y.shape != x.shape[:1]:
-                raise ValueError(f"labels y must be [{x.shape[0]}]; {path} holds {y.shape}")
-            if y.dtype.kind not in "biuf":
-                raise TypeError(f"labels y must be numbers; {path} holds {y.dtype}")
-        with files.reading(path, kind), np.errstate(over="ignore", invalid="ignore"):
-            read = _as_tensor(x.read())
-            numbers = [y.read().astype(np.float64 if y.dtype.kind == "f" else np.int64) for y in labels]
-            return read, torch.from_numpy(numbers[0]) if numbers else None
+            archive = stack.enter_context(ZipFile(file))
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        split = {f"x{part}" for part in PARTS} <= set(names)
+        found = []
+        for part in PARTS if split else ("",):
+            wanted = [f"x{part}" if split else _chosen(names, path), *({f"y{part}"} & set(names))]
+            with files.reading(path, kind):  # no other member is decompressed
+                opened = [stack.enter_context(archive.open(f"{name}.npy")) for name in wanted]
+            found.append(_arrays(path, opened, kind))
+        return found
 
 
 def _parts(name: str, argument: str) -> list[Part]:
@@ -227,9 +228,7 @@ def _parts(name: str, argument: str) -> list[Part]:
     if path.suffix not in FILES:
         built_in = f"one of {', '.join(BUILT_IN)}, or " if argument == "data" else ""
         raise ValueError(f"{argument} must be {built_in}an .npy, .npz or .h5ad file; got {name!r}")
-    if path.suffix == ".h5ad":
-        return [_annotated(path)]
-    return [_file(path, part) for part in (PARTS if _is_split(path) else ("",))]
+    return [_annotated(path)] if path.suffix == ".h5ad" else _plain(path)
 
 
 def _domain(x: Tensor, annotated: bool) -> Domain:

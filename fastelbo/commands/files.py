@@ -4,6 +4,7 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
 import secrets
 import signal
@@ -12,6 +13,7 @@ import tomllib
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
@@ -173,6 +175,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if missing:
             raise ValueError(f"without {', '.join(missing)}")
     return state
+
+
+def read_history(path: Path, columns: Sequence[str], epochs: int) -> list[dict[str, float]]:
+    """The first rows of a metrics.csv, one per epoch.
+
+    Raises:
+        OSError: the system cannot read it.
+        ValueError: a row of them is missing or damaged.
+    """
+    with path.open(newline="") as file, reading(path, f"metrics.csv with the {epochs} epochs of the checkpoint"):
+        reader = csv.DictReader(file)
+        rows = [{name: json.loads(row[name]) for name in columns} for row in islice(reader, epochs)]
+        if [row["epoch"] for row in rows] != list(range(1, epochs + 1)):
+            raise ValueError(f"the epochs of its rows are not 1 to {epochs}")
+        if not all(math.isfinite(value) for row in rows for value in row.values()):
+            raise ValueError("a figure is not finite")
+        return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -73,13 +73,11 @@ def as_images(x: Tensor, domain: Domain = "reals") -> Tensor | None:
 
 def mosaic(images: Tensor, columns: int) -> Tensor:
     """[N, H, W(, 3)] as one picture of tiles with a white line of one pixel between them; NaN fills what is left."""
-    rows = math.ceil(len(images) / columns)
-    height, width = images.shape[1:3]
-    picture = torch.full((rows * (height + 1) - 1, columns * (width + 1) - 1, *images.shape[3:]), math.nan)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + 1), i % columns * (width + 1)
-        picture[top : top + height, left : left + width] = image
-    return picture
+    rows, (height, width) = math.ceil(len(images) / columns), images.shape[1:3]
+    tiles = torch.full((rows * columns, height + 1, width + 1, *images.shape[3:]), math.nan)
+    tiles[: len(images), :height, :width] = images
+    lines = torch.unflatten(tiles, 0, (rows, columns)).transpose(1, 2)
+    return lines.flatten(2, 3).flatten(0, 1)[:-1, :-1]
 
 
 LIMIT_VALUES = 1_000_000

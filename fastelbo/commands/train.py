@@ -1,17 +1,15 @@
 """Training a small VAE: reproducible, resumable, and timed. `fastelbo train` is this module with arguments."""
 
-import csv
-import json
 import math
 import statistics
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,29 +36,17 @@ LATENT_METRICS = ("active_units", "ess", "samples_99")  # held-out; then KL and 
 Metrics = dict[str, float]  # one epoch: a row of metrics.csv
 
 
-class Noise(TypedDict, total=False):
-    """An option of `VAE.parts`: the noise itself, or what it is drawn from."""
-
-    seed: Tensor
-    generator: torch.Generator
-    eps: Tensor
-
-
 class Diverged(RuntimeError):
     """The loss is NaN or infinite."""
 
 
-def _keep(name: str, value: object) -> object:
-    if value == "auto":
-        raise ValueError('keep must be a number of samples: "auto", of earlier versions, is gone; try a sixth of K')
-    return count(name, value)
+def _keep(text: str) -> int:
+    if text == "auto":
+        raise ArgumentTypeError('"auto", of earlier versions, is gone: give a number of samples, such as a sixth of K')
+    return int(text)
 
 
-def _parse_keep(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
-_parse_keep.__name__ = "int"  # as argparse names it in errors
+_keep.__name__ = "int"  # as argparse names it in errors
 _weight = number(lambda value: 0 <= value < math.inf, "finite and at least 0")
 _positive = number(lambda value: 0 < value < math.inf, "positive and finite")
 _sources = ", ".join(f"{name} (generated)" if each.generated else name for name, each in BUILT_IN.items())
@@ -79,7 +65,7 @@ class Config:
     free_bits: float = option(0.0, "floor in nats of every latent dimension's KL", "NATS", _weight)
     alpha: float = option(0.0, "of objective vr", "ALPHA", number(math.isfinite, "finite"))
     groups: int = option(1, "of objective miwae: groups of K / N samples", "N", count)
-    keep: int | None = option(None, "of the K samples, how many are back-propagated", "N", _keep, parse=_parse_keep)
+    keep: int | None = option(None, "of the K samples, how many are back-propagated", "N", count, parse=_keep)
     likelihood: str | None = option(None, "p(x | z); by default the data decide", choices=tuple(LIKELIHOODS))
     latent_dim: int = option(8, "M, latent dimensions", "M", count)
     hidden: int = option(256, "width of the hidden layers", "N", count)
@@ -125,11 +111,11 @@ def device_of(name: str, processes: int = 1) -> torch.device:
     return torch.device("cuda" if name != "cpu" and processes == 1 and torch.cuda.is_available() else "cpu")
 
 
-def _totals(parts: LossParts, batch: int) -> Tensor:
-    """Sums over the batch of the bound, the ELBO, log p(x | z) and the KL, in float64."""
+def _totals(parts: LossParts) -> Tensor:
+    """Sums over the batch of the bound, the ELBO, log p(x | z) and the KL, in float64; the loss is a sum already."""
     log_likelihood = torch.atleast_2d(parts.log_likelihood.detach().double()).mean(0).sum()
     kl = parts.kl.detach().double().sum()
-    return torch.stack([-parts.loss.detach().double() * batch, log_likelihood - kl, log_likelihood, kl]).cpu()
+    return torch.stack([-parts.loss.detach().double(), log_likelihood - kl, log_likelihood, kl]).cpu()
 
 
 def samples_of_weight(log_w: Tensor, share: float) -> Tensor:
@@ -145,14 +131,12 @@ def collapses(rows: Sequence[Metrics], before: Mapping[int, int] | None = None) 
     """
     since = dict(before or {})
     for row in rows:
-        for name, value in row.items():
-            if not name.startswith("mu_variance_"):
-                continue
-            dimension = int(name.removeprefix("mu_variance_"))
-            if value > ACTIVE_VARIANCE:
-                since.pop(dimension, None)
+        variances = {name.removeprefix("mu_variance_"): value for name, value in row.items() if "mu_variance_" in name}
+        for dimension, variance in variances.items():
+            if variance > ACTIVE_VARIANCE:
+                since.pop(int(dimension), None)
             else:
-                since.setdefault(dimension, int(row["epoch"]))
+                since.setdefault(int(dimension), int(row["epoch"]))
     return since
 
 
@@ -161,39 +145,30 @@ def _means(split: str, totals: Tensor, count: int) -> Metrics:
 
 
 class _WithoutNetworks(VAE):
-    """What a step needs besides encoder and decoder, for a batch x: they return what they gave for it before.
+    """What a step does besides encoder and decoder: these return, as leaves, what they gave for the batch x before.
 
-    The decoder's output is that of the first datum for all of them: the rows of samples that are kept repeat those of
-    all samples, whichever they are. `z` is the decoder's latest input.
+    Every sample has the decoder's output for the first datum: so that of kept samples repeats that of all, whichever
+    they are. `z` and `leaves` are those of the latest run.
     """
 
-    def __init__(self, model: VAE, x: Tensor, objective: Objective, keep: int | None) -> None:
+    def __init__(self, model: VAE, x: Tensor) -> None:
         super().__init__(nn.Identity(), nn.Identity(), model.likelihood, latent_shape=model.latent_shape)
         with torch.no_grad():
-            mu, logvar = (t.clone() for t in model.encode(x))
-            parameters = split_recon(model.decode(mu[:1]))
-
-        def repeated(*shape: int) -> list[Tensor]:
-            """Those of every sample; a parameter that is one for all data stays."""
-            of_sample = [t.dim() == parameters[0].dim() for t in parameters]
-            expanded = (t.expand(*shape, *t.shape[1:]) if o else t for t, o in zip(parameters, of_sample, strict=True))
-            return [t.clone() for t in expanded]
-
-        batch, K = len(x), objective.num_samples
-        with_graph = (K, batch) if objective.draws else (batch,)
-        self.all_samples = repeated(K, batch)
-        self.recon = repeated(*((keep * batch,) if keep and keep < K else with_graph))
-        self.leaves = [t.requires_grad_() for t in (mu, logvar, *self.recon)]
+            self.q = tuple(t.clone().requires_grad_() for t in model.encode(x))
+            self.first = split_recon(model.decode(self.q[0][:1]))
+        self.outputs: dict[torch.Size, list[Tensor]] = {}  # by the number of samples
 
     def encode(self, x: Tensor, condition: object = None, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.leaves[0], self.leaves[1]
+        return self.q[0], self.q[1]
 
     def decode(self, z: Tensor, condition: object = None) -> Recon:
-        self.z = z
-        if torch.is_grad_enabled():
-            return join_recon(*self.recon)
-        dim = self.all_samples[0].dim()
-        return join_recon(*(t[: len(z)] if t.dim() == dim else t for t in self.all_samples))
+        samples = z.shape[:-1]
+        if samples not in self.outputs:  # parameters of fewer dimensions are the same for all data
+            dim = self.first[0].dim()
+            rows = [t.expand(*samples, *t.shape[1:]) if t.dim() == dim else t for t in self.first]
+            self.outputs[samples] = [t.clone().requires_grad_() for t in rows]
+        self.z, self.leaves = z, [*self.q, *self.outputs[samples]]
+        return join_recon(*self.outputs[samples])
 
 
 class Trainer:
@@ -233,8 +208,8 @@ class Trainer:
     def _impl(self) -> AbstractContextManager[None]:
         return reference_mode() if self.config.impl == "reference" else nullcontext()
 
-    def noise(self, x: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> Noise:
-        """Of some rows of the data x, all by default, by a generator on the CPU."""
+    def noise(self, x: Tensor, generator: torch.Generator, rows: slice = slice(None)) -> dict[str, Any]:
+        """Of some rows of the data x, all by default, by a generator on the CPU: an argument of `VAE.parts`."""
         if self.config.keep is not None:  # the choice of samples is drawn on the device, too
             if self.device.type == "cpu":
                 return {"generator": generator}
@@ -284,37 +259,27 @@ class Trainer:
         """One step of the optimizer on the batch x [B, *event] -> `_totals`; beta: see `VAE.loss`."""
         rank, processes = self.processes.rank, self.processes.size
         rows = slice(len(x) * rank // processes, len(x) * (rank + 1) // processes)
-        noise, mine = self.noise(x, self.generator, rows), x[rows]
-        totals = torch.zeros(4, dtype=torch.float64)
+        noise = self.noise(x, self.generator, rows)
         with self._impl():
             start = self._now()
-            mine = mine.to(self.device)
+            mine = x[rows].to(self.device)
             self.optimizer.zero_grad()
-            total = torch.zeros((), device=self.device)
-            if len(mine):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
-                    parts = self.model.parts(mine, self.objective, keep=self.config.keep, beta=beta, **noise)
-                share = parts.loss * (len(mine) / len(x))
-                share.backward()  # type: ignore[no-untyped-call]
-                total, totals = share.detach(), _totals(parts, len(mine))
-            self.processes.sum(total, *self._gradients())
-            loss = total.item()
-            if not math.isfinite(loss):
-                raise Diverged(f"loss is {loss} in epoch {len(self.history) + 1}: try a smaller lr")
-            self.step_losses.append(loss)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
+                options: dict[str, Any] = {"keep": self.config.keep, "beta": beta, "reduction": "sum"}
+                parts = self.model.parts(mine, self.objective, **options, **noise)
+            mean = parts.loss / len(x)
+            mean.backward()  # type: ignore[no-untyped-call]
+            loss = mean.detach()
+            self.processes.sum(loss, *(p.grad for p in self.model.parameters() if p.grad is not None))
+            self.step_losses.append(loss.item())
+            if not math.isfinite(self.step_losses[-1]):
+                epoch = len(self.history) + 1
+                raise Diverged(f"loss is {self.step_losses[-1]} in epoch {epoch}: try a smaller lr")
             self.optimizer.step()
             self.step_times.append(self._now() - start)
+        totals = _totals(parts)
         self.processes.sum(totals)
         return totals
-
-    def _gradients(self) -> list[Tensor]:
-        """Of all parameters, if there are several processes to add them up."""
-        if self.processes.size == 1:
-            return []
-        for p in self.model.parameters():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def run_epoch(self) -> Metrics:
         """One pass over the training part, then the held-out part: a row for the history.
@@ -352,8 +317,8 @@ class Trainer:
             for batch in held_out.split(math.ceil(evaluate.BATCH / self.config.num_samples)):
                 x = batch.to(self.device)
                 recon, posterior = self.model(x, self.objective.draws, **self.noise(x, generator))
-                parts = self.objective.parts(recon, x, posterior, likelihood=self.data.likelihood)
-                totals += _totals(parts, len(x))
+                parts = self.objective.parts(recon, x, posterior, likelihood=self.data.likelihood, reduction="sum")
+                totals += _totals(parts)
                 log_w = torch.atleast_2d(parts.log_likelihood + posterior.log_ratio)
                 meter.update(posterior, log_w)
                 samples_99 += samples_of_weight(log_w, 0.99).sum().item() / len(held_out)
@@ -367,7 +332,7 @@ class Trainer:
         """Median seconds of sampling and loss, forward and backward, without encoder and decoder."""
         x, keep, seconds = x.to(self.device), self.config.keep, []
         with self._impl():
-            rest = _WithoutNetworks(self.model, x, self.objective, keep)
+            rest = _WithoutNetworks(self.model, x)
             for _ in range(repeats):
                 noise = self.noise(x, torch.Generator().manual_seed(0))
                 start = self._now()
@@ -414,24 +379,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.generator.set_state(state["generator"])
             epoch = int(state["epoch"])
-        self.history = read_history(out / "metrics.csv", self.columns, epoch)
-
-
-def read_history(path: Path, columns: Sequence[str], epochs: int) -> list[Metrics]:
-    """The first rows of a metrics.csv, one per epoch.
-
-    Raises:
-        OSError: the system cannot read it.
-        ValueError: a row of them is missing or damaged.
-    """
-    with path.open(newline="") as file, files.reading(path, f"metrics.csv with the {epochs} epochs of the checkpoint"):
-        reader = csv.DictReader(file)
-        rows = [{name: json.loads(row[name]) for name in columns} for row in islice(reader, epochs)]
-        if [row["epoch"] for row in rows] != list(range(1, epochs + 1)):
-            raise ValueError(f"the epochs of its rows are not 1 to {epochs}")
-        if not all(math.isfinite(value) for row in rows for value in row.values()):
-            raise ValueError("a figure is not finite")
-        return rows
+        self.history = files.read_history(out / "metrics.csv", self.columns, epoch)
 
 
 def model_of(state: dict[str, Any]) -> VAE:

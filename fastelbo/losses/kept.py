@@ -259,11 +259,5 @@ def estimator_weights(
     return _weights_of(log_w, estimator, alpha=alpha, beta=beta, groups=groups)[1].a
 
 
-def carrying(log_w: Tensor, share: float) -> Tensor:
-    """Of log w [K, B], how many samples carry that share of the weight: the fewest whose weights reach it, [B]."""
-    weights = torch.softmax(log_w.double(), 0).sort(0, descending=True).values
-    return (weights.cumsum(0) < share).sum(0).clamp(max=len(log_w) - 1) + 1
-
-
 class AutoKeep:
     """What pickles of earlier versions hold of keep="auto", which is no more; nothing reads it."""

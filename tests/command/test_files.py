@@ -486,7 +486,7 @@ def test_what_numpy_writes_is_read(tmp_path):
             np.savez(tmp_path / f"{n}{order}.npz", x=x, y=y, other=np.zeros(1, object))
             np.savez_compressed(tmp_path / f"{n}{order}c.npz", x, y=y)
             for name in (f"{n}{order}.npy", f"{n}{order}.npz", f"{n}{order}c.npz"):
-                found, labels = data._file(tmp_path / name)
+                [(found, labels)] = data._plain(tmp_path / name)
                 expected = x.astype(np.float32) if x.dtype.kind == "f" else x
                 assert np.array_equal(found.numpy(), expected) and found.numpy().dtype == expected.dtype
                 assert name.endswith(".npy") == (labels is None)
@@ -529,7 +529,7 @@ def loaded(path: Path, content: bytes) -> torch.Tensor | None:
     path.write_bytes(content)
     tracemalloc.start()
     try:
-        return data._file(path)[0]
+        return data._plain(path)[0][0]
     except (ValueError, TypeError, OSError) as error:
         assert str(path) in str(error)
         return None

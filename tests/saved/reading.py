@@ -246,6 +246,7 @@ SAVED = {
     "nb": Saved(Path, run_figures),
     "zinb": Saved(Path, run_figures),
     "kept": Saved(Path, run_figures),
+    "kept_four": Saved(Path, run_figures),
     "ppca": Saved(Path, run_figures),
     "networks.pt": Saved(whole, networks_figures),
     "vae_state.pt": Saved(state_of(small_vae), lambda vae: vae_figures(vae, fractions(20, D))),

@@ -200,7 +200,7 @@ def test_noise_comes_from_one_place():
         ({"seed": 1, "datum": torch.zeros(3)}, TypeError, "datum must be int64; got float32"),
         ({"seed": 1, "sample": torch.zeros(3).int()}, TypeError, "sample must be int64; got int32"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
 )
 def test_kept_samples_come_from_their_seed(path, options, error, message):
     kept = fastelbo.Kept(torch.tensor([2, 0, 1]), torch.tensor([3, 0, 3]), torch.ones(3))

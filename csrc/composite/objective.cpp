@@ -13,7 +13,8 @@ Tensor plus(const Tensor& a, const Tensor& b) { return !a.defined() ? b : !b.def
 
 // The gradient of a number, from those that every datum gives it [B].
 Tensor of_number(const Tensor& grads, const OptionalTensor& number) {
-  return (at::isTensorSubclassLike(grads) ? grads.sum() : shapes::sum_to(grads, {})).to(number->options());
+  const bool traced = at::GradMode::is_enabled() || at::isTensorSubclassLike(grads);  // sum_to has no derivative
+  return (traced ? grads.sum() : shapes::sum_to(grads, {})).to(number->options());
 }
 
 // Upstream gradients [B] of the loss of every datum.

@@ -68,7 +68,8 @@ void multi_sample_loss(prepare::MultiSampleLoss& op) {
   }
   LogProbParams& rest = op.rows.params;  // what is left for a launch after the weights
   Tensor parts;
-  if (D <= kSegment && (fills_device(B) || K * D < kSegment)) {
+  // a tempered bound takes the other way: see math/weights.h
+  if (p.estimator.alpha.is_zero() && D <= kSegment && (fills_device(B) || K * D < kSegment)) {
     launch_multi_sample(p, total, op.rows.index, is_double, device.stream());
     for (View& grad : rest.grad) grad = {};
   } else {

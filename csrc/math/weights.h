@@ -23,14 +23,15 @@ FASTELBO_HD double renyi_slope(double u) {
 }
 
 // The bound of one datum from its K log weights log_w[k * stride], which become the weights a. slopes: its derivatives
-// by elbo_weight and by alpha; null: not wanted.
+// by elbo_weight and by alpha; null: not wanted. Not kTempered: alpha is 0, and nothing wants slopes; a GPU's fused
+// kernel has no registers for more.
 //
 // A Team runs loops over the samples: max(n, f) and sum(n, f) of f(0) .. f(n - 1), and each(n, f); leads() is true in
 // one thread. It is one thread of a CPU, or a block of threads of a GPU, all of which call this.
-template <class Team>
+template <bool kTempered, class Team>
 FASTELBO_HD double weigh(const Estimator& e, double* log_w, int64_t stride, int64_t K, const Team& team,
                          double* slopes) {
-  const double elbo_weight = read(e.elbo_weight), t = 1 - read(e.alpha), even = elbo_weight / double(K);
+  const double elbo_weight = read(e.elbo_weight), t = kTempered ? 1 - read(e.alpha) : 1, even = elbo_weight / double(K);
   double mean = 0, renyi = 0, slope = 0;  // the ELBO; the Renyi bound, averaged over the groups, and its slope by t
   if (elbo_weight != 0 || slopes) mean = team.sum(K, [=](int64_t k) { return log_w[k * stride]; }) / double(K);
   if (elbo_weight == 1 && !slopes) {
@@ -47,7 +48,7 @@ FASTELBO_HD double weigh(const Estimator& e, double* log_w, int64_t stride, int6
     const LogMeanExp<double> total{shift, sum};
     double value = total.value(size) / t;
     const double factor = part * total.weight_factor();
-    if (t != 1 || slopes) {
+    if (kTempered && (t != 1 || slopes)) {
       // around the mean c of the group: R = c + log mean exp(t (log w - c)) / t, which near t = 0 cancels nothing
       const double c = team.sum(size, [=](int64_t k) { return w[k * stride]; }) / double(size);
       const double spread = team.max(size, [=](int64_t k) { return t * (c - w[k * stride]); });
@@ -78,7 +79,7 @@ FASTELBO_HD double weigh(const Estimator& e, double* log_w, int64_t stride, int6
 }
 
 // Everything of datum b but the gradients of the likelihood's parameters, from its log p in p.weights.
-template <class T, class Team>
+template <class T, bool kTempered = true, class Team>
 FASTELBO_HD void weigh_datum(const MultiSampleParams& p, int64_t b, const Team& team) {
   const int64_t K = p.fit.K, B = p.fit.B;
   double* weights = p.weights + b;
@@ -88,10 +89,11 @@ FASTELBO_HD void weigh_datum(const MultiSampleParams& p, int64_t b, const Team& 
     weights[k * B] += double(row_number<T>(p.log_ratio, k, b));
   });
   double slopes[2];
-  const double bound = weigh(p.estimator, weights, B, K, team, p.slopes ? slopes : nullptr);
+  double* wanted = kTempered && p.slopes ? slopes : nullptr;
+  const double bound = weigh<kTempered>(p.estimator, weights, B, K, team, wanted);
   if (team.leads()) {
     p.bound[b] = bound;
-    if (p.slopes) p.slopes[b] = slopes[0], p.slopes[B + b] = slopes[1];
+    if (wanted) p.slopes[b] = slopes[0], p.slopes[B + b] = slopes[1];
   }
   T* row_factor = static_cast<T*>(p.row_factor);
   T* gates = static_cast<T*>(p.gates);

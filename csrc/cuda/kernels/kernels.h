@@ -48,7 +48,7 @@ void launch_kl(const KlParams& p, void* kl_out, void* floored_kl, bool is_double
 void launch_add_segments(const double* parts, int64_t segments, int64_t rows, void* out, bool is_double,
                          cudaStream_t stream);
 
-// A K-sample bound with its gradient, by datum. total: minus datum_weight times the bounds.
+// A K-sample bound with alpha = 0 and its gradient, by datum. total: minus datum_weight times the bounds.
 void launch_multi_sample(const MultiSampleParams& p, const Total& total, int likelihood, bool is_double,
                          cudaStream_t stream);
 // The same without the gradients of the likelihood, from the partial sums [K, B, segments] of log p in p.fit.log_p, or

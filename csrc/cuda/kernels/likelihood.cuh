@@ -71,9 +71,10 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
   return sum;
 }
 
-// Blocks that a multiprocessor holds at a time: counts of several parameters need more registers than three leave.
+// Blocks that a multiprocessor holds at a time: three parameters, and counts of two, need more registers than three
+// blocks leave.
 template <class L, int kCount, bool kPlain>
-inline constexpr int kBlocks = kPlain && !(kCount > 1 && L::kDomain == Domain::counts) ? kRowBlocks : 2;
+inline constexpr int kBlocks = kPlain && kCount < 3 && !(kCount > 1 && L::kDomain == Domain::counts) ? kRowBlocks : 2;
 
 inline bool is_plain(const LogProbParams& p) {
   bool plain = is_plain(p.x, p.D) && !p.mask && !p.grad_x;

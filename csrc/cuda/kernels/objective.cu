@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<L, kCount, kPlain>))
       if (k < K && lane == 0) p.weights[k * B + b] = sum;
     }
     __syncthreads();  // the weights, in global memory, are this block's own
-    weigh_datum<T>(p, b, Block{});
+    weigh_datum<T, false>(p, b, Block{});
     if (threadIdx.x == 0) losses -= p.datum_weight * p.bound[b];
     if (kGrads && p.fit.any_grad()) {
       for (int64_t k = group; k < K; k += per_block) {

@@ -26,8 +26,8 @@ DEFECTS = [
     Defect(
         "the backward of rsample draws from sample 0 on",
         "csrc/prepare/latent.h",
-        "in.num_samples, in.seed, in.eps, {}, {}, in.first_sample}",
-        "in.num_samples, in.seed, in.eps, {}, {}, c10::SymInt(0)}",
+        "set_draws(p, op.views, in);\n  p.grad",
+        "set_draws(p, op.views, in);\n  p.first_sample = 0;\n  p.grad",
         ("ops/test_values.py", "ops/test_derivatives.py"),
     ),
     # Likelihoods.

@@ -167,37 +167,34 @@ struct RSampleBackward {
 
 struct SampleBackwardInputs {
   OptionalTensor grad_z, grad_kl, grad_log_ratio, grad_log_q, grad_gates;
-  Tensor mu, logvar;
-  OptionalTensor prior_mu, prior_logvar;
-  OptionalInt num_samples;
-  OptionalTensor seed, eps, sample, datum;
-  c10::SymInt first_sample;
+  SampleInputs of;
   std::array<bool, 5> needs;
 };
 
-inline RSampleBackward rsample_backward(const SampleBackwardInputs& in) {
+inline RSampleBackward rsample_backward(const SampleBackwardInputs& upstream) {
+  const SampleInputs& in = upstream.of;
   const Tensor& mu = in.mu;
   checks::latent(mu, in.logvar, in.prior_mu, in.prior_logvar);
   checks::noise(mu, in.num_samples, in.seed, in.eps, in.sample, in.datum, in.first_sample);
   const bool weighed = in.num_samples || in.sample.has_value();
-  const OptionalTensor grad_gates = weighed ? in.grad_gates : std::nullopt;
-  checks::rsample_backward(in.grad_z, in.grad_kl, in.grad_log_ratio, in.grad_log_q, grad_gates, mu,
-                           checks::samples_shape(mu, in.num_samples, in.sample), in.num_samples ? 2 : 1);
-  const std::array<bool, 4> needs{in.needs[0], in.needs[1], in.needs[2], in.needs[3]};
+  const OptionalTensor grad_gates = weighed ? upstream.grad_gates : std::nullopt;
+  checks::rsample_backward(upstream.grad_z, upstream.grad_kl, upstream.grad_log_ratio, upstream.grad_log_q, grad_gates,
+                           mu, checks::samples_shape(mu, in.num_samples, in.sample), in.num_samples ? 2 : 1);
+  const auto& needs = upstream.needs;
   RSampleBackward op{mu,
-                     {mu, in.logvar, in.prior_mu, in.prior_logvar, needs},
-                     shapes::grad_like(in.eps, in.needs[4]),
+                     {mu, in.logvar, in.prior_mu, in.prior_logvar, {needs[0], needs[1], needs[2], needs[3]}},
+                     shapes::grad_like(in.eps, needs[4]),
                      views::is_double(mu),
                      Views(mu.dim() - 1)};
   if (mu.is_meta()) return op;
   SampleBackwardParams& p = op.params;
-  set_draws(p, op.views,
-            {mu, in.logvar, in.prior_mu, in.prior_logvar, in.num_samples, in.seed, in.eps, {}, {}, in.first_sample});
+  set_draws(p, op.views, in);
   p.grad = op.grads.views(op.views);
   p.grad_eps = op.views.out(op.grad_eps);
-  p.grad_z = op.views.in(in.grad_z);
+  p.grad_z = op.views.in(upstream.grad_z);
   const auto rows = [](const OptionalTensor& t) { return t.has_value() ? views::rows_of(*t) : RowScalars{}; };
-  p.grad_kl = rows(in.grad_kl), p.grad_log_ratio = rows(in.grad_log_ratio), p.grad_log_q = rows(in.grad_log_q);
+  p.grad_kl = rows(upstream.grad_kl), p.grad_log_ratio = rows(upstream.grad_log_ratio);
+  p.grad_log_q = rows(upstream.grad_log_q);
   if (grad_gates.has_value()) {
     p.gate_path = views::rows_of(grad_gates->select(0, 0)), p.gate_score = views::rows_of(grad_gates->select(0, 1));
   }

@@ -126,15 +126,13 @@ def check(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
 def takes_twins(t: Tensor) -> bool:
     """Whether plain PyTorch computes: in reference mode, under torch.func, in forward-mode AD, without kernels, for
     ONNX, which has no function for an op."""
+    devices = reference.random.KERNEL_DEVICES
     return (
         _mode.blocks > 0
         or reference.exports_to_onnx()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or (
-            not (t.is_cpu and "cpu" in reference.random.KERNEL_DEVICES)
-            and t.device.type not in reference.random.KERNEL_DEVICES
-        )
+        or not ((t.is_cpu and "cpu" in devices) or t.device.type in devices)  # is_cpu takes a fifth of the time
     )
 
 

@@ -51,7 +51,7 @@ def bound_parts(
         estimator, alpha, beta, groups: as in `multi_sample_loss`.
         log_ratio: [K, B], added to the log ratios of the posteriors: of a flow z = f(z_0), where the posterior is that
             of z_0, log p(z) - log N(z_0; 0, I) + log |det df/dz_0|; of a mixture prior, log p(z) - log N(z; 0, I).
-        kl_weight: anneals the log ratios; a float or a 0-d tensor on the device. Not for "rws".
+        kl_weight: anneals the log ratios; a float or a 0-d tensor. Not for "rws".
         reduction: "mean" (over B), "sum" or "none".
 
     Returns:
@@ -94,7 +94,7 @@ def bound_parts(
         if estimator == "rws":
             raise ValueError(f"kl_weight must be 1.0 with estimator 'rws', which anneals nothing; got {kl_weight}")
         if isinstance(kl_weight, Tensor):
-            kl_weight = ordered.expand(kl_weight.to(dtype), shape)
+            kl_weight = ordered.expand(kl_weight.to(ratio), shape)
         ratio = weighted(kl_weight, ratio)
         if gates is not None:  # of dreg: b = a (1 - kl_weight + kl_weight a), by the steps of Tucker et al. 2019, eq. 8
             gates = torch.stack([kl_weight * gates[0], gates[1]])

@@ -43,7 +43,7 @@ def elbo_parts(
         recon, x, likelihood, mask: as in `log_prob`. recon may carry K samples in front.
         mu, logvar: [B, *latent]. The encoder's output.
         prior_mu, prior_logvar: broadcast to mu, learned or not; N(0, I) without them.
-        beta: weight of the KL; a float or a 0-d tensor on the device (Higgins et al. 2017), or a tensor that broadcasts
+        beta: weight of the KL; a float or a 0-d tensor (Higgins et al. 2017), or a tensor that broadcasts
             to [*latent], of one weight per dimension.
         free_bits: floor in nats for each dimension's mean KL; see `gaussian_kl`.
         kl_mask: bool, broadcasts to mu: where it is False, the KL is 0; see `gaussian_kl`.
@@ -100,11 +100,13 @@ def _weighted_parts(
     """The parts with a weight for the KL of every dimension, or with a mask of it: made of `log_prob` and the KLs."""
     log_likelihood = log_prob(recon, x, likelihood=likelihood, mask=mask)
     terms = gaussian_kl(*latents, mask=kl_mask, reduce=False)  # type: ignore[arg-type]
-    beta = beta.to(terms.dtype) if isinstance(beta, Tensor) else terms.new_ones(()) * beta
-    beta = expand("beta", expand("beta", beta, terms.shape[1:], "one latent"), terms.shape, "mu")
-    # what a weight of 0 leaves of an infinite KL is read by nothing: neither value nor gradient is NaN
-    left = ~((beta == 0) & terms.isinf())
-    whole, terms = terms, gaussian_kl(*latents, mask=left if kl_mask is None else left & kl_mask, reduce=False)  # type: ignore[arg-type]
+    whole = terms
+    if isinstance(beta, Tensor):
+        beta = expand("beta", expand("beta", beta.to(terms), terms.shape[1:], "one latent"), terms.shape, "mu")
+    if isinstance(beta, Tensor) or beta == 0:
+        # what a weight of 0 leaves of an infinite KL is read by nothing: neither value nor gradient is NaN
+        left = ~((beta == 0) & terms.isinf())
+        terms = gaussian_kl(*latents, mask=left if kl_mask is None else left & kl_mask, reduce=False)  # type: ignore[arg-type]
     penalty = ordered_sum((beta * terms).flatten(1), 1)
     fit = ordered_sum(log_likelihood, 0) / len(log_likelihood) if log_likelihood.dim() == 2 else log_likelihood
     return LossParts(reduce(penalty - fit, reduction), log_likelihood, ordered_sum(whole.flatten(1), 1))

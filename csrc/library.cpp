@@ -44,21 +44,22 @@ TORCH_LIBRARY(fastelbo, m) {
       "Tensor mu, Tensor logvar, Tensor prior_mu, Tensor prior_logvar)");
   // Multiply t in place by a scalar on its device; skipped if the scalar is 1. For gradients that only the caller has.
   m.def("_scale_(Tensor(a!) t, Tensor factor) -> ()");
-  // elbo_weight, alpha, groups and the three numbers of steering: see csrc/math/estimator.h
+  // elbo_weight, alpha, groups and the three coefficients of the gradient: see csrc/math/estimator.h
   m.def(
       "multi_sample_loss(Tensor[] parameters, Tensor x, Tensor log_ratio, Tensor? gates, Tensor? mask, "
-      "Tensor? elbo_weight, Tensor? alpha, int groups, float[] steering, str likelihood, str reduction, int needs=0) "
+      "Tensor? elbo_weight, Tensor? alpha, int groups, float[] coefficients, str likelihood, str reduction, "
+      "int needs=0) "
       "-> (Tensor loss, Tensor log_likelihood, Tensor first, Tensor second, Tensor third, Tensor fourth, "
       "Tensor log_ratio, Tensor gates)");
   // of log w [K, B]: the bound [B], its gradient by log w [K, B], the factors of the gates [2, K, B], and where asked
   // for its gradients by elbo_weight and alpha [2, B]
   m.def(
-      "_multi_sample_weights(Tensor log_w, Tensor? elbo_weight, Tensor? alpha, int groups, float[] steering, bool "
+      "_multi_sample_weights(Tensor log_w, Tensor? elbo_weight, Tensor? alpha, int groups, float[] coefficients, bool "
       "slopes) "
       "-> (Tensor bound, Tensor weights, Tensor gates, Tensor slopes)");
   // minus that bound; the gradient of gates are their factors
   m.def(
-      "minus_bound(Tensor log_w, Tensor? gates, Tensor? elbo_weight, Tensor? alpha, int groups, float[] steering) "
+      "minus_bound(Tensor log_w, Tensor? gates, Tensor? elbo_weight, Tensor? alpha, int groups, float[] coefficients) "
       "-> Tensor");
 
   // ppca: x [N, D], W [D, M], b [D]

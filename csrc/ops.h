@@ -124,7 +124,7 @@ struct MultiSampleInputs {
   Tensor x, log_ratio;
   OptionalTensor gates, mask, elbo_weight, alpha;
   int64_t groups;
-  at::ArrayRef<double> steering;
+  at::ArrayRef<double> coefficients;
   std::string_view likelihood, reduction;
   int64_t needs;
 };

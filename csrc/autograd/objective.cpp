@@ -131,14 +131,14 @@ struct MultiSampleLoss : public Function<MultiSampleLoss> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto found =
         ops::multi_sample_loss(in.parameters, in.x, in.log_ratio, in.gates, in.mask, in.elbo_weight, in.alpha,
-                               in.groups, in.steering, in.likelihood, in.reduction, fused ? in.needs : 0);
+                               in.groups, in.coefficients, in.likelihood, in.reduction, fused ? in.needs : 0);
     const auto [loss, log_likelihood] = some_of<2>(found);
     saved.push_back(fused ? Tensor() : log_likelihood);
     for (const Tensor& grad : some_of<kMaxParameters + 2, 2>(found)) saved.push_back(grad);
     ctx->set_materialize_grads(false);
     save(ctx, std::move(saved));
     ctx->saved_data["options"] = std::tuple<bool, int64_t, int64_t, std::vector<double>, std::string, std::string>(
-        fused, int64_t(in.parameters.size()), in.groups, in.steering.vec(), std::string(in.likelihood),
+        fused, int64_t(in.parameters.size()), in.groups, in.coefficients.vec(), std::string(in.likelihood),
         std::string(in.reduction));
     return {loss, log_likelihood};
   }
@@ -158,12 +158,12 @@ struct MultiSampleLoss : public Function<MultiSampleLoss> {
     }
     const auto needed = needs<kMaxParameters + kLogLikelihood>(ctx, at::TensorList(saved).slice(0, n + kLogLikelihood));
     const auto at = [&](size_t i) { return optional(saved[n + i]); };
-    const auto steering = options[3].toDoubleVector();
+    const auto coefficients = options[3].toDoubleVector();
     BelowAutogradUnlessGraph guard;
     const composite::MultiSampleGrads found = composite::multi_sample_loss_backward(
         grads[0], grads[1],
         {at::TensorList(saved).slice(0, n), saved[n + kX], saved[n + kLogRatio], at(kGates), at(kMask), at(kElboWeight),
-         at(kAlpha), options[2].toInt(), steering, options[4].toStringRef(), options[5].toStringRef(), 0},
+         at(kAlpha), options[2].toInt(), coefficients, options[4].toStringRef(), options[5].toStringRef(), 0},
         composite::fit_needs(needed, n),
         {needed[n + kLogRatio], needed[n + kGates], needed[n + kElboWeight], needed[n + kAlpha]},
         saved[n + kLogLikelihood]);
@@ -180,12 +180,12 @@ struct MinusBound : public Function<MinusBound> {
 
   static variable_list forward(AutogradContext* ctx, const Tensor& log_w, const OptionalTensor& gates,
                                const OptionalTensor& elbo_weight, const OptionalTensor& alpha, int64_t groups,
-                               at::ArrayRef<double> steering) {
+                               at::ArrayRef<double> coefficients) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto [bound, weights, factors, slopes] =
-        ops::multi_sample_weights(log_w, elbo_weight, alpha, groups, steering, false);
+        ops::multi_sample_weights(log_w, elbo_weight, alpha, groups, coefficients, false);
     ctx->save_for_backward({log_w, tensor(gates), tensor(elbo_weight), tensor(alpha), weights, factors});
-    ctx->saved_data["options"] = std::tuple<int64_t, std::vector<double>>(groups, steering.vec());
+    ctx->saved_data["options"] = std::tuple<int64_t, std::vector<double>>(groups, coefficients.vec());
     return {bound.neg()};
   }
 
@@ -193,11 +193,11 @@ struct MinusBound : public Function<MinusBound> {
     const auto saved = ctx->get_saved_variables();
     const auto& options = ctx->saved_data["options"].toTupleRef().elements();
     const auto needed = needs<4>(ctx, saved);
-    const auto steering = options[1].toDoubleVector();
+    const auto coefficients = options[1].toDoubleVector();
     BelowAutogradUnlessGraph guard;
     const composite::BoundGrads found = composite::minus_bound_backward(
         grads[0], saved[kLogW], optional(saved[kGates]), optional(saved[kElboWeight]), optional(saved[kAlpha]),
-        options[0].toInt(), steering, needed, saved[kWeights], saved[kFactors]);
+        options[0].toInt(), coefficients, needed, saved[kWeights], saved[kFactors]);
     return {
         found.log_w.to(saved[kLogW].scalar_type()), found.gates, found.elbo_weight, found.alpha, Tensor(), Tensor()};
   }

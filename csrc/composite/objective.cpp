@@ -76,13 +76,13 @@ ElboGrads elbo_loss_backward(const Tensor& grad_loss, const Tensor& grad_log_lik
 
 BoundGrads minus_bound_backward(const Tensor& grad, const Tensor& log_w, const OptionalTensor& gates,
                                 const OptionalTensor& elbo_weight, const OptionalTensor& alpha, int64_t groups,
-                                at::ArrayRef<double> steering, const std::array<bool, 4>& needs, const Tensor& weights,
-                                const Tensor& factors) {
+                                at::ArrayRef<double> coefficients, const std::array<bool, 4>& needs,
+                                const Tensor& weights, const Tensor& factors) {
   const bool of_numbers = needs[2] || needs[3];
   Tensor a = weights, of_gates = factors, slopes;
   if (!a.defined() || of_numbers || at::GradMode::is_enabled()) {
     std::tie(std::ignore, a, of_gates, slopes) =
-        ops::multi_sample_weights(log_w, elbo_weight, alpha, groups, steering, of_numbers);
+        ops::multi_sample_weights(log_w, elbo_weight, alpha, groups, coefficients, of_numbers);
   }
   BoundGrads result;
   result.log_w = a * grad.neg();  // [K, B]
@@ -103,7 +103,7 @@ MultiSampleGrads multi_sample_loss_backward(const Tensor& grad_loss, const Tenso
     const Tensor log_p = again ? ops::log_prob(in.parameters, in.x, in.mask, in.likelihood) : log_likelihood;
     result.bound = minus_bound_backward(per_datum(grad_loss, in.reduction, in.x.sym_size(0)),
                                         log_p + in.log_ratio.to(log_p.scalar_type()), in.gates, in.elbo_weight,
-                                        in.alpha, in.groups, in.steering, bound);
+                                        in.alpha, in.groups, in.coefficients, bound);
     rows = result.bound.log_w;
     result.bound.log_w = bound[0] ? rows.to(in.log_ratio.scalar_type()) : Tensor();
   }
@@ -114,9 +114,9 @@ MultiSampleGrads multi_sample_loss_backward(const Tensor& grad_loss, const Tenso
 namespace {
 
 Tensor minus_bound(const Tensor& log_w, const OptionalTensor& gates, const OptionalTensor& elbo_weight,
-                   const OptionalTensor& alpha, int64_t groups, at::ArrayRef<double> steering) {
+                   const OptionalTensor& alpha, int64_t groups, at::ArrayRef<double> coefficients) {
   checks::gates(gates, log_w);
-  return std::get<0>(ops::multi_sample_weights(log_w, elbo_weight, alpha, groups, steering, false)).neg();
+  return std::get<0>(ops::multi_sample_weights(log_w, elbo_weight, alpha, groups, coefficients, false)).neg();
 }
 
 }  // namespace

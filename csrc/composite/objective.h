@@ -44,7 +44,7 @@ struct BoundGrads {
 // where they were kept.
 BoundGrads minus_bound_backward(const Tensor& grad, const Tensor& log_w, const OptionalTensor& gates,
                                 const OptionalTensor& elbo_weight, const OptionalTensor& alpha, int64_t groups,
-                                at::ArrayRef<double> steering, const std::array<bool, 4>& needs,
+                                at::ArrayRef<double> coefficients, const std::array<bool, 4>& needs,
                                 const Tensor& weights = {}, const Tensor& factors = {});
 
 struct MultiSampleGrads : FitGrads {

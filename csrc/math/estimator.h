@@ -1,4 +1,5 @@
-// A K-sample bound and the gradient estimator that goes with it, as six numbers: the bound's, and three of "steering".
+// A K-sample bound and the gradient estimator that goes with it, as six numbers: three of the bound, and three
+// coefficients of the gradient.
 //
 //   bound = elbo_weight mean_k log w_k + (1 - elbo_weight) / groups sum_g 1/t log mean_{k in g} w_k^t,  t = 1 - alpha
 //           (t = 0: its limit, the mean)

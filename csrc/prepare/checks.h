@@ -289,9 +289,9 @@ inline void elbo_loss(const at::Tensor& recon, const at::Tensor& x, const at::Te
 
 // The numbers of an estimator, for K samples of the type and device of `like`.
 inline void estimator(const OptionalTensor& elbo_weight, const OptionalTensor& alpha, int64_t groups,
-                      at::ArrayRef<double> steering, const c10::SymInt& K, const at::Tensor& like) {
+                      at::ArrayRef<double> coefficients, const c10::SymInt& K, const at::Tensor& like) {
   number("elbo_weight", elbo_weight, like), number("alpha", alpha, like);
-  TORCH_CHECK_VALUE(steering.size() == 3, "steering must be three numbers; got ", steering.size());
+  TORCH_CHECK_VALUE(coefficients.size() == 3, "coefficients must be three numbers; got ", coefficients.size());
   TORCH_CHECK_VALUE(groups >= 1 && K % groups == 0, "groups must divide the number of samples K=", K, "; got ", groups);
 }
 

@@ -61,8 +61,13 @@ inline ElboLoss elbo_loss(const ElboInputs& in) {
 }
 
 inline Estimator estimator(const OptionalTensor& elbo_weight, const OptionalTensor& alpha, int64_t groups,
-                           at::ArrayRef<double> steering) {
-  return {views::number_of(elbo_weight, 0), views::number_of(alpha, 0), groups, steering[0], steering[1], steering[2]};
+                           at::ArrayRef<double> coefficients) {
+  return {views::number_of(elbo_weight, 0),
+          views::number_of(alpha, 0),
+          groups,
+          coefficients[0],
+          coefficients[1],
+          coefficients[2]};
 }
 
 struct MultiSampleLoss {
@@ -84,7 +89,7 @@ inline MultiSampleLoss multi_sample_loss(const MultiSampleInputs& in) {
   const Tensor &recon = in.parameters[0], &x = in.x, &log_ratio = in.log_ratio;
   checks::multi_sample_loss(recon, x, log_ratio);
   checks::gates(in.gates, log_ratio);
-  checks::estimator(in.elbo_weight, in.alpha, in.groups, in.steering, recon.sym_size(0), recon);
+  checks::estimator(in.elbo_weight, in.alpha, in.groups, in.coefficients, recon.sym_size(0), recon);
   op.loss = shapes::loss_like(recon, x, op.reduction);
   op.log_likelihood = shapes::rows_like(recon, x);
   op.grads = op.rows.grads(in.parameters, [&](size_t i) { return wants(in.needs, i); });
@@ -97,7 +102,7 @@ inline MultiSampleLoss multi_sample_loss(const MultiSampleInputs& in) {
   p.fit = rows;
   p.fit.chunk = 1;
   for (SharedGrad& g : p.fit.shared_grad) g = {};
-  p.estimator = estimator(in.elbo_weight, in.alpha, in.groups, in.steering);
+  p.estimator = estimator(in.elbo_weight, in.alpha, in.groups, in.coefficients);
   op.ratio = log_ratio.to(type);
   p.log_ratio = views::rows_of(op.ratio);
   p.datum_weight = datum_weight(op.reduction, rows.B);
@@ -131,12 +136,12 @@ struct MultiSampleWeights {
 
 inline MultiSampleWeights multi_sample_weights(const Tensor& log_w, const OptionalTensor& elbo_weight,
                                                const OptionalTensor& alpha, int64_t groups,
-                                               at::ArrayRef<double> steering, bool slopes) {
+                                               at::ArrayRef<double> coefficients, bool slopes) {
   checks::floating("log_w", log_w);
   TORCH_CHECK_VALUE(log_w.dim() == 2, "log_w must be [K, B]; got ", checks::shape_text(log_w));
   const c10::SymInt K = log_w.sym_size(0), B = log_w.sym_size(1);
   TORCH_CHECK_VALUE(K != 0, "log_w must hold at least one sample; got the shape ", checks::shape_text(log_w));
-  checks::estimator(elbo_weight, alpha, groups, steering, K, log_w);
+  checks::estimator(elbo_weight, alpha, groups, coefficients, K, log_w);
   const auto options = shapes::compute_options(log_w);
   MultiSampleWeights op{at::empty_symint({B}, options), at::empty_symint({K, B}, options),
                         at::empty_symint({2, K, B}, options), slopes ? at::empty_symint({2, B}, options) : Tensor(),
@@ -146,7 +151,7 @@ inline MultiSampleWeights multi_sample_weights(const Tensor& log_w, const Option
   op.double_bound = at::empty({log_w.size(1)}, op.double_weights.options());
   MultiSampleParams& p = op.params;
   p.fit.K = log_w.size(0), p.fit.B = log_w.size(1);
-  p.estimator = estimator(elbo_weight, alpha, groups, steering);
+  p.estimator = estimator(elbo_weight, alpha, groups, coefficients);
   p.datum_weight = -1;  // the weights themselves
   p.weights = op.double_weights.mutable_data_ptr<double>(), p.bound = op.double_bound.mutable_data_ptr<double>();
   p.row_factor = op.weights.mutable_data_ptr(), p.gates = op.gates.mutable_data_ptr();

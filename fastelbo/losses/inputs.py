@@ -77,6 +77,6 @@ def number(value: float | Tensor, default: float, like: Tensor) -> Tensor | None
 
 
 def bound_numbers(row: Estimator, like: Tensor) -> tuple[Tensor | None, Tensor | None, int, list[float]]:
-    """An estimator as the ops take it: elbo_weight, alpha, groups, and the three numbers of steering."""
-    steering = [row.path, row.path_weight, row.score]
-    return number(row.elbo_weight, 0.0, like), number(row.alpha, 0.0, like), row.groups, steering
+    """An estimator as the ops take it: elbo_weight, alpha, groups, and the three coefficients of the gradient."""
+    coefficients = [row.path, row.path_weight, row.score]
+    return number(row.elbo_weight, 0.0, like), number(row.alpha, 0.0, like), row.groups, coefficients

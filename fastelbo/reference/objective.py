@@ -141,15 +141,15 @@ def multi_sample_weights(
     elbo_weight: Tensor | None,
     alpha: Tensor | None,
     groups: int,
-    steering: Sequence[float],
+    coefficients: Sequence[float],
     slopes: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The bound [B] of log w [K, B], its gradient a by log w [K, B], and the gates [2, K, B]: b / a - 1 and c / a - 1;
     on request its gradients by elbo_weight and alpha [2, B].
 
-    The three numbers of steering are path, path_weight and score of `fastelbo.estimators.Estimator`.
+    The three coefficients are path, path_weight and score of `fastelbo.estimators.Estimator`.
     """
-    path, path_weight, score = steering
+    path, path_weight, score = coefficients
     log_w = log_w.to(compute_dtype(log_w))
     weight = 0.0 if elbo_weight is None else elbo_weight.to(log_w)
     t = 1.0 if alpha is None else 1 - alpha.to(log_w)
@@ -177,10 +177,10 @@ def minus_bound(
     elbo_weight: Tensor | None,
     alpha: Tensor | None,
     groups: int,
-    steering: Sequence[float],
+    coefficients: Sequence[float],
 ) -> Tensor:
     """Minus the bound [B] of log w [K, B] of an estimator (see `fastelbo.estimators`)."""
-    value, _, factors, _ = multi_sample_weights(log_w, elbo_weight, alpha, groups, steering)
+    value, _, factors, _ = multi_sample_weights(log_w, elbo_weight, alpha, groups, coefficients)
     return -value if gates is None else _Steered.apply(-value, gates, factors.to(gates.dtype))  # type: ignore
 
 
@@ -194,11 +194,11 @@ def multi_sample_loss(
     elbo_weight: Tensor | None,
     alpha: Tensor | None,
     groups: int,
-    steering: Sequence[float],
+    coefficients: Sequence[float],
     likelihood: str,
     reduction: str,
 ) -> tuple[Tensor, ...]:
     """Minus the bound of an estimator (see `fastelbo.estimators`) reduced over B; also log p [K, B]."""
     log_likelihood = log_prob(parameters, x, mask, likelihood)
     log_w = log_likelihood + log_ratio.to(log_likelihood.dtype)
-    return reduce(minus_bound(log_w, gates, elbo_weight, alpha, groups, steering), reduction), log_likelihood
+    return reduce(minus_bound(log_w, gates, elbo_weight, alpha, groups, coefficients), reduction), log_likelihood

@@ -192,7 +192,7 @@ def objective(samples: int, batch: int, data: int, latent: int) -> Inputs:
 
 
 def held_out_digits() -> Inputs:
-    return Inputs({"x": load("digits").held_out})
+    return Inputs({"x": load("digits").held_out[:]})
 
 
 def ppca(rows: int, data: int, latent: int, *, train: bool = True) -> Inputs:

@@ -35,6 +35,7 @@ from fastelbo.models.diagnostics import Diagnostics, DiagnosticsMeter, diagnosti
 from fastelbo.models.loading import load
 from fastelbo.models.marginal import ImportanceWeights, LogMeanExp, MarginalEstimate, importance_weights
 from fastelbo.models.objective import Objective
+from fastelbo.models.scaling import Scaling
 from fastelbo.models.vae import VAE, VAELoss
 from fastelbo.ppca import PPCA, FitReport, ppca_log_prob
 
@@ -55,6 +56,7 @@ __all__ = [
     "MarginalEstimate",
     "Objective",
     "Posterior",
+    "Scaling",
     "VAELoss",
     "bernoulli_log_prob",
     "bound_loss",

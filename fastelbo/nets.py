@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastelbo import likelihoods
+from fastelbo.models.scaling import Scaling
 from fastelbo.models.vae import VAE
 
 NETS = ("mlp", "conv")
@@ -43,29 +44,56 @@ class LearnedDispersion(nn.Module):
         return log_mean, self.log_theta, *zero_logits
 
 
+class _ChannelsFirst(nn.Module):
+    """[B, H, W, C] as [B, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.movedim(3, 1)
+
+
+class _ChannelsLast(nn.Module):
+    """[B, C, H, W] as [B, H, W, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.movedim(1, 3)
+
+
 def _convolutional(event: tuple[int, ...], latent_dim: int, hidden: int) -> tuple[nn.Sequential, nn.Sequential]:
     """Encoder and decoder of two convolutions of stride 2, with half and all of `hidden` / 4 channels."""
-    channels, height, width = event if len(event) == 3 else (1, *event) if len(event) == 2 else (0, 0, 0)
+    last_dim = len(event) == 3 and event[0] not in (1, 3) and event[2] in (1, 3)
+    channels, height, width = (
+        (event[2], *event[:2]) if last_dim else (1, *event)[-3:] if len(event) in (2, 3) else (0,) * 3
+    )
     if channels not in (1, 3) or height % 4 or width % 4:
         raise ValueError(
-            f"net 'conv' takes images [H, W] or [C, H, W] of 1 or 3 channels, H and W multiples of 4; got {event}"
+            "net 'conv' takes images [H, W], [C, H, W] or [H, W, C] of 1 or 3 channels, H and W multiples of 4; got "
+            f"{event}: net 'mlp' takes any"
         )
     last, first = max(hidden // 4, 2), max(hidden // 8, 1)
     inner = (last, height // 4, width // 4)
+    stored = (height, width, channels) if last_dim else (channels, height, width)
     encoder = nn.Sequential(
-        *(nn.Flatten(), nn.Unflatten(1, (channels, height, width))),
+        *(nn.Flatten(), nn.Unflatten(1, stored), *([_ChannelsFirst()] if last_dim else [])),
         *(nn.Conv2d(channels, first, 4, 2, 1), nn.ReLU(), nn.Conv2d(first, last, 4, 2, 1), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(math.prod(inner), 2 * latent_dim)),
     )
     decoder = nn.Sequential(
         *(nn.Linear(latent_dim, math.prod(inner)), nn.ReLU(), nn.Unflatten(1, inner)),
         *(nn.ConvTranspose2d(last, first, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(first, channels, 4, 2, 1)),
+        *([_ChannelsLast()] if last_dim else []),
         *(nn.Flatten(), nn.Unflatten(1, event)),
     )
     return encoder, decoder
 
 
-def build_model(event: tuple[int, ...], latent_dim: int, hidden: int, likelihood: str, net: str = "mlp") -> VAE:
+def build_model(
+    event: tuple[int, ...],
+    latent_dim: int,
+    hidden: int,
+    likelihood: str,
+    net: str = "mlp",
+    scaling: Scaling | None = None,
+) -> VAE:
     """A VAE with two hidden layers on either side, dense ones for data of any event shape.
 
     Of counts the encoder sees log1p(x), and the decoder gives every parameter but log_theta, one number per element of
@@ -94,4 +122,4 @@ def build_model(event: tuple[int, ...], latent_dim: int, hidden: int, likelihood
         decoder.append(nn.Sigmoid())
     elif len(row.parameters) > 1:
         decoder.append(LearnedScale(*row.parameters[2:]))
-    return VAE(encoder, decoder, likelihood, latent_shape=(latent_dim,))
+    return VAE(encoder, decoder, likelihood, scaling=scaling, latent_shape=(latent_dim,))

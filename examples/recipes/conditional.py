@@ -45,8 +45,8 @@ def nearest_class(x: Tensor, train: Tensor, labels: Tensor) -> Tensor:
 def main() -> int:
     torch.manual_seed(0)
     digits = load("digits")
-    assert digits.train_labels is not None and digits.held_out_labels is not None
-    x, labels = digits.train.flatten(1), digits.train_labels
+    assert torch.from_numpy(digits.train.labels) is not None and torch.from_numpy(digits.held_out.labels) is not None
+    x, labels = digits.train[:].flatten(1), torch.from_numpy(digits.train.labels)
     model = build()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(STEPS):
@@ -57,8 +57,8 @@ def main() -> int:
     wanted = torch.arange(CLASSES).repeat(20)
     drawn = model.sample(len(wanted), F.one_hot(wanted, CLASSES).float(), mean=True)
     right = (nearest_class(drawn, x, labels) == wanted).float().mean().item()
-    held_out = digits.held_out.flatten(1)
-    label = F.one_hot(digits.held_out_labels, CLASSES).float()
+    held_out = digits.held_out[:].flatten(1)
+    label = F.one_hot(torch.from_numpy(digits.held_out.labels), CLASSES).float()
     log_prob = model.log_marginal(held_out, 500, condition=label, seed=0).log_prob.mean().item()
     wrong = model.log_marginal(held_out, 500, condition=label.roll(1, 1), seed=0).log_prob.mean().item()
     print(f"samples whose nearest training digit is of the class that was asked for: {right:.0%}")

@@ -63,7 +63,7 @@ def loss(model: FlowVAE, x: Tensor) -> Tensor:
 def main() -> int:
     torch.manual_seed(0)
     digits = load("digits")
-    x, held_out = digits.train.flatten(1), digits.held_out.flatten(1)
+    x, held_out = digits.train[:].flatten(1), digits.held_out[:].flatten(1)
     model = build()
     with torch.no_grad():
         start = -model.loss(held_out, 500).item()

@@ -40,8 +40,8 @@ def impute(model: VAE, x: Tensor, num_samples: int = 500) -> Tensor:
 def main() -> int:
     torch.manual_seed(0)
     digits = load("digits")
-    truth = digits.held_out.flatten(1)
-    x, held_out = (torch.where(torch.rand_like(t) < 0.5, math.nan, t) for t in (digits.train.flatten(1), truth))
+    truth = digits.held_out[:].flatten(1)
+    x, held_out = (torch.where(torch.rand_like(t) < 0.5, math.nan, t) for t in (digits.train[:].flatten(1), truth))
     model = build()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(STEPS):

@@ -66,8 +66,8 @@ def accuracy(classifier: nn.Module, x: Tensor, y: Tensor) -> float:
 def main() -> int:
     torch.manual_seed(0)
     digits = load("digits")
-    assert digits.train_labels is not None and digits.held_out_labels is not None
-    x, y = digits.train.flatten(1), digits.train_labels
+    assert torch.from_numpy(digits.train.labels) is not None and torch.from_numpy(digits.held_out.labels) is not None
+    x, y = digits.train[:].flatten(1), torch.from_numpy(digits.train.labels)
     chosen = torch.cat([(y == c).nonzero().flatten()[: LABELS // CLASSES] for c in range(CLASSES)])
     model, alone = build(), build().classifier
     optimizer = torch.optim.Adam([*model.parameters(), *alone.parameters()], lr=1e-3)
@@ -76,7 +76,7 @@ def main() -> int:
         loss(model, x[torch.randint(len(x), (BATCH,))], x[chosen], y[chosen]).backward()
         F.cross_entropy(alone(x[chosen]), y[chosen]).backward()
         optimizer.step()
-    held_out = digits.held_out.flatten(1), digits.held_out_labels
+    held_out = digits.held_out[:].flatten(1), torch.from_numpy(digits.held_out.labels)
     with_unlabeled, without = accuracy(model.classifier, *held_out), accuracy(alone, *held_out)
     print(f"held-out accuracy with {LABELS} labels: {with_unlabeled:.1%}; a classifier of these alone {without:.1%}")
     return 0 if with_unlabeled > without else 1

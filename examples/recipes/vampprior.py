@@ -51,7 +51,7 @@ def loss(model: VampVAE, x: Tensor) -> Tensor:
 def main() -> int:
     torch.manual_seed(0)
     digits = load("digits")
-    x, held_out = digits.train.flatten(1), digits.held_out.flatten(1)
+    x, held_out = digits.train[:].flatten(1), digits.held_out[:].flatten(1)
     model = VampVAE(x[:COMPONENTS])
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     with torch.no_grad():

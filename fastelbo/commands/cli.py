@@ -3,10 +3,11 @@
 import argparse
 import io
 import json
+import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -17,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 import fastelbo
+from fastelbo import likelihoods
 from fastelbo._internal.arguments import count, integer
 from fastelbo.commands import data, evaluate, files, options, ppca, train
-from fastelbo.commands.data import BUILT_IN
 from fastelbo.commands.ppca import PPCAConfig
 from fastelbo.commands.train import Config, Metrics
+from fastelbo.data.built_in import BUILT_IN
 from fastelbo.models.diagnostics import ACTIVE_VARIANCE
 from fastelbo.ppca import PPCA
 
@@ -77,7 +79,8 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     ).add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint.pt, or the folder of a run")
-    add("--data", metavar="DATA", help="as in train; by default the data of the run")
+    add("--data", metavar="DATA", help="all of these, as in train; by default what the run held out")
+    add("--layer", metavar="NAME", help="as in train; by default that of the run")
     add("--samples", type=int, default=5000, metavar="K", help="samples per datum (default: 5000)")
     add("--chunk-size", type=int, metavar="K", help="at most so many samples in memory at a time")
     add("--seed", type=int, default=0, metavar="SEED", help="of the noise (default: 0)")
@@ -96,7 +99,8 @@ def _parser() -> _Parser:
     return parser
 
 
-def _line(row: Metrics, config: Config) -> str:
+def _line(row: Metrics, config: Config, held_out: int) -> str:
+    active = f"{row['active_units']:.0f}" if held_out > 1 else "?"  # one datum does not tell
     bound = "" if config.objective == "elbo" else f"  {config.objective} bound {row['held_out_bound']:8.3f}"
     ess = "" if config.num_samples == 1 else f"  ESS {row['ess']:.1f}/{config.num_samples}"
     if config.keep is not None:
@@ -104,7 +108,7 @@ def _line(row: Metrics, config: Config) -> str:
     return (
         f"epoch {row['epoch']:{len(str(config.epochs))}.0f}/{config.epochs}  train ELBO {row['train_elbo']:8.3f}  "
         f"held-out ELBO {row['held_out_elbo']:8.3f}{bound}  log p(x|z) {row['held_out_log_likelihood']:8.3f}  "
-        f"KL {row['held_out_kl']:6.3f}  {row['active_units']:.0f}/{config.latent_dim} units active"
+        f"KL {row['held_out_kl']:6.3f}  {active}/{config.latent_dim} units active"
         f"{ess}  {row['ms_per_step']:.2f} ms/step, loss {row['loss_share']:.0%}"
     )
 
@@ -141,6 +145,18 @@ def _interrupted(what: str) -> int:
     return 130
 
 
+def _describe(dataset: data.Split, name: str, more: str) -> None:
+    for remark in dataset.remarks:
+        print(remark)
+    train, missing, block = dataset.train, dataset.summary.missing, dataset.train.block
+    gaps = f", {missing / math.prod(dataset.summary.shape):.2%} of the cells missing and masked" if missing else ""
+    order = f"; shuffled by blocks of {block} rows, which the file stores together" if block > 1 else ""
+    print(
+        f"{name}: {len(train)} training and {len(dataset.held_out)} held-out data of shape {train.shape[1:]}{gaps}"
+        f"{more}{order}; figures in nats per datum"
+    )
+
+
 def _fit_ppca(args: argparse.Namespace) -> list[Path]:
     """-> the pictures that were made."""
     from fastelbo.commands import pictures
@@ -158,10 +174,7 @@ def _fit_ppca(args: argparse.Namespace) -> list[Path]:
             flush=True,
         )
 
-    print(
-        f"{run.config.data}: {len(run.train)} training and {len(run.held_out)} held-out data of shape "
-        f"{tuple(run.data.train.shape[1:])}; PPCA by {run.config.method}; log p(x) in nats per datum"
-    )
+    _describe(run.data, run.config.data, f"; PPCA by {run.config.method}")
     model = run.fit(out, report)
     if len(run.history) > 1:
         largest = model.n_components == run.history[-1]["components"]
@@ -187,15 +200,18 @@ def _logger(out: Path, epochs: int) -> Callable[[Metrics], None]:
     return write
 
 
-def _saved_config(out: Path) -> Config:
-    """The options of the run in a folder."""
+def _saved_config(out: Path, given: Collection[str] = ()) -> Config:
+    """The options of the run in a folder; its data are looked for, unless `given` names them."""
     saved = files.read_checkpoint(out)
     if saved["model_kind"] != "vae":
         raise ValueError(f"the run is one of model {saved['model_kind']!r}, which is not resumed")
     if saved["config"].get("keep") == "auto":
         raise ValueError(f"{out} holds a run of keep 'auto', which is gone and cannot be continued: start a new one")
     with files.reading(out / "checkpoint.pt", files.CHECKPOINT):
-        return Config(**saved["config"])
+        config, places = Config(**saved["config"]), saved["data"].get("beside", {})
+    named = {name: getattr(config, name) for name in ("data", "test_data") if name not in given}
+    now: dict[str, Any] = {k: data.located(v, places.get(k), out) for k, v in named.items() if v is not None}
+    return replace(config, **now)
 
 
 def _fit_vae(args: argparse.Namespace) -> list[Path]:
@@ -204,29 +220,25 @@ def _fit_vae(args: argparse.Namespace) -> list[Path]:
 
     out: Path = args.out
     resume, changes = "resume" in args, _options(args)
-    trainer = train.prepare(replace(_saved_config(out) if resume else Config(), **changes), out, resume=resume)
+    trainer = train.prepare(replace(_saved_config(out, changes) if resume else Config(), **changes), out, resume=resume)
     log = _logger(out, len(trainer.history)) if "logger" in args and not trainer.processes.rank else None
     config, dataset = trainer.config, trainer.data
     if config.data in BUILT_IN and (source := BUILT_IN[config.data].generated):
         print(f"{config.data}: generated, not measured: {source}")
-    print(
-        f"{config.data}: {len(dataset.train)} training and {len(dataset.held_out)} held-out data of shape "
-        f"{tuple(dataset.train.shape[1:])}, likelihood {config.likelihood}; {config.impl} on {trainer.device}; "
-        "figures in nats per datum"
-    )
+    _describe(dataset, config.data, f", likelihood {config.likelihood}; {config.impl} on {trainer.device}")
     if trainer.history:
         print(f"resumed after epoch {len(trainer.history)}")
     if len(trainer.history) >= config.epochs:
         print(f"nothing to train: all {config.epochs} epochs are done; --epochs N trains up to epoch N")
-    collapsed = train.collapses(trainer.history)
+    collapsed = train.collapses(trainer.history) if len(dataset.held_out) > 1 else {}
     reported: set[int] = set()
 
     def report(row: Metrics) -> None:
         nonlocal collapsed
-        print(_line(row, config), flush=True)
+        print(_line(row, config, len(dataset.held_out)), flush=True)
         if log is not None:
             log(row)
-        collapsed = train.collapses([row], collapsed)
+        collapsed = train.collapses([row], collapsed) if len(dataset.held_out) > 1 else {}
         settled = row["epoch"] >= max(SETTLED, config.beta_warmup + 1)
         if settled and collapsed.keys() - reported:
             reported.update(collapsed)
@@ -290,41 +302,64 @@ def _evaluate(args: argparse.Namespace) -> int:
     count("num_samples", args.samples)
     integer()("seed", args.seed)
     model, saved = fastelbo.load(args.checkpoint), files.read_checkpoint(args.checkpoint)
-    is_ppca = isinstance(model, PPCA)
     with files.reading(args.checkpoint, files.CHECKPOINT):
-        name, test_data = str(saved["config"]["data"]), saved["config"].get("test_data")
-        event, epoch = tuple(saved["data"]["shape"][1:]), None if is_ppca else int(saved["epoch"])
-    if args.data is not None:
-        name, test_data = args.data, None
+        config, before = saved["config"], saved["data"]
+        name, test_data, layer = str(config["data"]), config.get("test_data"), args.layer or config.get("layer")
+        event, like = tuple(before["shape"][1:]), getattr(torch, before["dtype"])
+        fractions, places = config.get("fractions", False), before.get("beside", {})
     likelihood = "gaussian" if isinstance(model, PPCA) else model.likelihood
-    dataset = data.load(name, likelihood, test_data=test_data, missing=is_ppca)
-    if args.data is None:
-        data.check_unchanged(dataset, saved["data"])
-    if event != tuple(dataset.held_out.shape[1:]):
-        raise ValueError(f"data must be of shape {event} as in training; got {tuple(dataset.held_out.shape[1:])}")
-    figures: dict[str, Any] = {"data": name}
-    text = f"{name}: {len(dataset.held_out)} held-out data, "
-    if isinstance(model, PPCA):
-        mean, error = ppca.evaluate(model, dataset.held_out)
-        figures |= {"log_prob": mean, "data_error": error}
-        text += (
-            f"PPCA with {model.n_components} components; nats per datum\n"
-            f"log p(x)         {mean:10.4f}  exactly; standard error {error:.4f} by the choice of data"
-        )
+    held_out = args.data is None
+    if held_out:
+        folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
+        name = data.located(name, places.get("data"), folder)
+        test_data = None if test_data is None else data.located(test_data, places.get("test_data"), folder)
+        split = data.load(name, likelihood, test_data=test_data, layer=layer, fractions=fractions)
+        data.check_unchanged(split, before)
+        x, summary, name = split.held_out, split.summary, split.source
     else:
-        found = evaluate.evaluate(model, dataset.held_out, args.samples, seed=args.seed, chunk_size=args.chunk_size)
-        figures |= {"samples": args.samples, "epoch": epoch, **found._asdict()}
+        name = args.data
+        x, summary = data.load_all(name, likelihood, like, layer=layer, fractions=fractions)
+    if event != x.shape[1:]:
+        raise ValueError(f"data must be of shape {event} as in training; got {x.shape[1:]}")
+    domain, log_unit = likelihoods.get(likelihood).domain, 0.0
+    if domain == "reals" and summary.image:
+        log_unit = math.log(255)  # x / 255, of whole pixels
+    density = None if domain == "[0, 1]" and not summary.binary else log_unit
+    seen = "" if held_out or summary.content != before.get("values") else " (training saw most of them)"
+    text = f"{name}: {len(x)} {'held-out data' if held_out else 'data'}{seen}, "
+    if isinstance(model, PPCA):
+        found = evaluate.exactly(model, x, density)
+        text += f"PPCA with {model.n_components} components; nats per datum\n"
+        text += f"log p(x)         {found.log_prob:10.4f}  exactly; {_error(found.data_error, 'the choice of data')}"
+        figures = {k: v for k, v in found._asdict().items() if k in ("rows", "log_prob", "data_error", "bits_per_dim")}
+    else:
+        options = {"seed": args.seed, "chunk_size": args.chunk_size, "log_unit": density}
+        found, epoch = evaluate.evaluate(model, x, args.samples, **options), int(saved["epoch"])
+        figures = {"samples": args.samples, "epoch": epoch, **found._asdict()}
+        active = "unknown" if found.active_units is None else found.active_units
         text += (
             f"{args.samples} samples each, after epoch {epoch}; nats per datum\n"
-            f"log p(x)         {found.log_prob:10.4f}  standard error {found.sampling_error:.4f} by sampling, "
-            f"{found.data_error:.4f} by the choice of data\n"
+            f"log p(x)         {found.log_prob:10.4f}  {_error(found.sampling_error, 'sampling')}, "
+            f"{_error(found.data_error, 'the choice of data')}\n"
             f"ELBO             {found.elbo:10.4f}  on the same samples\n"
-            f"log p(x) - ELBO  {found.log_prob - found.elbo:10.4f}  the KL of q(z | x) from the posterior\n"
+            f"log p(x) - ELBO  {found.log_prob - (found.elbo or 0.0):10.4f}  the KL of q(z | x) from the posterior\n"
             f"mean ESS         {found.ess:10.1f}  of {args.samples}; the largest weight is {found.max_weight:.1%} of "
-            f"all\nactive units     {found.active_units:10d}  of {found.latent_dim}"
+            f"all\nactive units     {active:>10}  of {found.latent_dim}"
         )
-    print(json.dumps(figures) if args.json else text)
+    if found.bits_per_dim is None:
+        text += f"\nbits per dim            none: {likelihood!r} is no density of values between 0 and 1"
+    else:
+        text += f"\nbits per dim     {found.bits_per_dim:10.4f}  -log2 p(x) per cell" + (
+            ", of pixels from 0 to 255" if log_unit else ""
+        )
+    strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+    shown = {"data": name, "held_out": held_out, **strict}
+    print(json.dumps(shown, allow_nan=False) if args.json else text)
     return 0
+
+
+def _error(value: float | None, of: str) -> str:
+    return f"no standard error by {of}" if value is None else f"standard error {value:.4f} by {of}"
 
 
 def _sample(args: argparse.Namespace) -> int:

@@ -10,7 +10,6 @@ import secrets
 import signal
 import threading
 import tomllib
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -19,6 +18,8 @@ from typing import Any
 from zipfile import ZIP_STORED, ZipFile
 
 import torch
+
+from fastelbo._internal.reading import reading as reading
 
 CHECKPOINT = "checkpoint of fastelbo"
 CONTENT = {"model_kind": str, "config": dict, "data": dict, "model": dict}  # of every checkpoint; a model adds its own
@@ -135,20 +136,6 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading.
-
-
-@contextmanager
-def reading(path: Path, kind: str) -> Iterator[None]:
-    """Turn what a parser raises on a damaged file into a ValueError that names the file and its kind."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    except Exception as error:
-        # an error of the system itself passes; zipfile raises OSErrors too, for wrong offsets in the file
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        said = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{path} is damaged, or no {kind} ({type(error).__name__}: {said})") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -53,8 +53,12 @@ def add_flags(add: Callable[..., object], *configs: type) -> None:
             continue
         seen.add(each.name)
         about = each.metadata
+        flag = about["flag"] or f"--{each.name.replace('_', '-')}"
+        if each.type is bool:
+            add(flag, dest=each.name, help=about["help"], action="store_true")
+            continue
         add(
-            about["flag"] or f"--{each.name.replace('_', '-')}",
+            flag,
             dest=each.name,
             help=about["help"] if each.default is None else f"{about['help']} (default: {each.default})",
             type=about["parse"] or (get_args(each.type) or (each.type,))[0],

@@ -6,23 +6,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from fastelbo import likelihoods, reference
-from fastelbo.commands import files
-from fastelbo.commands.data import Dataset
+from fastelbo.commands import evaluate, files
+from fastelbo.commands.data import Split
 from fastelbo.commands.ppca import Figures
 from fastelbo.commands.train import Metrics
+from fastelbo.data.dataset import Dataset
 from fastelbo.likelihoods import Domain
-from fastelbo.models.marginal import encode_blocks
 from fastelbo.models.vae import VAE
 from fastelbo.ppca import PPCA
+
+Data = Tensor | Dataset  # [N, *event]
+
+ROWS = 10_000  # held-out data whose latents are shown
+WIDEST = 13.0  # inches
 
 TRAIN, HELD_OUT = "#9aa5b1", "#1f5fa8"
 
@@ -85,8 +92,8 @@ LIMIT_VALUES = 1_000_000
 
 def _limits(x: Tensor) -> tuple[float, float]:
     """The grey scale: all values but the most extreme ones."""
-    low, high = x.flatten()[:LIMIT_VALUES].quantile(torch.tensor([0.003, 0.997])).tolist()
-    return low, max(high, low + 1e-6)
+    low, high = x.flatten()[:LIMIT_VALUES].nanquantile(torch.tensor([0.003, 0.997])).nan_to_num().tolist()
+    return low, max(high, low + 1e-6 * max(1.0, abs(low)))
 
 
 def _show(axes: Axes, images: Tensor, columns: int, limits: tuple[float, float], title: str) -> None:
@@ -121,20 +128,21 @@ def curves(history: Sequence[Metrics], path: Path) -> Path:
     return _save(figure, path)
 
 
-def reconstructions(model: VAE, x: Tensor, path: Path, columns: int = 16, rows: int = 4) -> Path | None:
+def reconstructions(model: VAE, x: Data, path: Path, columns: int = 16, rows: int = 4) -> Path | None:
     """Data above E[x | z = mu(x)], pair by pair; None where the data are no images."""
-    x = x[: len(x) // columns * columns or len(x)][: columns * rows]
+    shown = x[: min(len(x) // columns * columns or len(x), columns * rows)]
     domain = likelihoods.get(model.likelihood).domain
+    there = ~shown.isnan() if shown.is_floating_point() else None
     with torch.no_grad():
-        originals, rebuilt = as_images(x, domain), as_images(model.reconstruct(x), domain)
+        originals, rebuilt = as_images(shown, domain), as_images(model.reconstruct(shown, mask=there), domain)
     if originals is None or rebuilt is None:
         return None
     pairs = [row for two in zip(originals.split(columns), rebuilt.split(columns), strict=True) for row in two]
     title = "Held-out data, each above its reconstruction: mean of p(x | z) at mu"
-    return _save_images(torch.cat(pairs), min(columns, len(x)), _limits(originals), title, path)
+    return _save_images(torch.cat(pairs), min(columns, len(shown)), _limits(originals), title, path)
 
 
-def prior_samples(model: VAE, x: Tensor, path: Path, columns: int = 16, rows: int = 8) -> Path | None:
+def prior_samples(model: VAE, x: Data, path: Path, columns: int = 16, rows: int = 8) -> Path | None:
     """E[x | z] for z ~ N(0, I), on the grey scale of the data x; None where the data are no images."""
     domain = likelihoods.get(model.likelihood).domain
     data = as_images(x[: 1 + LIMIT_VALUES // max(1, x[0].numel())], domain)
@@ -144,47 +152,51 @@ def prior_samples(model: VAE, x: Tensor, path: Path, columns: int = 16, rows: in
     return _save_images(images, columns, _limits(data), "Prior samples: mean of p(x | z), z ~ N(0, I)", path)
 
 
-def _posterior(model: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def _posterior(model: VAE, x: Dataset) -> tuple[Tensor, Tensor]:
     """Posterior means [N, M] and mean KL [M] of every latent dimension."""
-    with torch.no_grad():
-        mu, logvar = encode_blocks(model, x)
-        return mu.flatten(1), reference.kl_terms(mu, logvar).mean(0).flatten()
+    found = []
+    for batch, mask in evaluate.masked(x):
+        mu, logvar = model.encode(batch, mask=mask)
+        found.append((mu.flatten(1), reference.kl_terms(mu, logvar).flatten(1)))
+    mu, kl = map(torch.cat, zip(*found, strict=True))
+    return mu, kl.mean(0)
 
 
-def latent_plane(model: VAE, x: Tensor, labels: Tensor | None, path: Path) -> Path | None:
-    """Posterior means in the plane of the two dimensions with the largest KL, coloured by label; None for M = 1."""
-    mu, kl = _posterior(model, x)
+def latent_plane(mu: Tensor, kl: Tensor, labels: NDArray[Any] | None, path: Path) -> Path | None:
+    """Posterior means [N, M] in the plane of the two dimensions with the largest KL [M], coloured by label; None for
+    M = 1."""
     if len(kl) < 2:
         return None
     i, j = sorted(kl.topk(2).indices.tolist())
     figure, [axes] = _figure(6.2, 5.2)
     dots: dict[str, Any] = {"s": 12 if len(mu) < 4000 else 4, "linewidths": 0, "alpha": 0.8}
-    values = [] if labels is None else labels.unique().tolist()
+    values = np.array([]) if labels is None else np.unique(labels)
     if labels is None:
         axes.scatter(mu[:, i], mu[:, j], color=HELD_OUT, **dots)
     elif len(values) > 20:
-        points = axes.scatter(mu[:, i], mu[:, j], c=labels.tolist(), cmap="viridis", **dots)
-        figure.colorbar(points, label="label")
+        numbers = labels if labels.dtype.kind in "biuf" else np.searchsorted(values, labels)
+        points = axes.scatter(mu[:, i], mu[:, j], c=numbers, cmap="viridis", **dots)
+        figure.colorbar(points, label="label" if numbers is labels else "label, by its place in the alphabet")
     else:
         for n, value in enumerate(values):
-            chosen = labels == value
+            chosen = torch.from_numpy(labels == value)
             color = f"C{n}" if len(values) <= 10 else colormaps["tab20"](n)
             axes.scatter(mu[chosen, i], mu[chosen, j], color=color, label=str(value), **dots)
         axes.legend(title="label", frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for radius in (1, 2):
         axes.add_patch(Circle((0, 0), radius, fill=False, ls="--", lw=1.0, color="black", zorder=3))
     which = "" if len(kl) == 2 else f"\nthe two of {len(kl)} dimensions with the largest KL"
-    title = f"Posterior means of the training data; circles: 1 and 2 standard deviations of the prior{which}"
+    title = f"Posterior means of held-out data; circles: 1 and 2 standard deviations of the prior{which}"
     _label(axes, title, f"mu[{i}]", f"mu[{j}]")
     axes.set_aspect("equal", adjustable="datalim")
     return _save(figure, path)
 
 
-def kl_per_dimension(model: VAE, x: Tensor, path: Path) -> Path:
-    """Mean KL of every latent dimension, largest first."""
-    kl = _posterior(model, x)[1]
+def kl_per_dimension(kl: Tensor, path: Path) -> Path:
+    """Mean KL [M] of every latent dimension, largest first."""
     order = kl.argsort(descending=True).tolist()
-    figure, [axes] = _figure(max(4.2, 0.28 * len(order) + 1.5), 3.0)
+    figure, [axes] = _figure(min(max(4.2, 0.28 * len(order) + 1.5), WIDEST), 3.0)
     axes.bar(range(len(order)), kl[order].tolist(), color=HELD_OUT, width=0.75)
     if len(order) <= 40:
         axes.set_xticks(range(len(order)), [str(j) for j in order])
@@ -194,15 +206,17 @@ def kl_per_dimension(model: VAE, x: Tensor, path: Path) -> Path:
     return _save(figure, path)
 
 
-def save_all(model: VAE, dataset: Dataset, history: Sequence[Metrics], out: Path) -> list[Path]:
+def save_all(model: VAE, dataset: Split, history: Sequence[Metrics], out: Path) -> list[Path]:
     """Every picture that the data allow, in the folder `out`, which exists -> their paths."""
     model.eval()
+    held_out = dataset.held_out.subset(torch.arange(0, len(dataset.held_out), math.ceil(len(dataset.held_out) / ROWS)))
+    mu, kl = _posterior(model, held_out)
     made = [
         curves(history, out / "curves.png"),
         reconstructions(model, dataset.held_out, out / "reconstructions.png"),
         prior_samples(model, dataset.held_out, out / "prior_samples.png"),
-        latent_plane(model, dataset.train, dataset.train_labels, out / "latent_plane.png"),
-        kl_per_dimension(model, dataset.held_out, out / "kl_per_dimension.png"),
+        latent_plane(mu, kl, held_out.labels, out / "latent_plane.png"),
+        kl_per_dimension(kl, out / "kl_per_dimension.png"),
     ]
     return [path for path in made if path is not None]
 
@@ -233,7 +247,7 @@ def components(model: PPCA, event: tuple[int, ...], path: Path) -> Path | None:
     return _save_images(images, min(16, len(images)), (-bound, bound), title, path, height=3.0)
 
 
-def ppca_samples(model: PPCA, x: Tensor, path: Path) -> Path | None:
+def ppca_samples(model: PPCA, x: Data, path: Path) -> Path | None:
     """Data x [N, *event] beside draws from the model; None where the data are no images."""
     data = as_images(torch.nan_to_num(x[:100]))
     drawn = as_images(model.sample(100, generator=Generator().manual_seed(0)).unflatten(1, x.shape[1:]))
@@ -245,7 +259,7 @@ def ppca_samples(model: PPCA, x: Tensor, path: Path) -> Path | None:
     return _save(figure, path)
 
 
-def save_ppca(model: PPCA, dataset: Dataset, history: Sequence[Figures], out: Path) -> list[Path]:
+def save_ppca(model: PPCA, dataset: Split, history: Sequence[Figures], out: Path) -> list[Path]:
     """Every picture of a PPCA that the data allow, in the folder `out`, which exists -> their paths."""
     made = [
         log_prob_by_components(history, model.n_components, out / "log_prob.png"),

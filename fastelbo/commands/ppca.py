@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from fastelbo._internal.arguments import count, integer
 from fastelbo.commands import data, files, options
@@ -26,8 +25,11 @@ class PPCAConfig:
     """Everything that determines a run."""
 
     data: str = option("digits", "see `fastelbo.commands.data.load`; NaN: missing cells", "DATA")
+    layer: str | None = option(None, "see `fastelbo.data.open_dataset`", "NAME")
     latent_dim: int | None = option(None, "M; by default that with the lowest BIC of 1, 2, 3, 4, 6, ...", "M", count)
-    method: str = option("eig", "of ppca: the closed form, or EM", choices=METHODS)
+    method: str | None = option(
+        None, "of ppca: the closed form, or EM; by default EM for missing cells", choices=METHODS
+    )
     seed: int = option(0, "of the start of EM", "SEED", integer())
 
     def __post_init__(self) -> None:
@@ -46,9 +48,8 @@ class Run:
     """The fits, and the one that is kept: `model`."""
 
     def __init__(self, config: PPCAConfig) -> None:
-        self.config = config
-        self.data = data.load(config.data, "gaussian", missing=True)
-        self.train, self.held_out = self.data.train.flatten(1), self.data.held_out.flatten(1)  # [N, D]
+        self.data = data.load(config.data, "gaussian", layer=config.layer)
+        self.config = replace(config, method=config.method or ("em" if self.data.summary.missing else "eig"))
         self.history: list[Figures] = []
 
     def fit(self, out: Path, report: Callable[[Figures], object]) -> PPCA:
@@ -62,9 +63,10 @@ class Run:
         """
         config = self.config
         best: tuple[float, PPCA] | None = None  # BIC, and the model
-        for m in [config.latent_dim] if config.latent_dim else ladder(self.train.shape[1]):
+        train, method = self.data.train, str(config.method)
+        for m in [config.latent_dim] if config.latent_dim else ladder(math.prod(train.shape[1:])):
             try:
-                model = PPCA(m).fit(self.train, config.method, generator=Generator().manual_seed(config.seed))
+                model = PPCA(m).fit(train, method, generator=Generator().manual_seed(config.seed))
             except RankError:
                 if best is None:
                     raise
@@ -77,7 +79,7 @@ class Run:
         state = {
             "model_kind": "ppca",
             "config": asdict(config),
-            "data": data.fingerprint(self.data),
+            "data": data.fingerprint(self.data) | {"beside": data.beside(config, out)},
             "model": best[1].state_dict(),
         }
         with files.uninterrupted():
@@ -88,11 +90,12 @@ class Run:
 
     def _figures(self, model: PPCA) -> Figures:
         assert model.fit_report is not None and model.log_sigma2 is not None
+        train, held_out = self.data.train, self.data.held_out
         return {
             "components": model.n_components,
-            "train_log_prob": model.score(self.train),
-            "held_out_log_prob": model.score(self.held_out),
-            "bic": model.bic(self.train),
+            "train_log_prob": model.score(train),
+            "held_out_log_prob": model.score(held_out),
+            "bic": model.bic(train),
             "sigma": math.exp(0.5 * model.log_sigma2.item()),
             "steps": len(model.fit_report.log_likelihood) - 1,
         }
@@ -103,10 +106,3 @@ def model_of(state: dict[str, Any]) -> PPCA:
     model = PPCA(state["model"]["W"].shape[1])
     model.load_state_dict(state["model"])
     return model
-
-
-@torch.no_grad()
-def evaluate(model: PPCA, held_out: Tensor) -> tuple[float, float]:
-    """Held-out log p(x), exactly, in nats per datum: mean, and its standard error by the choice of data."""
-    found = model.log_prob(held_out.flatten(1)).double()
-    return found.mean().item(), found.std().item() / math.sqrt(len(found))

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastelbo import reference, reference_mode
+from fastelbo import likelihoods, reference, reference_mode
 from fastelbo._internal.arguments import count, integer, number, size
 from fastelbo._internal.process_groups import Processes
 from fastelbo._internal.progress import progress
 from fastelbo.commands import data, evaluate, files, options
-from fastelbo.commands.data import BUILT_IN
 from fastelbo.commands.options import option
+from fastelbo.data.built_in import BUILT_IN
 from fastelbo.likelihoods import LIKELIHOODS
 from fastelbo.losses import LossParts, Recon, join_recon, split_recon
 from fastelbo.models.diagnostics import ACTIVE_VARIANCE, DiagnosticsMeter
 from fastelbo.models.objective import OBJECTIVES, Objective
+from fastelbo.models.scaling import Scaling
 from fastelbo.models.vae import VAE
 from fastelbo.nets import NETS, build_model
 
@@ -58,6 +59,8 @@ class Config:
 
     data: str = option("digits", f"{_sources}, or an .npy, .npz or .h5ad file of arrays [N, ...]", "DATA")
     test_data: str | None = option(None, "a file of held-out data; by default a tenth of --data", "FILE")
+    layer: str | None = option(None, "in place of X of an .h5ad file, or x of an .npz file", "NAME")
+    fractions: bool = option(False, "a likelihood of counts takes fractions")
     objective: str = option("elbo", "what is maximized", choices=tuple(OBJECTIVES))
     num_samples: int = option(1, "K, samples per datum", "K", count, flag="--samples")
     beta: float | None = option(None, "elbo: weight of the KL (1); ciwae: weight of the ELBO (0.5)", "BETA", _weight)
@@ -190,13 +193,22 @@ class Trainer:
         if (several := self.processes.size) > 1 and config.keep is not None:
             raise ValueError(f"keep takes one process: the samples of a batch are chosen together; got {several}")
         self.device = device_of(config.device, several)
-        self.data = data.load(config.data, config.likelihood, test_data=config.test_data)
+        self.data = data.load(
+            config.data,
+            config.likelihood,
+            test_data=config.test_data,
+            layer=config.layer,
+            fractions=config.fractions,
+        )
         self.config = replace(config, likelihood=self.data.likelihood)
         self.objective = config.bound
-        event = tuple(self.data.train.shape[1:])
+        event, likelihood = tuple(self.data.train.shape[1:]), self.data.likelihood
+        scaling = None
+        if likelihoods.get(likelihood).domain == "reals":
+            scaling = Scaling(*(t.float() for t in self.data.summary.scale()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = build_model(event, config.latent_dim, config.hidden, self.data.likelihood, config.net)
+            self.model = build_model(event, config.latent_dim, config.hidden, likelihood, config.net, scaling)
         self.model.to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -220,6 +232,10 @@ class Trainer:
             return {"seed": key.to(self.device)}
         eps = reference.noise(key, (self.config.num_samples, len(x), self.config.latent_dim))[:, rows]
         return {"eps": (eps[0] if self.objective.draws is None else eps).to(self.device)}
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        """The cells of x that are not missing."""
+        return ~x.isnan() if self.data.summary.missing else None
 
     def _now(self) -> float:
         """Seconds, once the device has done what it was given."""
@@ -266,7 +282,7 @@ class Trainer:
             self.optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
                 options: dict[str, Any] = {"keep": self.config.keep, "beta": beta, "reduction": "sum"}
-                parts = self.model.parts(mine, self.objective, **options, **noise)
+                parts = self.model.parts(mine, self.objective, mask=self._mask(mine), **options, **noise)
             mean = parts.loss / len(x)
             mean.backward()  # type: ignore[no-untyped-call]
             loss = mean.detach()
@@ -290,12 +306,12 @@ class Trainer:
         self.model.train()
         config, train, epoch = self.config, self.data.train, len(self.history) + 1
         totals, first_step = torch.zeros(4, dtype=torch.float64), len(self.step_times)
-        batches = torch.randperm(len(train), generator=self.generator).split(config.batch_size)
+        batches = train.batches(config.batch_size, train.order(self.generator))
         start = len(self.history) * len(batches)
         for step, batch in enumerate(progress(batches, f"epoch {epoch}", "step", len(batches)), start):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr(step)
-            totals += self.step(train[batch], self.beta(step))
+            totals += self.step(batch, self.beta(step))
         seconds = statistics.median(self.step_times[first_step:])
         loss_share = self.loss_time(train[: config.batch_size]) / seconds
         row = {"epoch": epoch} | _means("train", totals, len(train)) | self.evaluate()
@@ -314,10 +330,13 @@ class Trainer:
         totals, samples_99, meter = torch.zeros(4, dtype=torch.float64), 0.0, DiagnosticsMeter()
         held_out = self.data.held_out
         with self._impl():
-            for batch in held_out.split(math.ceil(evaluate.BATCH / self.config.num_samples)):
+            for batch in held_out.batches(evaluate.batch_size(held_out, self.config.num_samples)):
                 x = batch.to(self.device)
-                recon, posterior = self.model(x, self.objective.draws, **self.noise(x, generator))
-                parts = self.objective.parts(recon, x, posterior, likelihood=self.data.likelihood, reduction="sum")
+                mask = self._mask(x)
+                recon, posterior = self.model(x, self.objective.draws, mask=mask, **self.noise(x, generator))
+                parts = self.objective.parts(
+                    recon, x, posterior, likelihood=self.data.likelihood, mask=mask, reduction="sum"
+                )
                 totals += _totals(parts)
                 log_w = torch.atleast_2d(parts.log_likelihood + posterior.log_ratio)
                 meter.update(posterior, log_w)
@@ -336,7 +355,7 @@ class Trainer:
             for _ in range(repeats):
                 noise = self.noise(x, torch.Generator().manual_seed(0))
                 start = self._now()
-                loss = rest.loss(x, self.objective, keep=keep, **noise)
+                loss = rest.loss(x, self.objective, mask=self._mask(x), keep=keep, **noise)
                 torch.autograd.grad([loss, rest.z], rest.leaves, [None, torch.ones_like(rest.z)])
                 seconds.append(self._now() - start)
         return statistics.median(seconds)
@@ -352,7 +371,7 @@ class Trainer:
             "model_kind": "vae",
             "config": asdict(self.config),
             "epoch": len(self.history),
-            "data": self.fingerprint,
+            "data": self.fingerprint | {"beside": data.beside(self.config, path.parent)},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
@@ -368,12 +387,16 @@ class Trainer:
         """
         state, ours = files.read_checkpoint(out), asdict(self.config)
         free = {"device"} if self.config.lr_schedule == "cosine" else {"device", "epochs"}  # the schedule depends on it
-        differing = [k for k, v in ours.items() if k not in free and state["config"].get(k) != v]
+        moved = {"data", "test_data"} if "values" in self.fingerprint else set()  # what they hold is compared below
+        before = {"fractions": False} | state["config"]  # an earlier version has none
+        differing = [k for k, v in ours.items() if k not in free | moved and before.get(k) != v]
         if differing:
             changes = ", ".join(f"{k} {state['config'].get(k)!r} -> {ours[k]!r}" for k in differing)
             besides = " besides epochs" if "epochs" in free else ""
             raise ValueError(f"a resumed run keeps its options{besides}; changed: {changes}")
         data.check_unchanged(self.data, state["data"])
+        if "scaling.scale" not in state["model"]:  # by an earlier version
+            self.model.scaling = None
         with files.reading(out / "checkpoint.pt", files.CHECKPOINT):
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -385,9 +408,11 @@ class Trainer:
 def model_of(state: dict[str, Any]) -> VAE:
     """The model of a checkpoint. Where the two do not fit, what torch raises: see `fastelbo.commands.files.reading`."""
     config = Config(**state["config"] | {"keep": None})  # in older versions it could be "auto"
+    scaled = [state["model"].get(f"scaling.{name}") for name in ("shift", "scale")]
+    scaling = None if scaled[0] is None else Scaling(*scaled)
     with torch.device("meta"):  # memory is taken by what is in the checkpoint, not by the sizes that it names
         event, likelihood = tuple(state["data"]["shape"][1:]), str(config.likelihood)
-        model = build_model(event, config.latent_dim, config.hidden, likelihood, config.net)
+        model = build_model(event, config.latent_dim, config.hidden, likelihood, config.net, scaling)
     model.load_state_dict(state["model"], assign=True)
     return model
 

@@ -1,6 +1,6 @@
 """The variational autoencoder: any encoder and decoder around `rsample` and the losses."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -25,6 +25,7 @@ from fastelbo.models.kept_samples import kept_parts
 from fastelbo.models.marginal import LogMeanExp, MarginalEstimate, log_weights
 from fastelbo.models.objective import Objective, objective_of
 from fastelbo.models.pieces import by_rows, fold, given, rows_between
+from fastelbo.models.scaling import Scaling
 
 _Pair = priors.Pair  # as pickles of earlier versions name it
 
@@ -42,7 +43,7 @@ class VAE(nn.Module):
     Every method takes a `condition`, such as a label: a tensor [B, ...] or a tuple of them. Encoder, decoder and a
     prior module are given it as their second argument (the prior as its first), with K and B folded as in z. Methods
     that read x take a `mask` as in `fastelbo.log_prob`: what it leaves out counts for nothing, and the encoder sees 0
-    there (the zero imputation of Mattei & Frellsen 2019).
+    there, with a scaling the mean (the zero imputation of Mattei & Frellsen 2019).
 
     The first batch of `loss` is checked, on the CPU and where nothing is compiled: data outside of the likelihood's
     domain, and a decoder whose last layer cannot reach its parameters (a Tanh where logits are due, a ReLU below data
@@ -58,6 +59,8 @@ class VAE(nn.Module):
             [B, *latent], or a module that returns one, called with the condition if there is one. None: N(0, I).
             Any other density: a module with log_prob(z[, condition]) -> [K?, B] and sample(n[, condition]) ->
             [n, *latent]. The KL is then log q(z | x) - log p(z) at the samples, and there are no free bits.
+        scaling: a `fastelbo.Scaling`, for data of any scale under a likelihood of the reals: encoder and decoder see
+            standardized data; x, recon and every figure stay in the units of the data.
         latent_shape: the shape of one latent, without B; `encode` refuses another. None: taken from the latest
             `encode`, so that only `decode` and `sample` before any `encode` need it. It travels in the state dict,
             which has no entry for it before it is known; torch.distributed.checkpoint loads only entries that are
@@ -68,6 +71,8 @@ class VAE(nn.Module):
 
     Reference: Kingma & Welling 2014; conditions: Sohn et al. 2015.
     """
+
+    scaling: Scaling | None
 
     # pickles of earlier versions have neither
     _stated_shape: tuple[int, ...] | None = None  # the latent_shape that was given
@@ -81,9 +86,13 @@ class VAE(nn.Module):
         likelihood: arguments.Likelihood = "bernoulli",
         *,
         prior: arguments.Prior | None = None,
+        scaling: Annotated[Scaling, arguments.instance(Scaling, "a fastelbo.Scaling")] | None = None,
         latent_shape: arguments.Shape | None = None,
     ) -> None:
         super().__init__()
+        if scaling is not None and likelihoods.get(likelihood).domain != "reals":
+            raise ValueError(f"scaling takes a likelihood of the reals, such as 'gaussian'; got {likelihood!r}")
+        self.register_module("scaling", scaling)
         self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
         self.prior = _Pair(*prior) if isinstance(prior, tuple | list) else prior
         self.latent_shape = self._stated_shape = latent_shape
@@ -96,6 +105,10 @@ class VAE(nn.Module):
         if self.latent_shape is None:
             raise ValueError("latent_shape is not known yet: encode a batch first, or give VAE(..., latent_shape=(M,))")
         return self.latent_shape
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._modules.setdefault("scaling", None)  # pickles of earlier versions have none
 
     def get_extra_state(self) -> Tensor:
         """latent_shape as the size [0, *latent] of an empty tensor, so that no cast and no average can change it."""
@@ -141,6 +154,8 @@ class VAE(nn.Module):
         """
         if not x.is_floating_point():
             x = reference.read_data(x, self._like().dtype, likelihoods.get(self.likelihood).domain)
+        if self.scaling is not None:
+            x = self.scaling(x)
         if mask is not None:
             x = x.masked_fill(expand("mask", mask, x.shape, "x") == 0, 0)
         mu, logvar = checks.encoded(self.encoder(x, *given(condition)), self._stated_shape)
@@ -178,7 +193,8 @@ class VAE(nn.Module):
             whole = [t.dim() == first.dim() and t.shape[0] == size for t in others]
             others = [torch.unflatten(t, 0, z.shape[:2]) if w else t for t, w in zip(others, whole, strict=True)]
             first = torch.unflatten(first, 0, z.shape[:2])  # torch.compile refuses the method under a default device
-        return join_recon(first, *others)
+        recon = join_recon(first, *others)
+        return recon if self.scaling is None else self.scaling.inverse(recon, self.likelihood)
 
     def forward(
         self,

@@ -95,8 +95,23 @@ def pieces(x: Tensor, weight: Tensor) -> Iterator[Batch]:
 # What a model is fitted to.
 
 
+def batches_of(X: Any) -> Any:
+    """X; of a `fastelbo.data.Dataset` its rows [n, D] in batches."""
+    if not (isinstance(X, torch.utils.data.Dataset) and hasattr(X, "batches")):
+        return X
+    dataset: Any = X
+
+    class Rows:
+        def __iter__(self) -> Iterator[Tensor]:
+            size = max(1, PIECE_ELEMENTS // max(1, math.prod(dataset.shape[1:])))
+            return (batch.flatten(1) for batch in dataset.batches(size))
+
+    return Rows()
+
+
 def _batches(X: Any, method: str, sample_weight: Any) -> Callable[[], Iterable[Batch]]:
     """X, an array or an iterable of batches, as a function that starts a new pass over the data."""
+    X = batches_of(X)
     if _is_array(X):
         rows = weighted(X, sample_weight)
         return lambda: [rows]

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     Array = Tensor | npt.NDArray[Any]
-    Data = Array | Iterable[Array | Sequence[Array]]  # of `fit`: one array, or batches
+    Rows = Array | torch.utils.data.Dataset[Tensor]
+    Data = Rows | Iterable[Array | Sequence[Array]]  # of `fit`: one array, or batches
 
 METHODS = ("eig", "em")
 Method = Annotated[str, one_of(METHODS)]
@@ -169,14 +170,16 @@ class PPCA(nn.Module):
     score_samples = log_prob
 
     @torch.no_grad()
-    def score(self, x: "Array") -> float:
-        """The mean of log p(x) over the rows, nats. x: [N, D], NaN for missing cells."""
-        return float(density.log_prob(*self._data(x)).double().mean())
+    def score(self, x: "Rows") -> float:
+        """The mean of log p(x) over the rows, nats. x: [N, D], NaN for missing cells, or a `fastelbo.data.Dataset`."""
+        batches = data.batches_of(x)
+        parts = [density.log_prob(*self._data(batch)).double() for batch in ([x] if batches is x else batches)]
+        return float(torch.cat(parts).mean())
 
-    def bic(self, x: "Array") -> float:
-        """-2 sum log p(x) + n_parameters log N: over the M, the lowest is the choice (Schwarz 1978). x: [N, D]."""
+    def bic(self, x: "Rows") -> float:
+        """-2 sum log p(x) + n_parameters log N: of all M, the lowest is the choice (Schwarz 1978). x: as in `score`."""
         score = self.score(x)
-        return -2 * len(x) * score + self.n_parameters * math.log(len(x))
+        return -2 * len(x) * score + self.n_parameters * math.log(len(x))  # type: ignore[arg-type]
 
     def posterior(self, x: _Array) -> tuple[_Array, _Array]:
         """p(z | x) = N(mean, covariance): mean G^-1 W'(x - b), covariance s2 G^-1.
@@ -277,8 +280,8 @@ class PPCA(nn.Module):
         """Maximum likelihood; W gets orthogonal columns, longest first, whatever the method.
 
         Args:
-            X: [N, D], or an iterable of batches [n, D] (or of lists that start with one, as DataLoaders give), so that
-                the data need not fit in memory. NaN is a missing cell for "em".
+            X: [N, D], or an iterable of batches [n, D] (or of lists that start with one, as DataLoaders give), or a
+                `fastelbo.data.Dataset`, so that the data need not fit in memory. NaN is a missing cell for "em".
             method: "eig", the closed form, takes one pass: O(N D^2) with more than D rows, O(N^2 D) else. "em" takes
                 O(N D M) per step, with missing cells O(N D M^2) and D M^2 / 2 sums in memory.
             max_iter, tol: "em" ends after so many steps, or when less than tol nats per row seem left to gain.

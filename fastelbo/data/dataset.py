@@ -1,0 +1,241 @@
+"""Rows as tensors: one by one, in batches, or shuffled."""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+
+from fastelbo.data.annotated import annotated
+from fastelbo.data.files import Part, check_array, dense, plain
+from fastelbo.data.rows import Index, Rows
+from fastelbo.data.summary import Summary, dtype_of, numpy_type, summarize
+
+FILES = (".npy", ".npz", ".h5ad")
+WINDOW = 1 << 27  # bytes of the rows that are shuffled together where they are read by blocks
+
+
+class Dataset(torch.utils.data.Dataset[Tensor]):
+    """Data [N, *event] in memory or in a file, read when they are asked for; a batch is made dense, never the file.
+
+    `dataset[i]` is a datum, `dataset[a:b]` and `dataset[index]` are rows [n, *event]; `torch.utils.data.DataLoader` and
+    `fastelbo.PPCA.fit` take it, and `batches` is a loader without processes.
+
+    Args:
+        source: a tensor or an array [N, *event] of floats, integers or bool.
+        dtype: of the batches; by default float32 for floats, uint8 and bool as they are, and the smallest of int16,
+            int32 and int64 that holds the type of other integers.
+
+    Attributes:
+        shape: [N, *event].
+        dtype: of the batches.
+        labels: a numpy array as it is stored beside the data, or None.
+        block: consecutive rows that are read together where the data are shuffled; 1 where each row is read by itself.
+
+    Raises:
+        ValueError, TypeError: no [N, *event] of numbers.
+    """
+
+    def __init__(self, source: Tensor | NDArray[Any] | Part, dtype: torch.dtype | None = None) -> None:
+        if not isinstance(source, Part):
+            array = source.detach().cpu().numpy() if isinstance(source, Tensor) else np.asarray(source)
+            check_array(array.dtype, array.shape, Path("source"))
+            source = Part(dense(array))
+        self._rows: Rows = source.rows
+        self._numbers: Index | None = None  # of the rows that are taken; all if None
+        self._annotated = source.annotated
+        self._place: tuple[str, str | None, int] | None = None  # path, layer and part, to be opened again
+        self.labels = source.labels
+        self.dtype = dtype or dtype_of(self._rows.dtype)
+
+    def __len__(self) -> int:
+        return self._rows.shape[0] if self._numbers is None else len(self._numbers)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self._rows.shape[1:])
+
+    @property
+    def block(self) -> int:
+        return self._rows.block
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor | Index) -> Tensor:
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"index must be a row of {len(self)}; got {index}")
+            return self._read(np.array([index % len(self)]))[0]
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1 or self._numbers is not None:
+                return self._read(np.arange(start, stop, step))
+            return self._tensor(self._rows.read(slice(start, max(start, stop))))
+        at = np.asarray(index)
+        at = np.flatnonzero(at) if at.dtype == np.bool_ else at.astype(np.int64)
+        return self._read(np.where(at < 0, at + len(self), at))
+
+    def __getitems__(self, index: Sequence[int]) -> list[Tensor]:
+        """What a DataLoader asks for: the rows of a batch, read at once."""
+        return list(self._read(np.asarray(index, np.int64)))
+
+    def _read(self, index: Index) -> Tensor:
+        return self._tensor(self._rows.read(index if self._numbers is None else self._numbers[index]))
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        if array.dtype == np.bool_:  # a byte of a bool is 0 or 1; in a file it may be any
+            array = array.view(np.uint8) != 0
+        if self.dtype == torch.bool:
+            array = array != 0
+        native = np.ascontiguousarray(array, numpy_type(self.dtype))
+        return torch.from_numpy(native if native.flags.writeable else native.copy())
+
+    def subset(self, index: Tensor | Index) -> "Dataset":
+        """Some of the rows, in the order of their numbers in `index` [n]; nothing is read."""
+        at = np.asarray(index, np.int64)
+        found = object.__new__(Dataset)
+        vars(found).update(vars(self))
+        found._numbers = at if self._numbers is None else self._numbers[at]
+        found.labels = None if self.labels is None else self.labels[at]
+        return found
+
+    def astype(self, dtype: torch.dtype) -> "Dataset":
+        """The same rows with batches of another type."""
+        found = object.__new__(Dataset)
+        vars(found).update(vars(self), dtype=dtype)
+        return found
+
+    def order(self, generator: Generator | None = None) -> Tensor:
+        """The rows [N] in a random order, all orders alike; where block > 1, blocks of neighbours come in random order,
+        and the rows are shuffled within as many blocks as fit in 128 MiB.
+
+        generator: on the CPU; torch's default one if None.
+        """
+        n, block = len(self), self.block
+        if block == 1:
+            return torch.randperm(n, generator=generator)
+        blocks = torch.randperm(math.ceil(n / block), generator=generator)
+        rows = (blocks[:, None] * block + torch.arange(block)).flatten()
+        windows = rows[rows < n].split(self._window())
+        return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
+
+    def _window(self) -> int:
+        """Rows that are shuffled together where they are read by blocks."""
+        row = math.prod(self.shape[1:]) * max(self._rows.dtype.itemsize, self.dtype.itemsize)
+        return max(self.block, WINDOW // max(1, row))
+
+    def batches(self, size: int, order: Tensor | None = None) -> "Batches":
+        """Batches [n, *event] of at most `size` rows, as often as they are iterated over.
+
+        Args:
+            size: B.
+            order: the rows in the order of their numbers, as `order` gives it; from the first to the last if None.
+        """
+        return Batches(self, size, order)
+
+    def summary(self, scaled: Tensor | Index | None = None) -> Summary:
+        """One pass over all rows, or over those of the file that a subset is of.
+
+        scaled: the numbers of the rows whose mean and standard deviation are wanted; all if None.
+        """
+        return summarize(self._rows, self._annotated, None if scaled is None else np.asarray(scaled, np.int64))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is in a file: a process that is sent this opens it again."""
+        return {k: v for k, v in vars(self).items() if self._place is None or k != "_rows"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._place is not None:
+            path, layer, part = self._place
+            self._rows = _opened(Path(path), layer)[part].rows
+
+
+class Batches:
+    """An iterable of batches that starts anew each time. Of a file, the next one is read in the meantime."""
+
+    def __init__(self, dataset: Dataset, size: int, order: Tensor | None) -> None:
+        self.dataset, self.size, self.order = dataset, size, order
+
+    def __len__(self) -> int:
+        return math.ceil((len(self.dataset) if self.order is None else len(self.order)) / self.size)
+
+    def _parts(self) -> Iterator[Any]:
+        """What is read at a time."""
+        if self.order is None:
+            return (slice(a, a + self.size) for a in range(0, len(self.dataset), self.size))
+        return iter(self.order.split(self.size))
+
+    def _windows(self) -> Iterator[Tensor]:
+        """Batches of what is read by blocks: of the rows that are shuffled together, each block is read once."""
+        assert self.order is not None
+        rest = torch.empty(0)
+        for window in self.order.split(self.dataset._window()):
+            rows, place = window.sort()
+            found = self.dataset[rows]
+            shuffled = torch.empty_like(found)
+            shuffled[place] = found
+            rest = torch.cat([rest, shuffled]) if len(rest) else shuffled
+            whole = len(rest) // self.size * self.size
+            yield from rest[:whole].split(self.size) if whole else ()
+            rest = rest[whole:].clone()
+        if len(rest):
+            yield rest
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.order is not None and self.dataset.block > 1:
+            yield from self._windows()
+            return
+        parts = self._parts()
+        if self.dataset._rows.resident:
+            yield from map(self.dataset.__getitem__, parts)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            coming = [
+                reader.submit(self.dataset.__getitem__, part) for part in (next(parts, None),) if part is not None
+            ]
+            for part in parts:
+                following = reader.submit(self.dataset.__getitem__, part)
+                yield coming.pop().result()
+                coming.append(following)
+            for last in coming:
+                yield last.result()
+
+
+def _opened(path: Path, layer: str | None) -> list[Part]:
+    if path.suffix not in FILES:
+        raise ValueError(f"data must be an .npy, .npz or .h5ad file; got {str(path)!r}")
+    return [annotated(path, layer)] if path.suffix == ".h5ad" else plain(path, layer)
+
+
+def open_parts(path: str | Path, *, layer: str | None = None) -> list[Dataset]:
+    """The data of a file as `open_dataset` has them, or the training and the test part of one that is split already."""
+    found = []
+    for number, part in enumerate(_opened(Path(path), layer)):
+        dataset = Dataset(part)
+        dataset._place = str(Path(path).resolve()), layer, number
+        found.append(dataset)
+    return found
+
+
+def open_dataset(path: str | Path, *, layer: str | None = None) -> Dataset:
+    """The data of a file, in memory that does not grow with it.
+
+    .npy: mapped. .npz: the array x, or the only one besides the labels y; mapped where it is stored, and unpacked into
+    a temporary file where it is compressed; also a matrix of scipy.sparse.save_npz. .h5ad of AnnData: the matrix X,
+    dense or sparse; needs h5py. One stored by columns is put by rows in temporary files. Any row is read by itself, but
+    where chunks are compressed, or an .npy file is in Fortran's order, they are read by blocks: see `Dataset.order`.
+    What takes at most 256 MiB is read whole.
+
+    Args:
+        path: of the file. An .npz file with x_train and x_test, such as Keras's mnist.npz, gives x_train.
+        layer: of an .h5ad file, in place of X; "raw" is that of adata.raw. Of an .npz file, the name of the array.
+
+    Raises:
+        ValueError, TypeError: a damaged file, no array of numbers [N, *event], or no such layer.
+        OSError: the system cannot read it, or has no room to unpack it.
+    """
+    return open_parts(path, layer=layer)[0]

@@ -1,0 +1,154 @@
+"""Rows of arrays that need not fit in memory: read by their numbers, or in pieces from the first to the last."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+PIECE_ELEMENTS = 1 << 20  # that are read at a time, from the first row to the last: what stays in the cache
+
+Index = NDArray[np.int64]
+Values = NDArray[Any]
+
+
+class Piece(NamedTuple):
+    """Consecutive rows as they are stored."""
+
+    rows: int
+    values: Values  # [rows, *event]; of a sparse matrix [n], and then the two below
+    columns: Values | None = None  # [n]
+    counts: Index | None = None  # [rows]: how many of the values each row has
+
+
+class Rows(Protocol):
+    """[N, *event]."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    block: int  # consecutive rows that cost as much as one: 1 where any row is read by itself
+    resident: bool  # whether they are in memory
+
+    def read(self, index: Index | slice) -> Values:
+        """The rows [n, *event] of these numbers, in their order; a slice has no step."""
+        ...
+
+    def pieces(self) -> Iterator[Piece]:
+        """All rows."""
+        ...
+
+
+def _spans(rows: int, elements: int) -> Iterator[slice]:
+    """0 to `rows` in spans of PIECE_ELEMENTS, of so many elements a row."""
+    step = max(1, PIECE_ELEMENTS // max(1, elements))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class Dense:
+    """An array, in memory or mapped, or `Ranges` of an HDF5 dataset."""
+
+    def __init__(self, array: Any, block: int = 1, resident: bool = False) -> None:
+        self.array, self.block, self.resident = array, block, resident
+        self.shape, self.dtype = tuple(array.shape), array.dtype
+
+    def read(self, index: Index | slice) -> Values:
+        return np.asarray(self.array[index])
+
+    def pieces(self) -> Iterator[Piece]:
+        for span in _spans(len(self.array), int(np.prod(self.shape[1:]))):
+            yield Piece(span.stop - span.start, self.read(span))
+
+
+class Sparse:
+    """A matrix in CSR form, of vectors as in `Dense`; indptr is in memory. A batch is made dense, never the matrix."""
+
+    def __init__(
+        self, data: Any, indices: Any, indptr: Index, columns: int, block: int = 1, resident: bool = False
+    ) -> None:
+        if (
+            len(indptr) == 0
+            or indptr[0] != 0
+            or (np.diff(indptr) < 0).any()
+            or indptr[-1] > min(map(len, (data, indices)))
+        ):
+            raise ValueError("the rows of its sparse matrix do not lie one behind the other")
+        self.data, self.indices, self.indptr = data, indices, indptr
+        self.shape: tuple[int, ...] = (len(indptr) - 1, columns)
+        self.dtype = data.dtype
+        self.block, self.resident = block, resident
+
+    def _stored(self, index: Index | slice) -> Piece:
+        if isinstance(index, slice):
+            ends = self.indptr[index.start : index.stop + 1]
+            at: Any = slice(int(ends[0]), int(ends[-1]))
+            counts = np.diff(ends)
+        else:
+            first = self.indptr[index]
+            counts = self.indptr[index + 1] - first
+            at = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        columns = np.asarray(self.indices[at])
+        if len(columns) and not 0 <= columns.min() <= columns.max() < self.shape[1]:
+            raise ValueError(f"its sparse matrix has a column {columns.max()} of {self.shape[1]}, counted from 0")
+        return Piece(len(counts), np.asarray(self.data[at]), columns, counts)
+
+    def read(self, index: Index | slice) -> Values:
+        from scipy.sparse import csr_array
+
+        rows, values, columns, counts = self._stored(index)
+        assert columns is not None and counts is not None
+        taken = {np.dtype(np.bool_): np.uint8, np.dtype(np.float16): np.float32}  # what scipy does without
+        values = values.astype(taken.get(self.dtype, self.dtype.newbyteorder("=")))
+        indptr = np.concatenate([[0], np.cumsum(counts)])
+        return np.asarray(csr_array((values, columns, indptr), (rows, self.shape[1])).toarray().astype(self.dtype))
+
+    def pieces(self) -> Iterator[Piece]:
+        for span in _spans(self.shape[0], int(self.indptr[-1]) // max(1, self.shape[0])):
+            yield self._stored(span)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What HDF5 stores, as an array that is indexed along its first dimension.
+
+
+class Ranges:
+    """A dataset whose chunks can only be read whole: rows that lie near each other are read in one go."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.shape, self.dtype = dataset, dataset.shape, dataset.dtype
+        self.chunk = dataset.chunks[0] if dataset.chunks else 1  # rows
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, index: Index | slice) -> Values:
+        if isinstance(index, slice):
+            return np.asarray(self.dataset[index])
+        order = np.argsort(index, kind="stable")
+        at, found = index[order], np.empty((len(index), *self.shape[1:]), self.dtype)
+        for part in np.split(np.arange(len(at)), np.flatnonzero(np.diff(at) > self.chunk) + 1) if len(at) else ():
+            first, last = at[part[0]], at[part[-1]]
+            found[order[part]] = self.dataset[first : last + 1][at[part] - first]
+        return found
+
+
+class Chunks:
+    """A dataset of one dimension whose chunks are stored as they are: read from the mapped file."""
+
+    def __init__(self, mapped: Values, starts: Index, chunk: int, length: int) -> None:
+        self.mapped, self.starts, self.chunk = mapped, starts, chunk  # starts: of the chunks, in elements
+        self.shape, self.dtype = (length,), mapped.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Index | slice) -> Values:
+        if not isinstance(index, slice):
+            chunk, rest = np.divmod(index, self.chunk)
+            return np.asarray(self.mapped[self.starts[chunk] + rest])
+        parts, at = [np.empty(0, self.dtype)], index.start
+        while at < index.stop:
+            chunk, rest = divmod(at, self.chunk)
+            count = min(self.chunk - rest, index.stop - at)
+            parts.append(self.mapped[self.starts[chunk] + rest :][:count])
+            at += count
+        return np.concatenate(parts)

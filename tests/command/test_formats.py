@@ -236,7 +236,9 @@ def cases() -> dict[str, Case]:
             names = ("h5ad_dense", "h5ad_csr", "h5ad_csc")
             found += [Case(name, *each, shape, rows=True) for name in names for each in few[2:5:2]]
     convolutions = ("--net", "conv")
-    found += [Case("npy", "image", "u1", (40, *event), options=convolutions) for event in [(8, 8), (8, 8, 3), (3, 8, 8)]]
+    found += [
+        Case("npy", "image", "u1", (40, *event), options=convolutions) for event in [(8, 8), (8, 8, 3), (3, 8, 8)]
+    ]
     found += [Case("npy", "reals", "f4", (40, *event), options=convolutions) for event in [(8, 8, 1), (1, 8, 8)]]
 
     for labels in LABELS:
@@ -353,7 +355,12 @@ def plain(x: np.ndarray) -> Callable[[Path], None]:
     return lambda path: np.save(path, x) if path.suffix == ".npy" else np.savez(path, x=x)
 
 
-NUMBERS, ROWS, EVENTS, FINITE = r"float|integer|number", r"\b(2|two) (rows )?or more|at least (2|two)", r"\[N, ", r"finite"
+NUMBERS, ROWS, EVENTS, FINITE = (
+    r"float|integer|number",
+    r"\b(2|two) (rows )?or more|at least (2|two)",
+    r"\[N, ",
+    r"finite",
+)
 X = array("reals", "f4", (40, 5))
 STRINGS = np.array([["a", "b"]] * 40)
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {

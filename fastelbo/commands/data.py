@@ -83,7 +83,7 @@ def _decided(
         found = found._replace(binary=False)  # a dark image
     domain = likelihoods.get(likelihood).domain
     if (wrong := objection(found, likelihood, fractions)) is not None:
-        raise ValueError(wrong)
+        raise ValueError(f"{name}: {wrong}")
     dtype = found.dtype_for(domain)
     if like is not None and (like == torch.bool or dtype == torch.bool) and like != dtype and dtype.itemsize == 1:
         raise ValueError(

@@ -29,7 +29,8 @@ def annotated(path: Path, layer: str | None = None) -> Part:
         there = {name: place for name, place in layers.items() if place in file}
     wanted = layer or "X"
     if wanted not in there:
-        raise ValueError(f"layer must be one of {path}: {', '.join(there) or 'it has no matrix'}; got {wanted!r}")
+        names = ", ".join(there) or "none"
+        raise ValueError(f"data must be X or a --layer of {path}, which has: {names}; got {wanted!r}")
     with reading(path, "AnnData file"):
         found = file[there[wanted]]
         kind = found.attrs.get("encoding-type", found.attrs.get("h5sparse_format", "array"))

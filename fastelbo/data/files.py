@@ -36,7 +36,9 @@ def check_array(dtype: np.dtype[Any], shape: tuple[int, ...], path: Path) -> Non
         raise TypeError(f"data must be floating, integers or bool; {path} holds {dtype}: convert it, as by astype")
     if len(shape) < 2 or 0 in shape:
         more = ": reshape(-1, 1) makes rows of one number each" if len(shape) == 1 else ""
-        raise ValueError(f"data must be [N, *event] with N of 1 or more and no empty event; {path} holds {shape}{more}")
+        raise ValueError(
+            f"data must be [N, *event] with at least 1 row, 2 to train on, and no empty event; {path} holds {shape}{more}"
+        )
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -152,7 +154,9 @@ def plain(path: Path, layer: str | None = None) -> list[Part]:
     with path.open("rb") as file:
         if path.suffix == ".npy":
             if layer is not None:
-                raise ValueError(f"layer must be left out for an .npy file, which holds one array; got {layer!r}")
+                raise ValueError(
+                    f"layer must be left out for an .npy file: one of an .h5ad file, or an array of an .npz; got {layer!r}"
+                )
             return [Part(dense(_array(file, None, path)))]
         with reading(path, kind):
             archive = ZipFile(file)

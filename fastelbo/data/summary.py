@@ -119,7 +119,7 @@ class _Moments:
 
     def add_sparse(self, values: Values, columns: Values, rows: int) -> None:
         there, size = np.isfinite(values), len(self.mean)
-        v = np.where(there, values, 0.0)
+        v = np.where(there, values, 0.0).astype(np.float64)
         count = rows - np.bincount(columns[~there], minlength=size)
         total, squares = (np.bincount(columns, w, size) for w in (v, v * v))
         mean = total / np.maximum(count, 1)

@@ -49,6 +49,8 @@ class Run:
         self.config = config
         self.data = data.load(config.data, "gaussian", missing=True)
         self.train, self.held_out = self.data.train.flatten(1), self.data.held_out.flatten(1)  # [N, D]
+        if self.train.shape[1] < 2:
+            raise ValueError(f"data must have at least two columns for a PPCA, which needs them; {config.data} has one")
         self.history: list[Figures] = []
 
     def fit(self, out: Path, report: Callable[[Figures], object]) -> PPCA:

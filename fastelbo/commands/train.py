@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastelbo import reference, reference_mode
+from fastelbo._internal import memory
 from fastelbo._internal.arguments import count, integer, number, size
 from fastelbo._internal.process_groups import Processes
 from fastelbo._internal.progress import progress
@@ -194,9 +195,12 @@ class Trainer:
         self.config = replace(config, likelihood=self.data.likelihood)
         self.objective = config.bound
         event = tuple(self.data.train.shape[1:])
+        sizes = (event, config.latent_dim, config.hidden, self.data.likelihood, config.net)
+        named = f"latent_dim={config.latent_dim} and hidden={config.hidden}"
+        memory.check_training(lambda: build_model(*sizes), self.device, named)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = build_model(event, config.latent_dim, config.hidden, self.data.likelihood, config.net)
+            self.model = build_model(*sizes)
         self.model.to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)

@@ -42,6 +42,9 @@ class _Parser(argparse.ArgumentParser):
         say(f"{self.prog}: error: {message}")
         raise SystemExit(2)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file)  # argparse would swallow what a full disk says
+
 
 EXAMPLES = """\
 examples:

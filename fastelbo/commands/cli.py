@@ -6,11 +6,13 @@ import json
 import math
 import os
 import shlex
-import sys
+import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +22,8 @@ import torch.distributed as dist
 import fastelbo
 from fastelbo import likelihoods
 from fastelbo._internal.arguments import count, integer
+from fastelbo._internal.progress import progress
+from fastelbo._internal.streams import printing, say
 from fastelbo.commands import data, evaluate, files, options, ppca, train
 from fastelbo.commands.ppca import PPCAConfig
 from fastelbo.commands.train import Config, Metrics
@@ -31,12 +35,17 @@ from fastelbo.ppca import PPCA
 MODELS: dict[str, tuple[type, set[str]]] = {"vae": (Config, {"resume", "logger"}), "ppca": (PPCAConfig, set())}
 FLAGS = {"command", "model", "config", "out"}  # of every model
 PACKAGES = {"train": ("numpy", "sklearn", "matplotlib", "tqdm"), "evaluate": ("numpy", "sklearn"), "sample": ("numpy",)}
+PIECE = (10_000, 1 << 25)  # of samples that are drawn at a time: at most so many rows, and about so many numbers
 SETTLED = 5  # epochs before which a dimension that is not active yet is no collapse
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        say(f"{self.prog}: error: {message}")
+        raise SystemExit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file)  # argparse would swallow what a full disk says
 
 
 EXAMPLES = """\
@@ -127,22 +136,17 @@ def _collapse(since: dict[int, int]) -> str:
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the model that were set, over those of the file `--config`."""
     config, flags = MODELS[args.model]
-    names = [field.name for field in fields(config)]
-    if foreign := [name for name in vars(args) if name not in {*names, *flags, *FLAGS}]:
+    names = options.names(config)
+    if foreign := [name for name in vars(args) if name not in {*names.values(), *flags, *FLAGS}]:
         raise ValueError(f"{', '.join(foreign)} has no effect with model {args.model!r}: leave it out")
-    found = files.read_config(args.config, ["model", *names]) if "config" in args else {}
+    found = files.read_config(args.config, {"model": "model", **names}) if "config" in args else {}
     if found.pop("model", args.model) != args.model:
         raise ValueError(f"{args.config} is of another model: give --model as there")
-    found |= {name: getattr(args, name) for name in names if name in args}
+    found |= {name: getattr(args, name) for name in names.values() if name in args}
     for name in ("data", "test_data"):
-        if name in found and found[name] not in BUILT_IN:
+        if isinstance(found.get(name), str) and found[name] not in BUILT_IN:
             found[name] = str(Path(found[name]).resolve())  # a run may be resumed from another folder
     return found
-
-
-def _interrupted(what: str) -> int:
-    print(f"interrupted: {what}", file=sys.stderr)
-    return 130
 
 
 def _describe(dataset: data.Split, name: str, more: str) -> None:
@@ -284,7 +288,7 @@ def _train(args: argparse.Namespace) -> int:
                 names = ["metrics.csv", "config.json", "checkpoint.pt", *(path.name for path in made)]
                 print(f"in {args.out}: {', '.join(names)}")
     except train.Diverged as error:
-        print(f"fastelbo train: {error}", file=sys.stderr)
+        say(f"fastelbo train: {error}")
         return 1
     except KeyboardInterrupt:
         there = (args.out / "checkpoint.pt").exists()
@@ -294,7 +298,7 @@ def _train(args: argparse.Namespace) -> int:
             left = f"--resume --out {shlex.quote(str(args.out))} goes on after the last whole epoch"
         else:
             left = "no epoch was finished, so that there is nothing to resume"
-        return _interrupted(left)
+        raise KeyboardInterrupt(left) from None
     return 0
 
 
@@ -307,6 +311,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         name, test_data, layer = str(config["data"]), config.get("test_data"), args.layer or config.get("layer")
         event, like = tuple(before["shape"][1:]), getattr(torch, before["dtype"])
         fractions, places = config.get("fractions", False), before.get("beside", {})
+        epoch = None if isinstance(model, PPCA) else int(saved["epoch"])
     likelihood = "gaussian" if isinstance(model, PPCA) else model.likelihood
     held_out = args.data is None
     if held_out:
@@ -325,7 +330,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if domain == "reals" and summary.image:
         log_unit = math.log(255)  # x / 255, of whole pixels
     density = None if domain == "[0, 1]" and not summary.binary else log_unit
-    seen = "" if held_out or summary.content != before.get("values") else " (training saw most of them)"
+    seen = "" if held_out or summary.content != before.get("content") else " (training saw most of them)"
     text = f"{name}: {len(x)} {'held-out data' if held_out else 'data'}{seen}, "
     if isinstance(model, PPCA):
         found = evaluate.exactly(model, x, density)
@@ -334,7 +339,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         figures = {k: v for k, v in found._asdict().items() if k in ("rows", "log_prob", "data_error", "bits_per_dim")}
     else:
         options = {"seed": args.seed, "chunk_size": args.chunk_size, "log_unit": density}
-        found, epoch = evaluate.evaluate(model, x, args.samples, **options), int(saved["epoch"])
+        found = evaluate.evaluate(model, x, args.samples, **options)
         figures = {"samples": args.samples, "epoch": epoch, **found._asdict()}
         active = "unknown" if found.active_units is None else found.active_units
         text += (
@@ -368,33 +373,44 @@ def _sample(args: argparse.Namespace) -> int:
     count("n", args.n)
     integer()("seed", args.seed)
     model = fastelbo.load(args.checkpoint)
-    generator = torch.Generator().manual_seed(args.seed)
-    if isinstance(model, PPCA):
-        if args.mean:
-            raise ValueError("mean has no effect with a PPCA: leave it out")
-        drawn = model.sample(args.n, generator=generator)
-    else:
-        drawn = model.sample(args.n, mean=args.mean, generator=generator)
-    content = io.BytesIO()
-    np.save(content, drawn.numpy())
-    files.write(args.out, content.getvalue())
-    print(f"{args.out}: {args.n} samples of shape {tuple(drawn.shape[1:])}")
+    if args.mean and isinstance(model, PPCA):
+        raise ValueError("mean has no effect with a PPCA: leave it out")
+    draw = model.sample if isinstance(model, PPCA) else partial(model.sample, mean=args.mean)
+    row, generator = draw(1, generator=torch.Generator())[0].numpy(), torch.Generator().manual_seed(args.seed)
+    needed, free = args.n * row.nbytes, shutil.disk_usage(args.out.parent).free
+    if needed > free:
+        sizes = f"take {needed / 1e9:.4g} GB; {free / 1e9:.4g} GB of disk are free in {args.out.parent}"
+        raise ValueError(f"n must be smaller: {args.n} samples of shape {row.shape} {sizes}")
+    header, rows = io.BytesIO(), max(1, min(PIECE[0], PIECE[1] // row.size))
+    about = {"descr": row.dtype.str, "fortran_order": False, "shape": (args.n, *row.shape)}
+    np.lib.format.write_array_header_1_0(header, about)
+    starts = range(0, args.n, rows)
+    drawn = (
+        draw(min(rows, args.n - start), generator=generator).numpy().tobytes()
+        for start in progress(starts, str(args.out), "piece", len(starts))
+    )
+    files.write_pieces(args.out, chain([header.getvalue()], drawn))
+    print(f"{args.out}: {args.n} samples of shape {row.shape}")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command -> its exit status: 0, 1 (training diverged), 2 (bad arguments), 130 (interrupted)."""
-    args = _parser().parse_args(argv)
-    if args.command == "info":
-        print(json.dumps(fastelbo.build_info(), indent=2, default=str))
-        return 0
-    if missing := [name for name in PACKAGES[args.command] if find_spec(name) is None]:
-        print(f"fastelbo {args.command} needs {', '.join(missing)}: pip install fastelbo[train]", file=sys.stderr)
-        return 2
+    command = "fastelbo"
     try:
-        return {"evaluate": _evaluate, "sample": _sample, "train": _train}[args.command](args)
-    except (ValueError, TypeError, OSError) as error:  # about arguments and files
-        print(f"fastelbo {args.command}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        with printing():
+            args = _parser().parse_args(argv)
+            command += f" {args.command}"
+            if args.command == "info":
+                print(json.dumps(fastelbo.build_info(), indent=2, default=str))
+                return 0
+            if missing := [name for name in PACKAGES[args.command] if find_spec(name) is None]:
+                say(f"{command} needs {', '.join(missing)}: pip install fastelbo[train]")
+                return 2
+            return {"evaluate": _evaluate, "sample": _sample, "train": _train}[args.command](args)
+    except (ValueError, TypeError, OverflowError, OSError, MemoryError, RuntimeError) as error:  # the last: of torch
+        say(f"{command}: error: {' '.join(str(error).splitlines()) or type(error).__name__}")
         raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        return _interrupted("nothing was written")
+    except KeyboardInterrupt as stopped:
+        say(f"interrupted: {str(stopped) or 'nothing was written'}")
+        return 130

@@ -182,7 +182,7 @@ def fingerprint(split: Split) -> dict[str, Any]:
         "likelihood": split.likelihood,
     }
     if split.source not in BUILT_IN:  # those are the same everywhere but for rounding
-        found["values"] = split.summary.content
+        found["content"] = split.summary.content
     return found
 
 
@@ -198,11 +198,10 @@ def _content(split: Split) -> str:
 def check_unchanged(split: Split, before: Mapping[str, Any]) -> None:
     """ValueError where the data are not those whose fingerprint is `before`."""
     now = fingerprint(split)
-    if "content" in before:
+    if "content" in before and "beside" not in before:
         now["content"] = _content(split)
-        del now["values"]
     changes = [
-        key if key in ("content", "values") else f"{key} {before.get(key)} -> {value}"
+        key if key == "content" else f"{key} {before.get(key)} -> {value}"
         for key, value in now.items()
         if before.get(key) != value
     ]

@@ -1,7 +1,9 @@
 """The files of a run: written atomically, checked when they are read, in a folder that one process locks."""
 
 import csv
+import errno
 import fcntl
+import glob
 import io
 import json
 import math
@@ -10,20 +12,23 @@ import secrets
 import signal
 import threading
 import tomllib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
 
 import torch
 
 from fastelbo._internal.reading import reading as reading
+from fastelbo._internal.streams import say
 
 CHECKPOINT = "checkpoint of fastelbo"
 CONTENT = {"model_kind": str, "config": dict, "data": dict, "model": dict}  # of every checkpoint; a model adds its own
-_PARTIAL = ".{}.partial"  # the end of the name of a file that is being written
+_PARTIAL = ".{}.partial"  # the end of the name of a file that is being written, by the process of 6 hexadecimal digits
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # what flock says where there are none
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,24 +51,42 @@ def uninterrupted() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-def write(path: Path, content: bytes) -> None:
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file atomically: readers find the old content or the new one. Several processes may write one file.
 
     Raises:
-        OSError: as the system has it, with the path; what was there before is left as it was.
+        OSError: as the system has it, with the path.
+        What `pieces` raise, and KeyboardInterrupt. Then, too, what was there before is left as it was.
     """
-    partial = path.with_name(path.name + _PARTIAL.format(secrets.token_hex(4)))
-    with uninterrupted():
+    partial = path.with_name(path.name + _PARTIAL.format(f"{os.getpid():06x}{secrets.token_hex(1)}"))
+    for left in path.parent.glob(glob.escape(path.name) + _PARTIAL.format("[0-9a-f]" * 8)):
         try:
-            with partial.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
+            os.kill(int(left.suffixes[-2][1:7], 16), 0)
+        except ProcessLookupError:  # it was killed
+            left.unlink(missing_ok=True)
+        except OSError:
+            pass
+    try:
+        with suppress(FileNotFoundError):  # a device or a link to itself would be replaced, too
+            if not S_ISREG(path.stat().st_mode):
+                raise OSError(errno.EEXIST, "There is something that is no file")
+        with partial.open("xb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def write(path: Path, content: bytes) -> None:
+    """`write_pieces` of one piece, for which Ctrl-C waits."""
+    with uninterrupted():
+        write_pieces(path, [content])
 
 
 @contextmanager
@@ -106,12 +129,15 @@ def save_config(path: Path, kind: str, config: Mapping[str, Any]) -> None:
     write(path, (json.dumps({"model": kind, **config}, indent=2) + "\n").encode())
 
 
-def read_config(path: Path, names: Collection[str]) -> dict[str, Any]:
+def read_config(path: Path, names: Mapping[str, str]) -> dict[str, Any]:
     """The options in a TOML file, or in the config.json of a run; null is an option that is not set.
+
+    Args:
+        names: of every name that an option may have there, the one that it gets.
 
     Raises:
         OSError: the system cannot read it.
-        ValueError: it is damaged, or has an option that is not among the names.
+        ValueError: it is damaged, or has an option that is not among the names, or one by two names.
     """
     kind = "JSON" if path.suffix == ".json" else "TOML"
     with path.open("rb") as file, reading(path, f"{kind} file"):
@@ -119,8 +145,13 @@ def read_config(path: Path, names: Collection[str]) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("no table of options")
     if foreign := [name for name in found if name not in names]:
-        raise ValueError(f"{path} has no option {', '.join(foreign)}: there are {', '.join(names)}")
-    return {name: value for name, value in found.items() if value is not None}
+        there = dict.fromkeys(names.values())
+        raise ValueError(f"{path} has no option {', '.join(foreign)}: there are {', '.join(there)}")
+    named: dict[str, str] = {}  # by what name an option is there
+    for name in (name for name, value in found.items() if value is not None):
+        if (other := named.setdefault(names[name], name)) != name:
+            raise ValueError(f"{path} has {other} and {name}, which are one option: leave one out")
+    return {option: found[name] for option, name in named.items()}
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -186,7 +217,10 @@ def read_history(path: Path, columns: Sequence[str], epochs: int) -> list[dict[s
 
 
 def _lock(path: Path) -> int:
-    """Lock a file -> its descriptor; BlockingIOError if another process has locked it."""
+    """Lock a file -> its descriptor; BlockingIOError if another process has locked it.
+
+    Where the file system has no locks it says so, and the file stays without.
+    """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -195,7 +229,10 @@ def _lock(path: Path) -> int:
                 return descriptor
         except FileNotFoundError:
             pass
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+                say(f"{path.parent} cannot be locked ({error.strerror}): start no other run there meanwhile")
+                return descriptor
             os.close(descriptor)
             raise
         os.close(descriptor)  # the owner of the file has removed it in the meantime: lock its successor

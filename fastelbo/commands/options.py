@@ -1,10 +1,10 @@
 """The options of a run: fields of a config, each with its default, its check, and what `--help` says of it."""
 
 from collections.abc import Callable
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from typing import Any, get_args
 
-from fastelbo._internal.arguments import Check, one_of
+from fastelbo._internal.arguments import Check, instance, one_of
 
 
 def option(
@@ -32,6 +32,20 @@ def option(
     return field(default=default, metadata=about)
 
 
+def _flag(each: Field[Any]) -> str:
+    return str(each.metadata["flag"] or f"--{each.name.replace('_', '-')}")
+
+
+def _type(each: Field[Any]) -> type:
+    kind: type = (get_args(each.type) or (each.type,))[0]
+    return kind
+
+
+def names(config: type) -> dict[str, str]:
+    """What an option may be called in a file, as its field or as its flag -> its field."""
+    return {name: each.name for each in fields(config) for name in (each.name, _flag(each).removeprefix("--"))}
+
+
 def check(config: Any) -> None:
     """Check every option by itself.
 
@@ -40,9 +54,9 @@ def check(config: Any) -> None:
         ValueError: NaN, infinity, a number out of range, or an unknown name.
     """
     for each in fields(config):
-        value, checked = getattr(config, each.name), each.metadata["check"]
-        if checked is not None and (value is not None or each.default is not None):
-            checked(each.name, value)
+        value, kind = getattr(config, each.name), _type(each)
+        if value is not None or each.default is not None:
+            (each.metadata["check"] or instance(kind, f"a {kind.__name__}"))(each.name, value)
 
 
 def add_flags(add: Callable[..., object], *configs: type) -> None:
@@ -53,15 +67,14 @@ def add_flags(add: Callable[..., object], *configs: type) -> None:
             continue
         seen.add(each.name)
         about = each.metadata
-        flag = about["flag"] or f"--{each.name.replace('_', '-')}"
         if each.type is bool:
-            add(flag, dest=each.name, help=about["help"], action="store_true")
+            add(_flag(each), dest=each.name, help=about["help"], action="store_true")
             continue
         add(
-            flag,
+            _flag(each),
             dest=each.name,
             help=about["help"] if each.default is None else f"{about['help']} (default: {each.default})",
-            type=about["parse"] or (get_args(each.type) or (each.type,))[0],
+            type=about["parse"] or _type(each),
             choices=about["choices"],
             metavar=about["metavar"],
         )

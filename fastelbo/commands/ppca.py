@@ -50,6 +50,8 @@ class Run:
     def __init__(self, config: PPCAConfig) -> None:
         self.data = data.load(config.data, "gaussian", layer=config.layer)
         self.config = replace(config, method=config.method or ("em" if self.data.summary.missing else "eig"))
+        if math.prod(self.data.train.shape[1:]) < 2:
+            raise ValueError(f"data must have at least two columns for a PPCA, which needs them; {config.data} has one")
         self.history: list[Figures] = []
 
     def fit(self, out: Path, report: Callable[[Figures], object]) -> PPCA:

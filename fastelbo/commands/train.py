@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastelbo import likelihoods, reference, reference_mode
+from fastelbo._internal import memory
 from fastelbo._internal.arguments import count, integer, number, size
 from fastelbo._internal.process_groups import Processes
 from fastelbo._internal.progress import progress
@@ -203,12 +204,15 @@ class Trainer:
         self.config = replace(config, likelihood=self.data.likelihood)
         self.objective = config.bound
         event, likelihood = tuple(self.data.train.shape[1:]), self.data.likelihood
+        sizes = (event, config.latent_dim, config.hidden, likelihood, config.net)
+        named = f"latent_dim={config.latent_dim} and hidden={config.hidden}"
+        memory.check_training(lambda: build_model(*sizes), self.device, named)
         scaling = None
         if likelihoods.get(likelihood).domain == "reals":
             scaling = Scaling(*(t.float() for t in self.data.summary.scale()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = build_model(event, config.latent_dim, config.hidden, likelihood, config.net, scaling)
+            self.model = build_model(*sizes, scaling)
         self.model.to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -387,7 +391,7 @@ class Trainer:
         """
         state, ours = files.read_checkpoint(out), asdict(self.config)
         free = {"device"} if self.config.lr_schedule == "cosine" else {"device", "epochs"}  # the schedule depends on it
-        moved = {"data", "test_data"} if "values" in self.fingerprint else set()  # what they hold is compared below
+        moved = {"data", "test_data"} if "content" in self.fingerprint else set()  # what they hold is compared below
         before = {"fractions": False} | state["config"]  # an earlier version has none
         differing = [k for k, v in ours.items() if k not in free | moved and before.get(k) != v]
         if differing:

@@ -116,7 +116,7 @@ def _by_rows(columns: Sparse, shape: tuple[int, ...], path: Path) -> Sparse:
     ends = counts.cumsum()
     free, total = ends[:-1].copy(), int(ends[-1])
     values, numbers = (
-        np.memmap(files.scratch(total * dtype.itemsize, path), dtype, "r+", shape=total)
+        np.memmap(files.scratch(path, total * dtype.itemsize), dtype, "r+", shape=total)
         for dtype in (columns.dtype, np.dtype(np.int32))
     )
     for rows, part, of in pieces():

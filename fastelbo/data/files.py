@@ -36,9 +36,8 @@ def check_array(dtype: np.dtype[Any], shape: tuple[int, ...], path: Path) -> Non
         raise TypeError(f"data must be floating, integers or bool; {path} holds {dtype}: convert it, as by astype")
     if len(shape) < 2 or 0 in shape:
         more = ": reshape(-1, 1) makes rows of one number each" if len(shape) == 1 else ""
-        raise ValueError(
-            f"data must be [N, *event] with at least 1 row, 2 to train on, and no empty event; {path} holds {shape}{more}"
-        )
+        rows = "of 1 row, or 2 or more to train on"
+        raise ValueError(f"data must be [N, *event], {rows}, and no empty event; {path} holds {shape}{more}")
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -84,18 +83,25 @@ def dense(array: Values) -> Dense:
     return Dense(array, max(1, mmap.PAGESIZE // array.itemsize) if across else 1)
 
 
-def scratch(size: int, path: Path) -> IO[bytes]:
-    """A temporary file of so many bytes for what `path` holds. Pages of its map are no memory of the process's own.
+def scratch(path: Path, size: int = 0, content: IO[bytes] | None = None) -> IO[bytes]:
+    """A temporary file for what `path` holds: of so many bytes, or of a content. It lasts as long as its map, whose
+    pages are no memory of the process's own.
 
     Raises:
-        OSError: there is no room; a write to the map would end the process.
+        OSError: there is no room. A write to a map of more bytes than there are would end the process.
     """
-    file = tempfile.TemporaryFile()  # noqa: SIM115  it lasts as long as its map
+    file = tempfile.TemporaryFile()  # noqa: SIM115
     try:
-        os.posix_fallocate(file.fileno(), 0, size)
+        if size:
+            os.posix_fallocate(file.fileno(), 0, size)
+        if content is not None:
+            shutil.copyfileobj(content, file, 1 << 20)
     except OSError as error:
-        why = f"{error.strerror}: {size / 1e9:.1f} GB to unpack {path}; TMPDIR names another folder"
+        if error.errno is None:  # of zipfile
+            raise
+        why = f"{error.strerror}, to unpack {path}: TMPDIR names another folder"
         raise OSError(error.errno, why, tempfile.gettempdir()) from error
+    file.seek(0)
     return file
 
 
@@ -117,10 +123,7 @@ def _spooled(archive: ZipFile, member: ZipInfo, path: Path) -> tuple[IO[bytes], 
             opened = path.open("rb")
             opened.seek(start)
             return opened, start + member.file_size
-        unpacked = scratch(member.file_size, path)
-        shutil.copyfileobj(source, unpacked, 1 << 20)
-        unpacked.seek(0)
-        return unpacked, None
+        return scratch(path, content=source), None
 
 
 def _chosen(names: list[str], layer: str | None, path: Path) -> str:
@@ -142,7 +145,8 @@ def _labels(archive: ZipFile, name: str, path: Path) -> Values | None:
     if f"{name}.npy" not in archive.namelist():
         return None
     try:
-        return _array(*_spooled(archive, archive.getinfo(f"{name}.npy"), path), path, checked=False)
+        with reading(path, "file of plain labels"):
+            return _array(*_spooled(archive, archive.getinfo(f"{name}.npy"), path), path, checked=False)
     except (ValueError, TypeError) as error:
         warnings.warn(f"labels {name} of {path} are left out: {error}", stacklevel=2)
         return None
@@ -154,9 +158,7 @@ def plain(path: Path, layer: str | None = None) -> list[Part]:
     with path.open("rb") as file:
         if path.suffix == ".npy":
             if layer is not None:
-                raise ValueError(
-                    f"layer must be left out for an .npy file: one of an .h5ad file, or an array of an .npz; got {layer!r}"
-                )
+                raise ValueError(f"layer must be left out but for .h5ad and .npz files; got {layer!r} for {path}")
             return [Part(dense(_array(file, None, path)))]
         with reading(path, kind):
             archive = ZipFile(file)

@@ -1,6 +1,7 @@
 """What one pass over the data finds: their range, their domain, their scale, and a hash to know them again."""
 
 import hashlib
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +74,9 @@ class Summary(NamedTuple):
             return torch.bool
         if self.dtype == "uint8" and (self.image or domain == "counts"):
             return torch.uint8
-        return dtype_of(kind) if domain == "counts" else torch.float32
+        if domain != "counts":
+            return torch.float32
+        return torch.uint8 if kind.kind == "b" else dtype_of(kind)
 
     def scale(self) -> tuple[Tensor, Tensor]:
         """Shift and scale that standardize x, float64, 0-d or [*event].
@@ -89,6 +92,11 @@ class Summary(NamedTuple):
         if self.image:
             shift, std = shift / 255, std / 255
         return shift, torch.where(std > 1e-7 * shift.abs(), std, 1.0)  # float32 holds no smaller one
+
+
+def _tensor(x: Values) -> Tensor:
+    with warnings.catch_warnings(action="ignore"):  # nothing here writes to a map
+        return torch.from_numpy(x)
 
 
 class _Moments:
@@ -107,7 +115,7 @@ class _Moments:
         self.count = total
 
     def add_dense(self, x: Values, whole: bool) -> None:
-        t = torch.from_numpy(x).double()
+        t = _tensor(x).double()
         if whole:
             spread, mean = torch.var_mean(t, 0, correction=0)
             self.add(float(len(t)), mean.numpy(), (spread * len(t)).numpy())
@@ -140,13 +148,14 @@ class Pass:
         self.moments = _Moments(self.shape[1:])
 
     def add(self, piece: Piece) -> None:
-        stored = piece.values, piece.columns, piece.counts
-        for hashed, array in zip(self.hashes, stored, strict=True):
+        x = piece.values
+        if self.dtype == np.bool_:  # a byte of a bool is 0 or 1; in a file it may be any
+            x = (x.view(np.uint8) != 0).view(np.uint8)
+        types: Any = numpy_type(dtype_of(self.dtype)), np.int32, np.int64  # the values as a model sees them
+        for hashed, array, kind in zip(self.hashes, (x, piece.columns, piece.counts), types, strict=True):
             if array is not None:
-                hashed.update(np.ascontiguousarray(array).view(np.uint8).data)
-        x = stored[0].astype(self._taken(), copy=False)
-        if x.dtype == np.uint8 and self.dtype == np.bool_:
-            x = (x != 0).view(np.uint8)  # a byte of a bool is 0 or 1; in a file it may be any
+                hashed.update(np.ascontiguousarray(array, kind).view(np.uint8).data)
+        x = x.astype(self._taken(), copy=False)
         if piece.columns is not None and len(x) < piece.rows * self.shape[1]:
             self.low, self.high = min(self.low, 0.0), max(self.high, 0.0)
             self.zeros += piece.rows * self.shape[1] - len(x)
@@ -179,7 +188,7 @@ class Pass:
         """Whether all values are finite."""
         if x.size == 0:
             return True
-        low, high = (float(t) for t in torch.aminmax(torch.from_numpy(x)))
+        low, high = (float(t) for t in torch.aminmax(_tensor(x)))
         there = bool(np.isfinite(low) and np.isfinite(high))
         if not there:
             found = np.isfinite(x)
@@ -191,14 +200,12 @@ class Pass:
             low, high = float(np.min(x, where=found, initial=np.inf)), float(np.max(x, where=found, initial=-np.inf))
         self.low, self.high = min(self.low, low), max(self.high, high)
         if self.whole and x.dtype.kind == "f":
-            with np.errstate(invalid="ignore"):
-                self.whole = not bool(np.any((x != np.floor(x)) & np.isfinite(x)))
+            self.whole = not bool(np.any((x != np.floor(x)) & np.isfinite(x)))
         self.binary &= self.whole and self.low >= 0 and self.high <= 1
         return there
 
     def _sum(self, x: Values, piece: Piece) -> None:
-        with np.errstate(over="ignore"):
-            terms = np.expm1(x, dtype=np.float64)
+        terms = np.expm1(x, dtype=np.float64)
         if piece.counts is None:
             sums = terms.reshape(len(x), -1).sum(1)
         else:
@@ -235,8 +242,9 @@ def summarize(rows: Rows, annotated: bool = False, scaled: Index | None = None) 
         chosen[:] = False
         chosen[scaled] = True
     found = Pass(rows, chosen)
-    for piece in rows.pieces():
-        found.add(piece)
+    with np.errstate(over="ignore", invalid="ignore"):  # what leaves the range of float32 is refused by its range
+        for piece in rows.pieces():
+            found.add(piece)
     return found.result(annotated)
 
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from fastelbo.commands import cli, data, files, pictures, train
 from fastelbo.commands.train import Config
+from fastelbo.data import open_dataset
 
 SMALL = ["--hidden", "8", "--latent-dim", "2"]
 FUZZ = settings(
@@ -404,18 +405,22 @@ BAD_FILES = {
     "long.npy": X + b"\0",
     "terabytes.npy": TERABYTES,
     "terabytes.npz": npz({"x.npy": TERABYTES}),
-    "terabytes_of_labels.npz": npz({"x.npy": X, "y.npy": lying((2**40,), "<i8")}),
     "negative.npy": lying((-40, -1)),
     "huge_header.npy": b"\x93NUMPY\2\0" + struct.pack("<I", 2**32 - 1) + X[10:],
     "nested_header.npy": lying((40, 1)).replace(b"(40, 1)", b"(" * 7),
     "structured.npy": npy(np.zeros(40, [("a", "f4"), ("b", "f4")])),
     "complex.npy": npy(np.zeros((40, 2), complex)),
     "objects.npz": npz({"x.npy": lying((40, 1), "|O")}),
-    "strings.npz": npz({"x.npy": X, "y.npy": npy(np.array(["a"] * 40))}),
-    "labels.npz": npz({"x.npy": X, "y.npy": npy(np.arange(39))}),
     "method.npz": npz({"x.npy": X}).replace(b"PK\1\2\x14\3\x14\0\0\0\x08\0", b"PK\1\2\x14\3\x14\0\0\0\x63\0"),
     "encrypted.npz": npz({"x.npy": X}).replace(b"PK\1\2\x14\3\x14\0\0\0", b"PK\1\2\x14\3\x14\0\1\0"),
 }
+
+
+def test_labels_that_lie_about_their_size_are_left_out(tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_bytes(npz({"x.npy": X, "y.npy": lying((2**40,), "<i8")}))
+    found = data.load(str(path))
+    assert found.train.labels is None and "labels y" in found.remarks[0]
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -467,13 +472,6 @@ def test_other_members_are_not_decompressed(tmp_path):
     assert len(data.load(str(path)).train) == 36
 
 
-def test_an_array_larger_than_the_memory_is_not_read(tmp_path, monkeypatch):
-    (tmp_path / "x.npz").write_bytes(npz({"x.npy": X}))
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2 * 40 * 5 * 4 - 1}.__getitem__)
-    with pytest.raises(ValueError, match=r"x\.npz .*more than this machine's memory"):
-        data.load(str(tmp_path / "x.npz"))
-
-
 def test_what_numpy_writes_is_read(tmp_path):
     """Every dtype, order and container gives what numpy itself reads."""
     generator = np.random.default_rng(0)
@@ -486,12 +484,12 @@ def test_what_numpy_writes_is_read(tmp_path):
             np.savez(tmp_path / f"{n}{order}.npz", x=x, y=y, other=np.zeros(1, object))
             np.savez_compressed(tmp_path / f"{n}{order}c.npz", x, y=y)
             for name in (f"{n}{order}.npy", f"{n}{order}.npz", f"{n}{order}c.npz"):
-                [(found, labels)] = data._plain(tmp_path / name)
-                expected = x.astype(np.float32) if x.dtype.kind == "f" else x
-                assert np.array_equal(found.numpy(), expected) and found.numpy().dtype == expected.dtype
+                found = open_dataset(tmp_path / name)
+                expected, labels = x.astype(np.float32) if x.dtype.kind == "f" else x, found.labels
+                assert np.array_equal(found[:].numpy(), expected) and found[:].numpy().dtype == expected.dtype
                 assert name.endswith(".npy") == (labels is None)
-                assert labels is None or (labels.tolist() == y.tolist() and labels.dtype == torch.int64)
-    with pytest.raises(ValueError, match=r"1 of 60 values are not"):  # too large for float32: no warning of numpy's
+                assert labels is None or labels.tolist() == y.tolist()
+    with pytest.raises(ValueError, match=r"in the range of float32; they go from 0 to 1e\+300"):
         np.save(tmp_path / "large.npy", np.where(np.arange(60).reshape(30, 2) == 7, 1e300, 0.0))
         data.load(str(tmp_path / "large.npy"))
 
@@ -529,7 +527,9 @@ def loaded(path: Path, content: bytes) -> torch.Tensor | None:
     path.write_bytes(content)
     tracemalloc.start()
     try:
-        return data._plain(path)[0][0]
+        dataset = open_dataset(path)
+        dataset.summary()
+        return dataset[:]
     except (ValueError, TypeError, OSError) as error:
         assert str(path) in str(error)
         return None
@@ -546,6 +546,7 @@ def test_mutated_npy(tmp_path, changes, header):
     assert found is None or found.numel() * 2 <= 40 * 5 * 4  # at least two bytes each
 
 
+@pytest.mark.filterwarnings("ignore:labels y")  # a damaged member of labels is left out
 @FUZZ
 @given(changes=mutations)
 def test_mutated_npz(tmp_path, changes):

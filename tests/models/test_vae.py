@@ -1,23 +1,16 @@
 """VAE, likelihoods and data: shapes, the folding of K, and losses against the float64 formulas."""
 
 import math
-import sys
-import types
 import warnings
-from importlib.machinery import ModuleSpec
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from scipy import sparse
 from torch import Tensor, nn
 from toys import LearnedVariance, M, ThreeParameters, dense
 
 import fastelbo
 from fastelbo import likelihoods, reference
 from fastelbo._internal import domains
-from fastelbo.commands import data
 from fastelbo.losses import likelihood_mean, likelihood_sample
 from fastelbo.models.vae import VAE
 
@@ -74,7 +67,7 @@ def test_pair_decoder_broadcasts_and_folds(shape, full, num_samples):
         log_p = torch.distributions.Normal(mean, torch.exp(lv / 2).expand_as(mean)).log_prob(x).sum((1, 2))
         prior, posterior = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(mu, torch.exp(logvar / 2))
         log_w.append(log_p + (prior.log_prob(z) - posterior.log_prob(z)).sum(1))
-    expected = -(torch.logsumexp(torch.stack(log_w), 0) - np.log(num_samples)).mean()
+    expected = -(torch.logsumexp(torch.stack(log_w), 0) - math.log(num_samples)).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -172,7 +165,7 @@ def test_likelihood_draws_have_the_mean_and_density_of_the_reference(name):
     others = torch.tensor([-0.7, 0.3], dtype=torch.float64)[: len(row.parameters) - 1].unbind()
     recon = (first, *others) if others else first
     draws = likelihood_sample(recon, name, generator=generator)
-    error = draws.std(0).max().item() / np.sqrt(len(draws))
+    error = draws.std(0).max().item() / math.sqrt(len(draws))
     torch.testing.assert_close(draws.mean(0), likelihood_mean(recon, name)[0], rtol=0, atol=4 * error)
     # the mean of log p over draws from p is minus its entropy
     score = reference.log_prob([first, *others], draws, likelihood=name).mean()
@@ -185,7 +178,7 @@ def test_likelihood_draws_have_the_mean_and_density_of_the_reference(name):
 
     entropy = {
         "gaussian": lambda: 3 * 0.5 * (likelihoods.LOG_2PI + 1 - 0.7),
-        "laplace": lambda: 3 * (1 + np.log(2) - 0.7),
+        "laplace": lambda: 3 * (1 + math.log(2) - 0.7),
         "student_t": lambda: 3 * (torch.distributions.StudentT(others[1].exp()).entropy().item() - 0.7),
     }.get(name, lambda: by_sum(500 if row.domain == "counts" else 1))()
     assert abs(score.item() + entropy) < 0.02
@@ -210,7 +203,7 @@ def test_a_decoder_of_three_tensors(log_theta, zero_logits, full, num_samples):
         log_p = likelihoods.get("zinb").log_prob(x.double(), log_mean, theta, zeros).sum((1, 2))
         prior, posterior = torch.distributions.Normal(0.0, 1.0), torch.distributions.Normal(mu, torch.exp(logvar / 2))
         log_w.append(log_p + (prior.log_prob(z[k]) - posterior.log_prob(z[k])).sum(1))
-    expected = -(torch.logsumexp(torch.stack(log_w), 0) - np.log(num_samples)).mean()
+    expected = -(torch.logsumexp(torch.stack(log_w), 0) - math.log(num_samples)).mean()
     loss = model.loss(x, objective="iwae", num_samples=num_samples, eps=eps)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     parameters = list(model.parameters())
@@ -335,147 +328,6 @@ def test_shapes_that_do_not_fit():
         dense(nn.Flatten(0)).loss(torch.rand(B, 2, 3).double(), num_samples=K)
     with pytest.raises(TypeError, match=r"decoder must return a tensor, or a tuple .*; got a tuple of Tensor, tuple"):
         dense(nn.LSTM(M, 3)).loss(torch.rand(B, 2, 3).double())
-
-
-@pytest.mark.parametrize("name", data.BUILT_IN)
-def test_built_in_data(name):
-    first, second = data.load(name), data.load(name)
-    assert torch.equal(first.train, second.train) and torch.equal(first.held_out, second.held_out)
-    assert not torch.equal(first.held_out, data.load(name, seed=1).held_out)
-    if name == "counts":
-        x = torch.cat([first.train, first.held_out])
-        assert x.shape == (2000, 200) and x.dtype == torch.int32 and first.likelihood == "nb"
-        assert 0.68 < (x == 0).double().mean() < 0.7 and x.min() == 0
-        log_mean, log_theta = data.counts_model()
-        assert log_theta.shape == (200,) and -1 < log_theta.min() < log_theta.max() < 2
-        spread = (log_mean.exp() + log_mean.mul(2).exp() / log_theta.exp()).sum(0).sqrt()
-        assert ((x.double().sum(0) - log_mean.exp().sum(0)).abs() < 5 * spread).all()
-        return
-    assert first.train.shape[1:] == (8, 8) and first.train.dtype == torch.float32
-    assert len(first.train) + len(first.held_out) == {"digits": 1797, "patches": 8480}[name]
-    if name == "digits":
-        assert first.train.min() == 0 and first.train.max() == 1
-        ones = first.train[first.train_labels == 0].mean(0)
-        assert ones[3:5, 3:5].max() < 0.3 < ones[3:5, 1:3].max()  # labels follow their images: zeros are hollow
-
-
-def test_data_from_files(tmp_path):
-    x = np.random.default_rng(0).integers(0, 256, (20, 3, 2), dtype=np.uint8)
-    np.save(tmp_path / "x.npy", x)
-    np.savez(tmp_path / "x.npz", x=x / 255.0, y=np.arange(20))
-    from_npy, from_npz = (data.load(str(tmp_path / f"x.{kind}")) for kind in ("npy", "npz"))
-    assert from_npy.train.dtype == torch.uint8 and from_npz.train.dtype == torch.float32
-    torch.testing.assert_close(from_npy.train / 255, from_npz.train)
-    both = torch.cat([from_npz.train_labels, from_npz.held_out_labels])
-    assert sorted(both.tolist()) == list(range(20)) and len(from_npz.held_out) == 2
-    torch.testing.assert_close(from_npz.held_out, torch.from_numpy(x)[from_npz.held_out_labels] / 255)
-
-
-@pytest.mark.parametrize(
-    "x, likelihood, error, message",
-    [
-        (np.full((4, 2), 1.5), "bernoulli", ValueError, r"must lie in \[0, 1\] .* from 1.5 to 1.5"),
-        (np.full((4, 2), np.nan), "gaussian", ValueError, "must be finite; 8 of 8"),
-        (np.zeros((4, 2), np.int64), "gaussian", TypeError, "floating, uint8 or bool for .*'gaussian'; they are int64"),
-        (np.array([[1, 2], [3, -4]]), None, ValueError, "must be counts, at least 0, for likelihood 'nb'.* is -4"),
-        (np.array([[1, 2], [3, -0.5]]), "zinb", ValueError, "must be counts, at least 0, .* is -0.5"),
-        (np.full((4, 2), np.uint64(2**63)), None, ValueError, "must be counts, at least 0"),
-        (np.full((4, 2), np.inf), "poisson", ValueError, "must be finite; 8 of 8"),
-        (np.zeros((4, 2), bool), "nb", TypeError, "floating or integers for likelihood 'nb'; they are bool"),
-        (np.zeros((4, 2), np.complex64), None, TypeError, "floating, integers or bool; .* holds complex64"),
-        (np.zeros(4), None, ValueError, r"\[N, \*event\]"),
-        (np.zeros((4, 2)), "binomial", ValueError, "likelihood must be one of"),
-    ],
-)
-def test_data_that_do_not_fit(tmp_path, x, likelihood, error, message):
-    np.save(tmp_path / "x.npy", x)
-    with pytest.raises(error, match=message):
-        data.load(str(tmp_path / "x.npy"), likelihood)
-
-
-@pytest.mark.parametrize("dtype", ["i1", "i2", "u2", "i4", "u4", "i8", "u8", ">i4", ">u2", "u1"])
-@pytest.mark.parametrize("fortran", [False, True])
-def test_integers_from_files_are_counts(tmp_path, dtype, fortran):
-    x = np.random.default_rng(0).integers(0, 100, (20, 7)).astype(dtype)
-    np.save(tmp_path / "x.npy", np.asfortranarray(x) if fortran else x)
-    for likelihood in (None, "zinb"):
-        found = data.load(str(tmp_path / "x.npy"), likelihood)
-        assert found.likelihood == (likelihood or ("bernoulli" if dtype == "u1" else "nb"))
-        both = torch.cat([found.train, found.held_out])
-        assert both.dtype in (*reference.COUNTS, torch.uint8)
-        assert sorted(both.tolist()) == sorted(x.tolist())
-    np.save(tmp_path / "whole.npy", x.astype(np.float32))
-    assert data.load(str(tmp_path / "whole.npy")).likelihood == "gaussian"
-    assert data.load(str(tmp_path / "whole.npy"), "nb").train.dtype == torch.float32
-
-
-class _AnnData(types.ModuleType):
-    """As much of the package as is called."""
-
-    def __init__(self, X: object) -> None:
-        super().__init__("anndata")
-        self.__spec__ = ModuleSpec("anndata", None)
-        self.X = X
-
-    def read_h5ad(self, path: Path) -> "_AnnData":
-        return self
-
-
-COUNTS_MATRIX = np.random.default_rng(0).poisson(0.5, (20, 7))
-
-
-@pytest.mark.parametrize("kind", [np.array, sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint16])
-def test_annotated_data(tmp_path, monkeypatch, kind, dtype):
-    (tmp_path / "x.h5ad").touch()
-    monkeypatch.setitem(sys.modules, "anndata", _AnnData(kind(COUNTS_MATRIX.astype(dtype))))
-    found = data.load(str(tmp_path / "x.h5ad"))
-    assert found.likelihood == "nb" and len(found.held_out) == 2
-    assert sorted(torch.cat([found.train, found.held_out]).tolist()) == sorted(COUNTS_MATRIX.tolist())
-
-
-@pytest.mark.parametrize(
-    "X, likelihood, error, message",
-    [
-        (np.full((4, 2), 0.3), None, None, "bernoulli"),
-        (np.full((4, 2), 1.5), None, None, "gaussian"),  # normalized: no counts any more
-        (np.full((4, 2), -1.0), "nb", ValueError, "must be counts, at least 0"),
-        (None, None, ValueError, "data must be the matrix X of .*; it has none"),
-        (np.zeros((1, 2)), None, ValueError, r"\[N, \*event\]"),
-        (sparse.csr_matrix((3, 1 << 50), dtype=np.float32), None, ValueError, "more than this machine's memory"),
-    ],
-)
-def test_annotated_data_that_are_no_counts(tmp_path, monkeypatch, X, likelihood, error, message):
-    (tmp_path / "x.h5ad").touch()
-    monkeypatch.setitem(sys.modules, "anndata", _AnnData(X))
-    if error is None:
-        assert data.load(str(tmp_path / "x.h5ad"), likelihood).likelihood == message
-        return
-    with pytest.raises(error, match=message):
-        data.load(str(tmp_path / "x.h5ad"), likelihood)
-
-
-def test_annotated_data_need_anndata(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"anndata is needed to read .*x\.h5ad: pip install anndata"):
-        data.load(str(tmp_path / "x.h5ad"))
-    monkeypatch.setattr(data, "find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "anndata", _AnnData(None))
-    with pytest.raises(FileNotFoundError):
-        data.load(str(tmp_path / "x.h5ad"))
-
-
-def test_files_that_do_not_fit(tmp_path):
-    (tmp_path / "x.npy").write_bytes(b"not an array")
-    with pytest.raises(ValueError, match=r"is damaged, or no \.npy file"):
-        data.load(str(tmp_path / "x.npy"))
-    with pytest.raises(FileNotFoundError):
-        data.load(str(tmp_path / "missing.npy"))
-    with pytest.raises(ValueError, match="data must be one of digits, patches"):
-        data.load("mnist")
-    np.savez(tmp_path / "two.npz", a=np.zeros((3, 2)), b=np.zeros((3, 2)))
-    with pytest.raises(ValueError, match="it holds a, b"):
-        data.load(str(tmp_path / "two.npz"))
 
 
 class Halved(nn.Module):

@@ -91,7 +91,7 @@ def test_the_description_has_no_link_that_an_index_cannot_follow(wheel_metadata:
 def test_metadata(wheel_metadata: email.message.Message) -> None:
     assert wheel_metadata["Name"] == "fastelbo" and wheel_metadata["License-Expression"] == "BSD-3-Clause"
     assert wheel_metadata["Author"] and len(wheel_metadata.get_all("Classifier")) > 5
-    assert set(wheel_metadata.get_all("Provides-Extra")) == {"train", "sklearn"}
+    assert set(wheel_metadata.get_all("Provides-Extra")) == {"h5ad", "sklearn", "train"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import pdoc.render
 from pdoc.docstrings import embed_images
 
 import fastelbo
+import fastelbo.data
 import fastelbo.sklearn
 from fastelbo import distributions, reference
 from fastelbo.commands import cli
@@ -28,8 +29,8 @@ from fastelbo.commands import cli
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PROSE = (
-    *("README", "installation", "functions", "models", "concepts", "kept_samples", "counts", "ppca", "adapters"),
-    *("practice", "limits", "performance"),
+    *("README", "installation", "functions", "models", "concepts", "kept_samples", "counts", "ppca", "data"),
+    *("adapters", "practice", "limits", "performance"),
 )
 RECIPES = ROOT / "examples" / "recipes"
 # called by torch, not by the user; and what scikit-learn adds to an estimator
@@ -138,7 +139,7 @@ def recipes() -> pdoc.doc.Module:
 
 def build(out: Path) -> None:
     pages = {name: prose(name) for name in PROSE} | {"command": command(), "recipes": recipes()}
-    pages |= {module.__name__: page(module) for module in (fastelbo, distributions, reference, fastelbo.sklearn)}
+    pages |= {module.__name__: page(module) for module in (fastelbo, distributions, reference, fastelbo.data, fastelbo.sklearn)}
     pdoc.render.configure(
         docformat="google",
         show_source=False,

@@ -14,7 +14,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from fastelbo.commands import data, evaluate, files, options, ppca, train
 from fastelbo.commands.ppca import PPCAConfig
 from fastelbo.commands.train import Config, Metrics
 from fastelbo.data.built_in import BUILT_IN
+from fastelbo.data.dataset import Dataset
 from fastelbo.models.diagnostics import ACTIVE_VARIANCE
 from fastelbo.ppca import PPCA
 
@@ -302,19 +303,23 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    count("num_samples", args.samples)
-    integer()("seed", args.seed)
-    model, saved = fastelbo.load(args.checkpoint), files.read_checkpoint(args.checkpoint)
+class _Evaluated(NamedTuple):
+    """What is evaluated."""
+
+    name: str
+    x: Dataset
+    held_out: bool  # by the run; otherwise every row of a file
+    seen: bool  # the file is the one that the run was trained on
+    log_unit: float | None  # see `evaluate.bits`
+
+
+def _evaluated(args: argparse.Namespace, saved: dict[str, Any], likelihood: str) -> _Evaluated:
     with files.reading(args.checkpoint, files.CHECKPOINT):
         config, before = saved["config"], saved["data"]
         name, test_data, layer = str(config["data"]), config.get("test_data"), args.layer or config.get("layer")
         event, like = tuple(before["shape"][1:]), getattr(torch, before["dtype"])
         fractions, places = config.get("fractions", False), before.get("beside", {})
-        epoch = None if isinstance(model, PPCA) else int(saved["epoch"])
-    likelihood = "gaussian" if isinstance(model, PPCA) else model.likelihood
-    held_out = args.data is None
-    if held_out:
+    if args.data is None:
         folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
         name = data.located(name, places.get("data"), folder)
         test_data = None if test_data is None else data.located(test_data, places.get("test_data"), folder)
@@ -322,44 +327,56 @@ def _evaluate(args: argparse.Namespace) -> int:
         data.check_unchanged(split, before)
         x, summary, name = split.held_out, split.summary, split.source
     else:
+        layer = layer if args.layer or Path(args.data).suffix == Path(name).suffix else None
+        x, summary = data.load_all(args.data, likelihood, like, layer=layer, fractions=fractions)
         name = args.data
-        x, summary = data.load_all(name, likelihood, like, layer=layer, fractions=fractions)
     if event != x.shape[1:]:
         raise ValueError(f"data must be of shape {event} as in training; got {x.shape[1:]}")
-    domain, log_unit = likelihoods.get(likelihood).domain, 0.0
-    if domain == "reals" and summary.image:
-        log_unit = math.log(255)  # x / 255, of whole pixels
-    density = None if domain == "[0, 1]" and not summary.binary else log_unit
-    seen = "" if held_out or summary.content != before.get("content") else " (training saw most of them)"
-    text = f"{name}: {len(x)} {'held-out data' if held_out else 'data'}{seen}, "
+    domain = likelihoods.get(likelihood).domain
+    log_unit = math.log(255) if domain == "reals" and summary.image else 0.0  # x / 255, of whole pixels
+    density = domain != "[0, 1]" or summary.binary
+    seen = args.data is not None and summary.content == before.get("content")
+    return _Evaluated(name, x, args.data is None, seen, log_unit if density else None)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    count("num_samples", args.samples)
+    integer()("seed", args.seed)
+    model, saved = fastelbo.load(args.checkpoint), files.read_checkpoint(args.checkpoint)
+    of = _evaluated(args, saved, "gaussian" if isinstance(model, PPCA) else model.likelihood)
     if isinstance(model, PPCA):
-        found = evaluate.exactly(model, x, density)
-        text += f"PPCA with {model.n_components} components; nats per datum\n"
-        text += f"log p(x)         {found.log_prob:10.4f}  exactly; {_error(found.data_error, 'the choice of data')}"
-        figures = {k: v for k, v in found._asdict().items() if k in ("rows", "log_prob", "data_error", "bits_per_dim")}
+        about, found = {}, evaluate.exactly(model, of.x, of.log_unit)
+        text = f"PPCA with {model.n_components} components"
     else:
-        options = {"seed": args.seed, "chunk_size": args.chunk_size, "log_unit": density}
-        found = evaluate.evaluate(model, x, args.samples, **options)
-        figures = {"samples": args.samples, "epoch": epoch, **found._asdict()}
+        with files.reading(args.checkpoint, files.CHECKPOINT):
+            about = {"samples": args.samples, "epoch": int(saved["epoch"])}
+        options = {"seed": args.seed, "chunk_size": args.chunk_size, "log_unit": of.log_unit}
+        found = evaluate.evaluate(model, of.x, args.samples, **options)
+        text = f"{args.samples} samples each, after epoch {about['epoch']}"
+    if args.json:
+        shown = {"data": of.name, "held_out": of.held_out, **about, **found._asdict()}
+        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in shown.items()}
+        print(json.dumps(strict, allow_nan=False))
+        return 0
+    what = "held-out data" if of.held_out else "data (training saw most of them)" if of.seen else "data"
+    print(f"{of.name}: {len(of.x)} {what}, {text}; nats per datum")
+    by_choice = _error(found.data_error, "the choice of data")
+    if found.elbo is None:
+        print(f"log p(x)         {found.log_prob:10.4f}  exactly; {by_choice}")
+    else:
         active = "unknown" if found.active_units is None else found.active_units
-        text += (
-            f"{args.samples} samples each, after epoch {epoch}; nats per datum\n"
-            f"log p(x)         {found.log_prob:10.4f}  {_error(found.sampling_error, 'sampling')}, "
-            f"{_error(found.data_error, 'the choice of data')}\n"
+        print(
+            f"log p(x)         {found.log_prob:10.4f}  {_error(found.sampling_error, 'sampling')}, {by_choice}\n"
             f"ELBO             {found.elbo:10.4f}  on the same samples\n"
-            f"log p(x) - ELBO  {found.log_prob - (found.elbo or 0.0):10.4f}  the KL of q(z | x) from the posterior\n"
+            f"log p(x) - ELBO  {found.log_prob - found.elbo:10.4f}  the KL of q(z | x) from the posterior\n"
             f"mean ESS         {found.ess:10.1f}  of {args.samples}; the largest weight is {found.max_weight:.1%} of "
             f"all\nactive units     {active:>10}  of {found.latent_dim}"
         )
     if found.bits_per_dim is None:
-        text += f"\nbits per dim            none: {likelihood!r} is no density of values between 0 and 1"
+        print("bits per dim           none  a Bernoulli is no density of values between 0 and 1")
     else:
-        text += f"\nbits per dim     {found.bits_per_dim:10.4f}  -log2 p(x) per cell" + (
-            ", of pixels from 0 to 255" if log_unit else ""
-        )
-    strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
-    shown = {"data": name, "held_out": held_out, **strict}
-    print(json.dumps(shown, allow_nan=False) if args.json else text)
+        unit = ", of pixels from 0 to 255" if of.log_unit else ""
+        print(f"bits per dim     {found.bits_per_dim:10.4f}  -log2 p(x) per cell{unit}")
     return 0
 
 

@@ -124,7 +124,8 @@ def load(
     remarks: list[str] = []
     parts = _datasets(name, "data", layer, remarks)
     if test_data is not None:
-        parts = [parts[0], _datasets(test_data, "test_data", layer, remarks)[-1]]
+        same = Path(test_data).suffix == Path(name).suffix
+        parts = [parts[0], _datasets(test_data, "test_data", layer if same else None, remarks)[-1]]
     train, held_out = parts[0], parts[-1]
     if held_out.shape[1:] != train.shape[1:] or held_out.dtype != train.dtype:
         what = [f"{t.dtype} of shape {tuple(t.shape[1:])}".removeprefix("torch.") for t in (train, held_out)]

@@ -43,8 +43,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _bits(log_prob: Tensor, cells: int, log_unit: float | None) -> float | None:
-    """log_unit: the logarithm of how many units of the data one unit of x is; None where there is no density."""
+def bits(log_prob: Tensor, cells: int, log_unit: float | None) -> float | None:
+    """Per cell that is there, of log p(x) in nats.
+
+    log_unit: the logarithm of how many units of the data one unit of x is; None where there is no density.
+    """
     if log_unit is None or not cells:
         return None
     return _finite((cells * log_unit - log_prob.sum().item()) / (cells * math.log(2)))
@@ -69,7 +72,7 @@ def evaluate(
 ) -> Evaluation:
     """Marginal likelihood of the data x [N, *event] by K importance samples each, beside the ELBO.
 
-    log_unit: see `_bits`.
+    log_unit: see `bits`.
     """
     model.eval()
     meter = DiagnosticsMeter()
@@ -95,7 +98,7 @@ def evaluate(
         len(x),
         log_prob.mean().item(),
         _standard_error(log_prob),
-        _bits(log_prob, cells, log_unit),
+        bits(log_prob, cells, log_unit),
         _finite(error.square().sum().sqrt().item() / len(x)) if num_samples > 1 else None,
         torch.cat(elbos).mean().item(),
         ess.mean().item(),
@@ -117,4 +120,4 @@ def exactly(model: PPCA, x: Dataset, log_unit: float | None = None) -> Evaluatio
         parts.append(model.log_prob(batch.flatten(1)).double())
         cells += batch.numel() if mask is None else int(mask.sum())
     log_prob = torch.cat(parts)
-    return Evaluation(len(x), log_prob.mean().item(), _standard_error(log_prob), _bits(log_prob, cells, log_unit))
+    return Evaluation(len(x), log_prob.mean().item(), _standard_error(log_prob), bits(log_prob, cells, log_unit))

@@ -1,8 +1,10 @@
 """Rows as tensors: one by one, in batches, or shuffled."""
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,8 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
             int32 and int64 that holds the type of other integers.
 
     Attributes:
-        shape: [N, *event].
         dtype: of the batches.
         labels: a numpy array as it is stored beside the data, or None.
-        block: consecutive rows that are read together where the data are shuffled; 1 where each row is read by itself.
 
     Raises:
         ValueError, TypeError: no [N, *event] of numbers.
@@ -58,10 +58,12 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """[N, *event]."""
         return (len(self), *self._rows.shape[1:])
 
     @property
     def block(self) -> int:
+        """Consecutive rows that are read together where the data are shuffled; 1 where each row is read by itself."""
         return self._rows.block
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor | Index) -> Tensor:
@@ -84,6 +86,9 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
 
     def _read(self, index: Index) -> Tensor:
         return self._tensor(self._rows.read(index if self._numbers is None else self._numbers[index]))
+
+    def _ask(self, index: Index) -> None:
+        self._rows.ask(index if self._numbers is None else self._numbers[index])
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         if array.dtype == np.bool_:  # a byte of a bool is 0 or 1; in a file it may be any
@@ -193,16 +198,20 @@ class Batches:
         if self.dataset._rows.resident:
             yield from map(self.dataset.__getitem__, parts)
             return
+        # a part is asked for while the one before is read, and read while the batch before that is used
         with ThreadPoolExecutor(1) as reader:
-            coming = [
-                reader.submit(self.dataset.__getitem__, part) for part in (next(parts, None),) if part is not None
-            ]
-            for part in parts:
-                following = reader.submit(self.dataset.__getitem__, part)
-                yield coming.pop().result()
-                coming.append(following)
+            coming = deque[Future[Tensor]]()
+            for part, following in pairwise(chain(parts, [None])):
+                coming.append(reader.submit(self._read, part, following))
+                if len(coming) > 1:
+                    yield coming.popleft().result()
             for last in coming:
                 yield last.result()
+
+    def _read(self, part: Any, following: Any) -> Tensor:
+        if isinstance(following, Tensor):
+            self.dataset._ask(following.numpy())
+        return self.dataset[part]
 
 
 def _opened(path: Path, layer: str | None) -> list[Part]:

@@ -1,5 +1,6 @@
 """Rows of arrays that need not fit in memory: read by their numbers, or in pieces from the first to the last."""
 
+import mmap
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +30,10 @@ class Rows(Protocol):
     block: int  # consecutive rows that cost as much as one: 1 where any row is read by itself
     resident: bool  # whether they are in memory
 
+    def ask(self, index: Index) -> None:
+        """Tell that these rows will be read."""
+        ...
+
     def read(self, index: Index | slice) -> Values:
         """The rows [n, *event] of these numbers, in their order; a slice has no step."""
         ...
@@ -44,12 +49,25 @@ def _spans(rows: int, elements: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
+def _ask(mapped: Any, first: Index, count: Index | int) -> None:
+    """Ask the system for the pages of a mapped file that hold `count` items from `first` on, for each of them: it reads
+    them side by side, and in the meantime."""
+    shift, size = mapped.offset % mmap.ALLOCATIONGRANULARITY, mapped.strides[0]
+    for start, end in zip((shift + first * size).tolist(), (shift + (first + count) * size).tolist(), strict=True):
+        page = start - start % mmap.PAGESIZE
+        mapped._mmap.madvise(mmap.MADV_WILLNEED, page, end - page)
+
+
 class Dense:
     """An array, in memory or mapped, or `Ranges` of an HDF5 dataset."""
 
     def __init__(self, array: Any, block: int = 1, resident: bool = False) -> None:
         self.array, self.block, self.resident = array, block, resident
         self.shape, self.dtype = tuple(array.shape), array.dtype
+
+    def ask(self, index: Index) -> None:
+        if isinstance(self.array, np.memmap) and self.array.flags.c_contiguous:
+            _ask(self.array, index, 1)
 
     def read(self, index: Index | slice) -> Values:
         return np.asarray(self.array[index])
@@ -90,6 +108,14 @@ class Sparse:
         if len(columns) and not 0 <= columns.min() <= columns.max() < self.shape[1]:
             raise ValueError(f"its sparse matrix has a column {columns.max()} of {self.shape[1]}, counted from 0")
         return Piece(len(counts), np.asarray(self.data[at]), columns, counts)
+
+    def ask(self, index: Index) -> None:
+        first = self.indptr[index]
+        for vector in (self.data, self.indices):
+            if isinstance(vector, np.memmap):
+                _ask(vector, first, self.indptr[index + 1] - first)
+            elif isinstance(vector, Chunks):
+                vector.ask(first)
 
     def read(self, index: Index | slice) -> Values:
         from scipy.sparse import csr_array
@@ -140,6 +166,11 @@ class Chunks:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def ask(self, first: Index) -> None:
+        """Tell that items from `first` on will be read: of each, the rest of the page."""
+        chunk, rest = np.divmod(first[first < len(self)], self.chunk)
+        _ask(self.mapped, self.starts[chunk] + rest, 1)
 
     def __getitem__(self, index: Index | slice) -> Values:
         if not isinstance(index, slice):

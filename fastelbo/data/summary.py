@@ -35,20 +35,20 @@ def numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
 class Summary(NamedTuple):
     """Of data [N, *event], or of two parts of them."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # [N, *event]
     dtype: str  # as stored
-    low: float  # of the finite values
-    high: float
+    low: float  # the lowest of the finite values
+    high: float  # the highest
     missing: int  # cells that are NaN
-    infinite: int
+    infinite: int  # cells that are
     whole: bool  # every finite value is a whole number
     binary: bool  # every finite value is 0 or 1
     log_normalized: bool  # log(1 + x) of counts that were scaled to the same sum for every row
     annotated: bool  # from an .h5ad file
-    content: str  # a hash of the values as stored
-    cells: Tensor  # [*event]: of the rows that the scale is of, those that are there; their mean and deviation
-    mean: Tensor
-    std: Tensor
+    content: str  # a hash of the values as a model sees them
+    cells: Tensor  # [*event]: how many are there, in the rows that the scale is of
+    mean: Tensor  # [*event]: of those
+    std: Tensor  # [*event]: of those
 
     @property
     def domain(self) -> Domain:

@@ -164,9 +164,11 @@ def run_data(model: fastelbo.VAE) -> Tensor:
 
 def run_figures(run: Path) -> Figures:
     """By `fastelbo.load`, and by the command: evaluate, sample, and train --resume of a copy."""
-    found = {"evaluated": json.loads(command("evaluate", run, "--samples", 20, "--json"))}
-    for new in ("data", "held_out", "rows", "bits_per_dim"):
-        del found["evaluated"][new]
+    evaluated, new = (
+        json.loads(command("evaluate", run, "--samples", 20, "--json")),
+        ("held_out", "rows", "bits_per_dim"),
+    )
+    found = {"evaluated": {k: v for k, v in evaluated.items() if v is not None and k not in ("data", *new)}}
     model = fastelbo.load(run)
     with TemporaryDirectory() as folder:
         drawn, copy = Path(folder) / "drawn.npy", Path(folder) / "run"

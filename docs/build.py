@@ -139,7 +139,8 @@ def recipes() -> pdoc.doc.Module:
 
 def build(out: Path) -> None:
     pages = {name: prose(name) for name in PROSE} | {"command": command(), "recipes": recipes()}
-    pages |= {module.__name__: page(module) for module in (fastelbo, distributions, reference, fastelbo.data, fastelbo.sklearn)}
+    modules = (fastelbo, distributions, reference, fastelbo.data, fastelbo.sklearn)
+    pages |= {module.__name__: page(module) for module in modules}
     pdoc.render.configure(
         docformat="google",
         show_source=False,

@@ -32,6 +32,7 @@ from fastelbo.losses import (
     rsample,
 )
 from fastelbo.models.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
+from fastelbo.models.evaluation import Evaluation, evaluate
 from fastelbo.models.loading import load
 from fastelbo.models.marginal import ImportanceWeights, LogMeanExp, MarginalEstimate, importance_weights
 from fastelbo.models.objective import Objective
@@ -47,6 +48,7 @@ __all__ = [
     "Diagnostics",
     "DiagnosticsMeter",
     "ELBOLoss",
+    "Evaluation",
     "FitReport",
     "IWAELoss",
     "ImportanceWeights",
@@ -67,6 +69,7 @@ __all__ = [
     "elbo_loss",
     "elbo_parts",
     "estimator_weights",
+    "evaluate",
     "gaussian_kl",
     "gaussian_log_prob",
     "importance_weights",

@@ -277,7 +277,7 @@ DEFECTS = [
     ),
     Defect(
         "evaluate ignores its seed",
-        "fastelbo/commands/evaluate.py",
+        "fastelbo/models/evaluation.py",
         "generator = torch.Generator().manual_seed(seed)",
         "generator = torch.Generator().manual_seed(0)",
         ("command/test_cli.py",),

@@ -99,7 +99,7 @@ def _scalar(name: str, value: Any) -> Tensor:
     return value  # type: ignore[no-any-return]
 
 
-def instance(of: type, expected: str) -> Check:
+def instance(of: type | tuple[type, ...], expected: str) -> Check:
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, of):
             raise refusal(name, expected, value)

@@ -20,11 +20,10 @@ import torch
 import torch.distributed as dist
 
 import fastelbo
-from fastelbo import likelihoods
 from fastelbo._internal.arguments import count, integer
 from fastelbo._internal.progress import progress
 from fastelbo._internal.streams import printing, say
-from fastelbo.commands import data, evaluate, files, options, ppca, train
+from fastelbo.commands import data, files, options, ppca, train
 from fastelbo.commands.ppca import PPCAConfig
 from fastelbo.commands.train import Config, Metrics
 from fastelbo.data.built_in import BUILT_IN
@@ -155,7 +154,8 @@ def _describe(dataset: data.Split, name: str, more: str) -> None:
         print(remark)
     train, missing, block = dataset.train, dataset.summary.missing, dataset.train.block
     gaps = f", {missing / math.prod(dataset.summary.shape):.2%} of the cells missing and masked" if missing else ""
-    order = f"; shuffled by blocks of {block} rows, which the file stores together" if block > 1 else ""
+    order = "exactly" if block == 1 else f"by blocks of {block} rows, which the file stores together"
+    order = "" if train.resident else f"; read from the file, shuffled {order}"
     print(
         f"{name}: {len(train)} training and {len(dataset.held_out)} held-out data of shape {train.shape[1:]}{gaps}"
         f"{more}{order}; figures in nats per datum"
@@ -310,7 +310,6 @@ class _Evaluated(NamedTuple):
     x: Dataset
     held_out: bool  # by the run; otherwise every row of a file
     seen: bool  # the file is the one that the run was trained on
-    log_unit: float | None  # see `evaluate.bits`
 
 
 def _evaluated(args: argparse.Namespace, saved: dict[str, Any], likelihood: str) -> _Evaluated:
@@ -332,11 +331,8 @@ def _evaluated(args: argparse.Namespace, saved: dict[str, Any], likelihood: str)
         name = args.data
     if event != x.shape[1:]:
         raise ValueError(f"data must be of shape {event} as in training; got {x.shape[1:]}")
-    domain = likelihoods.get(likelihood).domain
-    log_unit = math.log(255) if domain == "reals" and summary.image else 0.0  # x / 255, of whole pixels
-    density = domain != "[0, 1]" or summary.binary
     seen = args.data is not None and summary.content == before.get("content")
-    return _Evaluated(name, x, args.data is None, seen, log_unit if density else None)
+    return _Evaluated(name, x, args.data is None, seen)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -345,14 +341,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     model, saved = fastelbo.load(args.checkpoint), files.read_checkpoint(args.checkpoint)
     of = _evaluated(args, saved, "gaussian" if isinstance(model, PPCA) else model.likelihood)
     if isinstance(model, PPCA):
-        about, found = {}, evaluate.exactly(model, of.x, of.log_unit)
-        text = f"PPCA with {model.n_components} components"
+        about, text = {}, f"PPCA with {model.n_components} components"
     else:
         with files.reading(args.checkpoint, files.CHECKPOINT):
             about = {"samples": args.samples, "epoch": int(saved["epoch"])}
-        options = {"seed": args.seed, "chunk_size": args.chunk_size, "log_unit": of.log_unit}
-        found = evaluate.evaluate(model, of.x, args.samples, **options)
         text = f"{args.samples} samples each, after epoch {about['epoch']}"
+    found = fastelbo.evaluate(model, of.x, args.samples, chunk_size=args.chunk_size, seed=args.seed)
     if args.json:
         shown = {"data": of.name, "held_out": of.held_out, **about, **found._asdict()}
         strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in shown.items()}
@@ -375,7 +369,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if found.bits_per_dim is None:
         print("bits per dim           none  a Bernoulli is no density of values between 0 and 1")
     else:
-        unit = ", of pixels from 0 to 255" if of.log_unit else ""
+        unit = ", of pixels from 0 to 255" if of.x.dtype == torch.uint8 else ""
         print(f"bits per dim     {found.bits_per_dim:10.4f}  -log2 p(x) per cell{unit}")
     return 0
 

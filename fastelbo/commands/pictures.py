@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from fastelbo import likelihoods, reference
-from fastelbo.commands import evaluate, files
+from fastelbo.commands import files
 from fastelbo.commands.data import Split
 from fastelbo.commands.ppca import Figures
 from fastelbo.commands.train import Metrics
 from fastelbo.data.dataset import Dataset
 from fastelbo.likelihoods import Domain
+from fastelbo.models.evaluation import masked
 from fastelbo.models.vae import VAE
 from fastelbo.ppca import PPCA
 
@@ -156,7 +157,7 @@ def prior_samples(model: VAE, x: Data, path: Path, columns: int = 16, rows: int 
 def _posterior(model: VAE, x: Dataset) -> tuple[Tensor, Tensor]:
     """Posterior means [N, M] and mean KL [M] of every latent dimension."""
     found = []
-    for batch, mask in evaluate.masked(x):
+    for batch, mask in masked(x):
         mu, logvar = model.encode(batch, mask=mask)
         found.append((mu.flatten(1), reference.kl_terms(mu, logvar).flatten(1)))
     mu, kl = map(torch.cat, zip(*found, strict=True))

@@ -19,12 +19,13 @@ from fastelbo._internal import memory
 from fastelbo._internal.arguments import count, integer, number, size
 from fastelbo._internal.process_groups import Processes
 from fastelbo._internal.progress import progress
-from fastelbo.commands import data, evaluate, files, options
+from fastelbo.commands import data, files, options
 from fastelbo.commands.options import option
 from fastelbo.data.built_in import BUILT_IN
 from fastelbo.likelihoods import LIKELIHOODS
 from fastelbo.losses import LossParts, Recon, join_recon, split_recon
 from fastelbo.models.diagnostics import ACTIVE_VARIANCE, DiagnosticsMeter
+from fastelbo.models.evaluation import batch_size
 from fastelbo.models.objective import OBJECTIVES, Objective
 from fastelbo.models.scaling import Scaling
 from fastelbo.models.vae import VAE
@@ -334,7 +335,7 @@ class Trainer:
         totals, samples_99, meter = torch.zeros(4, dtype=torch.float64), 0.0, DiagnosticsMeter()
         held_out = self.data.held_out
         with self._impl():
-            for batch in held_out.batches(evaluate.batch_size(held_out, self.config.num_samples)):
+            for batch in held_out.batches(batch_size(held_out, self.config.num_samples)):
                 x = batch.to(self.device)
                 mask = self._mask(x)
                 recon, posterior = self.model(x, self.objective.draws, mask=mask, **self.noise(x, generator))

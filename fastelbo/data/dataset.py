@@ -66,8 +66,13 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
         """Consecutive rows that are read together where the data are shuffled; 1 where each row is read by itself."""
         return self._rows.block
 
+    @property
+    def resident(self) -> bool:
+        """Whether the data are in memory."""
+        return self._rows.resident
+
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor | Index) -> Tensor:
-        if isinstance(index, int):
+        if isinstance(index, int | np.integer):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index must be a row of {len(self)}; got {index}")
             return self._read(np.array([index % len(self)]))[0]
@@ -168,50 +173,63 @@ class Batches:
     def __len__(self) -> int:
         return math.ceil((len(self.dataset) if self.order is None else len(self.order)) / self.size)
 
-    def _parts(self) -> Iterator[Any]:
-        """What is read at a time."""
+    def __iter__(self) -> Iterator[Tensor]:
         if self.order is None:
-            return (slice(a, a + self.size) for a in range(0, len(self.dataset), self.size))
-        return iter(self.order.split(self.size))
+            yield from self._read(slice(a, a + self.size) for a in range(0, len(self.dataset), self.size))
+        elif self.dataset.block == 1:
+            yield from self._read(iter(self.order.split(self.size)))
+        else:
+            yield from self._of_windows(self.order.split(self.dataset._window()))
 
-    def _windows(self) -> Iterator[Tensor]:
-        """Batches of what is read by blocks: of the rows that are shuffled together, each block is read once."""
-        assert self.order is not None
-        rest = torch.empty(0)
-        for window in self.order.split(self.dataset._window()):
-            rows, place = window.sort()
-            found = self.dataset[rows]
+    def _of_windows(self, windows: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What is read by blocks: of the rows that are shuffled together, each block is read once."""
+        places = deque[Tensor]()
+
+        def ascending() -> Iterator[Tensor]:
+            for window in windows:
+                rows, place = window.sort()
+                places.append(place)
+                yield rows
+
+        rest = torch.empty(0)  # rows that do not fill a batch
+        for found in self._read(ascending()):
             shuffled = torch.empty_like(found)
-            shuffled[place] = found
-            rest = torch.cat([rest, shuffled]) if len(rest) else shuffled
-            whole = len(rest) // self.size * self.size
-            yield from rest[:whole].split(self.size) if whole else ()
-            rest = rest[whole:].clone()
+            shuffled[places.popleft()] = found
+            lacking = self.size - len(rest) if len(rest) else 0
+            if lacking:
+                rest = torch.cat([rest, shuffled[:lacking]])
+                if len(rest) < self.size:
+                    continue
+                yield rest
+            rest = shuffled[:0]
+            for batch in shuffled[lacking:].split(self.size):
+                if len(batch) == self.size:
+                    yield batch
+                else:
+                    rest = batch.clone()
         if len(rest):
             yield rest
 
-    def __iter__(self) -> Iterator[Tensor]:
-        if self.order is not None and self.dataset.block > 1:
-            yield from self._windows()
-            return
-        parts = self._parts()
-        if self.dataset._rows.resident:
+    def _read(self, parts: Iterator[Any]) -> Iterator[Tensor]:
+        """The rows of every part. Of a file, a part is asked for while the one before is read, and read while the one
+        before that is used."""
+        if self.dataset.resident:
             yield from map(self.dataset.__getitem__, parts)
             return
-        # a part is asked for while the one before is read, and read while the batch before that is used
+
+        def read(part: Any, following: Any) -> Tensor:
+            if isinstance(following, Tensor):
+                self.dataset._ask(following.numpy())
+            return self.dataset[part]
+
         with ThreadPoolExecutor(1) as reader:
             coming = deque[Future[Tensor]]()
             for part, following in pairwise(chain(parts, [None])):
-                coming.append(reader.submit(self._read, part, following))
+                coming.append(reader.submit(read, part, following))
                 if len(coming) > 1:
                     yield coming.popleft().result()
             for last in coming:
                 yield last.result()
-
-    def _read(self, part: Any, following: Any) -> Tensor:
-        if isinstance(following, Tensor):
-            self.dataset._ask(following.numpy())
-        return self.dataset[part]
 
 
 def _opened(path: Path, layer: str | None) -> list[Part]:

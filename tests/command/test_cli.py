@@ -17,12 +17,13 @@ import torch
 
 import fastelbo
 from fastelbo import PPCA
-from fastelbo.commands import cli, evaluate, pictures, train
+from fastelbo.commands import cli, pictures, train
 from fastelbo.commands import ppca as commands_ppca
 from fastelbo.commands.data import load
 from fastelbo.commands.ppca import METRICS as METRICS_OF_PPCA
 from fastelbo.commands.train import LATENT_METRICS, METRICS, Config, Trainer
 from fastelbo.data.built_in import counts_model
+from fastelbo.models import evaluation
 from fastelbo.nets import build_model
 
 TIMES = {"ms_per_step", "loss_share"}
@@ -99,7 +100,7 @@ def test_held_out_figures_are_datum_weighted(monkeypatch):
     with torch.no_grad():
         kl = trainer.model.parts(x, **trainer.noise(x, torch.Generator().manual_seed(0))).kl.double().mean()
     assert whole["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
-    monkeypatch.setattr(evaluate, "BATCH", 179)  # 180 held-out digits: a mean of means would be far off
+    monkeypatch.setattr(evaluation, "BATCH", 179)  # 180 held-out digits: a mean of means would be far off
     assert trainer.evaluate()["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
 
 

@@ -27,8 +27,8 @@ def test_a_vae_on_a_tensor_and_on_a_data_set(monkeypatch, gaps):
     expected = model.log_marginal(x, 3000, mask=~x.isnan(), seed=2)
     cells = int((~x.isnan()).sum())
     assert abs(found.log_prob - expected.log_prob.mean()) < 6 * found.sampling_error
-    assert found.data_error == pytest.approx(expected.log_prob.std() / math.sqrt(N), rel=0.05)
-    assert found.sampling_error == pytest.approx(expected.std_error.square().sum().sqrt() / N, rel=0.2)
+    assert found.data_error == pytest.approx(expected.log_prob.std().item() / math.sqrt(N), rel=0.05)
+    assert found.sampling_error == pytest.approx(expected.std_error.square().sum().sqrt().item() / N, rel=0.2)
     assert found.bits_per_dim == pytest.approx(-N * found.log_prob / (cells * math.log(2)))
     assert found.elbo < found.log_prob and (found.rows, found.latent_dim) == (N, 2) and 1 < found.ess < 3000
 

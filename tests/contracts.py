@@ -336,6 +336,7 @@ def public() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
     q, kept = {"mu": mu, "logvar": logvar}, fastelbo.keep_samples(log_w, 2)
     p = {"recon": recon, "x": x}
     vae = fastelbo.VAE(nn.Linear(D, 2 * M), nn.Linear(M, D), latent_shape=(M,))
+    scaling = fastelbo.Scaling(torch.zeros(M), torch.ones(M))
     return {
         "rsample": (fastelbo.rsample, {**q, "num_samples": K}),
         "gaussian_kl": (fastelbo.gaussian_kl, q),
@@ -362,6 +363,10 @@ def public() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
             },
         ),
         "estimator_weights": (fastelbo.estimator_weights, {"log_w": log_w}),
+        "evaluate": (fastelbo.evaluate, {"model": vae, "x": x, "num_samples": K}),
+        "Scaling": (fastelbo.Scaling, {"shift": mu[0], "scale": mu[0] + 1}),
+        "Scaling.forward": (scaling.forward, {"x": mu}),
+        "Scaling.inverse": (scaling.inverse, {"recon": (mu, mu), "likelihood": "gaussian"}),
         "importance_weights": (fastelbo.importance_weights, {"model": vae, "x": x, "num_samples": K}),
         "ppca_log_prob": (fastelbo.ppca_log_prob, {"x": r(B, D), "W": r(D, 2), "b": r(D), "log_sigma2": r(())}),
         "diagnostics": (fastelbo.diagnostics, {"posterior": posterior}),

@@ -12,6 +12,8 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
+    except MemoryError:
+        raise
     except Exception as error:
         # an error of the system itself passes; zipfile raises OSErrors too, for wrong offsets in the file
         if isinstance(error, OSError) and error.filename is not None:

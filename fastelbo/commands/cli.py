@@ -167,9 +167,10 @@ def _fit_ppca(args: argparse.Namespace) -> list[Path]:
     from fastelbo.commands import pictures
 
     out: Path = args.out
-    run = ppca.Run(PPCAConfig(**_options(args)))
+    config = PPCAConfig(**_options(args))
     if (out / "checkpoint.pt").exists():
         raise FileExistsError(f"{out} already holds a run: write to another directory")
+    run = ppca.Run(config)
 
     def report(row: ppca.Figures) -> None:
         print(
@@ -213,9 +214,9 @@ def _saved_config(out: Path, given: Collection[str] = ()) -> Config:
     if saved["config"].get("keep") == "auto":
         raise ValueError(f"{out} holds a run of keep 'auto', which is gone and cannot be continued: start a new one")
     with files.reading(out / "checkpoint.pt", files.CHECKPOINT):
-        config, places = Config(**saved["config"]), saved["data"].get("beside", {})
+        config = Config(**saved["config"])
     named = {name: getattr(config, name) for name in ("data", "test_data") if name not in given}
-    now: dict[str, Any] = {k: data.located(v, places.get(k), out) for k, v in named.items() if v is not None}
+    now: dict[str, Any] = {k: data.located(k, v, saved["data"], out) for k, v in named.items() if v is not None}
     return replace(config, **now)
 
 
@@ -316,23 +317,25 @@ def _evaluated(args: argparse.Namespace, saved: dict[str, Any], likelihood: str)
     with files.reading(args.checkpoint, files.CHECKPOINT):
         config, before = saved["config"], saved["data"]
         name, test_data, layer = str(config["data"]), config.get("test_data"), args.layer or config.get("layer")
-        event, like = tuple(before["shape"][1:]), getattr(torch, before["dtype"])
-        fractions, places = config.get("fractions", False), before.get("beside", {})
-    if args.data is None:
-        folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-        name = data.located(name, places.get("data"), folder)
-        test_data = None if test_data is None else data.located(test_data, places.get("test_data"), folder)
-        split = data.load(name, likelihood, test_data=test_data, layer=layer, fractions=fractions)
+        event, fractions = tuple(before["shape"][1:]), config.get("fractions", False)
+        known = before.get("contents", [before.get("content")])  # of the training part, and of that of --test-data
+        assert isinstance(before["dtype"], str)
+    folder, seen = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent, False
+    if args.data is None and test_data is None:
+        place = data.located("data", name, before, folder)
+        split = data.load(place, likelihood, layer=layer, fractions=fractions)
         data.check_unchanged(split, before)
-        x, summary, name = split.held_out, split.summary, split.source
+        x = split.held_out
     else:
-        layer = layer if args.layer or Path(args.data).suffix == Path(name).suffix else None
-        x, summary = data.load_all(args.data, likelihood, like, layer=layer, fractions=fractions)
-        name = args.data
+        place = args.data or data.located("test_data", test_data, before, folder)
+        layer = layer if args.layer or Path(place).suffix == Path(name).suffix else None
+        x, content = data.load_all(place, likelihood, before, layer=layer, fractions=fractions)
+        if args.data is None and "contents" in before and content != known[-1]:
+            raise ValueError(f"data {place} are not what the run was trained on; changed: content")
+        seen = args.data is not None and (content == known[0] or (place == name and place in BUILT_IN))
     if event != x.shape[1:]:
         raise ValueError(f"data must be of shape {event} as in training; got {x.shape[1:]}")
-    seen = args.data is not None and summary.content == before.get("content")
-    return _Evaluated(name, x, args.data is None, seen)
+    return _Evaluated(place, x, args.data is None, seen)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

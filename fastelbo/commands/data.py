@@ -25,7 +25,8 @@ class Split(NamedTuple):
     held_out: Dataset
     likelihood: str
     source: str  # the name or the path that it comes from, of the held-out part where they are two
-    summary: Summary  # the scale is that of the training part
+    summary: Summary  # of both; the scale is that of the training part
+    contents: list[str]  # the hash of the file, or of each part that comes by itself
     remarks: list[str]  # on what they look like, and what was left out
 
 
@@ -42,31 +43,13 @@ def _datasets(name: str, argument: str, layer: str | None, remarks: list[str]) -
     with warnings.catch_warnings(record=True, action="always") as caught:
         found = open_parts(name, layer=layer)
     remarks += [str(warning.message) for warning in caught]
-    for dataset in found:
-        dataset.labels, why = labels_of(dataset.labels, len(dataset))
-        remarks += [f"labels of {name} are left out, which colour pictures: {why}"] if why else []
     return found
 
 
-def labels_of(y: Any, n: int) -> tuple[Any, str | None]:
-    """Labels [n] of what a file holds for n data, [n], [n, 1] or one-hot [n, C], and why there are none."""
-    if y is None:
-        return None, None
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim == 2 and y.dtype.kind in "biuf" and y.shape[1] and bool(((y != 0).sum(1) == 1).all()):
-        y = y.argmax(1)
-    if y.shape != (n,):
-        return None, f"they must be [{n}], [{n}, 1] or one-hot; they are {y.shape}"
-    if y.dtype.kind not in "biufUS":
-        return None, f"they must be numbers or strings; they are {y.dtype}"
-    return y, None
-
-
 def _decided(
-    found: Summary, name: str, likelihood: str | None, fractions: bool, like: torch.dtype | None, remarks: list[str]
+    found: Summary, name: str, likelihood: str | None, fractions: bool, remarks: list[str]
 ) -> tuple[str, torch.dtype]:
-    """The likelihood, and the type of the batches; like: of those that the model was trained on."""
+    """The likelihood, and the type of the batches."""
     if found.log_normalized:
         remarks.append(
             f"{name} looks like log-normalized counts: their logarithms have lost what likelihoods of counts need; "
@@ -79,17 +62,9 @@ def _decided(
             "two digits: subtract an offset first"
         )
     likelihood = likelihood or likelihoods.DEFAULTS[found.domain]
-    if like == torch.uint8 and found.dtype == "uint8":
-        found = found._replace(binary=False)  # a dark image
-    domain = likelihoods.get(likelihood).domain
     if (wrong := objection(found, likelihood, fractions)) is not None:
         raise ValueError(f"{name}: {wrong}")
-    dtype = found.dtype_for(domain)
-    if like is not None and (like == torch.bool or dtype == torch.bool) and like != dtype and dtype.itemsize == 1:
-        raise ValueError(
-            f"data must be as in training, {like}; {name} holds {found.dtype} from {found.low:g} to {found.high:g}"
-        )
-    return likelihood, dtype
+    return likelihood, found.dtype_for(likelihoods.get(likelihood).domain)
 
 
 def load(
@@ -127,11 +102,16 @@ def load(
         same = Path(test_data).suffix == Path(name).suffix
         parts = [parts[0], _datasets(test_data, "test_data", layer if same else None, remarks)[-1]]
     train, held_out = parts[0], parts[-1]
-    if held_out.shape[1:] != train.shape[1:] or held_out.dtype != train.dtype:
-        what = [f"{t.dtype} of shape {tuple(t.shape[1:])}".removeprefix("torch.") for t in (train, held_out)]
-        raise ValueError(f"held-out data must be like the training data, {what[0]}; they are {what[1]}")
     if len(parts) == 2:
-        summary = joined(train.summary(), held_out.summary(torch.empty(0)))
+        both = train.summary(), held_out.summary(torch.empty(0))
+        kinds = ["floats" if found.dtype.startswith("float") else "integers" for found in both]
+        mixed = kinds[0] != kinds[1] or any(found.image for found in both)
+        if held_out.shape[1:] != train.shape[1:] or (
+            mixed and both[0].dtype != both[1].dtype and not (both[0].binary and both[1].binary)
+        ):
+            what = [f"{found.dtype} of shape {found.shape[1:]}" for found in both]
+            raise ValueError(f"held-out data must be like the training data, {what[0]}; they are {what[1]}")
+        summary, contents = joined(*both), [found.content for found in both]
     else:
         n = len(train)
         if n < 2:
@@ -140,20 +120,28 @@ def load(
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         index = order[count:], order[:count]
         summary = train.summary(index[0])
+        contents = [summary.content]
         # blocks are of neighbours
         train, held_out = (train.subset(i if train.block == 1 else i.sort().values) for i in index)
-    likelihood, dtype = _decided(summary, name, likelihood, fractions, None, remarks)
-    return Split(train.astype(dtype), held_out.astype(dtype), likelihood, test_data or name, summary, remarks)
+    likelihood, dtype = _decided(summary, name, likelihood, fractions, remarks)
+    train, held_out = train.astype(dtype), held_out.astype(dtype)
+    return Split(train, held_out, likelihood, test_data or name, summary, contents, remarks)
 
 
 def load_all(
-    name: str, likelihood: str, like: torch.dtype, *, layer: str | None = None, fractions: bool = False
-) -> tuple[Dataset, Summary]:
-    """Every row of a data set, read as a model of that likelihood takes them, which was trained on batches of the type
-    `like`; of a file that is split already, its test part. Raises: as `load`."""
+    name: str, likelihood: str, before: Mapping[str, Any], *, layer: str | None = None, fractions: bool = False
+) -> tuple[Dataset, str]:
+    """Every row of a data set and its hash, read in the units of the data whose fingerprint is `before`; of a file that
+    is split already, its test part. Raises: as `load`."""
     dataset = _datasets(name, "data", layer, [])[-1]
-    summary = dataset.summary()
-    return dataset.astype(_decided(summary, name, likelihood, fractions, like, [])[1]), summary
+    found = dataset.summary()
+    if before["dtype"] == "uint8" and found.dtype == "uint8":
+        found = found._replace(binary=False)  # a dark image
+    if before.get("stored", "float32")[:3] in ("int", "uin") and before["dtype"] != "uint8":
+        found = found._replace(annotated=True)  # bytes are whole numbers, no pixels
+    if before["dtype"] == "bool" and not found.binary:
+        raise ValueError(f"data must be 0 and 1 as in training; {name} goes from {found.low:g} to {found.high:g}")
+    return dataset.astype(_decided(found, name, likelihood, fractions, [])[1]), found.content
 
 
 def beside(config: Any, folder: Path) -> dict[str, str]:
@@ -162,17 +150,22 @@ def beside(config: Any, folder: Path) -> dict[str, str]:
     return {k: os.path.relpath(v, folder.resolve()) for k, v in names.items() if v is not None and v not in BUILT_IN}
 
 
-def located(path: str, beside: str | None, folder: Path) -> str:
-    """Where the data of the run in a folder are now: where they were, or where they were from the folder.
+def located(name: str, path: str, saved: Mapping[str, Any], folder: Path) -> str:
+    """Where the data of the run in a folder are now: where they were from the folder, or where they were.
+
+    Args:
+        name: "data" or "test_data".
+        saved: the fingerprint.
 
     Raises:
         FileNotFoundError: at neither place.
     """
-    places = [path, *([os.path.normpath(folder / beside)] if beside else [])]
-    found = next((place for place in places if place in BUILT_IN or Path(place).exists()), None)
-    if found is None:
-        raise FileNotFoundError(f"the data of the run are no longer at {path}: --data FILE says where they are")
-    return found
+    beside: str | None = saved.get("beside", {}).get(name)
+    for place in (os.path.normpath(folder.resolve() / beside), path) if beside else (path,):
+        if place in BUILT_IN or Path(place).exists():
+            return place
+    flag = f"--{name.replace('_', '-')} FILE"
+    raise FileNotFoundError(f"the data of the run are no longer at {path}: train --resume {flag} says where they are")
 
 
 def fingerprint(split: Split) -> dict[str, Any]:
@@ -181,9 +174,10 @@ def fingerprint(split: Split) -> dict[str, Any]:
         "shape": split.summary.shape,
         "dtype": str(split.train.dtype).removeprefix("torch."),
         "likelihood": split.likelihood,
+        "stored": split.summary.dtype,
     }
     if split.source not in BUILT_IN:  # those are the same everywhere but for rounding
-        found["content"] = split.summary.content
+        found |= {"content": split.summary.content, "contents": split.contents}
     return found
 
 
@@ -198,7 +192,7 @@ def _content(split: Split) -> str:
 
 def check_unchanged(split: Split, before: Mapping[str, Any]) -> None:
     """ValueError where the data are not those whose fingerprint is `before`."""
-    now = fingerprint(split)
+    now = {key: value for key, value in fingerprint(split).items() if key not in ("stored", "contents")}
     if "content" in before and "beside" not in before:
         now["content"] = _content(split)
     changes = [

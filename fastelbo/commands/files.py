@@ -51,6 +51,17 @@ def uninterrupted() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
+def _clean(folder: Path, name: str) -> None:
+    """Remove what processes that were killed have left of files of a name, a pattern."""
+    for left in folder.glob(name + _PARTIAL.format("[0-9a-f]" * 8)):
+        try:
+            os.kill(int(left.suffixes[-2][1:7], 16), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except OSError:  # another user's
+            pass
+
+
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file atomically: readers find the old content or the new one. Several processes may write one file.
 
@@ -59,13 +70,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
         What `pieces` raise, and KeyboardInterrupt. Then, too, what was there before is left as it was.
     """
     partial = path.with_name(path.name + _PARTIAL.format(f"{os.getpid():06x}{secrets.token_hex(1)}"))
-    for left in path.parent.glob(glob.escape(path.name) + _PARTIAL.format("[0-9a-f]" * 8)):
-        try:
-            os.kill(int(left.suffixes[-2][1:7], 16), 0)
-        except ProcessLookupError:  # it was killed
-            left.unlink(missing_ok=True)
-        except OSError:
-            pass
+    _clean(path.parent, glob.escape(path.name))
     try:
         with suppress(FileNotFoundError):  # a device or a link to itself would be replaced, too
             if not S_ISREG(path.stat().st_mode):
@@ -255,8 +260,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise BlockingIOError(f"another run is writing to {folder}: write to another directory") from None
         try:
-            for left in folder.glob("*" + _PARTIAL.format("[0-9a-f]" * 8)):  # by a process that was killed
-                left.unlink()
+            _clean(folder, "*")
             yield
         finally:
             with suppress(OSError):

@@ -89,6 +89,14 @@ def mosaic(images: Tensor, columns: int) -> Tensor:
 
 
 LIMIT_VALUES = 1_000_000
+SIDE = 2000  # pixels of a mosaic, at most
+DRAWN = 1 << 25  # numbers of the samples in a mosaic, at most
+
+
+def _text(value: object) -> str:
+    """A label as it is written: "$" begins no formula, and "_" hides nothing."""
+    text = str(value).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _limits(x: Tensor) -> tuple[float, float]:
@@ -99,7 +107,10 @@ def _limits(x: Tensor) -> tuple[float, float]:
 
 def _show(axes: Axes, images: Tensor, columns: int, limits: tuple[float, float], title: str) -> None:
     low, high = limits
-    picture = mosaic(images, columns)
+    step = max(
+        1, math.ceil(columns * images.shape[2] / SIDE), math.ceil(len(images) / columns * images.shape[1] / SIDE)
+    )
+    picture = mosaic(images[:, ::step, ::step], columns)
     if picture.dim() == 3:
         picture = ((picture - low) / (high - low)).clamp(0, 1).nan_to_num(1.0)
     axes.imshow(picture.numpy(), cmap="gray", vmin=low, vmax=high, interpolation="nearest")
@@ -147,6 +158,7 @@ def prior_samples(model: VAE, x: Data, path: Path, columns: int = 16, rows: int 
     """E[x | z] for z ~ N(0, I), on the grey scale of the data x; None where the data are no images."""
     domain = likelihoods.get(model.likelihood).domain
     data = as_images(x[: 1 + LIMIT_VALUES // max(1, x[0].numel())], domain)
+    rows = max(1, min(rows, DRAWN // (columns * x[0].numel())))
     images = as_images(model.sample(rows * columns, mean=True, generator=Generator().manual_seed(0)), domain)
     if data is None or images is None:
         return None
@@ -183,7 +195,7 @@ def latent_plane(mu: Tensor, kl: Tensor, labels: NDArray[Any] | None, path: Path
         for n, value in enumerate(values):
             chosen = torch.from_numpy(labels == value)
             color = f"C{n}" if len(values) <= 10 else colormaps["tab20"](n)
-            axes.scatter(mu[chosen, i], mu[chosen, j], color=color, label=str(value), **dots)
+            axes.scatter(mu[chosen, i], mu[chosen, j], color=color, label=_text(value), **dots)
         axes.legend(title="label", frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for radius in (1, 2):
         axes.add_patch(Circle((0, 0), radius, fill=False, ls="--", lw=1.0, color="black", zorder=3))

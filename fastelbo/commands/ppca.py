@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Generator
 
+from fastelbo._internal import memory
 from fastelbo._internal.arguments import count, integer
 from fastelbo.commands import data, files, options
 from fastelbo.commands.options import option
@@ -50,8 +51,14 @@ class Run:
     def __init__(self, config: PPCAConfig) -> None:
         self.data = data.load(config.data, "gaussian", layer=config.layer)
         self.config = replace(config, method=config.method or ("em" if self.data.summary.missing else "eig"))
-        if math.prod(self.data.train.shape[1:]) < 2:
+        N, *event = self.data.train.shape
+        if (D := math.prod(event)) < 2:
             raise ValueError(f"data must have at least two columns for a PPCA, which needs them; {config.data} has one")
+        if self.config.method == "eig":  # a covariance, its eigenvectors, and what they are computed in
+            needed = (
+                f"method 'eig' of {D} columns must fit in memory; method 'em' with a latent_dim takes less. It takes"
+            )
+            memory.check(6 * 8 * D * min(D, N), needed)
         self.history: list[Figures] = []
 
     def fit(self, out: Path, report: Callable[[Figures], object]) -> PPCA:
@@ -93,11 +100,12 @@ class Run:
     def _figures(self, model: PPCA) -> Figures:
         assert model.fit_report is not None and model.log_sigma2 is not None
         train, held_out = self.data.train, self.data.held_out
+        score = model.score(train)
         return {
             "components": model.n_components,
-            "train_log_prob": model.score(train),
+            "train_log_prob": score,
             "held_out_log_prob": model.score(held_out),
-            "bic": model.bic(train),
+            "bic": model.bic(train, score=score),
             "sigma": math.exp(0.5 * model.log_sigma2.item()),
             "steps": len(model.fit_report.log_likelihood) - 1,
         }

@@ -430,11 +430,11 @@ def prepare(config: Config, out: Path, *, resume: bool = False) -> Trainer:
         FileNotFoundError: no such data file, or nothing to resume.
         FileExistsError: `out` holds a run already.
     """
+    if not resume and (out / "checkpoint.pt").exists():
+        raise FileExistsError(f"{out} already holds a run: resume it, or write to another directory")
     trainer = Trainer(config)
     if resume:
         trainer.restore(out)
-    elif (out / "checkpoint.pt").exists():
-        raise FileExistsError(f"{out} already holds a run: resume it, or write to another directory")
     trainer.processes.gather(None)  # all have read the folder before one writes there
     return trainer
 

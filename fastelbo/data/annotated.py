@@ -22,11 +22,14 @@ def annotated(path: Path, layer: str | None = None) -> Part:
     import h5py
 
     with path.open("rb"), reading(path, "AnnData file"):
-        file = h5py.File(path, "r")
+        try:
+            file = h5py.File(path, "r")
+        except BlockingIOError:  # another process has it open
+            file = h5py.File(path, "r", locking=False)
         layers = {"X": "X"} | {name: f"layers/{name}" for name in file.get("layers", ())}
-        if "X" in file.get("raw", ()):
-            layers.setdefault("raw", "raw/X")
-        there = {name: place for name, place in layers.items() if place in file}
+        for place in ("raw/X", "raw.X"):  # the latter before anndata 0.7
+            layers.setdefault("raw", place) if place in file else None
+        there = {k: v for k, v in layers.items() if v in file and file[v].attrs.get("encoding-type") != "null"}
     wanted = layer or "X"
     if wanted not in there:
         names = ", ".join(there) or "none"
@@ -39,23 +42,45 @@ def annotated(path: Path, layer: str | None = None) -> Part:
         shape = tuple(found.attrs.get("shape", found.attrs.get("h5sparse_shape", ()))) if is_sparse else found.shape
         dtype = (found["data"] if is_sparse else found).dtype
     check_array(dtype, tuple(map(int, shape)), path)
+    for dataset in (found[name] for name in ("data", "indices", "indptr")) if is_sparse else (found,):
+        _check_filters(dataset, path)
     with reading(path, "AnnData file"):
-        rows = _sparse(found, path, tuple(map(int, shape)), "csc" in kind) if is_sparse else _dense(found, path)
+        rows = _sparse(found, path, tuple(map(int, shape)), "csc" in kind) if is_sparse else _dense(found)
     return Part(rows, annotated=True)
 
 
-def _mapped(dataset: Any, path: Path) -> Values | Chunks | None:
+def _check_filters(dataset: Any, path: Path) -> None:
+    """Raises: ValueError: a compression that needs a plugin."""
+    import h5py
+
+    stored = dataset.id.get_create_plist()
+    names = [stored.get_filter(i) for i in range(stored.get_nfilters())]
+    if find_spec("hdf5plugin") is not None:
+        import hdf5plugin as hdf5plugin  # type: ignore[import-not-found]  # registers its filters
+    if missing := [str(each[-1].decode() or each[0]) for each in names if not h5py.h5z.filter_avail(each[0])]:
+        raise ValueError(
+            f"hdf5plugin is needed to read {path}, compressed by {', '.join(missing)}: pip install hdf5plugin"
+        )
+
+
+def _mapped(dataset: Any) -> Values | Chunks | None:
     """A dataset in the mapped file; None where it has to be decompressed."""
-    length, size = len(dataset), dataset.dtype.itemsize
-    if dataset.id.get_create_plist().get_nfilters() or dataset.dtype == np.bool_:
+    length, size, path = len(dataset), dataset.dtype.itemsize, Path(dataset.file.filename)
+    if (
+        dataset.id.get_create_plist().get_nfilters()
+        or dataset.external
+        or dataset.is_virtual
+        or dataset.file.userblock_size
+    ):
         return None
     if (offset := dataset.id.get_offset()) is not None:
         return np.memmap(path, dataset.dtype, "r", offset, dataset.shape)
     if dataset.ndim != 1 or dataset.chunks is None:
         return None
     (chunk,) = dataset.chunks
-    found = [dataset.id.get_chunk_info(i) for i in range(dataset.id.get_num_chunks())]
-    at = sorted((info.chunk_offset[0], info.byte_offset) for info in found)
+    at: list[tuple[int, int]] = []
+    dataset.id.chunk_iter(lambda info: at.append((info.chunk_offset[0], info.byte_offset)))
+    at.sort()
     starts = np.array([byte for _, byte in at], np.int64)
     if [first for first, _ in at] != list(range(0, length, chunk)) or len(set((starts % size).tolist())) != 1:
         return None
@@ -64,11 +89,11 @@ def _mapped(dataset: Any, path: Path) -> Values | Chunks | None:
     return Chunks(mapped, (starts - shift) // size, chunk, length)
 
 
-def _dense(dataset: Any, path: Path) -> Dense:
+def _dense(dataset: Any) -> Dense:
     size = dataset.size * dataset.dtype.itemsize
     if size <= files.WHOLE:
         return dense(dataset[()])
-    mapped = _mapped(dataset, path)
+    mapped = _mapped(dataset)
     return dense(mapped) if isinstance(mapped, np.memmap) else Dense(Ranges(dataset), (dataset.chunks or (1,))[0])
 
 
@@ -88,7 +113,7 @@ def _sparse(group: Any, path: Path, shape: tuple[int, ...], by_columns: bool) ->
         return Sparse(values, numbers, ends, shape[1], resident=True)
     if by_columns:
         return _by_rows(Sparse(Ranges(data), Ranges(indices), ends, shape[0]), shape, path)
-    values, numbers = _mapped(data, path), _mapped(indices, path)
+    values, numbers = _mapped(data), _mapped(indices)
     if values is None or numbers is None:
         block = (data.chunks or (1,))[0] * len(ends) // max(1, len(data))  # rows of a chunk
         return Sparse(Ranges(data), Ranges(indices), ends, shape[1], max(1, block))

@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
+from fastelbo._internal.arguments import count
+from fastelbo._internal.reading import reading
 from fastelbo.data.annotated import annotated
 from fastelbo.data.files import Part, check_array, dense, plain
-from fastelbo.data.rows import Index, Rows
+from fastelbo.data.rows import Index, Rows, Sparse
 from fastelbo.data.summary import Summary, dtype_of, numpy_type, summarize
 
 FILES = (".npy", ".npz", ".h5ad")
@@ -29,26 +32,34 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
     `fastelbo.PPCA.fit` take it, and `batches` is a loader without processes.
 
     Args:
-        source: a tensor or an array [N, *event] of floats, integers or bool.
+        source: a tensor or an array [N, *event] of floats, integers or bool, or a matrix of scipy.sparse.
         dtype: of the batches; by default float32 for floats, uint8 and bool as they are, and the smallest of int16,
             int32 and int64 that holds the type of other integers.
 
     Attributes:
         dtype: of the batches.
-        labels: a numpy array as it is stored beside the data, or None.
+        labels: a numpy array [N] of those that are stored beside the data, or None.
+        annotated: whether they are from an .h5ad file, where whole numbers are counts whatever their type.
 
     Raises:
         ValueError, TypeError: no [N, *event] of numbers.
     """
 
-    def __init__(self, source: Tensor | NDArray[Any] | Part, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, source: Any, dtype: torch.dtype | None = None) -> None:
         if not isinstance(source, Part):
-            array = source.detach().cpu().numpy() if isinstance(source, Tensor) else np.asarray(source)
+            if isinstance(source, Tensor):
+                source = source.detach().cpu()
+                source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+            matrix = source.tocsr() if hasattr(source, "tocsr") else None
+            array = np.asarray(source) if matrix is None else matrix
             check_array(array.dtype, array.shape, Path("source"))
-            source = Part(dense(array))
+            if matrix is None:
+                source = Part(dense(array))
+            else:
+                source = Part(Sparse(matrix.data, matrix.indices, matrix.indptr, array.shape[1], resident=True))
         self._rows: Rows = source.rows
         self._numbers: Index | None = None  # of the rows that are taken; all if None
-        self._annotated = source.annotated
+        self.annotated = source.annotated
         self._place: tuple[str, str | None, int] | None = None  # path, layer and part, to be opened again
         self.labels = source.labels
         self.dtype = dtype or dtype_of(self._rows.dtype)
@@ -64,7 +75,7 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
     @property
     def block(self) -> int:
         """Consecutive rows that are read together where the data are shuffled; 1 where each row is read by itself."""
-        return self._rows.block
+        return min(self._rows.block, self._window())
 
     @property
     def resident(self) -> bool:
@@ -72,25 +83,30 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
         return self._rows.resident
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor | Index) -> Tensor:
-        if isinstance(index, int | np.integer):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"index must be a row of {len(self)}; got {index}")
-            return self._read(np.array([index % len(self)]))[0]
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step != 1 or self._numbers is not None:
                 return self._read(np.arange(start, stop, step))
-            return self._tensor(self._rows.read(slice(start, max(start, stop))))
+            return self._read(slice(start, max(start, stop)))
         at = np.asarray(index)
         at = np.flatnonzero(at) if at.dtype == np.bool_ else at.astype(np.int64)
-        return self._read(np.where(at < 0, at + len(self), at))
+        n = len(self)
+        if at.size and not -n <= at.min() <= at.max() < n:
+            raise IndexError(f"index must be of {n} rows; got {index}")
+        found = self._read(np.where(at < 0, at + n, at).reshape(-1))
+        return found if at.ndim else found[0]
 
     def __getitems__(self, index: Sequence[int]) -> list[Tensor]:
         """What a DataLoader asks for: the rows of a batch, read at once."""
         return list(self._read(np.asarray(index, np.int64)))
 
-    def _read(self, index: Index) -> Tensor:
-        return self._tensor(self._rows.read(index if self._numbers is None else self._numbers[index]))
+    def _read(self, index: Index | slice) -> Tensor:
+        with self._reading():
+            return self._tensor(self._rows.read(index if self._numbers is None else self._numbers[index]))
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """What a damaged file raises, with its name."""
+        return nullcontext() if self._place is None else reading(Path(self._place[0]), "file of data")
 
     def _ask(self, index: Index) -> None:
         self._rows.ask(index if self._numbers is None else self._numbers[index])
@@ -101,7 +117,8 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
         if self.dtype == torch.bool:
             array = array != 0
         native = np.ascontiguousarray(array, numpy_type(self.dtype))
-        return torch.from_numpy(native if native.flags.writeable else native.copy())
+        own = native.flags.owndata and native.flags.writeable  # nobody else's memory
+        return torch.from_numpy(native if own else native.copy())
 
     def subset(self, index: Tensor | Index) -> "Dataset":
         """Some of the rows, in the order of their numbers in `index` [n]; nothing is read."""
@@ -127,15 +144,15 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
         n, block = len(self), self.block
         if block == 1:
             return torch.randperm(n, generator=generator)
-        blocks = torch.randperm(math.ceil(n / block), generator=generator)
-        rows = (blocks[:, None] * block + torch.arange(block)).flatten()
-        windows = rows[rows < n].split(self._window())
+        number = torch.arange(n) if self._numbers is None else torch.from_numpy(self._numbers)
+        blocks = torch.randperm(self._rows.shape[0] // block + 1, generator=generator)[number // block]
+        windows = blocks.argsort(stable=True).split(self._window())
         return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
 
     def _window(self) -> int:
         """Rows that are shuffled together where they are read by blocks."""
         row = math.prod(self.shape[1:]) * max(self._rows.dtype.itemsize, self.dtype.itemsize)
-        return max(self.block, WINDOW // max(1, row))
+        return max(1, WINDOW // max(1, row))
 
     def batches(self, size: int, order: Tensor | None = None) -> "Batches":
         """Batches [n, *event] of at most `size` rows, as often as they are iterated over.
@@ -144,14 +161,20 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
             size: B.
             order: the rows in the order of their numbers, as `order` gives it; from the first to the last if None.
         """
-        return Batches(self, size, order)
+        return Batches(self, count("size", size), order)
 
     def summary(self, scaled: Tensor | Index | None = None) -> Summary:
-        """One pass over all rows, or over those of the file that a subset is of.
+        """One pass over all rows.
 
         scaled: the numbers of the rows whose mean and standard deviation are wanted; all if None.
+
+        Raises:
+            ValueError: of a subset, which is summarized with what it is a part of.
         """
-        return summarize(self._rows, self._annotated, None if scaled is None else np.asarray(scaled, np.int64))
+        if self._numbers is not None:
+            raise ValueError("summary is of all rows: call it before subset")
+        with self._reading():
+            return summarize(self._rows, self.annotated, None if scaled is None else np.asarray(scaled, np.int64))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is in a file: a process that is sent this opens it again."""
@@ -174,8 +197,11 @@ class Batches:
         return math.ceil((len(self.dataset) if self.order is None else len(self.order)) / self.size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        if self.order is None:
-            yield from self._read(slice(a, a + self.size) for a in range(0, len(self.dataset), self.size))
+        if self.order is None:  # of blocks, as many batches are read at a time as fit in a window
+            several = 1 if self.dataset.block == 1 else max(1, self.dataset._window() // self.size)
+            step = self.size * several
+            for found in self._read(slice(a, a + step) for a in range(0, len(self.dataset), step)):
+                yield from found.split(self.size)
         elif self.dataset.block == 1:
             yield from self._read(iter(self.order.split(self.size)))
         else:

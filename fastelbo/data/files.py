@@ -140,16 +140,28 @@ def _chosen(names: list[str], layer: str | None, path: Path) -> str:
     return "x" if "x" in names else names[0]
 
 
-def _labels(archive: ZipFile, name: str, path: Path) -> Values | None:
+def _labels(archive: ZipFile, name: str, n: int, path: Path) -> Values | None:
     """They colour pictures, no more: what cannot be read is left out, with a warning."""
     if f"{name}.npy" not in archive.namelist():
         return None
     try:
         with reading(path, "file of plain labels"):
-            return _array(*_spooled(archive, archive.getinfo(f"{name}.npy"), path), path, checked=False)
+            y = _array(*_spooled(archive, archive.getinfo(f"{name}.npy"), path), path, checked=False)
+        return labels_of(y, n)
     except (ValueError, TypeError) as error:
-        warnings.warn(f"labels {name} of {path} are left out: {error}", stacklevel=2)
+        warnings.warn(f"labels {name} of {path} are left out, which colour pictures: {error}", stacklevel=2)
         return None
+
+
+def labels_of(y: Values, n: int) -> Values:
+    """Labels [n] of what a file holds for n data: [n], [n, 1] or one-hot [n, C]. ValueError: anything else."""
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim == 2 and y.dtype.kind in "biuf" and y.shape[1] and bool(((y != 0).sum(1) == 1).all()):
+        y = y.argmax(1)
+    if y.shape != (n,) or y.dtype.kind not in "biufUS":
+        raise ValueError(f"they must be [{n}], [{n}, 1] or one-hot, numbers or strings; they are {y.dtype} {y.shape}")
+    return y
 
 
 def plain(path: Path, layer: str | None = None) -> list[Part]:
@@ -163,7 +175,7 @@ def plain(path: Path, layer: str | None = None) -> list[Part]:
         with reading(path, kind):
             archive = ZipFile(file)
             names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-        if {"data", "indices", "indptr", "shape", "format"} <= set(names) and layer is None:
+        if {"data", "shape", "format"} <= set(names) and layer is None:
             return [Part(_scipy(path))]
         split = layer is None and {f"x{part}" for part in PARTS} <= set(names)
         return list(_parts(archive, names, PARTS if split else ("",), layer, path))
@@ -174,7 +186,8 @@ def _parts(archive: ZipFile, names: list[str], parts: tuple[str, ...], layer: st
         name = f"x{part}" if part else _chosen(names, layer, path)
         with reading(path, f"{path.suffix} file of plain arrays"):  # no other member is decompressed
             opened = _spooled(archive, archive.getinfo(f"{name}.npy"), path)
-        yield Part(dense(_array(*opened, path)), _labels(archive, f"y{part}", path))
+        rows = dense(_array(*opened, path))
+        yield Part(rows, _labels(archive, f"y{part}", rows.shape[0], path))
 
 
 def _scipy(path: Path) -> Rows:
@@ -183,5 +196,5 @@ def _scipy(path: Path) -> Rows:
 
     with reading(path, ".npz file of a sparse matrix"):
         matrix = load_npz(path).tocsr()
-        check_array(matrix.dtype, matrix.shape, path)
-        return Sparse(matrix.data, matrix.indices, matrix.indptr, matrix.shape[1], resident=True)
+    check_array(matrix.dtype, matrix.shape, path)
+    return Sparse(matrix.data, matrix.indices, matrix.indptr, matrix.shape[1], resident=True)

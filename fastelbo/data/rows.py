@@ -2,12 +2,14 @@
 
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-PIECE_ELEMENTS = 1 << 20  # that are read at a time, from the first row to the last: what stays in the cache
+PIECE_ELEMENTS = 1 << 20  # of a piece: what stays in the cache
+READ_ELEMENTS = 1 << 25  # at most, that are read at a time
 
 Index = NDArray[np.int64]
 Values = NDArray[Any]
@@ -43,19 +45,21 @@ class Rows(Protocol):
         ...
 
 
-def _spans(rows: int, elements: int) -> Iterator[slice]:
-    """0 to `rows` in spans of PIECE_ELEMENTS, of so many elements a row."""
-    step = max(1, PIECE_ELEMENTS // max(1, elements))
+def _spans(rows: int, elements: int, block: int = 1) -> Iterator[slice]:
+    """0 to `rows` in spans of PIECE_ELEMENTS, of so many elements a row; of whole blocks where these are larger."""
+    most = READ_ELEMENTS // max(1, elements)
+    step = max(1, PIECE_ELEMENTS // max(1, elements), min(block, most))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _ask(mapped: Any, first: Index, count: Index | int) -> None:
     """Ask the system for the pages of a mapped file that hold `count` items from `first` on, for each of them: it reads
-    them side by side, and in the meantime."""
+    them side by side, and in the meantime. What it refuses is read later."""
     shift, size = mapped.offset % mmap.ALLOCATIONGRANULARITY, mapped.strides[0]
     for start, end in zip((shift + first * size).tolist(), (shift + (first + count) * size).tolist(), strict=True):
         page = start - start % mmap.PAGESIZE
-        mapped._mmap.madvise(mmap.MADV_WILLNEED, page, end - page)
+        with suppress(OSError, ValueError):
+            mapped._mmap.madvise(mmap.MADV_WILLNEED, page, end - page)
 
 
 class Dense:
@@ -73,8 +77,11 @@ class Dense:
         return np.asarray(self.array[index])
 
     def pieces(self) -> Iterator[Piece]:
-        for span in _spans(len(self.array), int(np.prod(self.shape[1:]))):
-            yield Piece(span.stop - span.start, self.read(span))
+        elements = int(np.prod(self.shape[1:]))
+        for span in _spans(len(self.array), elements, self.block):
+            read = self.read(span)
+            for part in _spans(len(read), elements):
+                yield Piece(part.stop - part.start, read[part])
 
 
 class Sparse:
@@ -104,10 +111,31 @@ class Sparse:
             first = self.indptr[index]
             counts = self.indptr[index + 1] - first
             at = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-        columns = np.asarray(self.indices[at])
+        values, columns = np.asarray(self.data[at]), np.asarray(self.indices[at])
         if len(columns) and not 0 <= columns.min() <= columns.max() < self.shape[1]:
             raise ValueError(f"its sparse matrix has a column {columns.max()} of {self.shape[1]}, counted from 0")
-        return Piece(len(counts), np.asarray(self.data[at]), columns, counts)
+        follows = np.ones(len(columns) + 1, bool)
+        follows[np.cumsum(counts)] = follows[0] = False  # where rows begin
+        if (follows[1:-1] & (np.diff(columns) <= 0)).any() or not values.all():
+            return self._canonical(Piece(len(counts), values, columns, counts))
+        return Piece(len(counts), values, columns, counts)
+
+    def _matrix(self, piece: Piece) -> Any:
+        """As scipy has it."""
+        from scipy.sparse import csr_array
+
+        taken = {np.dtype(np.bool_): np.uint8, np.dtype(np.float16): np.float32}  # what scipy does without
+        values = piece.values.astype(taken.get(self.dtype, self.dtype.newbyteorder("=")))
+        assert piece.counts is not None
+        indptr = np.concatenate([[0], np.cumsum(piece.counts)])
+        return csr_array((values, piece.columns, indptr), (piece.rows, self.shape[1]))
+
+    def _canonical(self, piece: Piece) -> Piece:
+        """Columns in ascending order, each once, with no zeros."""
+        matrix = self._matrix(piece)
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        return Piece(piece.rows, matrix.data.astype(self.dtype), matrix.indices, np.diff(matrix.indptr))
 
     def ask(self, index: Index) -> None:
         first = self.indptr[index]
@@ -118,17 +146,10 @@ class Sparse:
                 vector.ask(first)
 
     def read(self, index: Index | slice) -> Values:
-        from scipy.sparse import csr_array
-
-        rows, values, columns, counts = self._stored(index)
-        assert columns is not None and counts is not None
-        taken = {np.dtype(np.bool_): np.uint8, np.dtype(np.float16): np.float32}  # what scipy does without
-        values = values.astype(taken.get(self.dtype, self.dtype.newbyteorder("=")))
-        indptr = np.concatenate([[0], np.cumsum(counts)])
-        return np.asarray(csr_array((values, columns, indptr), (rows, self.shape[1])).toarray().astype(self.dtype))
+        return np.asarray(self._matrix(self._stored(index)).toarray().astype(self.dtype, copy=False))
 
     def pieces(self) -> Iterator[Piece]:
-        for span in _spans(self.shape[0], int(self.indptr[-1]) // max(1, self.shape[0])):
+        for span in _spans(self.shape[0], int(self.indptr[-1]) // max(1, self.shape[0]), self.block):
             yield self._stored(span)
 
 
@@ -137,11 +158,11 @@ class Sparse:
 
 
 class Ranges:
-    """A dataset whose chunks can only be read whole: rows that lie near each other are read in one go."""
+    """A dataset whose chunks can only be read whole: each is read once for all its rows that are wanted."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset, self.shape, self.dtype = dataset, dataset.shape, dataset.dtype
-        self.chunk = dataset.chunks[0] if dataset.chunks else 1  # rows
+        self.chunk = dataset.chunks[0] if dataset.chunks else PIECE_ELEMENTS  # rows
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -151,7 +172,7 @@ class Ranges:
             return np.asarray(self.dataset[index])
         order = np.argsort(index, kind="stable")
         at, found = index[order], np.empty((len(index), *self.shape[1:]), self.dtype)
-        for part in np.split(np.arange(len(at)), np.flatnonzero(np.diff(at) > self.chunk) + 1) if len(at) else ():
+        for part in np.split(np.arange(len(at)), np.flatnonzero(np.diff(at // self.chunk)) + 1) if len(at) else ():
             first, last = at[part[0]], at[part[-1]]
             found[order[part]] = self.dataset[first : last + 1][at[part] - first]
         return found

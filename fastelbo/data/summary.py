@@ -91,7 +91,8 @@ class Summary(NamedTuple):
             std = (weight * (self.std.square() + (self.mean - shift).square())).sum().sqrt()
         if self.image:
             shift, std = shift / 255, std / 255
-        return shift, torch.where(std > 1e-7 * shift.abs(), std, 1.0)  # float32 holds no smaller one
+        least = (1e-7 * shift.abs()).clamp_min(torch.finfo(torch.float32).tiny)  # float32 holds no smaller one
+        return shift, torch.where(std > least, std, 1.0)
 
 
 def _tensor(x: Values) -> Tensor:
@@ -165,7 +166,7 @@ class Pass:
             self._sum(x, piece)
         scaled = self.scaled[self.first : self.first + piece.rows]
         self.first += piece.rows
-        if self.dtype.kind == "b" or not scaled.any():
+        if not scaled.any():
             return
         if piece.columns is None:
             self.moments.add_dense(x if scaled.all() else x[scaled], there)
@@ -252,6 +253,7 @@ def joined(first: Summary, second: Summary) -> Summary:
     """Of two parts: the scale is that of the first."""
     return first._replace(
         shape=(first.shape[0] + second.shape[0], *first.shape[1:]),
+        dtype=np.result_type(first.dtype, second.dtype).name,
         low=min(first.low, second.low),
         high=max(first.high, second.high),
         missing=first.missing + second.missing,
@@ -284,5 +286,7 @@ def objection(found: Summary, likelihood: str, fractions: bool = False) -> str |
         return f"data must be counts of at most 2**53, beyond which float64 skips some; the largest is {found.high:.4g}"
     if max(-found.low, found.high) > FLOAT32:
         return f"data must be in the range of float32; they go from {found.low:.4g} to {found.high:.4g}: scale them"
+    if 0 < max(-found.low, found.high) < torch.finfo(torch.float32).tiny:
+        return f"data must be in the range of float32; the largest is {max(-found.low, found.high):.4g}: scale them"
     low, high = (0.0, 1.0) if found.image and row.domain != "counts" else (found.low, found.high)
     return likelihoods.objection("data", low, high, likelihood)

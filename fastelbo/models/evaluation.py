@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fastelbo.data import Dataset
 
     Rows = Tensor | Dataset
+else:
+    _dataset = arguments.instance(torch.utils.data.Dataset, "a torch.Tensor or a fastelbo.data.Dataset")
+    Rows = Annotated[Tensor, arguments.either(arguments.Data.__metadata__[0], _dataset)]
 
 BATCH = 500  # data that are encoded at a time
 BATCH_ELEMENTS = 1 << 24  # at most, of those
@@ -41,12 +44,12 @@ class Evaluation(NamedTuple):
     latent_dim: int | None = None  # M
 
 
-def batch_size(x: "Rows", num_samples: int = 1) -> int:
+def batch_size(x: Rows, num_samples: int = 1) -> int:
     """How many data are encoded at a time, decoded num_samples times each."""
     return max(1, min(math.ceil(BATCH / num_samples), BATCH_ELEMENTS // max(1, math.prod(x.shape[1:]))))
 
 
-def masked(x: "Rows") -> Iterator[tuple[Tensor, Tensor | None]]:
+def masked(x: Rows) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Batches, and the cells that are not missing where some are."""
     size = batch_size(x)
     for batch in x.split(size) if isinstance(x, Tensor) else x.batches(size):
@@ -90,7 +93,7 @@ Model = Annotated[VAE | PPCA, arguments.instance((VAE, PPCA), "a fastelbo.VAE or
 @checked
 def evaluate(
     model: Model,
-    x: "Rows",
+    x: Rows,
     num_samples: arguments.Count = 5000,
     *,
     chunk_size: arguments.Count | None = None,
@@ -154,7 +157,7 @@ def evaluate(
     )
 
 
-def _exactly(model: PPCA, x: "Rows") -> Evaluation:
+def _exactly(model: PPCA, x: Rows) -> Evaluation:
     bits, parts = _Bits("gaussian"), []
     for batch, mask in masked(x):
         parts.append(model.log_prob(batch.flatten(1)).double())

@@ -1,8 +1,11 @@
 """Standardized data for the networks of a VAE whose data and figures stay in their own units."""
 
+import torch
 from torch import Tensor, nn
 
 from fastelbo import likelihoods
+from fastelbo._internal import arguments
+from fastelbo._internal.arguments import checked
 from fastelbo.losses import Recon, join_recon, split_recon
 
 EXPONENT = {"logvar": 2.0, "log_scale": 1.0}  # of the scale, in a parameter that is a logarithm
@@ -25,20 +28,25 @@ class Scaling(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, shift: Tensor, scale: Tensor) -> None:
+    @checked
+    def __init__(self, shift: arguments.Floats, scale: arguments.Floats) -> None:
         super().__init__()
         if not (shift.isfinite().all() and (scale > 0).all() and scale.isfinite().all()):
             raise ValueError(f"shift must be finite and scale positive and finite; got {shift} and {scale}")
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @checked
+    def forward(self, x: arguments.Floats) -> Tensor:
         """(x - shift) / scale."""
         return (x - self.shift) / self.scale
 
-    def inverse(self, recon: Recon, likelihood: str) -> Recon:
+    @checked
+    def inverse(self, recon: arguments.Recon, likelihood: arguments.Likelihood) -> Recon:
         """The parameters of a likelihood of the reals for x, of those for (x - shift) / scale."""
-        names, (mean, *others) = likelihoods.get(likelihood).parameters, split_recon(recon)
+        names, parameters = likelihoods.get(likelihood).parameters, split_recon(recon)
+        # a half type, of autocast, has no room for a mean that is far from 0
+        mean, *others = (t.to(torch.promote_types(t.dtype, self.scale.dtype)) for t in parameters)
         log_scale = self.scale.log()
         given = {
             name: t + EXPONENT[name] * log_scale if name in EXPONENT else t

@@ -100,6 +100,8 @@ def batches_of(X: Any) -> Any:
     if not (isinstance(X, torch.utils.data.Dataset) and hasattr(X, "batches")):
         return X
     dataset: Any = X
+    if not dataset.dtype.is_floating_point and (dataset.annotated or dataset.dtype not in (torch.uint8, torch.bool)):
+        dataset = dataset.astype(torch.float32)  # counts, read as they are
 
     class Rows:
         def __iter__(self) -> Iterator[Tensor]:

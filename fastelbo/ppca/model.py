@@ -176,9 +176,9 @@ class PPCA(nn.Module):
         parts = [density.log_prob(*self._data(batch)).double() for batch in ([x] if batches is x else batches)]
         return float(torch.cat(parts).mean())
 
-    def bic(self, x: "Rows") -> float:
+    def bic(self, x: "Rows", *, score: float | None = None) -> float:
         """-2 sum log p(x) + n_parameters log N: of all M, the lowest is the choice (Schwarz 1978). x: as in `score`."""
-        score = self.score(x)
+        score = self.score(x) if score is None else score
         return -2 * len(x) * score + self.n_parameters * math.log(len(x))  # type: ignore[arg-type]
 
     def posterior(self, x: _Array) -> tuple[_Array, _Array]:

@@ -127,7 +127,44 @@ def test_a_dark_image_is_read_as_in_training(tmp_path, capsys):
     out = run(tmp_path, "binary", (x > 127).astype(np.uint8), "--epochs", 1)
     with pytest.raises(SystemExit):
         evaluated(out, "--data", tmp_path / "x.npy")
-    assert "data must be as in training" in capsys.readouterr().err
+    assert "data must be 0 and 1 as in training" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_file_of_another_type_is_read_in_the_units_of_training(tmp_path):
+    numbers = np.random.default_rng(0)
+    x = numbers.integers(0, 200, (40, 5))
+    out = run(tmp_path, "x", x.astype(np.int16), "--likelihood", "gaussian", "--epochs", 1)
+    found = []
+    for dtype in (np.int16, np.uint8, np.float64):
+        np.save(tmp_path / "again.npy", x.astype(dtype))
+        found.append(evaluated(out, "--data", tmp_path / "again.npy"))
+    assert found[0] == found[1] == found[2]
+    out = run(tmp_path, "bits", numbers.integers(0, 2, (40, 5)).astype(np.float32), "--epochs", 1)
+    for dtype in (bool, np.uint8, np.int64, np.float32):
+        np.save(tmp_path / "again.npy", numbers.integers(0, 2, (9, 5)).astype(dtype))
+        assert evaluated(out, "--data", tmp_path / "again.npy")["rows"] == 9
+
+
+@pytest.mark.usefixtures("plain")
+def test_held_out_data_of_another_type(tmp_path):
+    x = np.random.default_rng(0).poisson(3.0, (40, 5))
+    np.save(tmp_path / "test.npy", x[:7].astype(np.int32))
+    out = run(tmp_path, "x", x[7:].astype(np.int64), "--epochs", 1, "--test-data", tmp_path / "test.npy")
+    (tmp_path / "x.npy").unlink()  # what training saw is not needed any more
+    assert evaluated(out)["rows"] == 7
+    np.save(tmp_path / "x.npy", x[7:])
+    assert "33 data (training saw most of them)" in said("evaluate", out, "--data", tmp_path / "x.npy", "--samples", 2)
+
+
+@pytest.mark.usefixtures("plain")
+def test_half_precision_keeps_the_scale_of_images(tmp_path):
+    x = (1000 + np.random.default_rng(0).standard_normal((400, 3, 3))).astype(np.float32)
+    bounds = []
+    for options in ((), ("--amp", "bf16")):
+        out = run(tmp_path, f"x{len(options)}", x, "--epochs", 4, *options)
+        bounds.append(evaluated(out)["log_prob"])
+    assert bounds[1] == pytest.approx(bounds[0], abs=0.3)
 
 
 @pytest.mark.usefixtures("plain")
@@ -165,7 +202,7 @@ def test_pictures_of_any_size(tmp_path, monkeypatch):
 def test_labels_of_every_kind_colour_the_latents(tmp_path, kind):
     x = np.random.default_rng(0).random((300, 6), np.float32)
     y = {
-        "strings": np.array(["b", "a", "c"] * 100),
+        "strings": np.array(["CD4$ $x_{", "_a", "c"] * 100),
         "many strings": np.array([f"type {n % 60}" for n in range(300)]),
         "many numbers": np.linspace(0, 1, 300)[:, None],
         "one-hot": np.eye(4)[np.arange(300) % 4],

@@ -250,7 +250,7 @@ def test_several_processes_that_are_no_group_are_refused(tmp_path, capsys, monke
 
 
 def test_files_of_a_killed_process_are_taken_away(tmp_path):
-    left = (".lock", "checkpoint.pt.0123abcd.partial", "metrics.csv.ffffffff.partial")
+    left = (".lock", "checkpoint.pt.fffffeab.partial", "metrics.csv.ffffffff.partial")
     for name in (*left, "mine.partial"):
         (tmp_path / name).write_bytes(b"")
     with files.locked(tmp_path):

@@ -2,10 +2,13 @@
 pass finds of them."""
 
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -44,7 +47,7 @@ FORMATS: dict[str, tuple[str, Write]] = {
     "csc": (".h5ad", _csr(layout="csc")),
     "csc gzip": (".h5ad", _csr("gzip", (50,), "csc")),
 }
-BLOCKS = {"fortran": 1024, "dense chunks": 40, "dense gzip": 40, "csr gzip": 15}  # of large files
+BLOCKS = {"fortran": 100, "dense chunks": 40, "dense gzip": 40, "csr gzip": 15}  # of large files
 
 
 @pytest.fixture(params=FORMATS)
@@ -73,7 +76,7 @@ def test_every_format_gives_the_same_rows(file, large):
     assert np.array_equal(found[:], X) and np.array_equal(found[index], X[index]) and np.array_equal(found[4], X[4])
     assert np.array_equal(found[torch.tensor([2, 2, -1])], X[[2, 2, -1]]) and np.array_equal(found[30:4:-7], X[30:4:-7])
     assert np.array_equal(found[X[:, 0] > 1], X[X[:, 0] > 1]) and found[5:5].shape == (0, D)
-    with pytest.raises(IndexError, match="index must be a row of 300; got 300"):
+    with pytest.raises(IndexError, match="index must be of 300 rows; got 300"):
         found[N]
     some = found.subset(index).subset(torch.arange(0, 90, 2))
     assert np.array_equal(some[:], X[index][::2]) and np.array_equal(some[3:9], X[index][::2][3:9])
@@ -143,6 +146,110 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
                     break
             assert tracemalloc.get_traced_memory()[1] < 30e6, name
             tracemalloc.stop()
+
+
+def test_entries_that_are_stored_twice_count_as_their_sum(tmp_path):
+    """And zeros that are stored as zeros; the hash is that of the same matrix in order."""
+    plain = sparse.csr_matrix(([2.0, 3.0, 1.0], ([0, 0, 2], [1, 4, 0])), (3, 5))
+    with h5py.File(tmp_path / "x.h5ad", "w") as file:
+        group = file.create_group("X")
+        group.attrs["encoding-type"], group.attrs["shape"] = "csr_matrix", (3, 5)
+        group["indptr"], group["data"] = [0, 4, 4, 5], np.array([3, 1, 0, 1, 1], np.float32)
+        group["indices"] = np.array([4, 1, 2, 1, 0], np.int32)
+    found, expected = open_dataset(tmp_path / "x.h5ad"), Dataset(plain.astype(np.float32))
+    assert np.array_equal(found[:], plain.toarray()) and np.array_equal(expected[:], plain.toarray())
+    assert found.summary().high == 3 and not found.summary().binary
+    assert found.summary().content == expected.summary().content
+    assert np.allclose(found.summary().mean, plain.toarray().mean(0))
+
+
+def test_a_chunk_larger_than_a_window(tmp_path, monkeypatch):
+    """What is made dense at a time stays small."""
+    monkeypatch.setattr(files, "WHOLE", 0)
+    monkeypatch.setattr(dataset, "WINDOW", 50 * D * 4)
+    for layout, chunks in (("csr", (1_000,)), ("dense", (N, D))):
+        path = tmp_path / f"{layout}.h5ad"
+        write_h5ad(path, X, layout=layout, compression="gzip", chunks=chunks)
+        found = open_dataset(path)
+        assert found.block == 50
+        order = found.order(torch.Generator().manual_seed(0))
+        assert np.array_equal(torch.cat(list(found.batches(16, order))), X[order])
+        assert np.array_equal(torch.cat(list(found.batches(16))), X)
+
+
+def test_blocks_of_a_subset_are_those_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WHOLE", 0)
+    monkeypatch.setattr(dataset, "WINDOW", 40 * D * 4)
+    write_h5ad(tmp_path / "x.h5ad", X, layout="dense", compression="gzip", chunks=(40, D))
+    numbers = np.flatnonzero(np.random.default_rng(0).random(N) < 0.8)
+    found = open_dataset(tmp_path / "x.h5ad").subset(numbers)
+    order = found.order(torch.Generator().manual_seed(0))
+    assert sorted(order.tolist()) == list(range(len(numbers)))
+    blocks = [np.unique(numbers[window] // 40) for window in order.split(40)]
+    assert sum(map(len, blocks)) <= 2 * 8, "a block is in two windows at most"
+
+
+def test_a_last_row_without_values_at_the_end_of_a_page(tmp_path):
+    data_, ends = np.ones(1024, np.float32), np.array([0, 1024, 1024])
+    data_.tofile(tmp_path / "data")
+    mapped = np.memmap(tmp_path / "data", np.float32, "r")
+    found = rows.Sparse(mapped, np.arange(1024), ends, 1024)
+    found.ask(np.array([0, 1]))
+    assert found.read(np.array([1, 0])).sum(1).tolist() == [0, 1024]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_matrix_in_another_file(tmp_path, monkeypatch, large):
+    monkeypatch.setattr(files, "WHOLE", 0 if large else 1 << 28)
+    write_h5ad(tmp_path / "x.h5ad", X, layout="dense")
+    with h5py.File(tmp_path / "link.h5ad", "w") as file:
+        file["X"] = h5py.ExternalLink("x.h5ad", "X")
+        file["pad"] = np.full(10_000, 7.0, np.float32)
+    assert np.array_equal(open_dataset(tmp_path / "link.h5ad")[:], X)
+
+
+def test_a_file_that_is_open_elsewhere(tmp_path):
+    """In another process, that may write, and in this one."""
+    path = tmp_path / "x.h5ad"
+    write_h5ad(path, X)
+    with h5py.File(path, "r"):
+        assert np.array_equal(open_dataset(path)[:], X)
+    opened = "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print(1, flush=True); input()"
+    command = [sys.executable, "-c", opened, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        assert np.array_equal(open_dataset(path)[:], X)
+        other.communicate(b"\n")
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "coo", "dia", "bsr"])
+def test_every_matrix_of_scipy(tmp_path, kind):
+    sparse.save_npz(tmp_path / "x.npz", sparse.csr_matrix(X).asformat(kind))
+    assert np.array_equal(open_dataset(tmp_path / "x.npz")[:], X)
+    assert np.array_equal(Dataset(sparse.csr_matrix(X).asformat(kind))[[3, 1]], X[[3, 1]])
+
+
+def test_batches_are_the_caller_s_own():
+    x = torch.ones(6, 2)
+    for batch in Dataset(x).batches(4):
+        batch.zero_()
+    assert x.sum() == 12
+    with pytest.raises(ValueError, match="size must be at least 1; got 0"):
+        Dataset(x).batches(0)
+    with pytest.raises(IndexError, match="index must be of 6 rows"):
+        Dataset(x)[[0, -7]]
+    assert Dataset(x.bfloat16())[0].dtype == torch.float32 and Dataset(x)[torch.tensor(3)].shape == (2,)
+    with pytest.raises(ValueError, match="summary is of all rows"):
+        Dataset(x).subset([0, 1]).summary()
+
+
+def test_a_ppca_of_counts(tmp_path):
+    """Bytes of an .h5ad file are counts, those of an array are pixels."""
+    write_h5ad(tmp_path / "x.h5ad", X.astype(np.uint8))
+    expected = PPCA(2).fit(torch.from_numpy(X)).W
+    for found in (open_dataset(tmp_path / "x.h5ad"), Dataset(X.astype(np.int64))):
+        torch.testing.assert_close(PPCA(2).fit(found).W.abs(), expected.abs(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(PPCA(2).fit(Dataset(X.astype(np.uint8))).W.abs(), expected.abs() / 255)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,6 +362,7 @@ def test_data_from_files(tmp_path):
         (np.array([[1, 2], [3, -4]]), "nb", ValueError, "must be counts, at least 0, for likelihood 'nb'.* is -4"),
         (np.array([[1, 2], [3, -0.5]]), "zinb", ValueError, "must be counts, whole numbers, .* --fractions"),
         (np.full((4, 2), np.uint64(2**63)), None, ValueError, r"counts of at most 2\*\*53"),
+        (1e-50 * np.arange(8.0).reshape(4, 2) + 1e-50, None, ValueError, "range of float32; the largest is 8e-50"),
         (np.full((4, 2), np.inf), "poisson", ValueError, "must be finite, .* 8 of 8 values are infinite"),
         (np.zeros((4, 2), np.complex64), None, TypeError, "floating, integers or bool; .* holds complex64"),
         (np.zeros(4), None, ValueError, r"\[N, \*event\]"),

@@ -23,7 +23,7 @@ def test_a_vae_on_a_tensor_and_on_a_data_set(monkeypatch, gaps):
         x[::3, 1:4] = math.nan
     found = fastelbo.evaluate(model, x, 3000, seed=1)
     again = fastelbo.evaluate(model, Dataset(x), 3000, seed=1, chunk_size=700)
-    assert found == pytest.approx(again, rel=1e-9)
+    assert [*found] == pytest.approx([*again], rel=1e-5)
     expected = model.log_marginal(x, 3000, mask=~x.isnan(), seed=2)
     cells = int((~x.isnan()).sum())
     assert abs(found.log_prob - expected.log_prob.mean()) < 6 * found.sampling_error

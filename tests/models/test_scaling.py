@@ -85,6 +85,12 @@ def test_a_learned_scalar_variance_becomes_one_per_column():
     torch.testing.assert_close(scaled.loss(SHIFT + SCALE * y, seed=1), expected)
 
 
+def test_a_mean_in_half_precision_is_turned_back_in_float32():
+    scaling = Scaling(torch.tensor(1000.0), torch.tensor(1.0))
+    mean, logvar = scaling.inverse((torch.tensor([0.25], dtype=torch.bfloat16), torch.tensor(0.0)), "gaussian")
+    assert mean.item() == 1000.25 and mean.dtype == logvar.dtype == torch.float32
+
+
 def test_it_travels_with_the_model(tmp_path):
     model = build_model((D,), M, 8, "gaussian", scaling=Scaling(SHIFT.float(), SCALE.float()))
     torch.save(model, tmp_path / "model.pt")

@@ -107,7 +107,10 @@ TAKES: dict[str, set[str]] = {
     "condition": {label for label, value in VALUES.items() if isinstance(value, torch.Tensor)}
     | {"three tensors", "kept"},
     "name": {"str"},
-    "vae": _NOTHING,
+    **dict.fromkeys(("vae", "scaling", "evaluate.model"), _NOTHING),
+    **{name: _FLOATS for name in ("shift", "scale", "Scaling.forward.x")},
+    "Scaling.inverse.recon": _FLOATS,
+    "evaluate.seed": _INTS,
     **{name: {*_FLOATS, *_NUMBERS} for name in ("elbo_loss.beta", "elbo_parts.beta", "ELBOLoss.beta")},
     "other": {"accumulator"},
     "DiagnosticsMeter.merge.other": _NOTHING,

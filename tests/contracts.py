@@ -364,7 +364,7 @@ def public() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
         ),
         "estimator_weights": (fastelbo.estimator_weights, {"log_w": log_w}),
         "evaluate": (fastelbo.evaluate, {"model": vae, "x": x, "num_samples": K}),
-        "Scaling": (fastelbo.Scaling, {"shift": mu[0], "scale": mu[0] + 1}),
+        "Scaling": (fastelbo.Scaling, {"shift": mu[0], "scale": mu[0].exp()}),
         "Scaling.forward": (scaling.forward, {"x": mu}),
         "Scaling.inverse": (scaling.inverse, {"recon": (mu, mu), "likelihood": "gaussian"}),
         "importance_weights": (fastelbo.importance_weights, {"model": vae, "x": x, "num_samples": K}),

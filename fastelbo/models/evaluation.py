@@ -116,10 +116,12 @@ def evaluate(
         Evaluation: log p(x) in nats per datum, its standard errors, bits per cell, and what the latents hold.
 
     Raises:
-        ValueError, TypeError: as in `VAE.log_marginal`, or `PPCA.log_prob`.
+        ValueError, TypeError: x of no rows; as in `VAE.log_marginal`, or `PPCA.log_prob`.
 
     Reference: Burda et al. 2016, eq. 8; bits per dimension: Theis et al. 2016, sec. 3.1.
     """
+    if len(x.shape) < 2 or x.shape[0] == 0:
+        raise ValueError(f"x must be [N, *event] with N of 1 or more; got {tuple(x.shape)}")
     if isinstance(model, PPCA):
         return _exactly(model, x)
     model.eval()

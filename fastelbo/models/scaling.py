@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fastelbo import likelihoods
 from fastelbo._internal import arguments
 from fastelbo._internal.arguments import checked
-from fastelbo.losses import Recon, join_recon, split_recon
+from fastelbo.losses import Recon, expand, join_recon, split_recon
 
 EXPONENT = {"logvar": 2.0, "log_scale": 1.0}  # of the scale, in a parameter that is a logarithm
 
@@ -32,20 +32,23 @@ class Scaling(nn.Module):
     def __init__(self, shift: arguments.Floats, scale: arguments.Floats) -> None:
         super().__init__()
         if not (shift.isfinite().all() and (scale > 0).all() and scale.isfinite().all()):
-            raise ValueError(f"shift must be finite and scale positive and finite; got {shift} and {scale}")
+            found = f"shift from {shift.min()} to {shift.max()} and scale from {scale.min()} to {scale.max()}"
+            raise ValueError(f"shift must be finite, and scale positive and finite; got {found}")
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
 
     @checked
     def forward(self, x: arguments.Floats) -> Tensor:
-        """(x - shift) / scale."""
+        """(x - shift) / scale. ValueError: x of another event than these have."""
+        expand("scale", self.scale, x.shape, "x")
         return (x - self.shift) / self.scale
 
     @checked
     def inverse(self, recon: arguments.Recon, likelihood: arguments.Likelihood) -> Recon:
-        """The parameters of a likelihood of the reals for x, of those for (x - shift) / scale."""
+        """The parameters of a likelihood of the reals for x, of those of `forward`; raises as that."""
         names, parameters = likelihoods.get(likelihood).parameters, split_recon(recon)
         # a half type, of autocast, has no room for a mean that is far from 0
+        expand("scale", self.scale, parameters[0].shape, "recon")
         mean, *others = (t.to(torch.promote_types(t.dtype, self.scale.dtype)) for t in parameters)
         log_scale = self.scale.log()
         given = {

@@ -306,7 +306,7 @@ DEFECTS = [
     Defect(
         "a window of blocks hands out its rows as they lie in the file",
         "fastelbo/data/dataset.py",
-        "shuffled[place] = found",
+        "shuffled[places.popleft()] = found",
         "shuffled[:] = found",
         ("data/test_dataset.py",),
     ),

@@ -32,6 +32,11 @@ TORCH_LIBRARY(fastelbo, m) {
   m.def(
       "_log_prob_backward(Tensor grad, Tensor[] parameters, Tensor x, Tensor? mask, str likelihood, bool[5] needs) "
       "-> (Tensor first, Tensor second, Tensor third, Tensor fourth, Tensor x)");
+  // the same of every element, [K?, B, *event]
+  m.def("log_prob_elements(Tensor[] parameters, Tensor x, Tensor? mask, str likelihood) -> Tensor");
+  m.def(
+      "_log_prob_elements_backward(Tensor grad, Tensor[] parameters, Tensor x, Tensor? mask, str likelihood, "
+      "bool[5] needs) -> (Tensor first, Tensor second, Tensor third, Tensor fourth, Tensor x)");
 
   // objective
   m.def("log_mean_exp(Tensor log_w, int dim=0) -> Tensor");

@@ -92,6 +92,12 @@ inline constexpr Op<"fastelbo::_log_prob_backward",
                     LogProbGrads(In, at::TensorList, In, Maybe, std::string_view, std::array<bool, 5>)>
     log_prob_backward;
 
+inline constexpr Op<"fastelbo::log_prob_elements", Tensor(at::TensorList, In, Maybe, std::string_view)>
+    log_prob_elements;
+inline constexpr Op<"fastelbo::_log_prob_elements_backward",
+                    LogProbGrads(In, at::TensorList, In, Maybe, std::string_view, std::array<bool, 5>)>
+    log_prob_elements_backward;
+
 // ---------------------------------------------------------------------------------------------------------------------
 // objective
 

@@ -52,12 +52,13 @@ struct LogProbParams {
   int64_t K = 1, B = 0, D = 0;
   int count = 1;                      // parameters that are given
   View parameter[kMaxParameters];     // [K, B, D]; of one that rows share, the strides over rows are 0
-  View x, mask;                       // [B, D]; mask may be empty
+  View x, mask;                       // [B, D]; mask may be empty, and is [K, B, D] where it is an upstream gradient
   View grad[kMaxParameters], grad_x;  // written where not empty: row factor x d log p
   SharedGrad shared_grad[kMaxParameters];
   RowScalars factor;        // [K, B]
   int64_t chunk = 1;        // rows of a work item; more than 1 only where rows share a gradient
   double* log_p = nullptr;  // [K, B, segments] partial sums, or null
+  View value;               // [K, B, D]: log p of every element, written where not empty
 
   // whether a gradient of full size is wanted
   constexpr bool any_grad() const {

@@ -119,6 +119,14 @@ FUNCTIONS = {
         lambda m, t, p, x: fastelbo.log_prob((m, t, p), x, likelihood="zinb", mask=_mask(x)),
         lambda b, d: [_r(K, b, d), 2 * _r(d), _r(K, b, d), 5 * _unit(b, d)],
     ),
+    "nb of every element, of rows and columns": Function(
+        lambda m, t, x: fastelbo.log_prob((m, t), x, likelihood="nb", reduce=False),
+        lambda b, d: [_r(b, 1), 2 * _r(1, d), 5 * _unit(b, d)],
+    ),
+    "gaussian of every element": Function(
+        lambda m, s, x: fastelbo.log_prob((m, s), x, likelihood="gaussian", mask=_mask(x), reduce=False),
+        lambda b, d: [_r(K, b, d), 0.5 * _r(d), _r(b, d)],
+    ),
     "gaussian_kl": Function(fastelbo.gaussian_kl, lambda b, d: [_r(b, d) for _ in range(4)]),
     "gaussian_kl, free bits": Function(
         lambda mu, lv: fastelbo.gaussian_kl(mu, lv, free_bits=0.4), lambda b, d: [_r(b, d), 0.5 * _r(b, d)]
@@ -239,6 +247,12 @@ def op_calls() -> dict[str, tuple]:
         "log_prob pair": (ops.log_prob.default, ([r(4, 6), r(4, 6)], r(4, 6), None, "gaussian")),
         "log_prob, shared by rows": (ops.log_prob.default, ([r(3, 4, 6), r(6)], r(4, 6), None, "gaussian")),
         "log_prob, one number": (ops.log_prob.default, ([r(4, 6), r()], r(4, 6), mask, "laplace")),
+        "log_prob_elements": (ops.log_prob_elements.default, ([r(3, 4, 6), r(6)], r(4, 6), mask, "gaussian")),
+        "log_prob_elements, one number": (ops.log_prob_elements.default, ([r(4, 6), r()], x, None, "laplace")),
+        "backward of log_prob_elements": (
+            ops._log_prob_elements_backward.default,
+            (r(3, 4, 6), [r(3, 4, 6), r(6)], r(4, 6), mask, "gaussian", [True, True, False, False, True]),
+        ),
         "log_mean_exp": (ops.log_mean_exp.default, (r(4, 5), 1)),
         "elbo_loss": (
             ops.elbo_loss.default,

@@ -4,7 +4,8 @@
 namespace fastelbo::autograd {
 namespace {
 
-struct LogProb : public Function<LogProb> {
+template <const auto& op, const auto& backward_op>
+struct LogProb : public Function<LogProb<op, backward_op>> {
   static variable_list forward(AutogradContext* ctx, at::TensorList parameters, const Tensor& x,
                                const OptionalTensor& mask, std::string_view likelihood) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -12,7 +13,7 @@ struct LogProb : public Function<LogProb> {
     saved.push_back(x), saved.push_back(tensor(mask));
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["likelihood"] = std::string(likelihood);
-    return {ops::log_prob(parameters, x, mask, likelihood)};
+    return {op(parameters, x, mask, likelihood)};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -24,7 +25,7 @@ struct LogProb : public Function<LogProb> {
     wanted[kMaxParameters] = needed[count];
     BelowAutogradUnlessGraph guard;
     const auto found =
-        ops::log_prob_backward(grads[0], at::TensorList(saved).slice(0, count), saved[count],
+        backward_op(grads[0], at::TensorList(saved).slice(0, count), saved[count],
                                optional(saved[count + 1]), ctx->saved_data["likelihood"].toStringView(), wanted);
     const std::array<Tensor, kMaxParameters> of = some_of<kMaxParameters>(found);
     variable_list result(of.begin(), of.begin() + count);
@@ -36,6 +37,10 @@ struct LogProb : public Function<LogProb> {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastelbo, Autograd, m) { m.impl("log_prob", Apply<LogProb, decltype(ops::log_prob)>::call); }
+TORCH_LIBRARY_IMPL(fastelbo, Autograd, m) {
+  m.impl("log_prob", Apply<LogProb<ops::log_prob, ops::log_prob_backward>, decltype(ops::log_prob)>::call);
+  m.impl("log_prob_elements", Apply<LogProb<ops::log_prob_elements, ops::log_prob_elements_backward>,
+                                    decltype(ops::log_prob_elements)>::call);
+}
 
 }  // namespace fastelbo::autograd

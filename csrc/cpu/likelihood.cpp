@@ -54,6 +54,8 @@ void log_prob(prepare::LogProb& op) {
   write(log_p.data(), op.log_prob);
 }
 
+void log_prob_elements(prepare::LogProbElements& op) { run_rows(op.rows, nullptr); }
+
 void log_prob_backward(prepare::LogProbBackward& op) {
   run_rows(op.rows, nullptr);
   if (!op.grad_x_samples.defined()) return;
@@ -69,6 +71,9 @@ void log_prob_backward(prepare::LogProbBackward& op) {
 TORCH_LIBRARY_FRAGMENT(fastelbo, m) {
   on_cpu_and_meta<ops::log_prob, prepare::log_prob, cpu::log_prob>(m, "log_prob");
   on_cpu_and_meta<ops::log_prob_backward, prepare::log_prob_backward, cpu::log_prob_backward>(m, "_log_prob_backward");
+  on_cpu_and_meta<ops::log_prob_elements, prepare::log_prob_elements, cpu::log_prob_elements>(m, "log_prob_elements");
+  on_cpu_and_meta<ops::log_prob_elements_backward, prepare::log_prob_elements_backward, cpu::log_prob_backward>(
+      m, "_log_prob_elements_backward");
 }
 
 }  // namespace fastelbo

@@ -18,6 +18,13 @@ void log_prob(prepare::LogProb& op) {
   sums.finish(p, op.rows.is_double, device.stream());
 }
 
+void log_prob_elements(prepare::LogProbElements& op) {
+  const OnDeviceOf device(op.log_prob);
+  RowsParams p;
+  p.fit = op.rows.params;
+  launch_rows(p, op.rows.index, op.rows.is_double, device.stream());
+}
+
 void log_prob_backward(prepare::LogProbBackward& op) {
   const OnDeviceOf device(op.grad);
   RowsParams p;
@@ -35,6 +42,10 @@ void log_prob_backward(prepare::LogProbBackward& op) {
 TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
   m.impl("log_prob", implement<ops::log_prob, prepare::log_prob, cuda::log_prob>);
   m.impl("_log_prob_backward", implement<ops::log_prob_backward, prepare::log_prob_backward, cuda::log_prob_backward>);
+  m.impl("log_prob_elements",
+         implement<ops::log_prob_elements, prepare::log_prob_elements, cuda::log_prob_elements>);
+  m.impl("_log_prob_elements_backward",
+         implement<ops::log_prob_elements_backward, prepare::log_prob_elements_backward, cuda::log_prob_backward>);
 }
 
 }  // namespace fastelbo

@@ -100,21 +100,62 @@ struct LogProbBackward {
   }
 };
 
+// The outputs, for the rows of op.
+inline LogProbBackward with_grads(LogProbBackward op, at::TensorList parameters, const Tensor& x,
+                                  std::array<bool, 5> needs) {
+  const Tensor& recon = parameters[0];
+  op.grads = op.rows.grads(parameters, [&](size_t i) { return needs[i]; });
+  op.grad_x = shapes::grad_like(OptionalTensor(x), needs[kMaxParameters]);
+  if (recon.is_meta() || !op.grad_x.defined()) return op;
+  const bool several = recon.dim() > x.dim();
+  if (several) op.grad_x_samples = at::empty(recon.sizes(), shapes::compute_options(recon));
+  op.rows.params.grad_x = op.rows.views.out(several ? op.grad_x_samples : op.grad_x);
+  return op;
+}
+
 inline LogProbBackward log_prob_backward(const Tensor& grad, at::TensorList parameters, const Tensor& x,
                                          const OptionalTensor& mask, std::string_view likelihood,
                                          std::array<bool, 5> needs) {
   LogProbBackward op{Likelihood(parameters, x, mask, likelihood), grad};
   const Tensor& recon = parameters[0];
   checks::upstream("grad", grad, recon.sym_sizes().slice(0, recon.dim() - x.dim() + 1), recon);
-  op.grads = op.rows.grads(parameters, [&](size_t i) { return needs[i]; });
-  op.grad_x = shapes::grad_like(OptionalTensor(x), needs[kMaxParameters]);
-  if (recon.is_meta()) return op;
-  op.rows.params.factor = views::rows_of(grad);
-  if (!op.grad_x.defined()) return op;
-  const bool several = recon.dim() > x.dim();
-  if (several) op.grad_x_samples = at::empty(recon.sizes(), shapes::compute_options(recon));
-  op.rows.params.grad_x = op.rows.views.out(several ? op.grad_x_samples : op.grad_x);
+  if (!recon.is_meta()) op.rows.params.factor = views::rows_of(grad);
+  return with_grads(std::move(op), parameters, x, needs);
+}
+
+struct LogProbElements {
+  Likelihood rows;
+  Tensor log_prob;  // [K?, B, *event]
+
+  Tensor result() {
+    rows.views.finish();
+    return log_prob;
+  }
+};
+
+inline LogProbElements log_prob_elements(at::TensorList parameters, const Tensor& x, const OptionalTensor& mask,
+                                         std::string_view likelihood) {
+  LogProbElements op{Likelihood(parameters, x, mask, likelihood)};
+  const Tensor& recon = parameters[0];
+  op.log_prob = at::empty_symint(recon.sym_sizes(), shapes::compute_options(recon));
+  if (!recon.is_meta()) op.rows.params.value = op.rows.views.out(op.log_prob);
   return op;
+}
+
+// The upstream gradient of an element stands where its weight does, whose row factor is then 1.
+inline LogProbBackward log_prob_elements_backward(const Tensor& grad, at::TensorList parameters, const Tensor& x,
+                                                  const OptionalTensor& mask, std::string_view likelihood,
+                                                  std::array<bool, 5> needs) {
+  const Tensor& recon = parameters[0];
+  checks::upstream("grad", grad, recon.sym_sizes(), recon);
+  LogProbBackward op{Likelihood(parameters, x, mask, likelihood), grad};
+  if (!recon.is_meta()) {
+    // nothing of what reaches a masked element is left, NaN neither
+    if (mask.has_value()) op.grad = at::where(mask->eq(0), at::zeros({}, grad.options()), grad * *mask);
+    op.rows.params.mask = op.rows.views.in(op.grad);
+    op.rows.params.factor.constant = 1;
+  }
+  return with_grads(std::move(op), parameters, x, needs);
 }
 
 }  // namespace fastelbo::prepare

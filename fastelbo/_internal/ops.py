@@ -167,6 +167,7 @@ def _register(name: str) -> None:
 
 for _name in (
     "_log_prob_backward",
+    "_log_prob_elements_backward",
     "_gaussian_kl_backward",
     "_rsample_backward",
     "_log_mean_exp_backward",

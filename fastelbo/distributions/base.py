@@ -200,6 +200,8 @@ class Fused(Distribution):
                 raise ValueError(f"value must be in the domain {domain!r} of {kind}; got\n{value}")
         if shape[len(shape) - len(own) :] != own:  # it repeats inside of the batch
             own = shape
+        if not event:
+            return self._of_elements(value.expand(own), shape)
         front = math.prod(shape[: len(shape) - len(own)]), math.prod(own)  # K, B
         first, *others = self._recon
         recon = [ordered.expand(first, shape + event).reshape(front + event)]
@@ -208,6 +210,17 @@ class Fused(Distribution):
             recon.append(ordered.expand(t, shape + event).reshape(front + event) if shared is None else shared)
         x = value.expand(own + event).reshape(front[1], *event)
         return log_prob(join_recon(*recon), x, likelihood=self.likelihood).reshape(shape)
+
+    def _of_elements(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """log p [*shape] of data x whose shape ends that."""
+        lead = shape[: len(shape) - x.dim()]
+
+        def folded(t: Tensor) -> Tensor:
+            own = t.shape[t.dim() - x.dim() :] if x.dim() else torch.Size()
+            return t if t.dim() <= x.dim() else ordered.expand(t, lead + own).reshape(math.prod(lead), *own)
+
+        recon = join_recon(*map(folded, self._recon))
+        return log_prob(recon, x, likelihood=self.likelihood, reduce=False).reshape(shape)
 
 
 def blank(cls: type[Fused]) -> Fused:

@@ -1,15 +1,20 @@
 """log p(x | recon) of every likelihood, its mean, and draws from it."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastelbo import likelihoods, reference
 from fastelbo._internal import arguments, domains
-from fastelbo._internal.arguments import checked
+from fastelbo._internal.arguments import ORDINALS, checked
 from fastelbo._internal.ops import call
 from fastelbo.losses.inputs import expand, mask_like, parameters, split_recon
 
 _op = torch.ops.fastelbo
+
+ROW = 64  # elements from which on a row is worth work of its own
 
 
 @checked
@@ -19,8 +24,9 @@ def log_prob(
     *,
     likelihood: arguments.Likelihood = "bernoulli",
     mask: arguments.Mask | None = None,
+    reduce: arguments.Flag = True,
 ) -> Tensor:
-    """log p(x | recon) under any likelihood, summed over the event dimensions.
+    """log p(x | recon) under any likelihood, summed over the event dimensions, or of every element.
 
     What recon holds, and log p of one element, by the likelihood:
 
@@ -50,9 +56,13 @@ def log_prob(
         x: [B, *event]. recon's dtype (or float32 beside half types), or uint8 (read as x / 255), or bool. Counts:
             recon's dtype (or float32), or uint8, int16, int32 or int64, read as they are.
         mask: broadcasts to x. 0 and 1, or weights of the elements' terms; an element of weight 0 is not read.
+        reduce: False for log p of every element. x may then have any shape, also none, and every tensor of recon, the
+            first too, any that broadcasts to that of x, or to [K, *x.shape]: parameters of rows and of columns are
+            [B, 1] and [1, D].
 
     Returns:
-        [B] or [K, B], in nats; float32, or float64 for float64 inputs.
+        [B] or [K, B], or with reduce=False [B, *event] or [K, B, *event], in nats; float32, or float64 for float64
+        inputs.
 
     Raises:
         ValueError, TypeError: an unknown likelihood, shapes or dtypes that do not fit.
@@ -60,10 +70,42 @@ def log_prob(
 
     Reference: Kingma & Welling 2014, app. C; counts: Lopez et al. 2018 (scVI), methods.
     """
-    given, mask = parameters(recon, x), mask_like(mask, x)
+    mask = mask_like(mask, x)
+    if not reduce:
+        return _elements(split_recon(recon), x, likelihood, mask)
+    given = parameters(recon, x)
     found: Tensor = call(_op.log_prob.default, reference.log_prob, given, x, mask, likelihood)
     domains.check_some(given[0], x, likelihood, mask)
     return found
+
+
+def _elements(recon: Sequence[Tensor], x: Tensor, likelihood: str, mask: Tensor | None) -> Tensor:
+    """log p of every element of x [*shape] -> [K?, *shape].
+
+    Of rows of many elements, parameters of a row are read, and their gradients summed, as those that rows share; of
+    others, all of x is one row.
+    """
+    sampled = [t.shape[0] for t in recon if t.dim() > x.dim()]
+    samples = sampled[:1]
+    whole, one_row = torch.Size((*samples, *x.shape)), x.dim() < 2 or math.prod(x.shape[1:]) < ROW
+    if one_row:
+        x, mask = x[None], None if mask is None else mask[None]
+    event = x.shape[1:]
+
+    def placed(t: Tensor, name: str) -> Tensor:
+        own = t
+        while own.dim() > len(event) and own.shape[0] == 1 and own.shape != whole:
+            own = own[0]
+        # beside one row of data there is nothing to share without samples
+        if name != ORDINALS[0] and (t.dim() == 0 or (own.shape == event and (samples or not one_row))):
+            return own
+        full = expand(f"the {name} tensor of recon", t, whole, "x")
+        return full.unsqueeze(len(samples)) if one_row else full
+
+    given = [placed(t, name) for t, name in zip(recon, ORDINALS, strict=False)]
+    found: Tensor = call(_op.log_prob_elements.default, reference.log_prob_elements, given, x, mask, likelihood)
+    domains.check_some(given[0], x, likelihood, mask)
+    return found.reshape(whole)
 
 
 def _of_row(recon: arguments.Recon, likelihood: str) -> tuple[likelihoods.Likelihood, tuple[Tensor, ...]]:

@@ -38,10 +38,10 @@ def sum_from(t: Tensor, dim: int) -> Tensor:
     return t.sum(list(range(dim, t.dim()))) if t.dim() > dim else t
 
 
-def log_prob(
+def log_prob_elements(
     parameters: Sequence[Tensor], x: Tensor, mask: Tensor | None = None, likelihood: str = "bernoulli"
 ) -> Tensor:
-    """log p(x | parameters), summed over the event dimensions -> [K?, B].
+    """log p(x | parameters) of every element -> [K?, B, *event].
 
     parameters: the first [K?, B, *event]; the others have its shape, [*event] or are 0-d. x [B, *event].
     """
@@ -58,9 +58,15 @@ def log_prob(
         recon = torch.where(keep, recon, 0.5)
         others = [torch.where(keep, t, 0.0) for t in others]
     terms = row.log_prob(x.expand(recon.shape), recon, *others)
-    if weight is not None:
-        terms = terms * weight
-    return sum_from(terms, recon.dim() - x.dim() + 1)
+    return terms if weight is None else terms * weight
 
 
+def log_prob(
+    parameters: Sequence[Tensor], x: Tensor, mask: Tensor | None = None, likelihood: str = "bernoulli"
+) -> Tensor:
+    """The same, summed over the event dimensions -> [K?, B]."""
+    return sum_from(log_prob_elements(parameters, x, mask, likelihood), parameters[0].dim() - x.dim() + 1)
+
+
+log_prob_elements_backward = backward_of(log_prob_elements, ("parameters", "x"))
 log_prob_backward = backward_of(log_prob, ("parameters", "x"))

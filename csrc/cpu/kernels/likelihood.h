@@ -176,6 +176,18 @@ template <bool kSoftplus, class T>
   return sum;
 }
 
+// The values of a tile's n elements to where log p of every element is wanted.
+template <bool kSoftplus, class T>
+[[gnu::noinline]] void store_values(const View& v, int64_t k, int64_t b, int64_t begin, int64_t n, TileSums<T>& tile) {
+  const T* __restrict value = tile.value;
+  const T* __restrict q = tile.shared;
+  T buffer[kTile];
+  T* __restrict to = target(v, k, b, begin, buffer);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = kSoftplus ? value[i] - log1p_unit(q[i]) : value[i];
+  store(v, k, b, begin, n, to);
+}
+
 // The sums over a chunk's rows of the gradients of parameters that rows share, for one segment of the columns.
 template <class T>
 class SharedSums {
@@ -319,7 +331,11 @@ __attribute__((noinline)) double log_prob_segment(const LogProbParams& p, int64_
     } else {
       log_prob_elements<L, kCount, kGrads>(e, factor, n, tile.value, tile.shared);
     }
-    sum += e.weight ? sum_tile<false>(tile, n) : sum_tile<L::kSoftplus>(tile, n);
+    if (p.value) {
+      e.weight ? store_values<false>(p.value, k, b, i, n, tile) : store_values<L::kSoftplus>(p.value, k, b, i, n, tile);
+    } else {
+      sum += e.weight ? sum_tile<false>(tile, n) : sum_tile<L::kSoftplus>(tile, n);
+    }
     for (int c = 0; kGrads != Grads::none && c < kCount; ++c) {
       store(p.grad[c], k, b, i, n, e.grad[c]);
       shared.add(c, i, n, e.grad[c]);

@@ -47,7 +47,7 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
   for (int64_t piece = lane; piece < pieces.count(); piece += g) {
     int n;
     const int64_t i = pieces.at(piece, n);
-    T in[kCount][4] = {}, x[4] = {}, weight[4] = {1, 1, 1, 1}, grad[kCount][4] = {}, grad_x[4] = {};
+    T in[kCount][4] = {}, x[4] = {}, weight[4] = {1, 1, 1, 1}, grad[kCount][4] = {}, grad_x[4] = {}, value[4] = {};
 #pragma unroll
     for (int c = 0; c < kCount; ++c) load4(p.parameter[c], row_of(p.parameter[c], k, b), i, n, in[c]);
     load4(p.x, row_of(p.x, k, b), i, n, x);
@@ -58,7 +58,8 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
       const Terms<T> t = with_indices<kCount>([&]<int... c>() { return evaluate<L>(Element<T>{{in[c][j]...}, x[j]}); });
       const bool seen = weight[j] != 0;  // what lies under a 0 of the mask is never looked at
       const T w = factor * weight[j];
-      sum += seen ? weight[j] * t.value : T(0);
+      value[j] = seen ? weight[j] * t.value : T(0);
+      sum += value[j];
       with_indices<kCount>([&]<int... c>() { ((grad[c][j] = seen ? w * t.d.template get<c>() : T(0)), ...); });
       grad_x[j] = seen ? w * t.d_x : T(0);
     }
@@ -67,6 +68,7 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
       if (p.grad[c]) store4(p.grad[c], row_of(p.grad[c], k, b), i, n, grad[c]);
     }
     if (kGrads && p.grad_x) store4(p.grad_x, row_of(p.grad_x, k, b), i, n, grad_x);
+    if (p.value) store4(p.value, row_of(p.value, k, b), i, n, value);
   }
   return sum;
 }
@@ -77,7 +79,7 @@ template <class L, int kCount, bool kPlain>
 inline constexpr int kBlocks = kPlain && kCount < 3 && !(kCount > 1 && L::kDomain == Domain::counts) ? kRowBlocks : 2;
 
 inline bool is_plain(const LogProbParams& p) {
-  bool plain = is_plain(p.x, p.D) && !p.mask && !p.grad_x;
+  bool plain = is_plain(p.x, p.D) && !p.mask && !p.grad_x && !p.value;
   for (int i = 0; i < p.count; ++i) plain &= is_plain(p.parameter[i], p.D) && is_plain(p.grad[i], p.D);
   return plain;
 }

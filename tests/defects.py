@@ -267,6 +267,20 @@ DEFECTS = [
         "moments = before or Moments(",
         ("ppca/test_sklearn.py",),
     ),
+    Defect(
+        "a masked element hands on the NaN that reaches it",
+        "csrc/prepare/likelihood.h",
+        "at::where(mask->eq(0), at::zeros({}, grad.options()), grad * *mask)",
+        "grad * *mask",
+        ("ops/test_elements.py",),
+    ),
+    Defect(
+        "log p of an element lacks its softplus",
+        "csrc/cpu/kernels/likelihood.h",
+        "kSoftplus ? value[i] - log1p_unit(q[i]) : value[i]",
+        "value[i]",
+        ("ops/test_elements.py",),
+    ),
     # The command.
     Defect(
         "each epoch starts the schedule of the step size anew",

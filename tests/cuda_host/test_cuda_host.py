@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 # file: what is left out, since it draws for minutes where every thread is a fiber, or is of the CPU alone
 OPS = {
     "ops/test_likelihood.py": "",
+    "ops/test_elements.py": "compiled",
     "ops/test_latent.py": "",
     "ops/test_elbo.py": "",
     "ops/test_iwae.py": "",

@@ -24,9 +24,8 @@ struct LogProb : public Function<LogProb<op, backward_op>> {
     for (size_t i = 0; i < count; ++i) wanted[i] = needed[i];
     wanted[kMaxParameters] = needed[count];
     BelowAutogradUnlessGraph guard;
-    const auto found =
-        backward_op(grads[0], at::TensorList(saved).slice(0, count), saved[count],
-                               optional(saved[count + 1]), ctx->saved_data["likelihood"].toStringView(), wanted);
+    const auto found = backward_op(grads[0], at::TensorList(saved).slice(0, count), saved[count],
+                                   optional(saved[count + 1]), ctx->saved_data["likelihood"].toStringView(), wanted);
     const std::array<Tensor, kMaxParameters> of = some_of<kMaxParameters>(found);
     variable_list result(of.begin(), of.begin() + count);
     result.resize(count + 3);
@@ -39,8 +38,9 @@ struct LogProb : public Function<LogProb<op, backward_op>> {
 
 TORCH_LIBRARY_IMPL(fastelbo, Autograd, m) {
   m.impl("log_prob", Apply<LogProb<ops::log_prob, ops::log_prob_backward>, decltype(ops::log_prob)>::call);
-  m.impl("log_prob_elements", Apply<LogProb<ops::log_prob_elements, ops::log_prob_elements_backward>,
-                                    decltype(ops::log_prob_elements)>::call);
+  m.impl(
+      "log_prob_elements",
+      Apply<LogProb<ops::log_prob_elements, ops::log_prob_elements_backward>, decltype(ops::log_prob_elements)>::call);
 }
 
 }  // namespace fastelbo::autograd

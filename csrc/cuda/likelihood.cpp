@@ -42,8 +42,7 @@ void log_prob_backward(prepare::LogProbBackward& op) {
 TORCH_LIBRARY_IMPL(fastelbo, FASTELBO_CUDA_KEY, m) {
   m.impl("log_prob", implement<ops::log_prob, prepare::log_prob, cuda::log_prob>);
   m.impl("_log_prob_backward", implement<ops::log_prob_backward, prepare::log_prob_backward, cuda::log_prob_backward>);
-  m.impl("log_prob_elements",
-         implement<ops::log_prob_elements, prepare::log_prob_elements, cuda::log_prob_elements>);
+  m.impl("log_prob_elements", implement<ops::log_prob_elements, prepare::log_prob_elements, cuda::log_prob_elements>);
   m.impl("_log_prob_elements_backward",
          implement<ops::log_prob_elements_backward, prepare::log_prob_elements_backward, cuda::log_prob_backward>);
 }

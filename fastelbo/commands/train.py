@@ -215,7 +215,7 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model = build_model(*sizes, scaling)
         self.model.to(self.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.history: list[Metrics] = []
         self.step_losses: list[float] = []  # of this process; a resumed run starts with none

@@ -114,10 +114,6 @@ class Sparse:
         values, columns = np.asarray(self.data[at]), np.asarray(self.indices[at])
         if len(columns) and not 0 <= columns.min() <= columns.max() < self.shape[1]:
             raise ValueError(f"its sparse matrix has a column {columns.max()} of {self.shape[1]}, counted from 0")
-        follows = np.ones(len(columns) + 1, bool)
-        follows[np.cumsum(counts)] = follows[0] = False  # where rows begin
-        if (follows[1:-1] & (np.diff(columns) <= 0)).any() or not values.all():
-            return self._canonical(Piece(len(counts), values, columns, counts))
         return Piece(len(counts), values, columns, counts)
 
     def _matrix(self, piece: Piece) -> Any:
@@ -131,8 +127,13 @@ class Sparse:
         return csr_array((values, piece.columns, indptr), (piece.rows, self.shape[1]))
 
     def _canonical(self, piece: Piece) -> Piece:
-        """Columns in ascending order, each once, with no zeros."""
-        matrix = self._matrix(piece)
+        """Columns in ascending order, each once, with no zeros: what `read` gives, without its zeros."""
+        assert piece.columns is not None and piece.counts is not None
+        follows = np.ones(len(piece.columns) + 1, bool)
+        follows[np.cumsum(piece.counts)] = follows[0] = False  # where rows begin
+        if piece.values.all() and not (follows[1:-1] & (np.diff(piece.columns) <= 0)).any():
+            return piece
+        matrix = self._matrix(piece).copy()  # it is put in order in place
         matrix.sum_duplicates()
         matrix.eliminate_zeros()
         return Piece(piece.rows, matrix.data.astype(self.dtype), matrix.indices, np.diff(matrix.indptr))
@@ -150,7 +151,7 @@ class Sparse:
 
     def pieces(self) -> Iterator[Piece]:
         for span in _spans(self.shape[0], int(self.indptr[-1]) // max(1, self.shape[0]), self.block):
-            yield self._stored(span)
+            yield self._canonical(self._stored(span))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -163,6 +163,25 @@ def test_entries_that_are_stored_twice_count_as_their_sum(tmp_path):
     assert np.allclose(found.summary().mean, plain.toarray().mean(0))
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_columns_whose_rows_are_in_no_order(tmp_path, monkeypatch, large):
+    """By columns too, an entry keeps its value, and zeros that are stored change nothing."""
+    monkeypatch.setattr(files, "WHOLE", 0 if large else 1 << 28)
+    with h5py.File(tmp_path / "x.h5ad", "w") as file:
+        group = file.create_group("X")
+        group.attrs["encoding-type"], group.attrs["shape"] = "csc_matrix", (4, 2)
+        group["indptr"], group["indices"] = [0, 3, 5], np.array([3, 0, 1, 2, 1], np.int32)
+        group["data"] = np.array([5, 7, 0, 2, 9], np.float32)
+    expected = np.array([[7, 0], [0, 9], [0, 2], [5, 0]], np.float32)
+    found = open_dataset(tmp_path / "x.h5ad")
+    for _ in range(2):  # a summary leaves what is in memory as it was
+        assert np.array_equal(found[:], expected) and np.array_equal(found[[3, 0]], expected[[3, 0]])
+        assert found.summary().high == 9 and np.allclose(found.summary().mean, expected.mean(0))
+    matrix = sparse.csr_matrix((np.array([1.0, 2.0]), np.array([1, 0]), np.array([0, 2])), (1, 2))
+    Dataset(matrix).summary()
+    assert matrix.indices.tolist() == [1, 0], "nor is the caller's matrix changed"
+
+
 def test_a_chunk_larger_than_a_window(tmp_path, monkeypatch):
     """What is made dense at a time stays small."""
     monkeypatch.setattr(files, "WHOLE", 0)

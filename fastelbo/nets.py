@@ -44,18 +44,15 @@ class LearnedDispersion(nn.Module):
         return log_mean, self.log_theta, *zero_logits
 
 
-class _ChannelsFirst(nn.Module):
-    """[B, H, W, C] as [B, C, H, W]."""
+class _Movedim(nn.Module):
+    """`torch.movedim` as a layer."""
+
+    def __init__(self, source: int, destination: int) -> None:
+        super().__init__()
+        self.source, self.destination = source, destination
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.movedim(3, 1)
-
-
-class _ChannelsLast(nn.Module):
-    """[B, C, H, W] as [B, H, W, C]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.movedim(1, 3)
+        return x.movedim(self.source, self.destination)
 
 
 def _convolutional(event: tuple[int, ...], latent_dim: int, hidden: int) -> tuple[nn.Sequential, nn.Sequential]:
@@ -73,14 +70,14 @@ def _convolutional(event: tuple[int, ...], latent_dim: int, hidden: int) -> tupl
     inner = (last, height // 4, width // 4)
     stored = (height, width, channels) if last_dim else (channels, height, width)
     encoder = nn.Sequential(
-        *(nn.Flatten(), nn.Unflatten(1, stored), *([_ChannelsFirst()] if last_dim else [])),
+        *(nn.Flatten(), nn.Unflatten(1, stored), *([_Movedim(3, 1)] if last_dim else [])),
         *(nn.Conv2d(channels, first, 4, 2, 1), nn.ReLU(), nn.Conv2d(first, last, 4, 2, 1), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(math.prod(inner), 2 * latent_dim)),
     )
     decoder = nn.Sequential(
         *(nn.Linear(latent_dim, math.prod(inner)), nn.ReLU(), nn.Unflatten(1, inner)),
         *(nn.ConvTranspose2d(last, first, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(first, channels, 4, 2, 1)),
-        *([_ChannelsLast()] if last_dim else []),
+        *([_Movedim(1, 3)] if last_dim else []),
         *(nn.Flatten(), nn.Unflatten(1, event)),
     )
     return encoder, decoder

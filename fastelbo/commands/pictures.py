@@ -23,7 +23,7 @@ from fastelbo.commands.ppca import Figures
 from fastelbo.commands.train import Metrics
 from fastelbo.data.dataset import Dataset
 from fastelbo.likelihoods import Domain
-from fastelbo.models.evaluation import masked
+from fastelbo.models.evaluation import mask_of, masked
 from fastelbo.models.vae import VAE
 from fastelbo.ppca import PPCA
 
@@ -144,9 +144,8 @@ def reconstructions(model: VAE, x: Data, path: Path, columns: int = 16, rows: in
     """Data above E[x | z = mu(x)], pair by pair; None where the data are no images."""
     shown = x[: min(len(x) // columns * columns or len(x), columns * rows)]
     domain = likelihoods.get(model.likelihood).domain
-    there = ~shown.isnan() if shown.is_floating_point() else None
     with torch.no_grad():
-        originals, rebuilt = as_images(shown, domain), as_images(model.reconstruct(shown, mask=there), domain)
+        originals, rebuilt = as_images(shown, domain), as_images(model.reconstruct(shown, mask=mask_of(shown)), domain)
     if originals is None or rebuilt is None:
         return None
     pairs = [row for two in zip(originals.split(columns), rebuilt.split(columns), strict=True) for row in two]

@@ -123,16 +123,16 @@ class Dataset(torch.utils.data.Dataset[Tensor]):
     def subset(self, index: Tensor | Index) -> "Dataset":
         """Some of the rows, in the order of their numbers in `index` [n]; nothing is read."""
         at = np.asarray(index, np.int64)
-        found = object.__new__(Dataset)
-        vars(found).update(vars(self))
-        found._numbers = at if self._numbers is None else self._numbers[at]
-        found.labels = None if self.labels is None else self.labels[at]
-        return found
+        numbers = at if self._numbers is None else self._numbers[at]
+        return self._with(_numbers=numbers, labels=None if self.labels is None else self.labels[at])
 
     def astype(self, dtype: torch.dtype) -> "Dataset":
         """The same rows with batches of another type."""
+        return self._with(dtype=dtype)
+
+    def _with(self, **changes: Any) -> "Dataset":
         found = object.__new__(Dataset)
-        vars(found).update(vars(self), dtype=dtype)
+        vars(found).update(vars(self), **changes)
         return found
 
     def order(self, generator: Generator | None = None) -> Tensor:

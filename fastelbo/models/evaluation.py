@@ -49,12 +49,17 @@ def batch_size(x: Rows, num_samples: int = 1) -> int:
     return max(1, min(math.ceil(BATCH / num_samples), BATCH_ELEMENTS // max(1, math.prod(x.shape[1:]))))
 
 
+def mask_of(x: Tensor) -> Tensor | None:
+    """The cells of x that are not missing; None where all are there."""
+    there = ~x.isnan() if x.is_floating_point() else None
+    return None if there is None or bool(there.all()) else there
+
+
 def masked(x: Rows) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches, and the cells that are not missing where some are."""
+    """Batches, each with its `mask_of`."""
     size = batch_size(x)
     for batch in x.split(size) if isinstance(x, Tensor) else x.batches(size):
-        there = ~batch.isnan() if batch.is_floating_point() else None
-        yield batch, None if there is None or bool(there.all()) else there
+        yield batch, mask_of(batch)
 
 
 class _Bits:

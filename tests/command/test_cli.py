@@ -26,18 +26,11 @@ from fastelbo.data.built_in import counts_model
 from fastelbo.models import evaluation
 from fastelbo.nets import build_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TIMES = {"ms_per_step", "loss_share"}
 PICTURES = ("curves", "reconstructions", "prior_samples", "latent_plane", "kl_per_dimension")
 SMALL = {"hidden": 16, "latent_dim": 2, "epochs": 4}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Steps of a millisecond: on a busy machine, threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows(out: Path) -> list[dict[str, float]]:

@@ -20,11 +20,6 @@ from fastelbo.nets import build_model
 SMALL = ("--hidden", 16, "--latent-dim", 2)
 
 
-@pytest.fixture
-def plain(monkeypatch):
-    monkeypatch.setattr(pictures, "save_all", lambda *_: [])
-
-
 def run(folder: Path, name: str, x: NDArray[Any], *options: object) -> Path:
     np.save(folder / f"{name}.npy", x)
     train("--data", folder / f"{name}.npy", *SMALL, *options, "--out", folder / name)
@@ -36,7 +31,7 @@ def evaluated(*arguments: object) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
 @pytest.mark.parametrize(
     "shift, scale",
@@ -64,7 +59,7 @@ def test_any_scale_is_fitted_as_standardized_data(tmp_path, likelihood, shift, s
     assert (np.abs(drawn.mean(0) - x.mean(0)) < 0.5 * x.std(0)).all()
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_pictures")
 def test_bits_per_dimension(tmp_path):
     """Of pixels from 0 to 255: log 255 nats more for each than of x / 255. Of grey values under a Bernoulli: none."""
     x = np.random.default_rng(0).integers(0, 256, (60, 4, 4), np.uint8)
@@ -82,7 +77,7 @@ def test_bits_per_dimension(tmp_path):
     assert 0.9 < binary["bits_per_dim"] < 1.5, "fair coins"
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_pictures")
 def test_bits_of_the_cells_that_are_there(tmp_path):
     x = np.random.default_rng(0).standard_normal((60, 5)).astype(np.float32)
     x[:, 1:][np.random.default_rng(1).random((60, 4)) < 0.4] = np.nan
@@ -92,7 +87,7 @@ def test_bits_of_the_cells_that_are_there(tmp_path):
     assert "of the cells missing and masked" in train("--resume", "--out", out)
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_pictures")
 def test_every_row_of_a_file_is_scored_and_the_file_named(tmp_path):
     numbers = np.random.default_rng(0)
     x, path = numbers.random((50, 6), np.float32), tmp_path / "other.npy"
@@ -113,7 +108,7 @@ def test_every_row_of_a_file_is_scored_and_the_file_named(tmp_path):
     assert rows[0] == rows[1] != rows[2]
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_pictures")
 def test_a_dark_image_is_read_as_in_training(tmp_path, capsys):
     """Bytes of 0 and 1 alone are binary data by themselves, but x / 255 for a model of images, and the other way round
     an error."""
@@ -130,7 +125,7 @@ def test_a_dark_image_is_read_as_in_training(tmp_path, capsys):
     assert "data must be 0 and 1 as in training" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_pictures")
 def test_a_file_of_another_type_is_read_in_the_units_of_training(tmp_path):
     numbers = np.random.default_rng(0)
     x = numbers.integers(0, 200, (40, 5))
@@ -146,7 +141,7 @@ def test_a_file_of_another_type_is_read_in_the_units_of_training(tmp_path):
         assert evaluated(out, "--data", tmp_path / "again.npy")["rows"] == 9
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_pictures")
 def test_held_out_data_of_another_type(tmp_path):
     x = np.random.default_rng(0).poisson(3.0, (40, 5))
     np.save(tmp_path / "test.npy", x[:7].astype(np.int32))
@@ -157,7 +152,7 @@ def test_held_out_data_of_another_type(tmp_path):
     assert "33 data (training saw most of them)" in said("evaluate", out, "--data", tmp_path / "x.npy", "--samples", 2)
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_pictures")
 def test_half_precision_keeps_the_scale_of_images(tmp_path):
     x = (1000 + np.random.default_rng(0).standard_normal((400, 3, 3))).astype(np.float32)
     bounds = []
@@ -167,7 +162,7 @@ def test_half_precision_keeps_the_scale_of_images(tmp_path):
     assert bounds[1] == pytest.approx(bounds[0], abs=0.3)
 
 
-@pytest.mark.usefixtures("plain")
+@pytest.mark.usefixtures("no_pictures")
 def test_one_held_out_row_is_no_collapse(tmp_path):
     x = np.random.default_rng(0).random((4, 6), np.float32)
     np.save(tmp_path / "x.npy", x)

@@ -26,6 +26,8 @@ from fastelbo.commands import cli, data, files, pictures, train
 from fastelbo.commands.train import Config
 from fastelbo.data import open_dataset
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 SMALL = ["--hidden", "8", "--latent-dim", "2"]
 FUZZ = settings(
     max_examples=300,
@@ -34,12 +36,6 @@ FUZZ = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    """They take most of the time of a small run."""
-    monkeypatch.setattr(pictures, "save_all", lambda *_: [])
 
 
 def array(n: int = 40, d: int = 5, seed: int = 0) -> np.ndarray:

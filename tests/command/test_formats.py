@@ -11,29 +11,16 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-import torch
 from annotated import write_h5ad
 from test_files import SMALL, names, refused
 
-from fastelbo.commands import cli, pictures
+from fastelbo.commands import cli
 
 Random = np.random.Generator
 COUNTS = ("nb", "zinb", "poisson")
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    """They take most of the time of a small run."""
-    monkeypatch.setattr(pictures, "save_all", lambda *_, **__: [])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("no_pictures", "one_thread")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the numbers are.

@@ -17,19 +17,13 @@ from annotated import write_h5ad
 from runs import assert_same_run, check_files, said, train
 from test_files import SMALL, Child, names
 
-from fastelbo.commands import pictures
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 KILLS = int(os.environ.get("FASTELBO_KILLS", "9"))
 EPOCHS = 12
 DATA = ("dense", "mapped", "sparse")
 COMMANDS = ("train", "evaluate", "sample")
 KINDS = [(command, data) for command in COMMANDS for data in DATA]
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    """Children are forked: what is changed here is changed there."""
-    monkeypatch.setattr(pictures, "save_all", lambda *_, **__: [])
 
 
 def write_data(folder: Path, data: str) -> Path:

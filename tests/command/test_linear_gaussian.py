@@ -10,7 +10,7 @@ import torch
 from runs import said, train
 from scipy.stats import multivariate_normal
 
-from fastelbo.commands import files, pictures
+from fastelbo.commands import files
 
 SIZE, LATENT, VARIANCE = 6, 2, 0.3
 *W, SHIFT = np.random.default_rng(0).standard_normal((LATENT + 1, SIZE))
@@ -33,9 +33,8 @@ def linear(state: dict[str, torch.Tensor], part: str, A: np.ndarray, b: np.ndarr
 
 
 @pytest.fixture
-def linear_run(tmp_path, monkeypatch) -> Path:
+def linear_run(tmp_path, no_pictures) -> Path:
     """p(x) = N(SHIFT, COVARIANCE); q(z | x) has the mean of p(z | x), and half its variances again on top."""
-    monkeypatch.setattr(pictures, "save_all", lambda *_, **__: [])
     out = tmp_path / "run"
     np.save(tmp_path / "x.npy", np.random.default_rng(1).standard_normal((40, SIZE)).astype(np.float32))
     options = ["--likelihood", "gaussian", "--hidden", 2 * SIZE, "--latent-dim", LATENT]

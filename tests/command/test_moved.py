@@ -11,7 +11,7 @@ from annotated import write_h5ad
 from runs import assert_same_run, said, train
 from test_files import SMALL, array, names, refused
 
-from fastelbo.commands import pictures
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 COUNTS = np.random.default_rng(0).poisson(0.5, (40, 7)).astype(np.float32)
 WRITE: dict[str, Callable[[Path, np.ndarray], None]] = {
@@ -26,11 +26,6 @@ def write(path: Path, *, changed: bool = False) -> Path:
     x = COUNTS if path.suffix == ".h5ad" else array()
     WRITE[path.suffix](path, x[::-1] if changed else x)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(pictures, "save_all", lambda *_, **__: [])
 
 
 def begin(folder: Path, suffix: str, *options: object) -> tuple[Path, Path]:

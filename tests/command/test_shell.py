@@ -13,13 +13,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from command.test_files import SMALL, Child, _no_pictures, array, epochs_of, names, refused  # noqa: F401
+from command.test_files import SMALL, Child, epochs_of, names, refused
 
 import fastelbo
 from fastelbo import PPCA
 from fastelbo._internal.streams import flushed, say
 from fastelbo.commands import cli, files
 from fastelbo.commands.train import Config, Trainer
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

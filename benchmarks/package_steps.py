@@ -27,7 +27,6 @@ from pythae import models
 from scvi.module import PEAKVAE
 from torch import Tensor, nn
 from torch_geometric.nn import VGAE, GCNConv
-from torch_geometric.utils import negative_sampling
 
 import fastelbo
 import fastelbo.distributions as fd
@@ -35,6 +34,7 @@ from benchmarks.machine import DISTURBED, facts, others_share
 from benchmarks.scvi_step import Step, measured, steps_of
 from fastelbo.integrations import diffusers as fused_diffusers
 from fastelbo.integrations import pythae as fused_pythae
+from fastelbo.integrations import torch_geometric as fused_geometric
 from fastelbo.integrations.scvi import FusedPEAKVAE
 
 B = 128
@@ -175,21 +175,6 @@ def of_diffusers() -> Steps:
     return steps
 
 
-class FusedVGAE(VGAE):
-    """As docs/adapters.md has it."""
-
-    def recon_loss(self, z: Tensor, pos_edge_index: Tensor, neg_edge_index: Tensor | None = None) -> Tensor:
-        negative = negative_sampling(pos_edge_index, z.size(0)) if neg_edge_index is None else neg_edge_index
-        loss = 0.0
-        for edges, exists in ((pos_edge_index, True), (negative, False)):
-            logits = self.decoder(z, edges, sigmoid=False)
-            loss = loss - fastelbo.log_prob(logits[None], torch.full((1, len(logits)), exists))[0] / len(logits)
-        return loss
-
-    def kl_loss(self, mu: Tensor | None = None, logstd: Tensor | None = None) -> Tensor:
-        return fastelbo.gaussian_kl(self.__mu__, 2 * self.__logstd__).mean()
-
-
 class GraphEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +195,7 @@ def vgae() -> Steps:
         z = model.encode(x, edges)
         return model.recon_loss(z, edges) + model.kl_loss() / 2708
 
-    for who, kind in (("fastelbo", FusedVGAE), ("as it is", VGAE)):
+    for who, kind in (("fastelbo", fused_geometric.VGAE), ("as it is", VGAE)):
         model = kind(GraphEncoder())
         steps[who] = optimized(model, partial(loss, model))
     return steps

@@ -26,7 +26,8 @@ from scvi.module import VAE
 from torch import Tensor
 
 from benchmarks.machine import DISTURBED, facts, others_share
-from fastelbo.integrations.scvi import EPS, SCVI, FusedVAE
+from fastelbo.integrations.scvi import SCVI, FusedVAE
+from fastelbo.likelihoods import SCVI_ADDED
 
 BATCH = 128
 MIN_ROUNDS = 5
@@ -117,7 +118,7 @@ def steps_of(likelihood: str, genes: int, with_compile: bool) -> dict[str, Step]
 
 def scale_tail(logits: Tensor, library: Tensor) -> Tensor:
     """log(mu + eps) as scvi comes to it; its loss needs mu as well."""
-    return torch.log(torch.exp(library) * torch.softmax(logits, dim=-1) + EPS)
+    return torch.log(torch.exp(library) * torch.softmax(logits, dim=-1) + SCVI_ADDED)
 
 
 def log_tail(logits: Tensor, library: Tensor) -> Tensor:

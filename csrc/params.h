@@ -53,6 +53,7 @@ struct LogProbParams {
   int count = 1;                      // parameters that are given
   View parameter[kMaxParameters];     // [K, B, D]; of one that rows share, the strides over rows are 0
   View x, mask;                       // [B, D]; mask may be empty, and is [K, B, D] where it is an upstream gradient
+  double added = 0;                   // to a mean and to theta
   View grad[kMaxParameters], grad_x;  // written where not empty: row factor x d log p
   SharedGrad shared_grad[kMaxParameters];
   RowScalars factor;        // [K, B]

@@ -5,6 +5,7 @@ A row has a counterpart in C++, csrc/likelihoods/NAME.h, with the same name, par
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class Likelihood(NamedTuple):
     log_prob: Callable[..., Tensor]  # (x, *parameters) -> log p of each element
     mean: Callable[..., Tensor]  # (*parameters) -> E[x]
     draw: Callable[..., Tensor]  # (generator or None, *parameters) -> x
+    data: int = 0  # how many of the last parameters are data: without a gradient
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,17 +157,21 @@ def _draw_student_t(generator: Generator | None, mean: Tensor, log_scale: Tensor
 LOG_THETA_LIMIT = 40.0
 
 
-def _of_counts(log_p: Callable[..., Tensor], x: Tensor, log_mean: Tensor, *others: Tensor) -> Tensor:
-    """log_p(x, log_mean, *others); -inf where x is negative or infinite. At log_mean = -inf, x = 0 is certain."""
+def _counts(log_p: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+    """log_p(x, *parameters); -inf where x is negative or infinite."""
     outside = (x < 0) | (x == torch.inf)
-    inside = torch.where(outside, 0.0, x)
-    finite = torch.where((inside == 0) & (log_mean == -torch.inf), -1e4, log_mean)  # exp is 0, and x log_mean too
-    return torch.where(outside, -torch.inf, log_p(inside, finite, *others))
+    return torch.where(outside, -torch.inf, log_p(torch.where(outside, 0.0, x), *parameters))
+
+
+def _of_log_mean(log_p: Callable[..., Tensor], x: Tensor, log_mean: Tensor, *others: Tensor) -> Tensor:
+    """The same, where x = 0 is certain at log_mean = -inf."""
+    finite = torch.where((x == 0) & (log_mean == -torch.inf), -1e4, log_mean)  # exp is 0, and x log_mean too
+    return _counts(log_p, x, finite, *others)
 
 
 def _poisson(x: Tensor, log_rate: Tensor) -> Tensor:
     """x l - exp(l) - lgamma(x + 1), l the log rate."""
-    return _of_counts(lambda x, log_rate: x * log_rate - torch.exp(log_rate) - torch.lgamma(x + 1), x, log_rate)
+    return _of_log_mean(lambda x, log_rate: x * log_rate - torch.exp(log_rate) - torch.lgamma(x + 1), x, log_rate)
 
 
 def stirling_tail(a: Tensor) -> Tensor:
@@ -177,14 +183,17 @@ def stirling_tail(a: Tensor) -> Tensor:
     return torch.where(large, w * _series(w.square(), STIRLING), direct)
 
 
+def _log_rising(x: Tensor, a: Tensor) -> Tensor:
+    """lgamma(a + x) - lgamma(a) - x log a, of the size of x^2 / a where a is large."""
+    a = torch.where((x == 0) & (a < 1e-15), 1.0, a)  # 0 for every a, and 1 / a^2, of its second derivative, overflows
+    return (x + (a - 0.5)) * torch.log1p(x / a) - x + (stirling_tail(x + a) - stirling_tail(a))
+
+
 def _nb_terms(x: Tensor, log_mean: Tensor, log_theta: Tensor) -> Tensor:
     log_theta = torch.where(log_theta > LOG_THETA_LIMIT, LOG_THETA_LIMIT, log_theta)  # NaN reaches the gradient too
     theta = torch.exp(log_theta)
     log1p_ratio = -F.logsigmoid(log_theta - log_mean)  # log(1 + mean / theta)
-    # at x = 0 what rises is 0 for every theta, and 1 / theta^2, of its second derivative, overflows
-    size = torch.where((x == 0) & (theta < 1e-15), 1.0, theta)
-    rising = (x + (size - 0.5)) * torch.log1p(x / size) - x + (stirling_tail(x + size) - stirling_tail(size))
-    return rising + (x * log_mean - (x + theta) * log1p_ratio - torch.lgamma(x + 1))
+    return _log_rising(x, theta) + (x * log_mean - (x + theta) * log1p_ratio - torch.lgamma(x + 1))
 
 
 def _nb(x: Tensor, log_mean: Tensor, log_theta: Tensor) -> Tensor:
@@ -192,7 +201,7 @@ def _nb(x: Tensor, log_mean: Tensor, log_theta: Tensor) -> Tensor:
     (x + theta - 1/2) log(1 + x / theta) - x - (x + theta) log(1 + m / theta) + x l + S(x + theta) - S(theta)
     - lgamma(x + 1). No two lgammas are subtracted, which would lose all digits where theta is large.
     """
-    return _of_counts(_nb_terms, x, log_mean, log_theta)
+    return _of_log_mean(_nb_terms, x, log_mean, log_theta)
 
 
 def _log_add_exp(a: Tensor, b: Tensor) -> Tensor:
@@ -201,24 +210,122 @@ def _log_add_exp(a: Tensor, b: Tensor) -> Tensor:
     return high - F.logsigmoid(torch.where(low == -torch.inf, 1e4, high - low))
 
 
+def _zero_inflated(terms: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`terms` of counts that are zero with probability sigmoid(zero_logits), the last argument, too."""
+
+    def log_p(x: Tensor, *parameters: Tensor) -> Tensor:
+        *given, zero_logits = parameters
+        nb = terms(x, *given)
+        return torch.where(x > 0, nb, _log_add_exp(zero_logits, nb)) + F.logsigmoid(-zero_logits)
+
+    return log_p
+
+
 def _zinb(x: Tensor, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
     """Zero with probability sigmoid(pi), pi the zero logit, else negative binomial:
     log sigmoid(-pi) + nb where x > 0, and log(sigmoid(pi) + sigmoid(-pi) exp(nb)) where x = 0.
     """
+    return _of_log_mean(_zero_inflated(_nb_terms), x, log_mean, log_theta, zero_logits)
 
-    def log_p(x: Tensor, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
-        nb = _nb_terms(x, log_mean, log_theta)
-        return torch.where(x > 0, nb, _log_add_exp(zero_logits, nb)) + F.logsigmoid(-zero_logits)
 
-    return _of_counts(log_p, x, log_mean, log_theta, zero_logits)
+# The largest theta of the negative binomials that take it as it is.
+THETA_LIMIT = math.exp(LOG_THETA_LIMIT)
+
+
+def _times_log(x: Tensor, t: Tensor) -> Tensor:
+    """x log t. At x = 0 its derivatives by t are 0, where 1 / t^2 overflows too; that by x is log t."""
+    fixed = t.detach().clamp(min=torch.finfo(t.dtype).tiny)
+    return x * torch.log(torch.where((x == 0) & (t < 1e-15), fixed, t))
+
+
+def _nb_mean_terms(x: Tensor, mean: Tensor, theta: Tensor) -> Tensor:
+    """As `_nb_terms`, with log(1 + mean / theta) as a difference of logarithms where that is large."""
+    invalid = (mean < 0) | (theta < 0)
+    theta = torch.where(theta > THETA_LIMIT, THETA_LIMIT, theta)
+    steep = mean > theta
+    far = torch.log(torch.where(steep, mean + theta, 1.0)) - torch.log(torch.where(steep & (theta > 0), theta, 1.0))
+    near = torch.log1p(torch.where(steep, 0.0, mean) / torch.where(steep | (theta == 0), 1.0, theta))
+    log1p_ratio = torch.where(steep, far, near)
+    value = _log_rising(x, theta) + (_times_log(x, mean) - (x + theta) * log1p_ratio - torch.lgamma(x + 1))
+    value = torch.where((x > 0) & ((mean == 0) | (theta == 0)), -torch.inf, value)
+    return torch.where(invalid, torch.nan, value)
+
+
+def _nb_mean(x: Tensor, mean: Tensor, theta: Tensor, added: float = 0.0) -> Tensor:
+    """`_nb` of the mean and theta themselves, `added` to both."""
+    return _counts(_nb_mean_terms, x, mean + added, theta + added)
+
+
+def _nb_logits(x: Tensor, total_count: Tensor, logits: Tensor) -> Tensor:
+    """`_nb` of theta, the total count, and of the logit l of a success, with softplus(l) for log(1 + mean / theta)."""
+
+    def log_p(x: Tensor, theta: Tensor, logits: Tensor) -> Tensor:
+        theta = torch.where(theta > THETA_LIMIT, THETA_LIMIT, theta)
+        x_log_mean = _times_log(x, theta) + x * logits
+        return _log_rising(x, theta) + (x_log_mean + (x + theta) * F.logsigmoid(-logits) - torch.lgamma(x + 1))
+
+    return _counts(log_p, x, torch.where(total_count < 0, torch.nan, total_count), logits)
+
+
+def _zinb_mean(x: Tensor, mean: Tensor, theta: Tensor, zero_logits: Tensor, added: float = 0.0) -> Tensor:
+    """`_zinb` of the mean and theta themselves, `added` to both."""
+    return _counts(_zero_inflated(_nb_mean_terms), x, mean + added, theta + added, zero_logits)
+
+
+def _nb_mixture(
+    x: Tensor, mean1: Tensor, mean2: Tensor, theta: Tensor, mixture_logits: Tensor, added: float = 0.0
+) -> Tensor:
+    """log[sigmoid(l) NB(x; mean1, theta) + sigmoid(-l) NB(x; mean2, theta)], l the mixture logit."""
+
+    def log_p(x: Tensor, mean1: Tensor, mean2: Tensor, theta: Tensor, mixture_logits: Tensor) -> Tensor:
+        first, second = _nb_mean_terms(x, mean1, theta), _nb_mean_terms(x, mean2, theta)
+        return _log_add_exp(mixture_logits + first, second) + F.logsigmoid(-mixture_logits)
+
+    return _counts(log_p, x, mean1 + added, mean2 + added, theta + added, mixture_logits)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Counts of a known number of trials.
+
+
+def _times_log1p(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x log(1 + a / b). At x = 0 its derivatives by a and b are 0, where 1 / b^2 overflows too."""
+    fixed = (x == 0) & (b < 1e-15)
+    return x * torch.log1p(torch.where(fixed, a.detach(), a) / torch.where(fixed, b.detach(), b))
+
+
+def _beta_binomial(x: Tensor, concentration1: Tensor, concentration0: Tensor, total: Tensor) -> Tensor:
+    """log C(n, x) + log B(x + a, n - x + b) - log B(a, b), n the total. lgammas are
+    subtracted as in `_nb_terms`; what is left are logarithms of a / s and b / s, s = a + b."""
+
+    def log_p(x: Tensor, a: Tensor, b: Tensor, total: Tensor) -> Tensor:
+        impossible = x > total
+        x = torch.where(impossible, 0.0, x)
+        n, s = torch.where(impossible, 0.0, total), a + b
+        rest = n - x
+        odds = -(_times_log1p(x, b, a) + _times_log1p(rest, a, b))  # x log(a / s) + (n - x) log(b / s)
+        rising = _log_rising(x, a) + _log_rising(rest, b) - _log_rising(n, s)
+        value = rising + odds + (torch.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(rest + 1))
+        return torch.where(impossible, -torch.inf, value)
+
+    positive = (torch.where(t > 0, t, torch.nan) for t in (concentration1, concentration0))
+    return _counts(log_p, x, *positive, total.to(x.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Means, and draws.
 
 
 def _exp(log_mean: Tensor, log_theta: Tensor | None = None) -> Tensor:
     return torch.exp(log_mean)
 
 
-def _zinb_mean(log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
+def _mean_of_zinb(log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
     return torch.sigmoid(-zero_logits) * torch.exp(log_mean)
+
+
+def _mean_of_zinb_mean(mean: Tensor, theta: Tensor, zero_logits: Tensor) -> Tensor:
+    return torch.sigmoid(-zero_logits) * mean
 
 
 def _draw_poisson(generator: Generator | None, log_rate: Tensor) -> Tensor:
@@ -239,10 +346,57 @@ def _draw_nb(generator: Generator | None, log_mean: Tensor, log_theta: Tensor) -
     return torch.poisson(gamma * torch.exp(log_mean.to(gamma.dtype)), generator=generator).to(log_mean.dtype)
 
 
-def _draw_zinb(generator: Generator | None, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
-    counts = _draw_nb(generator, log_mean, log_theta)
+def _draw_nb_mean(generator: Generator | None, mean: Tensor, theta: Tensor) -> Tensor:
+    gamma = _draw_gamma(generator, torch.log(theta.to(torch.promote_types(theta.dtype, torch.float32))), mean)
+    return torch.poisson(gamma * mean, generator=generator).to(mean.dtype)
+
+
+def _mean_of_nb_logits(total_count: Tensor, logits: Tensor) -> Tensor:
+    return total_count * torch.exp(logits)
+
+
+def _draw_nb_logits(generator: Generator | None, total_count: Tensor, logits: Tensor) -> Tensor:
+    return _draw_nb_mean(generator, _mean_of_nb_logits(total_count, logits), total_count)
+
+
+def _draw_zero(generator: Generator | None, zero_logits: Tensor, counts: Tensor) -> Tensor:
     zeros = torch.bernoulli(torch.sigmoid(zero_logits).expand(counts.shape), generator=generator)
     return torch.where(zeros == 1, 0.0, counts)
+
+
+def _draw_zinb(generator: Generator | None, log_mean: Tensor, log_theta: Tensor, zero_logits: Tensor) -> Tensor:
+    return _draw_zero(generator, zero_logits, _draw_nb(generator, log_mean, log_theta))
+
+
+def _draw_zinb_mean(generator: Generator | None, mean: Tensor, theta: Tensor, zero_logits: Tensor) -> Tensor:
+    return _draw_zero(generator, zero_logits, _draw_nb_mean(generator, mean, theta))
+
+
+def _mean_of_nb_mixture(mean1: Tensor, mean2: Tensor, theta: Tensor, mixture_logits: Tensor) -> Tensor:
+    return mean2 + torch.sigmoid(mixture_logits) * (mean1 - mean2)
+
+
+def _draw_nb_mixture(
+    generator: Generator | None, mean1: Tensor, mean2: Tensor, theta: Tensor, mixture_logits: Tensor
+) -> Tensor:
+    first = torch.bernoulli(torch.sigmoid(mixture_logits).expand(mean1.shape), generator=generator)
+    return _draw_nb_mean(generator, torch.where(first == 1, mean1, mean2), theta)
+
+
+def _mean_of_beta_binomial(concentration1: Tensor, concentration0: Tensor, total: Tensor) -> Tensor:
+    return concentration1 / (concentration1 + concentration0) * total
+
+
+def _draw_beta_binomial(
+    generator: Generator | None, concentration1: Tensor, concentration0: Tensor, total: Tensor
+) -> Tensor:
+    wide = torch.promote_types(concentration1.dtype, torch.float32)
+    first, second = (
+        torch._standard_gamma(t.to(wide).expand(concentration1.shape), generator=generator)
+        for t in (concentration1, concentration0)
+    )
+    count = total.to(wide).expand(concentration1.shape)
+    return torch.binomial(count, first / (first + second), generator=generator).to(concentration1.dtype)
 
 
 def _first(mean: Tensor, *others: Tensor) -> Tensor:
@@ -257,7 +411,31 @@ LIKELIHOODS = {
     "student_t": Likelihood(("mean", "log_scale", "log_df"), 3, "reals", _student_t, _first, _draw_student_t),
     "poisson": Likelihood(("log_rate",), 1, "counts", _poisson, _exp, _draw_poisson),
     "nb": Likelihood(("log_mean", "log_theta"), 2, "counts", _nb, _exp, _draw_nb),
-    "zinb": Likelihood(("log_mean", "log_theta", "zero_logits"), 3, "counts", _zinb, _zinb_mean, _draw_zinb),
+    "zinb": Likelihood(("log_mean", "log_theta", "zero_logits"), 3, "counts", _zinb, _mean_of_zinb, _draw_zinb),
+    "nb_mean": Likelihood(("mean", "theta"), 2, "counts", _nb_mean, _first, _draw_nb_mean),
+    "nb_logits": Likelihood(("total_count", "logits"), 2, "counts", _nb_logits, _mean_of_nb_logits, _draw_nb_logits),
+    "zinb_mean": Likelihood(
+        ("mean", "theta", "zero_logits"), 3, "counts", _zinb_mean, _mean_of_zinb_mean, _draw_zinb_mean
+    ),
+    "nb_mixture": Likelihood(
+        ("mean1", "mean2", "theta", "mixture_logits"), 4, "counts", _nb_mixture, _mean_of_nb_mixture, _draw_nb_mixture
+    ),
+    "beta_binomial": Likelihood(
+        ("concentration1", "concentration0", "total"),
+        3,
+        "counts",
+        _beta_binomial,
+        _mean_of_beta_binomial,
+        _draw_beta_binomial,
+        data=1,
+    ),
+}
+
+# scvi-tools adds it to means and to theta: names of likelihoods that do so too
+SCVI_ADDED = 1e-8
+SHIFTED = {
+    f"scvi_{name}": LIKELIHOODS[of]._replace(log_prob=partial(LIKELIHOODS[of].log_prob, added=SCVI_ADDED))
+    for name, of in (("nb", "nb_mean"), ("zinb", "zinb_mean"), ("nb_mixture", "nb_mixture"))
 }
 
 
@@ -292,6 +470,7 @@ def get(name: str) -> Likelihood:
     Raises:
         ValueError: an unknown name; the message lists the valid ones.
     """
-    if name not in LIKELIHOODS:
-        raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}; got {name!r}")
-    return LIKELIHOODS[name]
+    found = LIKELIHOODS.get(name) or SHIFTED.get(name)
+    if found is None:
+        raise ValueError(f"likelihood must be one of {', '.join((*LIKELIHOODS, *SHIFTED))}; got {name!r}")
+    return found

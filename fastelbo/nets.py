@@ -83,6 +83,15 @@ def _convolutional(event: tuple[int, ...], latent_dim: int, hidden: int) -> tupl
     return encoder, decoder
 
 
+# what `build_model` takes: the networks' outputs are real numbers, and counts that are given by other parameters than
+# logarithms have networks of their own
+BUILT = tuple(
+    name
+    for name, row in likelihoods.LIKELIHOODS.items()
+    if row.domain != "counts" or row.parameters[0].startswith("log_")
+)
+
+
 def build_model(
     event: tuple[int, ...],
     latent_dim: int,
@@ -96,6 +105,8 @@ def build_model(
     Of counts the encoder sees log1p(x), and the decoder gives every parameter but log_theta, one number per element of
     the event, whatever z.
     """
+    if likelihood not in BUILT:
+        raise ValueError(f"likelihood must be one of {', '.join(BUILT)}; got {likelihood!r}")
     size, row = math.prod(event), likelihoods.get(likelihood)
 
     def layers(first: int, last: int) -> list[nn.Module]:

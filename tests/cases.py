@@ -15,6 +15,7 @@ class Row(NamedTuple):
     x: Callable[[Tensor], Tensor]  # standard normal noise -> data
     second: Callable[[Tensor], Tensor] | None = None  # noise -> the second parameter, where there is one
     third: Callable[[Tensor], Tensor] | None = None
+    fourth: Callable[[Tensor], Tensor] | None = None
 
 
 def _unit(noise: Tensor) -> Tensor:
@@ -28,6 +29,9 @@ def _itself(noise: Tensor) -> Tensor:
 
 def _twice(noise: Tensor) -> Tensor:
     return 2 * noise
+
+
+MOST = 30  # successes, of more trials: at random rounding x and a total that is x are no longer equal
 
 
 def _counts(noise: Tensor) -> Tensor:
@@ -44,6 +48,24 @@ def _log_theta(noise: Tensor) -> Tensor:
     return -9 + 29 * torch.special.ndtr(noise)
 
 
+def _theta(noise: Tensor) -> Tensor:
+    """float16 holds them."""
+    return torch.exp(-4 + 13 * torch.special.ndtr(noise))
+
+
+def _positive(noise: Tensor) -> Tensor:
+    """float16 holds them."""
+    return torch.exp((2 * noise).clamp(-8, 8))
+
+
+def _successes(noise: Tensor) -> Tensor:
+    return _counts(noise).clamp(max=MOST)
+
+
+def _total(noise: Tensor) -> Tensor:
+    return (MOST + 1 + 10 * noise.abs()).floor()
+
+
 ROWS = {
     "bernoulli": Row(recon=lambda n: 3 * n, x=_unit),
     "bernoulli_probs": Row(recon=_unit, x=_unit),
@@ -53,6 +75,11 @@ ROWS = {
     "poisson": Row(recon=_twice, x=_counts),
     "nb": Row(recon=_twice, x=_counts, second=_log_theta),
     "zinb": Row(recon=_twice, x=_counts, second=_log_theta, third=_zero_logits),
+    "nb_mean": Row(recon=_positive, x=_counts, second=_theta),
+    "nb_logits": Row(recon=_theta, x=_counts, second=_twice),
+    "zinb_mean": Row(recon=_positive, x=_counts, second=_theta, third=_zero_logits),
+    "nb_mixture": Row(recon=_positive, x=_counts, second=_positive, third=_theta, fourth=_twice),
+    "beta_binomial": Row(recon=_positive, x=_successes, second=_positive, third=_total),
 }
 
 
@@ -64,6 +91,12 @@ def _optional(name: str) -> bool:
 # (name, whether the parameters that may be left out are given)
 LIKELIHOODS = [(name, full) for name in ROWS for full in ((False, True) if _optional(name) else (False,))]
 LIKELIHOOD_IDS = [f"{name}-pair" if full else name for name, full in LIKELIHOODS]
+
+# Of every number of parameters, every domain, and data among the parameters: where the subject is no formula
+REPRESENTATIVES = [
+    (name, name == "gaussian") for name in ("bernoulli", "gaussian", "student_t", "nb", "nb_mixture", "beta_binomial")
+]
+REPRESENTATIVE_IDS = [name for name, _ in REPRESENTATIVES]
 
 
 def is_counts(name: str) -> bool:
@@ -79,7 +112,7 @@ def further(likelihood: tuple[str, bool]) -> list[Callable[[Tensor], Tensor]]:
     """How the parameters behind the first are drawn."""
     name, full = likelihood
     row = ROWS[name]
-    drawn = [draw for draw in (row.second, row.third) if draw is not None]
+    drawn = [draw for draw in (row.second, row.third, row.fourth) if draw is not None]
     return drawn if full else drawn[: likelihoods.get(name).fewest - 1]
 
 
@@ -94,6 +127,7 @@ class Drawn(NamedTuple):
     x: Tensor
     second: Tensor | None
     third: Tensor | None
+    fourth: Tensor | None
 
 
 def draw(
@@ -112,14 +146,14 @@ def draw(
         return torch.randn(size, dtype=torch.float64)
 
     if x_dtype == torch.uint8:
-        x = torch.randint(0, 256, shape, dtype=torch.uint8)
+        x = torch.randint(0, MOST + 1 if likelihoods.get(likelihood[0]).data else 256, shape, dtype=torch.uint8)
     elif x_dtype == torch.bool:
         x = torch.rand(shape) < 0.5
     else:
         x = row.x(noise(shape)).to(x_dtype or dtype)
     recon = row.recon(noise(whole)).to(dtype)
-    second, third, *_ = [*(values(noise(whole)).to(dtype) for values in further(likelihood)), None, None]
-    for t in (recon, x, second, third):
-        if t is not None and t.is_floating_point():
+    others = [values(noise(whole)).to(dtype) for values in further(likelihood)]
+    for t in (recon, x, *others[: len(others) - likelihoods.get(likelihood[0]).data]):
+        if t.is_floating_point():
             t.requires_grad_(requires_grad)
-    return Drawn(recon, x, second, third)
+    return Drawn(recon, x, *others, *[None] * (3 - len(others)))

@@ -119,6 +119,18 @@ FUNCTIONS = {
         lambda m, t, p, x: fastelbo.log_prob((m, t, p), x, likelihood="zinb", mask=_mask(x)),
         lambda b, d: [_r(K, b, d), 2 * _r(d), _r(K, b, d), 5 * _unit(b, d)],
     ),
+    "nb_mean": Function(
+        lambda m, t, x: fastelbo.log_prob((m, t), x, likelihood="scvi_nb"),
+        lambda b, d: [3 * _unit(K, b, d), 2 * _unit(d), 5 * _unit(b, d)],
+    ),
+    "nb_mixture": Function(
+        lambda m, n, t, p, x: fastelbo.log_prob((m, n, t, p), x, likelihood="nb_mixture", mask=_mask(x)),
+        lambda b, d: [3 * _unit(b, d), _unit(b, d), 2 * _unit(d), _r(b, d), 5 * _unit(b, d)],
+    ),
+    "beta_binomial": Function(
+        lambda a, c, x: fastelbo.log_prob((a, c, _counts(x) + 5), x, likelihood="beta_binomial"),
+        lambda b, d: [2 * _unit(K, b, d), 2 * _unit(d), 4 * _unit(b, d)],
+    ),
     "nb of every element, of rows and columns": Function(
         lambda m, t, x: fastelbo.log_prob((m, t), x, likelihood="nb", reduce=False),
         lambda b, d: [_r(b, 1), 2 * _r(1, d), 5 * _unit(b, d)],
@@ -228,6 +240,9 @@ def op_calls() -> dict[str, tuple]:
     def r(*shape: int) -> Tensor:
         return torch.randn(shape, requires_grad=True)
 
+    def p(*shape: int) -> Tensor:
+        return torch.rand(shape).add(0.1).requires_grad_()
+
     def plain(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
         return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
@@ -247,6 +262,25 @@ def op_calls() -> dict[str, tuple]:
         "log_prob pair": (ops.log_prob.default, ([r(4, 6), r(4, 6)], r(4, 6), None, "gaussian")),
         "log_prob, shared by rows": (ops.log_prob.default, ([r(3, 4, 6), r(6)], r(4, 6), None, "gaussian")),
         "log_prob, one number": (ops.log_prob.default, ([r(4, 6), r()], r(4, 6), mask, "laplace")),
+        "log_prob, four tensors": (
+            ops.log_prob.default,
+            ([p(3, 4, 6), p(3, 4, 6), p(6), r(3, 4, 6)], x, mask, "scvi_nb_mixture"),
+        ),
+        "log_prob_elements, a total of rows": (
+            ops.log_prob_elements.default,
+            ([p(4, 6), p(), torch.randint(3, 9, (6,))], 2 * x, None, "beta_binomial"),
+        ),
+        "backward of log_prob, a total": (
+            ops._log_prob_backward.default,
+            (
+                r(3, 4),
+                [p(3, 4, 6), p(6), torch.randint(3, 9, (6,))],
+                2 * x,
+                mask,
+                "beta_binomial",
+                [True, True, False, False, False],
+            ),
+        ),
         "log_prob_elements": (ops.log_prob_elements.default, ([r(3, 4, 6), r(6)], r(4, 6), mask, "gaussian")),
         "log_prob_elements, one number": (ops.log_prob_elements.default, ([r(4, 6), r()], x, None, "laplace")),
         "backward of log_prob_elements": (

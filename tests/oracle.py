@@ -16,7 +16,7 @@ inside a factorization, which differ from LAPACK to LAPACK: there the rule is on
 Where eager PyTorch is not finite, the op must give the same infinity or NaN; elsewhere it must be finite.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -179,16 +179,16 @@ def check(
     *inputs: Any,
     twin: Call | None = None,
     label: str = "",
-    shared: Sequence[int] = (),
+    shared: Sequence[int] | Mapping[int, int] = (),
     like: int = 0,
     roundings: float = 0.0,
 ) -> None:
     """Values and all gradients of `call(*inputs)` against `twin(*inputs)` (or the same call) in reference mode.
 
     The upstream gradients are random and differ from element to element. Gradients are taken for the inputs that
-    require one. `shared`: the indices of inputs that broadcast to the one of index `like`. `roundings`: of a result
-    that a LAPACK has a part in, how many roundings of the inputs the error may amount to, where that is more than
-    eager's.
+    require one. `shared`: the indices of inputs that broadcast to the one of index `like`, or to those of a mapping.
+    `roundings`: of a result that a LAPACK has a part in, how many roundings of the inputs the error may amount to,
+    where that is more than eager's.
     """
     twin = twin or call
     leaves, wide = leaves_of(inputs), partial(leaves_of, inputs, torch.float64)
@@ -210,7 +210,8 @@ def check(
     for index in shared:
         if index in wanted:
             with reference_mode(exact=True):
-                terms = _sum_of_magnitudes(twin, wide(), index, like, upstream)
+                whole = shared[index] if isinstance(shared, Mapping) else like
+                terms = _sum_of_magnitudes(twin, wide(), index, whole, upstream)
             at = len(outputs) + wanted.index(index)
             magnitudes[at] = torch.maximum(magnitudes[at], terms)
     random_runs: list[list[Tensor]] = []

@@ -33,6 +33,8 @@ q = fastelbo.distributions.Gaussian(mu, scale=0.5)
 assert_type(q, fastelbo.distributions.Gaussian)
 assert_type(q.expand((5, 4)), fastelbo.distributions.Gaussian)
 assert_type(fastelbo.distributions.NegativeBinomial(recon, 0.5, event_dims=2).log_prob(x), Tensor)
+assert_type(fastelbo.distributions.NegativeBinomial(mean=recon, theta=0.5).theta, Tensor)
+assert_type(fastelbo.distributions.BetaBinomial(recon, 0.5, 10).variance, Tensor)
 assert_type(q.rsample((5,)), Tensor)
 assert_type(fastelbo.distributions.gaussian_kl(q, torch.distributions.Normal(mu, 1.0)), Tensor)
 

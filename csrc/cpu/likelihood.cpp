@@ -38,7 +38,7 @@ void run_rows(prepare::Likelihood& rows, double* log_p) {
   Scratch parts;
   if (in_parts) parts.resize_for_overwrite(p.rows() * per_row);
   p.log_p = in_parts ? parts.data() : log_p;
-  run(kernels().log_prob[rows.index][p.count - 1][rows.is_double], p, p.chunks() * per_row,
+  run(kernels().log_prob[rows.info.kernel][p.count - 1][rows.is_double], p, p.chunks() * per_row,
       std::min(p.D, kSegment) * p.chunk);
   if (in_parts) add_segments(parts.data(), per_row, p.rows(), log_p);
   for (const prepare::SharedOutput& shared : rows.shared) {

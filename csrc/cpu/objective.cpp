@@ -56,7 +56,7 @@ void multi_sample_loss(prepare::MultiSampleLoss& op) {
     run_rows(values, p.weights);
     run(kernels().weigh[is_double], p, B, K * 4);
   } else {
-    run(kernels().multi_sample[op.rows.index][rows.count - 1][is_double], p, B, K * D);
+    run(kernels().multi_sample[op.rows.info.kernel][rows.count - 1][is_double], p, B, K * D);
     for (View& grad : rows.grad) grad = {};
   }
   bool rest = !op.rows.shared.empty();

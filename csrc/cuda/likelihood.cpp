@@ -14,7 +14,7 @@ void log_prob(prepare::LogProb& op) {
   RowsParams p;
   p.fit = op.rows.params;
   RowSums sums(p, op.log_prob);
-  launch_rows(p, op.rows.index, op.rows.is_double, device.stream());
+  launch_rows(p, op.rows.info.kernel, op.rows.is_double, device.stream());
   sums.finish(p, op.rows.is_double, device.stream());
 }
 
@@ -22,14 +22,14 @@ void log_prob_elements(prepare::LogProbElements& op) {
   const OnDeviceOf device(op.log_prob);
   RowsParams p;
   p.fit = op.rows.params;
-  launch_rows(p, op.rows.index, op.rows.is_double, device.stream());
+  launch_rows(p, op.rows.info.kernel, op.rows.is_double, device.stream());
 }
 
 void log_prob_backward(prepare::LogProbBackward& op) {
   const OnDeviceOf device(op.grad);
   RowsParams p;
   p.fit = op.rows.params;
-  if (p.fit.any_grad()) launch_rows(p, op.rows.index, op.rows.is_double, device.stream());
+  if (p.fit.any_grad()) launch_rows(p, op.rows.info.kernel, op.rows.is_double, device.stream());
   run_shared_grads(op.rows, device.stream());
   if (!op.grad_x_samples.defined()) return;
   op.rows.views.finish();

@@ -28,7 +28,7 @@ class RowSums {
 // The gradients of parameters that rows share, from the row factors in rows.params.
 inline void run_shared_grads(const prepare::Likelihood& rows, cudaStream_t stream) {
   if (rows.shared.empty()) return;
-  launch_shared_grads(rows.params, rows.index, rows.is_double, stream);
+  launch_shared_grads(rows.params, rows.info.kernel, rows.is_double, stream);
   for (const prepare::SharedOutput& shared : rows.shared) {
     shared.total.as_strided({shared.total.numel()}, {1})
         .copy_(shared.total.dim() == 0 ? shared.sums.sum().reshape({1}) : shared.sums.sum(0));

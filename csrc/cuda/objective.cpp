@@ -42,7 +42,7 @@ void elbo_loss(prepare::ElboLoss& op) {
     p.floored_kl = penalty.mutable_data_ptr();
   }
   RowSums sums(p, op.log_likelihood);
-  launch_rows(p, op.rows.index, is_double, device.stream());
+  launch_rows(p, op.rows.info.kernel, is_double, device.stream());
   sums.finish(p, is_double, device.stream());
   run_shared_grads(op.rows, device.stream());
   if (op.reduction == Reduction::none) {
@@ -69,8 +69,9 @@ void multi_sample_loss(prepare::MultiSampleLoss& op) {
   LogProbParams& rest = op.rows.params;  // what is left for a launch after the weights
   Tensor parts;
   // a tempered bound takes the other way: see math/weights.h
-  if (p.estimator.alpha.is_zero() && D <= kSegment && (fills_device(B) || K * D < kSegment)) {
-    launch_multi_sample(p, total, op.rows.index, is_double, device.stream());
+  if (!op.rows.info.by_element && p.estimator.alpha.is_zero() && D <= kSegment &&
+      (fills_device(B) || K * D < kSegment)) {
+    launch_multi_sample(p, total, op.rows.info.kernel, is_double, device.stream());
     for (View& grad : rest.grad) grad = {};
   } else {
     RowsParams values;
@@ -78,14 +79,14 @@ void multi_sample_loss(prepare::MultiSampleLoss& op) {
     for (View& grad : values.fit.grad) grad = {};
     parts = doubles(op.weights, {K * B * segments(D)});
     p.fit.log_p = values.fit.log_p = parts.mutable_data_ptr<double>();
-    launch_rows(values, op.rows.index, is_double, device.stream());
+    launch_rows(values, op.rows.info.kernel, is_double, device.stream());
     launch_weigh(p, total, is_double, device.stream());
   }
   if (op.row_factor.defined()) rest.factor = views::rows_of(op.row_factor);
   if (rest.any_grad()) {
     RowsParams grads;
     grads.fit = rest;
-    launch_rows(grads, op.rows.index, is_double, device.stream());
+    launch_rows(grads, op.rows.info.kernel, is_double, device.stream());
   }
   run_shared_grads(op.rows, device.stream());
   if (op.reduction == Reduction::none) op.loss.copy_(op.bound.neg());

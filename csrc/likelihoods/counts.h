@@ -30,6 +30,13 @@ FASTELBO_HD Terms<T> run(const Element<T>& in) {
   return run_steps<Formula>(in, w);
 }
 
+// Whether the formula of large counts takes this one.
+template <class Large, class T>
+FASTELBO_HD bool takes(const Element<T>& in) {
+  if constexpr (requires { Large::takes(in); }) return Large::takes(in);
+  return in.x >= 1;
+}
+
 // t if x is a count
 template <class T>
 FASTELBO_HD Terms<T> of_count(T x, const Terms<T>& t) {
@@ -37,7 +44,7 @@ FASTELBO_HD Terms<T> of_count(T x, const Terms<T>& t) {
   return select(x < 0 || x == inf, Terms<T>{.value = -inf}, t);
 }
 
-// Of any x other than 0: by Small below 1, else by Large.
+// Of any x other than 0: by Large where it takes x, which is from 1 on unless it says so, else by Small.
 template <class Small, class Large>
 struct Either {
   static constexpr int kSteps = Small::kSteps + Large::kSteps, kWork = Small::kWork + Large::kWork;
@@ -53,15 +60,27 @@ struct Either {
 
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
-    return of_count(in.x, select(in.x < 1, Small::terms(in, w), Large::terms(in, w + Small::kWork)));
+    return of_count(in.x, select(takes<Large>(in), Large::terms(in, w + Small::kWork), Small::terms(in, w)));
   }
 };
+
+#if defined(__CUDA_ARCH__)
+template <class Formula, class T>
+__device__ __noinline__ Terms<T> called(const Element<T>& in) {
+  return run<Formula>(in);
+}
+template <class Formula, class T>
+__device__ Terms<T> on_device(const Element<T>& in) {
+  if constexpr (requires { Formula::kLong; }) return called<Formula>(in);
+  return run<Formula>(in);
+}
+#endif
 
 // A likelihood of the formulas of x = 0, of 0 < x < 1, which no whole count is, and of finite x >= 1.
 template <class ZeroFormula, class Small, class LargeFormula>
 struct Counts : Defaults {
   static constexpr Domain kDomain = Domain::counts;
-  static constexpr bool kZeros = true;
+  static constexpr bool kZeros = true, kLong = requires { LargeFormula::kLong; };
   using Zero = ZeroFormula;
   using Large = LargeFormula;
   using Other = Either<Small, Large>;
@@ -69,8 +88,8 @@ struct Counts : Defaults {
   template <class T>
   FASTELBO_HD static Terms<T> terms_of(const Element<T>& in) {
 #if defined(__CUDA_ARCH__)
-    if (in.x == 0) return run<Zero>(in);  // branches: the registers of one formula at a time
-    return of_count(in.x, in.x < 1 ? run<Small>(in) : run<Large>(in));
+    if (in.x == 0) return on_device<Zero>(in);  // branches: the registers of one formula at a time
+    return of_count(in.x, takes<Large>(in) ? on_device<Large>(in) : on_device<Small>(in));
 #else
     return select(in.x == 0, run<Zero>(in), run<Other>(in));
 #endif

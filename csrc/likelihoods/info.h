@@ -1,4 +1,4 @@
-// What the checks know of a likelihood, by its index in list.h.
+// What the checks know of a likelihood.
 #pragma once
 
 namespace fastelbo {
@@ -15,9 +15,13 @@ inline constexpr int kMaxParameters = 4;
 
 struct LikelihoodInfo {
   const char* name;
+  int kernel;        // its index in list.h
   int fewest, most;  // parameters
+  int data;          // how many of the last are data: without a gradient
   const char* parameters[kMaxParameters];
-  Domain domain;  // of x
+  Domain domain;    // of x
+  double added;     // to a mean and to theta
+  bool by_element;  // see terms.h: CUDA has no kernel of K-sample bounds for it
 };
 
 int likelihood_count();

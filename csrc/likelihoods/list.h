@@ -3,9 +3,13 @@
 
 #include "likelihoods/bernoulli.h"
 #include "likelihoods/bernoulli_probs.h"
+#include "likelihoods/beta_binomial.h"
 #include "likelihoods/gaussian.h"
 #include "likelihoods/laplace.h"
 #include "likelihoods/nb.h"
+#include "likelihoods/nb_logits.h"
+#include "likelihoods/nb_mean.h"
+#include "likelihoods/nb_mixture.h"
 #include "likelihoods/poisson.h"
 #include "likelihoods/student_t.h"
 #include "likelihoods/zinb.h"
@@ -17,6 +21,17 @@ struct TypeList {
   static constexpr int size = sizeof...(L);
 };
 
-using Likelihoods = TypeList<Bernoulli, BernoulliProbs, Gaussian, Laplace, StudentT, Poisson, Nb, Zinb>;
+using Likelihoods = TypeList<Bernoulli, BernoulliProbs, Gaussian, Laplace, StudentT, Poisson, Nb, Zinb, NbMean,
+                             NbLogits, ZinbMean, NbMixture, BetaBinomial>;
+
+// Names of likelihoods with a number added to every mean and to theta.
+struct Shifted {
+  const char *name, *of;
+  double added;
+};
+inline constexpr Shifted kShifted[] = {// as scvi-tools computes them
+                                       {"scvi_nb", "nb_mean", 1e-8},
+                                       {"scvi_zinb", "zinb_mean", 1e-8},
+                                       {"scvi_nb_mixture", "nb_mixture", 1e-8}};
 
 }  // namespace fastelbo::FASTELBO_ISA

@@ -1,10 +1,10 @@
 // Negative binomial with mean m = exp(l) and variance m + m^2 / theta, r = log theta.
 //
 // From x = 1 on, with f = (x - m) / (theta + m), and lgamma and digamma by Stirling (S and D as in math/special.h):
-//   log p = theta log(1 + f) + x log(1 - theta f / x) - 1/2 log(2 pi x (x + theta) / theta)
-//           + S(x + theta) - S(theta) - S(x)
-//   d/dl  = theta f
-//   d/dr  = theta [log(1 + f) - f - D(x + theta) + D(theta)] + x / (2 (x + theta))
+//   log p    = theta log(1 + f) + x log(1 - theta f / x) - 1/2 log(2 pi x (x + theta) / theta)
+//              + S(x + theta) - S(theta) - S(x)
+//   d/dl     = theta f
+//   d/dtheta = log(1 + f) - f - D(x + theta) + D(theta) + x / (2 theta (x + theta));  d/dr = theta d/dtheta
 // The logarithms are of (x + theta) / (m + theta) and of that times m / x. Their terms are of the size of the result
 // for any theta: as it goes to infinity the Poisson is left (Loader 2000).
 //
@@ -93,9 +93,55 @@ struct NbSmall : NbZero {
   }
 };
 
+// From x = 1 on, from m and theta: by nb.h from their logarithms, by nb_mean.h from themselves. A formula's first step
+// calls start(), the others are those here.
+struct NbFromOne {
+  static constexpr int kSteps = 4;
+  enum { kTheta, kF, kMean, kRatio, kValue = kRatio, kCurve, kLog, kOwn };
+
+  template <class T>
+  FASTELBO_HD static void start(T x, T mean, T theta, T* w) {
+    const T sum = theta + mean;  // two divisions: d/dr is as large as theta f where x is
+    w[kTheta] = theta, w[kMean] = mean, w[kRatio] = (x + theta) / sum, w[kF] = (x - mean) / sum;
+  }
+
+  // raised: w[kMean] is the mean times exp(raised), which is far below theta
+  template <int kStep, class T>
+  FASTELBO_HD static void step(T x, T* w, T raised = 0) {
+    if constexpr (kStep == 1) {
+      const LogRatio<T> ratio = log_ratio(w[kRatio], w[kF]);
+      w[kLog] = ratio.log, w[kCurve] = ratio.curve;
+    } else if constexpr (kStep == 2) {
+      const T ratio = w[kRatio] * (w[kMean] / x), f = -(w[kTheta] * w[kF]) / x;
+      const T log = log_ratio(ratio, raised == 0 ? f : ratio - 1).log - raised;
+      w[kValue] = w[kTheta] * w[kLog] + x * log, w[kLog] = log;
+    } else {
+      const Stirling<T> of_theta = stirling(w[kTheta]);
+      w[kValue] -= of_theta.tail, w[kCurve] += of_theta.digamma;
+    }
+  }
+
+  // value; d/dl; d/dtheta times theta; d_x
+  template <class T>
+  FASTELBO_HD static Terms<T> terms(T x, const T* w) {
+    const T theta = w[kTheta], total = x + theta;
+    const Stirling<T> of_total = stirling_from_one(total);
+    const bool tiny = theta < T(0x1p-30);  // x^2 / theta may overflow
+    const T square = x * (total / (tiny ? theta * T(0x1p60) : theta));
+    const T halves = half_log_2pi(square) + (tiny ? T(20.794415416798359283) : T(0));  // 30 log 2
+    const T rest = of_total.tail - stirling_from_one(x).tail - halves;
+    // digamma(x + theta) - digamma(x + 1) + log(m / (m + theta)); the logarithms as one and log(x / (x + 1))
+    const T next = x + 1, of_next = T(0.5) / next + stirling_from_one(next).digamma;
+    const T d_x = w[kLog] + log_ratio(x / next, -1 / next).log + of_next - (T(0.5) / total + of_total.digamma);
+    return {.value = w[kValue] + rest,
+            .d = {theta * w[kF], theta * (w[kCurve] - of_total.digamma) + x / (2 * total)},
+            .d_x = d_x};
+  }
+};
+
 struct NbLarge {
-  static constexpr int kSteps = 4, kWork = 8;
-  enum { kL, kR, kTheta, kF, kMean, kRatio, kValue = kRatio, kCurve, kLog };
+  static constexpr int kSteps = NbFromOne::kSteps, kWork = NbFromOne::kOwn + 2;
+  enum { kL = NbFromOne::kOwn, kR };
 
   template <class T>
   FASTELBO_HD static T larger(const Element<T>& in) {  // finite: that of two -inf has no difference
@@ -105,45 +151,26 @@ struct NbLarge {
 
   template <int kStep, class T>
   FASTELBO_HD static void step(const Element<T>& in, T* w) {
-    const T x = in.x;
     if constexpr (kStep == 0) {
       const T top = larger(in), edge = kNegligible<T>;
       const bool raised = top < edge;  // both are, and keep their difference, which is exact where it is small
-      w[kL] = raised ? (in.p.first - top) + edge : in.p.first,
+      w[kL] = raised ? (in.p.first - top) + edge : in.p.first;
       w[kR] = raised ? (in.p.second - top) + edge : in.p.second;
-      w[kMean] = exp_within(clamped(kFaintMean<T>, w[kL], kMeanEdge<T>));
-      w[kTheta] = exp_within(clamped(kFaintTheta<T>, w[kR], kThetaEdge<T>));
-      const T sum = w[kTheta] + w[kMean];  // two divisions: d/dr is as large as theta f where x is
-      w[kRatio] = (x + w[kTheta]) / sum, w[kF] = (x - w[kMean]) / sum;
-    } else if constexpr (kStep == 1) {
-      const LogRatio<T> ratio = log_ratio(w[kRatio], w[kF]);
-      w[kLog] = ratio.log, w[kCurve] = ratio.curve;
-    } else if constexpr (kStep == 2) {
-      const T log = log_ratio(w[kRatio] * (w[kMean] / x), -(w[kTheta] * w[kF]) / x).log;
-      w[kValue] = w[kTheta] * w[kLog] + x * log, w[kLog] = log;
+      NbFromOne::start(in.x, exp_within(clamped(kFaintMean<T>, w[kL], kMeanEdge<T>)),
+                       exp_within(clamped(kFaintTheta<T>, w[kR], kThetaEdge<T>)), w);
     } else {
-      const Stirling<T> of_theta = stirling(w[kTheta]);
-      w[kValue] -= of_theta.tail, w[kCurve] += of_theta.digamma;
+      NbFromOne::step<kStep>(in.x, w);
     }
   }
 
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T* w) {
-    const T x = in.x, theta = w[kTheta], total = x + theta, excess = above(in.p.first, kMeanEdge<T>);
-    const Stirling<T> of_total = stirling_from_one(total);
-    const bool tiny = theta < T(0x1p-30);  // x^2 / theta may overflow
-    const T square = x * (total / (tiny ? theta * T(0x1p60) : theta));
-    const T halves = half_log_2pi(square) + (tiny ? T(20.794415416798359283) : T(0));  // 30 log 2
-    const T rest = of_total.tail - stirling_from_one(x).tail - halves;
-    const T cut = x * below(w[kL], kFaintMean<T>) + below(w[kR], kFaintTheta<T>) + below(larger(in), kNegligible<T>) -
-                  theta * excess;
-    // digamma(x + theta) - digamma(x + 1) + log(m / (m + theta)); the logarithms as one and log(x / (x + 1))
-    const T next = x + 1, of_next = T(0.5) / next + stirling_from_one(next).digamma;
-    const T d_x = w[kLog] + log_ratio(x / next, -1 / next).log + below(w[kL], kFaintMean<T>) + of_next -
-                  (T(0.5) / total + of_total.digamma);
-    const T d_r = theta * (w[kCurve] - of_total.digamma - excess) + x / (2 * total);
-    return {
-        .value = w[kValue] + (rest + cut), .d = {theta * w[kF], in.p.second > kThetaEdge<T> ? T(0) : d_r}, .d_x = d_x};
+    const Terms<T> t = NbFromOne::terms(in.x, w);
+    const T lost = below(w[kL], kFaintMean<T>), beyond = w[NbFromOne::kTheta] * above(in.p.first, kMeanEdge<T>);
+    const T cut = in.x * lost + below(w[kR], kFaintTheta<T>) + below(larger(in), kNegligible<T>) - beyond;
+    return {.value = t.value + cut,
+            .d = {t.d.first, in.p.second > kThetaEdge<T> ? T(0) : t.d.second - beyond},
+            .d_x = t.d_x + lost};
   }
 };
 

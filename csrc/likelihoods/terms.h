@@ -4,15 +4,21 @@
 //   eval          (parameters ..., x, shared) -> Terms
 // and, where the defaults do not fit:
 //   kFewest       parameters that have to be given; one that is not is 0
+//   kData         how many of the last parameters are data: they have no gradient, and may be integers
 //   kDomain       of x: the reals or [0, 1], where bytes mean x / 255, or counts, which integers of any type are
 //   kShares       whether shared() is worth a pass of its own: value and gradient need one exponential, which is long
 //   shared        (parameters ...) -> that number
 //   kSoftplus     whether log(1 + shared) is still to be subtracted from the value, for a shared number in [0, 1]: the
 //                 CPU takes one logarithm of the product of eight
+//   kByElement    whether log p of every element is what it is taken for: CUDA has no kernels of the plain layout and
+//   of
+//                 K-sample bounds then
+//   kLong         whether its formulas are so long that CUDA calls them, and inlines no copies
 //   kZeros        whether x = 0, which most counts are, has a formula of its own: see counts.h
 // What the caller does not use of the Terms costs nothing: the compiler drops it.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "likelihoods/info.h"
@@ -21,9 +27,9 @@
 namespace fastelbo::FASTELBO_ISA {
 
 struct Defaults {
-  static constexpr int kFewest = 1;
+  static constexpr int kFewest = 1, kData = 0;
   static constexpr Domain kDomain = Domain::reals;
-  static constexpr bool kShares = false, kSoftplus = false, kZeros = false;
+  static constexpr bool kShares = false, kSoftplus = false, kZeros = false, kByElement = false, kLong = false;
 };
 
 // A number of each parameter, 0 where there is none. No array: of one that is declared in it, gcc 12 vectorizes no
@@ -59,6 +65,7 @@ template <class T>
 struct Element {
   OfParameters<T> p;
   T x = 0;
+  T added = 0;  // to a mean and to theta, by likelihoods that take these: LikelihoodInfo
 };
 
 template <class L>
@@ -88,10 +95,10 @@ FASTELBO_HD T shared_of(T a, T b, T c, T d) {
     return L::shared(a, b, c, d);
 }
 template <class L, class T>
-FASTELBO_HD Terms<T> terms_of(T a, T b, T c, T d, T x, T shared) {
+FASTELBO_HD Terms<T> terms_of(T a, T b, T c, T d, T x, T shared, T added) {
   constexpr int n = kParameters<L>;
   if constexpr (L::kZeros)
-    return L::terms_of(Element<T>{{a, b, c, d}, x});
+    return L::terms_of(Element<T>{{a, b, c, d}, x, added});
   else if constexpr (n == 1)
     return L::eval(a, x, shared);
   else if constexpr (n == 2)
@@ -106,7 +113,7 @@ FASTELBO_HD Terms<T> terms_of(T a, T b, T c, T d, T x, T shared) {
 template <class L, class T>
 FASTELBO_HD Terms<T> evaluate(const Element<T>& in) {
   const T shared = shared_of<L>(in.p.first, in.p.second, in.p.third, in.p.fourth);
-  const Terms<T> t = terms_of<L>(in.p.first, in.p.second, in.p.third, in.p.fourth, in.x, shared);
+  const Terms<T> t = terms_of<L>(in.p.first, in.p.second, in.p.third, in.p.fourth, in.x, shared, in.added);
   return {L::kSoftplus ? t.value - log1p_unit(shared) : t.value, t.d, t.d_x};
 }
 

@@ -10,14 +10,16 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
+template <class NbZero>
 struct ZinbZero {
   static constexpr int kSteps = NbZero::kSteps + 2, kWork = 7;
   enum { kShift, kQ, kBelow, kFirst, kSecond, kThird, kWeight };
+  static_assert(NbZero::kWork <= kWork);
 
   template <int kStep, class T>
   FASTELBO_HD static void step(const Element<T>& in, T* w) {
     if constexpr (kStep < NbZero::kSteps) {
-      NbZero::step<kStep>(in, w);
+      NbZero::template step<kStep>(in, w);
     } else if constexpr (kStep == NbZero::kSteps) {
       const Terms<T> nb = NbZero::terms(in, w);
       w[kShift] = nb.value, w[kFirst] = nb.d.first, w[kSecond] = nb.d.second;
@@ -67,7 +69,7 @@ struct ZinbOther {
   }
 };
 
-struct Zinb : Counts<ZinbZero, ZinbOther<NbSmall>, ZinbOther<NbLarge>> {
+struct Zinb : Counts<ZinbZero<NbZero>, ZinbOther<NbSmall>, ZinbOther<NbLarge>> {
   static constexpr const char* name = "zinb";
   static constexpr const char* parameters[] = {"log_mean", "log_theta", "zero_logits"};
   static constexpr int kFewest = 3;

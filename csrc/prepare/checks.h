@@ -96,10 +96,10 @@ inline void data(const at::Tensor& x, const char* like_name, const at::Tensor& l
   if (!mixed) same_precision("x", x, like_name, like);
 }
 
-inline int likelihood_index(std::string_view name) {
+inline const LikelihoodInfo& likelihood_named(std::string_view name) {
   std::string names;
   for (int i = 0; i < likelihood_count(); ++i) {
-    if (name == likelihood_info(i).name) return i;
+    if (name == likelihood_info(i).name) return likelihood_info(i);
     names += std::string(i ? ", " : "") + '"' + likelihood_info(i).name + '"';
   }
   TORCH_CHECK_VALUE(false, "likelihood must be one of ", names, "; got \"", name, "\"");
@@ -114,15 +114,14 @@ inline Reduction reduction(std::string_view name) {
   return Reduction::none;
 }
 
-// The parameters of a likelihood, and what goes with them; the returned number is the likelihood's index.
-inline int log_prob(at::TensorList parameters, const at::Tensor& x, const OptionalTensor& mask,
-                    std::string_view likelihood) {
+// The parameters of a likelihood, and what goes with them.
+inline const LikelihoodInfo& log_prob(at::TensorList parameters, const at::Tensor& x, const OptionalTensor& mask,
+                                      std::string_view likelihood) {
   static constexpr const char* kNames[] = {"recon", "the second tensor of recon", "the third tensor of recon",
                                            "the fourth tensor of recon"};
   static constexpr const char* kCounts[] = {"no tensor",     "one tensor",   "a pair",
                                             "three tensors", "four tensors", "more than four"};
-  const int index = likelihood_index(likelihood);
-  const LikelihoodInfo& info = likelihood_info(index);
+  const LikelihoodInfo& info = likelihood_named(likelihood);
   const int count = int(std::min<size_t>(parameters.size(), kMaxParameters + 1));
   if (count < info.fewest || count > info.most) {
     std::string names;
@@ -145,11 +144,17 @@ inline int log_prob(at::TensorList parameters, const at::Tensor& x, const Option
   for (int i = 1; i < count; ++i) {
     const at::Tensor& t = parameters[i];
     const auto ts = t.sym_sizes();
+    const bool is_data = i >= info.most - info.data;
     TORCH_CHECK_VALUE(ts.empty() || same_shape(ts, rs) || same_shape(ts, xs.slice(1)), kNames[i],
                       " must have the shape ", shape_text(rs), " of recon's first tensor, ", shape_text(xs.slice(1)),
                       " of one datum, or be 0-d; got ", shape_text(t));
-    same_precision(kNames[i], t, "the first", recon);
     same_device(kNames[i], t, "the first", recon);
+    if (is_data) {
+      TORCH_CHECK_VALUE(!t.requires_grad(), kNames[i],
+                        " is data, and must not require a gradient; got requires_grad=True");
+      if (at::isIntegralType(t.scalar_type(), /*includeBool=*/false)) continue;
+    }
+    same_precision(kNames[i], t, "the first", recon);
   }
   if (mask.has_value()) {
     shaped("mask", *mask, "x", x);
@@ -159,7 +164,7 @@ inline int log_prob(at::TensorList parameters, const at::Tensor& x, const Option
                      "mask must be bool, uint8 or a float type; got ", dtype_name(mt));
     TORCH_CHECK_VALUE(!mask->requires_grad(), "mask must not require a gradient; got requires_grad=True");
   }
-  return index;
+  return info;
 }
 
 // An upstream gradient: of the compute type, as the output of this shape that it belongs to.

@@ -18,14 +18,14 @@ struct SharedOutput {
 
 // Rows of log p(x | parameters), with the gradients that are wanted.
 struct Likelihood {
-  int index;
+  const LikelihoodInfo& info;
   bool is_double;
   Views views;
   LogProbParams params;
   c10::SmallVector<SharedOutput, 2> shared;
 
   Likelihood(at::TensorList parameters, const Tensor& x, const OptionalTensor& mask, std::string_view likelihood)
-      : index(checks::log_prob(parameters, x, mask, likelihood)),
+      : info(checks::log_prob(parameters, x, mask, likelihood)),
         is_double(views::is_double(parameters[0])),
         views(x.dim() - 1, x.is_meta() ? views::Order() : views::event_order(parameters[0], x.dim() - 1)) {
     if (x.is_meta()) return;
@@ -36,10 +36,11 @@ struct Likelihood {
     const auto event = x.sizes().slice(1);
     for (int64_t size : event) p.D *= size;
     p.count = int(parameters.size());
+    p.added = info.added;
     for (int i = 0; i < p.count; ++i) {
       p.parameter[i] = views.in(parameters[i].dim() == 0 ? parameters[i].expand(event) : parameters[i]);
     }
-    p.x = views.in(x, /*unit=*/likelihood_info(index).domain != Domain::counts);
+    p.x = views.in(x, /*unit=*/info.domain != Domain::counts);
     p.mask = views.in(mask);
   }
 

@@ -26,7 +26,7 @@ INT64 = (-(2**63), 2**63 - 1)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LIKELIHOODS: tuple[str, ...] = tuple(_ops._C.build_info()["likelihoods"])
 REDUCTIONS = ("mean", "sum", "none")
-ORDINALS = ("first", "second", "third")  # the tensors of recon
+ORDINALS = ("first", "second", "third", "fourth")  # the tensors of recon
 
 
 def refusal(name: str, expected: str, value: Any) -> TypeError:
@@ -126,10 +126,11 @@ def _recon(name: str, value: Any) -> Any:
         return floats(name, value)
     several = isinstance(value, tuple | list) and 2 <= len(value) <= len(ORDINALS)
     if not several or not all(isinstance(t, Tensor) for t in value):
-        raise refusal(name, "a tensor, or a tuple of two or three tensors such as (mean, logvar)", value)
+        raise refusal(name, "a tensor, or a tuple of two to four tensors such as (mean, logvar)", value)
     floats(name, value[0])
     for t, ordinal in zip(value[1:], ORDINALS[1:], strict=False):
-        floats(f"the {ordinal} tensor of {name}", t)
+        # of some likelihoods the last one is data
+        (floats if ordinal == ORDINALS[1] else _floats_or_counts)(f"the {ordinal} tensor of {name}", t)
     return value
 
 
@@ -187,6 +188,7 @@ def _batch_dims(name: str, value: Any) -> int:
 
 
 floats = tensor(*FLOATS)
+_floats_or_counts = tensor(*FLOATS, torch.uint8, *reference.COUNTS)  # the total of a beta-binomial is data
 size = integer(0)
 count = integer(1)
 generator = instance(torch.Generator, "a torch.Generator")

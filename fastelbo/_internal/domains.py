@@ -17,9 +17,13 @@ _UNIT = {name for name, row in likelihoods.LIKELIHOODS.items() if row.domain == 
 
 def readable(t: Tensor) -> bool:
     """Whether the values of t can be read: nothing traces, and nothing has to be waited for."""
+    return t.device.type == "cpu" and untraced(t)
+
+
+def untraced(t: Tensor) -> bool:
+    """Whether t has values: nothing traces it, or transforms what is done with it."""
     return (
         not torch.compiler.is_compiling()
-        and t.device.type == "cpu"
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0

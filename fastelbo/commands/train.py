@@ -22,14 +22,13 @@ from fastelbo._internal.progress import progress
 from fastelbo.commands import data, files, options
 from fastelbo.commands.options import option
 from fastelbo.data.built_in import BUILT_IN
-from fastelbo.likelihoods import LIKELIHOODS
 from fastelbo.losses import LossParts, Recon, join_recon, split_recon
 from fastelbo.models.diagnostics import ACTIVE_VARIANCE, DiagnosticsMeter
 from fastelbo.models.evaluation import batch_size
 from fastelbo.models.objective import OBJECTIVES, Objective
 from fastelbo.models.scaling import Scaling
 from fastelbo.models.vae import VAE
-from fastelbo.nets import NETS, build_model
+from fastelbo.nets import BUILT, NETS, build_model
 
 FIGURES = ("bound", "elbo", "log_likelihood", "kl")  # nats per datum; bound is the objective's own, minus the loss
 COST_METRICS = ("ms_per_step", "loss_share", "kept_share")
@@ -71,7 +70,7 @@ class Config:
     alpha: float = option(0.0, "of objective vr", "ALPHA", number(math.isfinite, "finite"))
     groups: int = option(1, "of objective miwae: groups of K / N samples", "N", count)
     keep: int | None = option(None, "of the K samples, how many are back-propagated", "N", count, parse=_keep)
-    likelihood: str | None = option(None, "p(x | z); by default the data decide", choices=tuple(LIKELIHOODS))
+    likelihood: str | None = option(None, "p(x | z); by default the data decide", choices=BUILT)
     latent_dim: int = option(8, "M, latent dimensions", "M", count)
     hidden: int = option(256, "width of the hidden layers", "N", count)
     epochs: int = option(50, "passes over the training data", "N", count)

@@ -12,18 +12,32 @@ from torch import distributions as plain
 from torch.distributions import Distribution, Independent, Normal, constraints, kl_divergence, register_kl
 from torch.distributions.utils import lazy_property
 
-from fastelbo import losses
+from fastelbo import losses, reference
 from fastelbo._internal import ordered
-from fastelbo._internal.arguments import Floats, NumberOrFloats, Size, checked, either, floats, number, refusal
-from fastelbo.distributions.base import Fused, blank, broadcast, event_sum, torch_s
+from fastelbo._internal.arguments import (
+    FLOATS,
+    Floats,
+    NumberOrFloats,
+    Size,
+    checked,
+    either,
+    floats,
+    integer,
+    number,
+    refusal,
+    tensor,
+)
+from fastelbo.distributions.base import Fused, MeanAndTheta, blank, broadcast, event_sum, torch_s
 from fastelbo.likelihoods import LOG_2, LOG_2PI
 
 __all__ = [
     "Bernoulli",
+    "BetaBinomial",
     "Fused",
     "Gaussian",
     "Laplace",
     "NegativeBinomial",
+    "NegativeBinomialMixture",
     "Poisson",
     "StudentT",
     "ZeroInflatedNegativeBinomial",
@@ -35,17 +49,20 @@ _blank = blank  # its name in older pickles
 _Positive = Annotated[
     float | Tensor, either(floats, number(lambda value: value > 0, "positive", "a float or a torch.Tensor"))
 ]
+_NotNegative = Annotated[
+    float | Tensor, either(floats, number(lambda value: value >= 0, "at least 0", "a float or a torch.Tensor"))
+]
+_Total = Annotated[
+    int | Tensor,
+    either(tensor(*FLOATS, torch.uint8, *reference.COUNTS), integer(0, "an int or a torch.Tensor")),
+]
 
 
-def _log_scale(of: str, name: str, other: float | Tensor | None, scale: float | Tensor, validate: bool | None) -> Any:
+def _log_scale(of: str, name: str, other: float | Tensor | None, scale: float | Tensor) -> Any:
     """log(scale) of the argument `scale`, which excludes the argument `name`."""
     if other is not None:
         raise ValueError(f"{of} takes {name} or scale, not both")
-    if not isinstance(scale, Tensor):
-        return math.log(scale)
-    if (Distribution._validate_args if validate is None else validate) and not torch._is_all_true(scale > 0):
-        raise ValueError(f"scale must be positive; got\n{scale}")
-    return torch.log(scale)
+    return torch.log(scale) if isinstance(scale, Tensor) else math.log(scale)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,7 +76,8 @@ class Bernoulli(Fused):
         logits: [*batch, *event], a floating dtype.
         probs: in place of logits, by name; log p as that of "bernoulli_probs" in `fastelbo.log_prob`.
         event_dims: the number of dimensions that log_prob sums over, from the last; 0 for none.
-        validate_args: check the values of parameters and of x; torch's default if None.
+        validate_args: check the values of parameters and of x; torch's default if None. Parameters are looked at by
+            the first log_prob or sample; see `Fused`.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, named with what was expected and what came.
@@ -119,7 +137,7 @@ class Gaussian(Fused):
     Reference: Kingma & Welling 2014, app. C.2.
     """
 
-    arg_constraints: ClassVar = {"mean": constraints.real, "logvar": constraints.real}
+    arg_constraints: ClassVar = {"mean": constraints.real, "logvar": constraints.real, "scale": constraints.positive}
     has_rsample = True
     loc = torch_s("loc", "m, torch's name.")
     scale = torch_s("scale", "exp(lv / 2), the standard deviation.")
@@ -135,8 +153,10 @@ class Gaussian(Fused):
         validate_args: bool | None = None,
     ) -> None:
         if scale is not None:
-            logvar = 2 * _log_scale("Gaussian", "logvar", logvar, scale, validate_args)
+            logvar = 2 * _log_scale("Gaussian", "logvar", logvar, scale)
         super().__init__("gaussian", mean, logvar, event_dims=event_dims, validate_args=validate_args)
+        if isinstance(scale, Tensor):
+            self._scale = scale
 
     def of_torch(self) -> Distribution:
         """torch's Normal."""
@@ -164,7 +184,7 @@ class Laplace(Fused):
         ValueError, TypeError: arguments that do not fit, named with what was expected and what came.
     """
 
-    arg_constraints: ClassVar = {"mean": constraints.real, "log_scale": constraints.real}
+    arg_constraints: ClassVar = {"mean": constraints.real, "log_scale": constraints.real, "scale": constraints.positive}
     has_rsample = True
     loc = torch_s("loc", "m, torch's name.")
     scale = torch_s("scale", "exp(s).")
@@ -180,8 +200,10 @@ class Laplace(Fused):
         validate_args: bool | None = None,
     ) -> None:
         if scale is not None:
-            log_scale = _log_scale("Laplace", "log_scale", log_scale, scale, validate_args)
+            log_scale = _log_scale("Laplace", "log_scale", log_scale, scale)
         super().__init__("laplace", mean, log_scale, event_dims=event_dims, validate_args=validate_args)
+        if isinstance(scale, Tensor):
+            self._scale = scale
 
     def of_torch(self) -> Distribution:
         """torch's Laplace."""
@@ -211,6 +233,7 @@ class StudentT(Fused):
 
     arg_constraints: ClassVar = {"loc": constraints.real, "log_scale": constraints.real, "log_df": constraints.real}
     has_rsample = True
+    _others: ClassVar = {"mean": "loc"}
     log_scale: Tensor
     log_df: Tensor
     mean = torch_s("mean", "loc where nu > 1, elsewhere NaN.")
@@ -262,13 +285,26 @@ class Poisson(Fused):
         return plain.Poisson(self.mean, validate_args=False)
 
 
-class NegativeBinomial(Fused):
-    """Negative binomial of mean m = exp(log_mean) and variance m + m^2 / theta, as "nb" in `fastelbo.log_prob`.
+def _by_logs(
+    of: str, log_mean: Any, log_theta: Any, mean: Any, theta: Any
+) -> tuple[bool, tuple[Tensor, float | Tensor]]:
+    """Whether the logarithms were given, and the two arguments of the pair that was."""
+    pairs = {"log_mean": log_mean, "log_theta": log_theta}, {"mean": mean, "theta": theta}
+    given = [name for pair in pairs for name, t in pair.items() if t is not None]
+    for pair in pairs:
+        if given == list(pair):
+            return pair is pairs[0], tuple(pair.values())  # type: ignore[return-value]
+    raise ValueError(f"{of} takes log_mean and log_theta, or mean and theta; got {', '.join(given) or 'neither'}")
+
+
+class NegativeBinomial(MeanAndTheta):
+    """Negative binomial of mean m and variance m + m^2 / theta, as "nb" or "nb_mean" in `fastelbo.log_prob`.
 
     Args:
-        log_mean: [*batch, *event], a floating dtype.
+        log_mean: log m [*batch, *event], a floating dtype.
         log_theta: the log of the inverse dispersion; a float, or a tensor that broadcasts with log_mean. A gradient of
             a tensor [*event] is summed by the kernel.
+        mean, theta: in place of both logarithms, by name; at least 0.
         event_dims, validate_args: as in `Bernoulli`.
 
     Raises:
@@ -277,41 +313,58 @@ class NegativeBinomial(Fused):
     Reference: Lopez et al. 2018 (scVI), methods.
     """
 
-    arg_constraints: ClassVar = {"log_mean": constraints.real, "log_theta": constraints.real}
-    log_mean: Tensor
-    log_theta: Tensor
-    total_count = torch_s("total_count", "theta.")
+    arg_constraints: ClassVar = {
+        "log_mean": constraints.real,
+        "log_theta": constraints.real,
+        "mean": constraints.nonnegative,
+        "theta": constraints.nonnegative,
+    }
     logits = torch_s("logits", "log m - log theta.")
     probs = torch_s("probs", "m / (m + theta).")
 
     @checked
     def __init__(
-        self, log_mean: Floats, log_theta: NumberOrFloats, *, event_dims: Size = 1, validate_args: bool | None = None
+        self,
+        log_mean: Floats | None = None,
+        log_theta: NumberOrFloats | None = None,
+        *,
+        mean: Floats | None = None,
+        theta: _NotNegative | None = None,
+        event_dims: Size = 1,
+        validate_args: bool | None = None,
     ) -> None:
-        super().__init__("nb", log_mean, log_theta, event_dims=event_dims, validate_args=validate_args)
+        by_logs, given = _by_logs("NegativeBinomial", log_mean, log_theta, mean, theta)
+        super().__init__("nb" if by_logs else "nb_mean", *given, event_dims=event_dims, validate_args=validate_args)
 
     def of_torch(self) -> Distribution:
         """torch's NegativeBinomial."""
-        theta, logits = torch.exp(self.log_theta), self.log_mean - self.log_theta
-        return plain.NegativeBinomial(theta, logits=logits, validate_args=False)
+        return plain.NegativeBinomial(self.theta, logits=self.log_mean - self.log_theta, validate_args=False)
+
+    @property
+    def total_count(self) -> Tensor:
+        """theta, torch's name."""
+        return self.theta  # type: ignore[no-any-return]
 
     @property
     def mode(self) -> Tensor:  # type: ignore[override]
         """floor(m - m / theta), or 0; for theta too large for its dtype the Poisson's."""
-        return (self.mean - torch.exp(self.logits)).floor().clamp(min=0)
+        mean, ratio = self._mean_and_ratio()
+        return (mean - ratio).floor().clamp(min=0)
 
     @property
     def variance(self) -> Tensor:  # type: ignore[override]
         """m + m^2 / theta."""
-        return self.mean * (1 + torch.exp(self.logits))
+        mean, ratio = self._mean_and_ratio()
+        return mean * (1 + ratio)
 
 
-class ZeroInflatedNegativeBinomial(Fused):
+class ZeroInflatedNegativeBinomial(MeanAndTheta):
     """Zero with probability sigmoid(zero_logits), else `NegativeBinomial`.
 
     Args:
         log_mean, log_theta: of the negative binomial, as there.
-        zero_logits: a float, or a tensor that broadcasts with log_mean.
+        zero_logits: a float, or a tensor that broadcasts with the mean.
+        mean, theta: in place of both logarithms, by name: of the negative binomial too. The attribute `mean` is E[x].
         event_dims, validate_args: as in `Bernoulli`.
 
     Raises:
@@ -320,28 +373,154 @@ class ZeroInflatedNegativeBinomial(Fused):
     Reference: Lopez et al. 2018 (scVI), methods.
     """
 
-    arg_constraints: ClassVar = dict.fromkeys(("log_mean", "log_theta", "zero_logits"), constraints.real)
-    log_mean: Tensor
-    log_theta: Tensor
+    arg_constraints: ClassVar = NegativeBinomial.arg_constraints | {"zero_logits": constraints.real}
     zero_logits: Tensor
 
     @checked
     def __init__(
         self,
-        log_mean: Floats,
-        log_theta: NumberOrFloats,
-        zero_logits: NumberOrFloats,
+        log_mean: Floats | None = None,
+        log_theta: NumberOrFloats | None = None,
+        zero_logits: NumberOrFloats | None = None,
         *,
+        mean: Floats | None = None,
+        theta: _NotNegative | None = None,
         event_dims: Size = 1,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__("zinb", log_mean, log_theta, zero_logits, event_dims=event_dims, validate_args=validate_args)
+        by_logs, given = _by_logs("ZeroInflatedNegativeBinomial", log_mean, log_theta, mean, theta)
+        if zero_logits is None:
+            raise refusal("zero_logits", "a float or a torch.Tensor", None)
+        likelihood = "zinb" if by_logs else "zinb_mean"
+        super().__init__(likelihood, *given, zero_logits, event_dims=event_dims, validate_args=validate_args)
 
     @property
     def variance(self) -> Tensor:  # type: ignore[override]
         """m (1 - p) [1 + m / theta + m p], p the probability of an inflated zero."""
-        m = torch.exp(self.log_mean)
-        return self.mean * (1 + torch.exp(self.log_mean - self.log_theta) + m * torch.sigmoid(self.zero_logits))
+        mean, ratio = self._mean_and_ratio()
+        return self.mean * (1 + ratio + mean * torch.sigmoid(self.zero_logits))
+
+
+class NegativeBinomialMixture(Fused):
+    """sigmoid(l) NB(x; mean1, theta) + sigmoid(-l) NB(x; mean2, theta), l the mixture logit, of one theta.
+
+    Args:
+        mean1: the mean of the first `NegativeBinomial` [*batch, *event], a floating dtype; at least 0.
+        mean2: of the second; a float, or a tensor that broadcasts with mean1; at least 0.
+        theta: their inverse dispersion, as mean2.
+        mixture_logits: l; a float, or a tensor that broadcasts with mean1.
+        event_dims, validate_args: as in `Bernoulli`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, named with what was expected and what came.
+
+    Reference: Gayoso et al. 2021 (totalVI), methods.
+    """
+
+    arg_constraints: ClassVar = {
+        **dict.fromkeys(("mean1", "mean2", "theta"), constraints.nonnegative),
+        "mixture_logits": constraints.real,
+    }
+    mean1: Tensor
+    mean2: Tensor
+    theta: Tensor
+    mixture_logits: Tensor
+
+    @checked
+    def __init__(
+        self,
+        mean1: Floats,
+        mean2: _NotNegative,
+        theta: _NotNegative,
+        mixture_logits: NumberOrFloats,
+        *,
+        event_dims: Size = 1,
+        validate_args: bool | None = None,
+    ) -> None:
+        others = mean2, theta, mixture_logits
+        super().__init__("nb_mixture", mean1, *others, event_dims=event_dims, validate_args=validate_args)
+
+    @property
+    def variance(self) -> Tensor:  # type: ignore[override]
+        """p v1 + (1 - p) v2 + p (1 - p) (mean1 - mean2)^2, p = sigmoid(l) and v = m + m^2 / theta."""
+        p, q = torch.sigmoid(self.mixture_logits), torch.sigmoid(-self.mixture_logits)
+        first, second = (mean * (1 + mean / self.theta) for mean in (self.mean1, self.mean2))
+        return p * first + q * second + p * q * (self.mean1 - self.mean2).square()
+
+
+class BetaBinomial(Fused):
+    """Beta-binomial: the successes in n trials whose probability is Beta(a, b), log C(n, x) + log B(x + a, n - x + b)
+    - log B(a, b).
+
+    Args:
+        concentration1: a [*batch, *event], a floating dtype; positive.
+        concentration0: b; a float, or a tensor that broadcasts with concentration1; positive.
+        total_count: n, data without a gradient; an int, or a tensor of integers or floats that broadcasts with
+            concentration1.
+        event_dims, validate_args: as in `Bernoulli`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, named with what was expected and what came.
+    """
+
+    arg_constraints: ClassVar = {
+        "concentration1": constraints.positive,
+        "concentration0": constraints.positive,
+        "total_count": constraints.nonnegative_integer,
+    }
+    _others: ClassVar = {"total": "total_count"}
+    _unseen = ("total_count",)  # of a fractional one log p may be finite
+    concentration1: Tensor
+    concentration0: Tensor
+    total_count: Tensor
+
+    @checked
+    def __init__(
+        self,
+        concentration1: Floats,
+        concentration0: _Positive,
+        total_count: _Total,
+        *,
+        event_dims: Size = 1,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not isinstance(total_count, Tensor):  # an integer, which a half type may not hold
+            total_count = torch.full((), total_count, dtype=torch.int64, device=concentration1.device)
+        elif total_count.requires_grad:
+            raise ValueError("total_count is data, and must not require a gradient; got requires_grad=True")
+        others = concentration0, total_count
+        super().__init__("beta_binomial", concentration1, *others, event_dims=event_dims, validate_args=validate_args)
+
+    @property
+    def variance(self) -> Tensor:  # type: ignore[override]
+        """n p (1 - p) (s + n) / (s + 1), s = a + b and p = a / s."""
+        total = self.concentration1 + self.concentration0
+        p, q = self.concentration1 / total, self.concentration0 / total
+        return self.total_count * p * q * ((total + self.total_count) / (total + 1))
+
+    @constraints.dependent_property
+    def support(self) -> constraints.Constraint:
+        """From 0 to n; `log_prob` also takes fractional counts."""
+        support, event_dims = constraints.integer_interval(0, self.total_count), len(self.event_shape)
+        return constraints.independent(support, event_dims) if event_dims else support
+
+    def _domain(self) -> constraints.Constraint:
+        return constraints.interval(0, self._recon[2])
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        """Whether `enumerate_support` works: without event dimensions."""
+        return not self.event_shape
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """0 to n, along a new first dimension [n + 1, *batch], where n is the same everywhere."""
+        self._refuse_events("enumerate_support")
+        n = int(self.total_count.max())
+        if not (self.total_count == n).all():
+            raise NotImplementedError("enumerate_support takes one total_count for all elements")
+        x = torch.arange(n + 1, dtype=self.concentration1.dtype, device=self.concentration1.device)
+        x = x.view(-1, *(1 for _ in self.batch_shape))
+        return x.expand(-1, *self.batch_shape) if expand else x
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,15 +3,16 @@
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+from torch.distributions.utils import lazy_property
 
 from fastelbo import likelihoods
-from fastelbo._internal import arguments, ordered
+from fastelbo._internal import arguments, domains, ordered
 from fastelbo._internal.arguments import checked
 from fastelbo.losses import drawn_once, join_recon, likelihood_mean, log_prob
 
@@ -48,9 +49,19 @@ class Fused(Distribution):
 
     Each has what the class of torch.distributions has for which it stands, with the same values. As in torch, cdf, icdf
     and enumerate_support are those of one element, event_dims=0.
+
+    validate_args: the errors are torch's, and parameters are looked at by the first log_prob or sample, not by the
+    constructor. log_prob looks at its result, which is finite only of valid numbers, and at the numbers themselves
+    where it is not finite, or where a bad one would not show. Nothing is looked at in compiled graphs and under the
+    transforms of torch.func.
     """
 
     likelihood: str
+    _others: ClassVar[dict[str, str]] = {}  # parameters of the likelihood that have another name here
+    # parameters of which log p may be finite where they are invalid
+    _unseen: ClassVar[tuple[str, ...]] = ()
+    _scale: Tensor | None = None  # the argument of which a parameter is the logarithm
+    _valid = False  # whether the parameters were looked at
     _plain: ClassVar[type]  # of a class with Pyro's methods: the one without them
     # Parameters as `fastelbo.log_prob` takes them: the first [*batch, *event], the others as given. A kernel reads what
     # data share once, and sums its gradient.
@@ -81,8 +92,22 @@ class Fused(Distribution):
         self.likelihood, self._recon = likelihood, tuple(recon)
         for name, t in zip(names, recon, strict=False):
             if name != "mean":  # a property of every distribution
-                setattr(self, name, ordered.expand(t, shape))
-        super().__init__(shape[:batch], shape[batch:], validate_args=validate_args)
+                setattr(self, self._others.get(name, name), ordered.expand(t, shape))
+        super().__init__(shape[:batch], shape[batch:], validate_args=False)  # torch's would read all parameters
+        if validate_args is None:
+            del self._validate_args  # the default, also where it changes
+        else:
+            self._validate_args = validate_args
+
+    def _given(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters that were given, by their names here."""
+        for name, t in zip(likelihoods.get(self.likelihood).parameters, self._recon, strict=False):
+            yield self._others.get(name, name), t
+
+    def __repr__(self) -> str:
+        """As torch's, of the parameters that were given."""
+        shown = (f"{name}: {t if t.numel() == 1 else self.param_shape}" for name, t in self._given())
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The class with Pyro's methods has no name of its own: the plain one is stored."""
@@ -95,6 +120,7 @@ class Fused(Distribution):
         first = ordered.expand(first, torch.Size(batch_shape) + self.event_shape)
         Fused.__init__(new, self.likelihood, first, *others, event_dims=len(self.event_shape), validate_args=False)
         new._validate_args = self._validate_args
+        new._scale, new._valid = self._scale, self._valid
         return new
 
     @constraints.dependent_property
@@ -129,15 +155,18 @@ class Fused(Distribution):
         """-E[log p(x)] [*batch], in nats, summed over the event."""
         return event_sum(self._entropies(), len(self.event_shape))
 
-    def _of_element(self, name: str) -> Any:
-        """The method of torch's distribution of one element."""
-        found, event_dims = self.of_torch(), len(self.event_shape)
-        if getattr(type(found), name) is getattr(Distribution, name):
-            raise NotImplementedError(f"torch's {type(found).__name__} has no {name}")
-        if event_dims:
+    def _refuse_events(self, name: str) -> None:
+        if event_dims := len(self.event_shape):
             raise NotImplementedError(
                 f"{name} is defined for one element: give event_dims=0; got {event_dims} event dimensions"
             )
+
+    def _of_element(self, name: str) -> Any:
+        """The method of torch's distribution of one element."""
+        found = self.of_torch()
+        if getattr(type(found), name) is getattr(Distribution, name):
+            raise NotImplementedError(f"torch's {type(found).__name__} has no {name}")
+        self._refuse_events(name)
         found._validate_args = self._validate_args
         return getattr(found, name)
 
@@ -150,12 +179,63 @@ class Fused(Distribution):
         return self._of_element("icdf")(value)  # type: ignore[no-any-return]
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All x, along a new first dimension [2, *batch], of `Bernoulli`; with expand=False [2, 1, ...]."""
+        """All x, along a new first dimension [n, *batch], of `Bernoulli` and of `BetaBinomial` where it has one total
+        count; with expand=False [n, 1, ...]."""
         return self._of_element("enumerate_support")(expand)  # type: ignore[no-any-return]
+
+    # What is looked at with validate_args.
+
+    def _domain(self) -> constraints.Constraint:
+        """Where log_prob takes x."""
+        return _DOMAINS[likelihoods.get(self.likelihood).domain][1]
+
+    def _refuse_parameters(self) -> None:
+        """torch's error of a parameter that violates its constraint."""
+        given = self._given() if self._scale is None else (("scale", self._scale), *self._given())
+        for name, t in given:
+            constraint = self.arg_constraints[name]
+            if not torch._is_all_true(constraint.check(t)):
+                what = f"parameter {name} ({type(t).__name__} of shape {tuple(t.shape)}) of distribution {self!r}"
+                raise ValueError(
+                    f"Expected {what} to satisfy the constraint {constraint!r}, but found invalid values:\n{t}"
+                ) from None
+
+    def _refuse(self, value: Tensor) -> None:
+        """That, or the error of a value outside of the domain."""
+        self._refuse_parameters()
+        domain = self._domain()
+        if not _is_picture(value, domain) and not torch._is_all_true(domain.check(value)):
+            message = f"value must be in the domain {domain!r} of {type(self).__name__}; got\n{value}"
+            raise ValueError(message) from None
+
+    def _look_at(self, names: Iterable[str]) -> None:
+        """Refuse invalid parameters, if one of these names may be invalid."""
+        if not all(_surely(self.arg_constraints[name], t) for name, t in self._given() if name in names):
+            self._refuse_parameters()
+
+    def _looked_at(self, value: Tensor, log_prob: Callable[[], Tensor]) -> Tensor:
+        """log_prob(), unless a parameter or the value are invalid: what its result would not tell is read before."""
+        domain = self._domain()
+        if not self._valid:
+            self._look_at(self._unseen)
+        if domain is constraints.unit_interval and not _is_picture(value, domain) and not _surely(domain, value):
+            self._refuse(value)
+        try:
+            log_p = log_prob()
+        except (ValueError, RuntimeError):
+            self._refuse(value)  # in these words, if it was for the values
+            raise
+        if log_p.numel() == 0 or not math.isfinite(log_p.detach().sum().item()):
+            self._refuse(value)
+        self._valid = True
+        return log_p
 
     # Draws, and log p.
 
     def _draw(self, sample_shape: Sequence[int]) -> Tensor:
+        if self._validate_args and not self._valid and domains.untraced(self._recon[0]):
+            self._look_at(self.arg_constraints)
+            self._valid = True
         shape = self._extended_shape(torch.Size(sample_shape))
         recon = [ordered.expand(t, shape) for t in self._recon]
         return drawn_once(lambda: likelihoods.get(self.likelihood).draw(None, *recon))
@@ -184,20 +264,23 @@ class Fused(Distribution):
             [*sample, *batch], in nats; float32, or float64 for float64 inputs.
 
         Raises:
-            ValueError, TypeError: a shape or dtype that does not fit; with validate_args, data outside of the domain.
+            ValueError, TypeError: a shape or dtype that does not fit; with validate_args, parameters outside of their
+                constraints, or data outside of the domain.
         """
         event, kind = self.event_shape, type(self).__name__
         batch = value.dim() - len(event)
         if batch < 0 or value.shape[batch:] != event:
             raise ValueError(f"value must end in the event_shape {tuple(event)} of {kind}; got {tuple(value.shape)}")
-        own = value.shape[:batch]
         like = f"the batch_shape {tuple(self.batch_shape)} of {kind} in front of its event_shape {tuple(event)}"
-        shape = broadcast("value", own, self.batch_shape, like)
-        # bytes of [0, 1] are read as x / 255
-        if self._validate_args and value.dtype not in (torch.uint8, torch.bool):
-            domain = _DOMAINS[likelihoods.get(self.likelihood).domain][1]
-            if not torch._is_all_true(domain.check(value)):
-                raise ValueError(f"value must be in the domain {domain!r} of {kind}; got\n{value}")
+        shape = broadcast("value", value.shape[:batch], self.batch_shape, like)
+        if self._validate_args and domains.untraced(value) and domains.untraced(self._recon[0]):
+            return self._looked_at(value, lambda: self._log_prob(value, shape))
+        return self._log_prob(value, shape)
+
+    def _log_prob(self, value: Tensor, shape: torch.Size) -> Tensor:
+        """log p [*shape] of a value that fits."""
+        event = self.event_shape
+        own = value.shape[: value.dim() - len(event)]
         if shape[len(shape) - len(own) :] != own:  # it repeats inside of the batch
             own = shape
         if not event:
@@ -223,6 +306,34 @@ class Fused(Distribution):
         return log_prob(recon, x, likelihood=self.likelihood, reduce=False).reshape(shape)
 
 
+class MeanAndTheta(Fused):
+    """Counts of a mean and an inverse dispersion theta, by their logarithms or by themselves."""
+
+    def _logs(self, i: int) -> Tensor:
+        return ordered.expand(torch.log(self._recon[i]), self.param_shape)
+
+    @lazy_property
+    def log_mean(self) -> Tensor:
+        """log m."""
+        return self._logs(0)
+
+    @lazy_property
+    def log_theta(self) -> Tensor:
+        """log theta."""
+        return self._logs(1)
+
+    @lazy_property
+    def theta(self) -> Tensor:
+        """The inverse dispersion."""
+        return ordered.expand(torch.exp(self._recon[1]), self.param_shape)
+
+    def _mean_and_ratio(self) -> tuple[Tensor, Tensor]:
+        """m, and m / theta: without their logarithms where they are given, whose gradient at 0 is infinite."""
+        if self.likelihood.endswith("_mean"):
+            return self._recon[0], self._recon[0] / self.theta
+        return torch.exp(self.log_mean), torch.exp(self.log_mean - self.log_theta)
+
+
 def blank(cls: type[Fused]) -> Fused:
     """An object whose attributes a pickle sets."""
     return cls.__new__(cls)
@@ -246,3 +357,25 @@ def _shared(t: Tensor, event: torch.Size) -> Tensor | None:
     if t.numel() == 1:
         return t.reshape(())
     return t.reshape(event) if t.numel() == event.numel() and t.shape[t.dim() - len(event) :] == event else None
+
+
+def _is_picture(value: Tensor, domain: constraints.Constraint) -> bool:
+    """Whether value is read as x / 255."""
+    return value.dtype in (torch.uint8, torch.bool) and domain is constraints.unit_interval
+
+
+def _surely(constraint: constraints.Constraint, t: Tensor) -> bool:
+    """Whether all of t satisfies the constraint, by one pass over it or two; False also where that does not tell."""
+    t = t.detach()
+    if t.numel() == 0:
+        return True
+    if constraint is constraints.real:
+        return math.isfinite(t.sum().item())
+    # not aminmax, which is slower than both; NaN is the lowest and the highest
+    if constraint is constraints.unit_interval:
+        return bool(t.amin().item() >= 0 and t.amax().item() <= 1)
+    if constraint is constraints.positive:
+        return bool(t.amin().item() > 0)
+    if constraint is constraints.nonnegative or not t.is_floating_point():
+        return bool(t.amin().item() >= 0)
+    return bool(torch._is_all_true(constraint.check(t)))

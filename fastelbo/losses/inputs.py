@@ -11,7 +11,7 @@ from fastelbo._internal.arguments import ORDINALS
 from fastelbo.estimators import Estimator
 
 _CPU = torch.device("cpu")
-Recon = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+Recon = Tensor | tuple[Tensor, ...]
 
 
 def expand(name: str, t: Tensor, shape: torch.Size, like: str) -> Tensor:

@@ -44,13 +44,22 @@ def log_prob(
       computed without a difference of two lgammas; log_theta counts as at most 40, where this is the Poisson
     - "zinb", zero with probability sigmoid(pi), else the former: (log_mean, log_theta, zero_logits pi).
       log sigmoid(-pi) + nb(x) where x > 0, and log[sigmoid(pi) + sigmoid(-pi) exp(nb(0))] where x = 0
+    - "nb_mean": (mean, theta), and "zinb_mean": (mean, theta, zero_logits): the same of the numbers themselves, at
+      least 0, and with gradients by them; docs/counts.md says which to take
+    - "nb_logits": (total_count, logits), that of theta = total_count and of mean theta exp(logits), as torch's
+    - "nb_mixture": (mean1, mean2, theta, mixture_logits l). log[sigmoid(l) nb(x; mean1) + sigmoid(-l) nb(x; mean2)]
+    - "beta_binomial", x successes of n trials: (concentration1 a, concentration0 b, total n).
+      log C(n, x) + log B(x + a, n - x + b) - log B(a, b), without a difference of two lgammas; -inf where x > n. n is
+      data, of whole numbers: an integer type or recon's, without a gradient
+    - "scvi_nb", "scvi_zinb", "scvi_nb_mixture": as "nb_mean", "zinb_mean" and "nb_mixture", of every mean + 1e-8 and
+      of theta + 1e-8, which scvi-tools adds within its logarithms: a mean of 0 does not end a training
 
     Counts x may be fractional. Of what is no count, negative or infinite, log p is -inf; of NaN it is NaN.
     Outside of [0, 1] a Bernoulli has no log p. The first 64 calls of a shape, and then every 64th, look at the values
     and refuse them, on the CPU and where nothing is compiled; so do the losses.
 
     Args:
-        recon: [B, *event] or [K, B, *event], or a tuple of two or three tensors of which that is the first, by the
+        recon: [B, *event] or [K, B, *event], or a tuple of two to four tensors of which that is the first, by the
             parameters of the likelihood above. Each further tensor has the shape of the first, [*event] or is 0-d; its
             gradient is summed in that shape.
         x: [B, *event]. recon's dtype (or float32 beside half types), or uint8 (read as x / 255), or bool. Counts:
@@ -122,7 +131,7 @@ def likelihood_mean(recon: arguments.Recon, likelihood: arguments.Likelihood = "
     """E[x | recon], the mean of the likelihood: for example sigmoid(logits), or exp(log_rate).
 
     Args:
-        recon: [..., *event], or a tuple of two or three tensors, as in `log_prob`.
+        recon: [..., *event], or a tuple of two to four tensors, as in `log_prob`.
         likelihood: as in `log_prob`.
 
     Returns:

@@ -221,7 +221,7 @@ def decoded(out: Any, size: int) -> tuple[Tensor, ...]:
     if not isinstance(out, Tensor) and not (several and all(isinstance(t, Tensor) for t in out)):
         many, kind = isinstance(out, tuple | list), type(out).__name__
         came = f"a {kind} of {', '.join(type(t).__name__ for t in out)}" if many else kind
-        expected = "a tensor, or a tuple of two or three tensors such as (mean, logvar)"
+        expected = "a tensor, or a tuple of two to four tensors such as (mean, logvar)"
         raise TypeError(f"decoder must return {expected}; got {came}")
     first, *others = split_recon(out)
     if first.dim() == 0 or first.shape[0] != size:

@@ -180,7 +180,7 @@ class VAE(nn.Module):
 
         Raises:
             ValueError, TypeError: z of another shape; `latent_shape` not known yet; a decoder whose output does not
-                keep the batch, or is neither a tensor nor a tuple of two or three.
+                keep the batch, or is neither a tensor nor a tuple of two to four.
         """
         latent = self._latent_shape()
         lead = z.dim() - len(latent)

@@ -48,6 +48,9 @@ def log_prob_elements(
     recon, *others = parameters
     dtype, row = compute_dtype(recon), likelihoods.get(likelihood)
     recon, x = recon.to(dtype), read_data(x, dtype, row.domain)
+    for t in others[: len(row.parameters) - 1 - row.data]:
+        if not t.is_floating_point():
+            raise TypeError(f"recon must hold floating parameters; got {str(t.dtype).removeprefix('torch.')}")
     others = [t.to(dtype) for t in others]
     weight = None
     if mask is not None:
@@ -56,7 +59,10 @@ def log_prob_elements(
         keep = weight != 0
         x = torch.where(keep, x, 0.5)
         recon = torch.where(keep, recon, 0.5)
-        others = [torch.where(keep, t, 0.0) for t in others]
+        fills = (0.5,) * (len(row.parameters) - 1 - row.data) + (
+            1.0,
+        ) * row.data  # totals above x, however it is rounded
+        others = [torch.where(keep, t, fill) for t, fill in zip(others, fills, strict=False)]
     terms = row.log_prob(x.expand(recon.shape), recon, *others)
     return terms if weight is None else terms * weight
 

@@ -51,6 +51,18 @@ def judged(loss: Callable[[], Tensor | float], times: int = 5) -> float:
         return statistics.fmean(float(loss()) for _ in range(times))
 
 
+PYTHAE: dict[str, dict[str, float]] = {
+    "VAE": {},
+    "BetaVAE": {"beta": 2.0},
+    "DisentangledBetaVAE": {"beta": 2.0, "C": 3.0},
+    "VAMP": {"number_components": 4},
+    "IWAE": {"number_samples": 6},
+    "CIWAE": {"number_samples": 6},
+    "MIWAE": {"number_gradient_estimates": 3, "number_samples": 2},
+    "PIWAE": {"number_gradient_estimates": 3, "number_samples": 2},
+}
+
+
 def pythae(name: str, fused: bool, seed: int) -> Losses:
     from pythae import models
 
@@ -58,8 +70,9 @@ def pythae(name: str, fused: bool, seed: int) -> Losses:
 
     torch.manual_seed(seed)
     x = patterns(1, 4, 5)
-    options = {"IWAE": {"number_samples": 6}, "VAMP": {"number_components": 4}, "BetaVAE": {"beta": 2.0}}.get(name, {})
-    config = getattr(models, f"{name}Config")(input_dim=x.shape[1:], latent_dim=M, reconstruction_loss="bce", **options)
+    config = getattr(models, f"{name}Config")(
+        input_dim=x.shape[1:], latent_dim=M, reconstruction_loss="bce", **PYTHAE[name]
+    )
     plain, trained = (getattr(kind, name)(config) for kind in (models, ours if fused else models))
 
     def loss(model: nn.Module) -> Tensor:
@@ -194,12 +207,43 @@ def pyro(fused: bool, seed: int) -> Losses:
     return before, judged(loss)
 
 
+def torch_geometric(fused: bool, seed: int) -> Losses:
+    from torch_geometric import nn as plain
+
+    from fastelbo.integrations import torch_geometric as ours
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mu, self.logstd = plain.GCNConv(D, M), plain.GCNConv(D, M)
+
+        def forward(self, x: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+            return self.mu(x, edges), self.logstd(x, edges)
+
+    torch.manual_seed(seed)
+    x, node = patterns(D), torch.arange(N)  # a node has edges to those of its pattern
+    edges = torch.cat([torch.stack([node, (node + 4 * step) % N]) for step in (1, 2, 5)], 1)
+    other = torch.cat([torch.stack([node, (node + step) % N]) for step in (1, 2, 7)], 1)
+    nets = Encoder()
+
+    def loss(model: nn.Module) -> Tensor:
+        z = model.encode(x, edges)
+        return model.recon_loss(z, edges, other) + model.kl_loss() / N
+
+    judge, trained = plain.VGAE(nets), (ours if fused else plain).VGAE(nets)
+    before = judged(partial(loss, judge))
+    torch.manual_seed(draws(fused, seed))
+    train(trained, partial(loss, trained), steps=40, lr=0.05)
+    return before, judged(partial(loss, judge))
+
+
 ADAPTERS: dict[str, Callable[[bool, int], Losses]] = {
-    **{f"pythae {name}": partial(pythae, name) for name in ("VAE", "BetaVAE", "VAMP", "IWAE")},
+    **{f"pythae {name}": partial(pythae, name) for name in PYTHAE},
     **{f"scvi {name}": partial(scvi, name) for name in ("SCVI", "PEAKVI")},
     "diffusers": diffusers,
     "lightning": lightning,
     "pyro": pyro,
+    "torch_geometric": torch_geometric,
 }
 
 

@@ -198,6 +198,115 @@ def test_elbo_by_monte_carlo_is_trace_elbo(likelihood):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Counts of parameters of rows and of columns.
+
+
+def zero_inflated(m: Tensor, th: Tensor, logits: Tensor) -> dist.TorchDistribution:
+    return dist.ZeroInflatedDistribution(dist.GammaPoisson(th, th / m), gate_logits=logits)
+
+
+def mixture(m: Tensor, th: Tensor, logits: Tensor) -> dist.TorchDistribution:
+    m, th, logits = torch.broadcast_tensors(m, th, logits)
+    which = dist.Categorical(logits=torch.stack([logits, torch.zeros_like(logits)], -1))
+    th, means = th[..., None], torch.stack([m, 3 * m], -1)
+    return dist.MixtureSameFamily(which, dist.GammaPoisson(th.expand(means.shape), th / means))
+
+
+# (ours, Pyro's) of mean [..., B, 1], theta [1, D] and logits [1, D]
+COUNTS: dict[str, tuple[Observed, Observed]] = {
+    "nb": (
+        lambda m, th, _, **options: fd.NegativeBinomial(mean=m, theta=th, **options),
+        lambda m, th, _: dist.GammaPoisson(th, th / m),
+    ),
+    "nb by logarithms": (
+        lambda m, th, _, **options: fd.NegativeBinomial(m.log(), th.log(), **options),
+        lambda m, th, _: dist.NegativeBinomial(th, logits=m.log() - th.log()),
+    ),
+    "zinb": (
+        lambda m, th, pi, **options: fd.ZeroInflatedNegativeBinomial(mean=m, theta=th, zero_logits=pi, **options),
+        zero_inflated,
+    ),
+    "zinb by logarithms": (
+        lambda m, th, pi, **options: fd.ZeroInflatedNegativeBinomial(m.log(), th.log(), pi, **options),
+        lambda m, th, pi: dist.ZeroInflatedNegativeBinomial(th, logits=m.log() - th.log(), gate_logits=pi),
+    ),
+    "nb_mixture": (lambda m, th, pi, **options: fd.NegativeBinomialMixture(m, 3 * m, th, pi, **options), mixture),
+    "beta_binomial": (
+        lambda m, th, _, **options: fd.BetaBinomial(m, th, 9, **options),
+        lambda m, th, _: dist.BetaBinomial(m, th, 9),
+    ),
+}
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("event_dims", [0, 1])
+@pytest.mark.parametrize("particles", [1, K])
+def test_steps_on_counts_of_rows_and_columns(counts, event_dims, particles):
+    """Two steps of SVI, a latent size of each row among them: losses, and parameters behind them."""
+    x = torch.poisson(3 * torch.rand(B, D, dtype=torch.float64)).clamp(max=9)
+    start = {name: torch.randn(shape).double() for name, shape in (("loc", (B, 1)), ("pi", (1, D)))}
+    start["th"] = torch.rand(1, D).double() + 0.5
+    fused, plain = COUNTS[counts]
+
+    def rows():
+        return pyro.plate("rows", B, dim=-2 + event_dims)
+
+    def model(ours):
+        th = pyro.param("th", start["th"].clone(), constraint=dist.constraints.positive)
+        logits = pyro.param("pi", start["pi"].clone())
+        with rows():
+            z = pyro.sample("z", dist.LogNormal(torch.zeros(()).double(), 1.0))
+            m = z[..., None] if event_dims else z
+            if event_dims:
+                px = fused(m, th, logits) if ours else plain(m.expand(*m.shape[:-1], D), th, logits).to_event(1)
+                pyro.sample("x", px, obs=x)
+            else:
+                with pyro.plate("columns", D, dim=-1):
+                    px = fused(m, th, logits, event_dims=0) if ours else plain(m, th, logits)
+                    pyro.sample("x", px, obs=x)
+
+    def guide(ours):
+        loc = pyro.param("loc", start["loc"].clone())
+        with rows():
+            pyro.sample("z", dist.LogNormal(loc[:, 0] if event_dims else loc, 0.3))
+
+    seen = []
+    for ours in (True, False):
+        pyro.clear_param_store()
+        torch.manual_seed(3)
+        elbo = Trace_ELBO(num_particles=particles, vectorize_particles=True, max_plate_nesting=2 - event_dims)
+        svi = SVI(model, guide, pyro.optim.SGD({"lr": 1e-3}), elbo)
+        losses = [svi.step(ours) for _ in range(2)]
+        seen.append((losses, {name: value.detach().clone() for name, value in pyro.get_param_store().items()}))
+    torch.testing.assert_close(*seen, rtol=1e-9, atol=1e-10)
+    moved = {name for name, value in seen[0][1].items() if (value - start[name]).abs().max() > 1e-5}
+    assert moved == ({"loc", "th", "pi"} if "zinb" in counts or "mixture" in counts else {"loc", "th"})
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_counts_are_drawn_at_a_site(counts):
+    """Within plates, of shapes and moments that are Pyro's."""
+    m, th, logits = torch.rand(B, 1) + 0.5, torch.rand(1, D) + 0.5, torch.randn(1, D)
+    ours, theirs = COUNTS[counts][0](m, th, logits, event_dims=0), COUNTS[counts][1](m, th, logits)
+    with pyro.plate("samples", K, dim=-3), pyro.plate("rows", B, dim=-2), pyro.plate("columns", D, dim=-1):
+        x = pyro.sample("x", ours)
+    assert x.shape == (K, B, D) and ours.support.check(x).all()
+    torch.testing.assert_close(ours.mean, theirs.mean.expand(B, D), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.variance, theirs.variance.expand(B, D), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(x), rtol=1e-4, atol=1e-4)
+
+
+def test_bad_parameters_at_a_site_are_refused():
+    def model():
+        with pyro.plate("rows", B, dim=-2), pyro.plate("columns", D, dim=-1):
+            px = fd.NegativeBinomial(mean=torch.full((B, 1), -1.0), theta=torch.ones(1, D), event_dims=0)
+            pyro.sample("x", px, obs=torch.ones(B, D))
+
+    with pytest.raises(ValueError, match=r"(?s)site 'x'.*Expected parameter mean .* of distribution NegativeBinomial"):
+        poutine.trace(model).get_trace().log_prob_sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What Pyro asks of a distribution.
 
 

@@ -1,6 +1,8 @@
 """Likelihoods of counts against mpmath, scipy and themselves: accuracy over the whole range, limits, draws."""
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 
 import mpmath
@@ -12,7 +14,7 @@ from scipy import stats
 from torch import Tensor
 
 import fastelbo
-from fastelbo.likelihoods import LOG_THETA_LIMIT
+from fastelbo.likelihoods import LOG_THETA_LIMIT, SCVI_ADDED, SHIFTED
 from fastelbo.losses import likelihood_mean, likelihood_sample
 from fastelbo.reference import COUNTS
 
@@ -86,24 +88,121 @@ def _zinb(x: mpmath.mpf, log_mean: mpmath.mpf, log_theta: mpmath.mpf, logit: mpm
     return values, terms
 
 
-FORMULAS = {"poisson": _poisson, "nb": _nb, "zinb": _zinb}
+def _by_numbers(exact: Callable[..., Exact]) -> Callable[..., Exact]:
+    """Of the mean and theta: the gradients by their logarithms over them."""
+
+    def formula(x: mpmath.mpf, mean: mpmath.mpf, theta: mpmath.mpf, *others: mpmath.mpf) -> Exact:
+        of_logs = exact(x, mpmath.log(mean), mpmath.log(theta), *others)
+        return tuple([v, m / mean, t / theta, *rest] for v, m, t, *rest in of_logs)  # type: ignore[return-value]
+
+    return formula
+
+
+def _nb_logits(x: mpmath.mpf, theta: mpmath.mpf, logit: mpmath.mpf) -> Exact:
+    """The gradients: by theta, by the logit, by x."""
+    (value, by_mean, by_theta, by_x), (size, of_mean, of_theta, of_x) = _nb(
+        x, logit + mpmath.log(theta), mpmath.log(theta)
+    )
+    return [value, (by_theta + by_mean) / theta, by_mean, by_x], [
+        size,
+        (of_theta + of_mean) / theta,
+        of_mean,
+        of_x + abs(logit) + abs(mpmath.log(theta)),
+    ]
+
+
+def _nb_mixture(x: mpmath.mpf, mean1: mpmath.mpf, mean2: mpmath.mpf, theta: mpmath.mpf, logit: mpmath.mpf) -> Exact:
+    """The gradients: by the means, by theta, by the mixture logit, by x."""
+    (a, *of_a), (size_a, *sizes_a) = FORMULAS["nb_mean"](x, mean1, theta)
+    (b, *of_b), (size_b, *sizes_b) = FORMULAS["nb_mean"](x, mean2, theta)
+    prior, rest = 1 / (1 + mpmath.exp(-logit)), 1 / (1 + mpmath.exp(logit))
+    w = 1 / (1 + mpmath.exp(-logit - a + b))
+    v = 1 / (1 + mpmath.exp(logit + a - b))
+    grads = [w * of_a[0], v * of_b[0], w * of_a[1] + v * of_b[1], w - prior, w * of_a[2] + v * of_b[2]]
+    # a responsibility has the error of the exponent; below exp(-87) it may be 0
+    off = 1 + abs(logit) + size_a + size_b
+    w, v = w + mpmath.exp(-70), v + mpmath.exp(-70)
+    sizes = [
+        w * abs(of_a[0]) * v * off + w * sizes_a[0],
+        v * abs(of_b[0]) * w * off + v * sizes_b[0],
+        w * v * off * (abs(of_a[1]) + abs(of_b[1])) + w * sizes_a[1] + v * sizes_b[1],
+        w * v * off + abs(w - prior) * max(1, abs(logit)),
+        w * v * off * (abs(of_a[2]) + abs(of_b[2])) + w * sizes_a[2] + v * sizes_b[2],
+    ]
+    value = mpmath.log(prior * mpmath.exp(a) + rest * mpmath.exp(b))
+    return [value, *grads], [size_a + size_b + abs(mpmath.log(prior)) + abs(mpmath.log(rest)), *sizes]
+
+
+def _beta_binomial(x: mpmath.mpf, a: mpmath.mpf, b: mpmath.mpf, n: mpmath.mpf) -> Exact:
+    """The gradients: by the concentrations, by x."""
+    y, s = n - x, a + b
+
+    def rising(k: mpmath.mpf, z: mpmath.mpf) -> mpmath.mpf:
+        return mpmath.loggamma(k + z) - mpmath.loggamma(z) - k * mpmath.log(z)
+
+    def steep(k: mpmath.mpf, z: mpmath.mpf) -> mpmath.mpf:
+        return mpmath.digamma(k + z) - mpmath.digamma(z)
+
+    choose = mpmath.loggamma(n + 1) - mpmath.loggamma(x + 1) - mpmath.loggamma(y + 1)
+    odds = [x * mpmath.log(a / s), y * mpmath.log(b / s)]
+    risings = [rising(x, a), rising(y, b), -rising(n, s)]
+    psi = [mpmath.digamma(x + 1), mpmath.digamma(y + 1), mpmath.digamma(x + a), mpmath.digamma(y + b)]
+    values = [
+        choose + sum(odds) + sum(risings),
+        steep(x, a) - steep(n, s),
+        steep(y, b) - steep(n, s),
+        psi[1] - psi[0] + psi[2] - psi[3],
+    ]
+    terms = [
+        abs(choose) + sum(map(abs, odds)) + sum(map(abs, risings)),
+        steep(x, a) + steep(n, s),
+        steep(y, b) + steep(n, s),
+        sum(max(abs(p), 1) for p in psi),
+    ]
+    return values, terms
+
+
+FORMULAS = {
+    "poisson": _poisson,
+    "nb": _nb,
+    "zinb": _zinb,
+    "nb_mean": _by_numbers(_nb),
+    "nb_logits": _nb_logits,
+    "zinb_mean": _by_numbers(_zinb),
+    "nb_mixture": _nb_mixture,
+    "beta_binomial": _beta_binomial,
+}
+LOGS = ("poisson", "nb", "zinb")  # of which the mean and theta are given
+TOTALS = (1, 2, 5, 30, 1000)
 GRIDS = {
     "poisson": list(product(XS, MEANS)),
     "nb": list(product(XS, MEANS, THETAS)),
     "zinb": list(product((0, 0.5, 3, 1e3), (1e-3, 1, 300), THETAS[::3], ZERO_LOGITS)),
+    "nb_logits": [(x, theta, math.log(mean / theta)) for x, mean, theta in product(XS, MEANS, THETAS)],
+    "nb_mixture": list(product((0, 0.5, 3, 1e3), (1e-3, 1, 300), (0.5, 1.01), THETAS[::3], ZERO_LOGITS)),
+    "beta_binomial": [
+        (x, a, b, n)
+        for n in (0, *TOTALS)
+        for x in {0, 0.5, 1, n // 3, n - 1, n}
+        if 0 <= x <= n
+        for a in THETAS
+        for b in THETAS[::3]
+    ],
 }
+GRIDS |= {"nb_mean": GRIDS["nb"], "zinb_mean": GRIDS["zinb"]}
 
 
 def _columns(name: str, dtype: torch.dtype) -> list[Tensor]:
     """x and the parameters, one element a row."""
-    x, mean, *others = torch.tensor(GRIDS[name], dtype=torch.float64).T
-    columns = [x, mean.log(), *(t.log() if i == 0 else t for i, t in enumerate(others))]
-    return [c.to(dtype).requires_grad_() for c in columns]
+    x, *others = torch.tensor(GRIDS[name], dtype=torch.float64).T
+    columns = [x, *(t.log() if i < 2 and name in LOGS else t for i, t in enumerate(others))]
+    return [c.to(dtype).requires_grad_(c is not others[-1] or name != "beta_binomial") for c in columns]
 
 
 def _found(name: str, x: Tensor, *parameters: Tensor) -> list[Tensor]:
     value = fastelbo.log_prob(joined(*parameters), x, likelihood=name)
-    return [value.detach(), *torch.autograd.grad(value.sum(), [*parameters, x])]
+    wanted = [t for t in (*parameters, x) if t.requires_grad]
+    return [value.detach(), *torch.autograd.grad(value.sum(), wanted)]
 
 
 @every_float
@@ -134,7 +233,7 @@ FEW = (1e-42, 1e-20, 1e-3, 0.07, 0.6)  # counts below 1
 
 
 @every_float
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", ["poisson", "nb", "zinb", "nb_mean", "zinb_mean"])
 def test_means_and_thetas_at_the_edges_of_their_range(name, dtype):
     """x, the mean and theta small and large, each beside each. Gradients of less than 1 are as exact as those of 1."""
     edges = EDGES[dtype]
@@ -144,18 +243,21 @@ def test_means_and_thetas_at_the_edges_of_their_range(name, dtype):
         rows = [(x, log) for x in (*counts, 1e12, 1e20) for log in (*edges, 5.0, 57.0, 80.0)]
     else:
         rows = [(x, *pair) for x in (0, *counts) for pair in logs if x >= 1 or pair[1] > -1e3]
-    rows = [(*row, -1.5) if name == "zinb" else row for row in rows]
+    if name not in LOGS:
+        rows = [(x, math.exp(mean), math.exp(theta)) for x, mean, theta in rows if mean > -1e3]
+    rows = [(*row, -1.5) if name.startswith("zinb") else row for row in rows]
     columns = [c.clone().requires_grad_() for c in torch.tensor(rows, dtype=torch.float64).to(dtype).T]
     found, info = [t.tolist() for t in _found(name, *columns)], torch.finfo(dtype)
     wrong = []
-    with mpmath.workdps(350):
+    with mpmath.workdps(120 if dtype == torch.float32 else 350):
         for i, row in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
             values, terms = FORMULAS[name](*map(mpmath.mpf, row))
             for j, (exact, size) in enumerate(zip(values, terms, strict=True)):
                 if abs(exact) > info.max:
                     assert found[j][i] == math.copysign(inf, exact)
                     continue
-                allowed = 4 * info.eps * float(max(size, abs(exact), int(j > 0))) + info.tiny
+                nothing = info.tiny if name in LOGS else info.tiny**0.8  # quotients of theta and the mean are bounded
+                allowed = 4 * info.eps * float(max(size, abs(exact), int(j > 0))) + nothing
                 if not abs(mpmath.mpf(found[j][i]) - exact) <= allowed:
                     wrong.append(
                         f"result {j} at {row}: {found[j][i]!r}, exactly {float(exact)!r}; allowed {allowed:.2g}"
@@ -176,9 +278,13 @@ def test_nan_in_any_argument_is_nan_in_every_gradient(dtype):
 @every_likelihood
 @every_float
 def test_means_of_any_size(name, dtype):
-    for log_mean in (-80.0, -45.0, -20.0, 20.0, 42.0, 80.0):
+    sizes = (-80.0, -45.0, -20.0, 20.0, 42.0, 80.0)
+    if name in ("nb_logits", "beta_binomial"):  # 1 / theta^2 of the twin's gradient must not overflow in float32
+        sizes = (-40.0, -20.0, 20.0, 42.0)
+    for log_mean in sizes:
         x, (first, *others) = _inputs(name, (4, 20), dtype)
-        given = [torch.full_like(first, log_mean).requires_grad_(), *others]
+        mean = log_mean if name in LOGS else math.exp(log_mean)
+        given = [torch.full_like(first, mean).requires_grad_(), *others]
         check(lambda x, *given: fastelbo.log_prob(joined(*given), x, likelihood=name), x, *given, label=f"{log_mean}")
 
 
@@ -213,9 +319,46 @@ def test_agrees_with_scipy(theta):
 
 
 def _parameters(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """Of three elements, one of them with a theta that all rows share."""
-    given = (torch.tensor([0.2, 1.5, -1.0]), torch.tensor([-0.7, 0.5, 3.0]), torch.tensor([-1.0, 0.4, 2.0]))
-    return tuple(t.to(dtype) for t in given[: {"poisson": 1, "nb": 2, "zinb": 3}[name]])
+    """Of three elements."""
+    log_mean, log_theta, logits = [0.2, 1.5, -1.0], [-0.7, 0.5, 3.0], [-1.0, 0.4, 2.0]
+    mean, theta = ([math.exp(v) for v in values] for values in (log_mean, log_theta))
+    given = {
+        "poisson": [log_mean],
+        "nb": [log_mean, log_theta],
+        "zinb": [log_mean, log_theta, logits],
+        "nb_mean": [mean, theta],
+        "nb_logits": [theta, logits],
+        "zinb_mean": [mean, theta, logits],
+        "nb_mixture": [mean, [4.0, 0.7, 0.1], theta, logits],
+        "beta_binomial": [mean, theta, [12.0, 30.0, 2.0]],
+    }[name]
+    return tuple(torch.tensor(values).to(dtype) for values in given)
+
+
+def _moments(name: str, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The mean and the variance."""
+    first, *others = parameters
+    if name in LOGS:
+        first, others = first.exp(), [t.exp() if i == 0 else t for i, t in enumerate(others)]
+    if name == "beta_binomial":
+        b, n = others
+        p, s = first / (first + b), first + b
+        return n * p, n * p * (1 - p) * (s + n) / (s + 1)
+    if name == "poisson":
+        return first, first
+    if name == "nb_logits":
+        first, others = first * others[0].exp(), [first]
+    if name == "nb_mixture":
+        second, theta, logits = others
+        w = torch.sigmoid(logits)
+        mean = w * first + (1 - w) * second
+        squares = [m + m**2 / theta + m**2 for m in (first, second)]
+        return mean, w * squares[0] + (1 - w) * squares[1] - mean**2
+    variance = first + first**2 / others[0]
+    if len(others) == 1:
+        return first, variance
+    keep = torch.sigmoid(-others[1])
+    return keep * first, keep * (variance + (1 - keep) * first**2)
 
 
 @every_likelihood
@@ -233,17 +376,10 @@ def test_probabilities_add_up_to_1_and_give_the_mean(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_draws_have_the_mean_variance_and_zeros_of_the_distribution(name, dtype):
     parameters, count = _parameters(name, dtype), 200_000
-    first, *others = (t.double() for t in parameters)
-    mean = first.exp()
-    variance = mean + mean**2 * torch.exp(-others[0]) if others else mean
-    p0 = fastelbo.log_prob(
-        joined(first[None].T, *(t[None].T for t in others[:1])),
-        torch.zeros(3, 1).double(),
-        likelihood="nb" if others else "poisson",
-    ).exp()
-    if len(others) == 2:
-        keep = torch.sigmoid(-others[1])
-        p0, variance, mean = 1 - keep + keep * p0, keep * (variance + (1 - keep) * mean**2), keep * mean
+    wide = [t.double() for t in parameters]
+    mean, variance = _moments(name, wide)
+    zero = torch.zeros(3).double()
+    p0 = fastelbo.log_prob(joined(*wide), zero, likelihood=name, reduce=False).exp()
     recon = joined(parameters[0].expand(count, 3), *parameters[1:])
     x = likelihood_sample(recon, name, generator=torch.Generator().manual_seed(0))
     assert x.dtype == dtype and x.shape == (count, 3)
@@ -315,6 +451,9 @@ def test_integers_are_the_counts_themselves(name, dtype):
     x, parameters = _inputs(name, (6, 300), dtype)
     x = x.round().clamp(max=30_000).to(torch.int64)
     x[0, :4] = torch.tensor([0, 1, 255, 32_767])
+    learned = [t for t in parameters if t.requires_grad]
+    if len(learned) < len(parameters):  # of so many trials
+        parameters[-1] = parameters[-1] + 33_000
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     expected = _found(name, x.to(compute).requires_grad_(), *parameters)[:-1]
     for kind in (*COUNTS, torch.uint8):
@@ -323,7 +462,7 @@ def test_integers_are_the_counts_themselves(name, dtype):
             expected = _found(name, data.to(compute).requires_grad_(), *parameters)[:-1]
         for laid in (data, data.T.contiguous().T):
             value = fastelbo.log_prob(joined(*parameters), laid, likelihood=name)
-            found = [value.detach(), *torch.autograd.grad(value.sum(), parameters)]
+            found = [value.detach(), *torch.autograd.grad(value.sum(), learned)]
             for a, b in zip(found, expected, strict=True):
                 tolerance = 16 * torch.finfo(a.dtype).eps
                 torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -333,7 +472,9 @@ def test_integers_are_the_counts_themselves(name, dtype):
 def test_integers_that_no_float_holds(name):
     for x in (torch.tensor([2**24 + 1, 2**31 - 1], dtype=torch.int32), torch.tensor([2**40 + 1, 2**24 + 1])):
         for dtype in (torch.float32, torch.float64):
-            parameters = [torch.full((2,), t, dtype=dtype) for t in (15.0, 2.0, 0.3)[: len(_parameters(name))]]
+            values = {"nb_mixture": (15.0, 7.0, 2.0, 0.3), "beta_binomial": (15.0, 2.0, 2.0**41)}
+            values = values.get(name, (15.0, 2.0, 0.3))[: len(_parameters(name))]
+            parameters = [torch.full((2,), t, dtype=dtype) for t in values]
             value = fastelbo.log_prob(joined(*parameters), x, likelihood=name)
             expected = fastelbo.log_prob(joined(*parameters), x.to(dtype), likelihood=name)
             torch.testing.assert_close(value, expected, rtol=0, atol=0)
@@ -356,7 +497,8 @@ def test_what_is_no_count_has_probability_0(name, dtype):
         keep[1, 17] = False
         masked = fastelbo.log_prob(joined(*parameters), x, likelihood=name, mask=keep)
         assert masked.isfinite().all()
-        for g, c in zip(torch.autograd.grad(masked.sum(), parameters), clean[1:], strict=False):
+        learned = [t for t in parameters if t.requires_grad]
+        for g, c in zip(torch.autograd.grad(masked.sum(), learned), clean[1:], strict=False):
             tolerance = 4 * torch.finfo(dtype).eps
             torch.testing.assert_close(g[keep], c[keep], rtol=tolerance, atol=tolerance)
             assert g[1, 17] == 0
@@ -383,10 +525,13 @@ def test_types_that_do_not_fit(name):
             fastelbo.bernoulli_log_prob(parameters[0], torch.ones(3, 5, dtype=kind))
 
 
-@pytest.mark.parametrize("count, name", [(1, "nb"), (3, "nb"), (2, "zinb"), (2, "poisson")])
+@pytest.mark.parametrize(
+    "count, name",
+    [(1, "nb"), (3, "nb"), (2, "zinb"), (2, "poisson"), (4, "zinb_mean"), (3, "nb_mixture"), (2, "beta_binomial")],
+)
 def test_another_number_of_tensors(count, name):
     recon = joined(*[torch.zeros(2, 3)] * count)
-    came = {1: "one tensor", 2: "a pair", 3: "three tensors"}[count]
+    came = {1: "one tensor", 2: "a pair", 3: "three tensors", 4: "four tensors"}[count]
     with pytest.raises(ValueError, match=rf'recon must be .* for likelihood "{name}"; got {came}'):
         fastelbo.log_prob(recon, torch.ones(2, 3), likelihood=name)
     for function in (likelihood_mean, likelihood_sample):
@@ -404,9 +549,223 @@ def test_the_third_tensor_is_named():
         ),
         (zeros.long(), TypeError, "the third tensor of recon must be float32, .*; got int64"),
         (zeros.double(), TypeError, "the third tensor of recon is float64 but the first is float32"),
-        (None, TypeError, "recon must be a tensor, or a tuple of two or three tensors"),
+        (None, TypeError, "recon must be a tensor, or a tuple of two to four tensors"),
     ):
         with pytest.raises(error, match=message):
             fastelbo.log_prob((zeros, zeros, third), torch.ones(2, 3), likelihood="zinb")
-    with pytest.raises(TypeError, match="recon must be a tensor, or a tuple of two or three tensors"):
-        fastelbo.log_prob((zeros,) * 4, torch.ones(2, 3), likelihood="zinb")
+    with pytest.raises(TypeError, match="recon must be a tensor, or a tuple of two to four tensors"):
+        fastelbo.log_prob((zeros,) * 5, torch.ones(2, 3), likelihood="zinb")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A number added to means and thetas, as scvi-tools does.
+
+SHIFTS = {"scvi_nb": ("nb_mean", 2), "scvi_zinb": ("zinb_mean", 2), "scvi_nb_mixture": ("nb_mixture", 3)}
+
+
+def _shift(name: str, parameters: list[Tensor]) -> list[Tensor]:
+    return [t + SCVI_ADDED if i < SHIFTS[name][1] else t for i, t in enumerate(parameters)]
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_shifted_names_are_the_plain_ones_of_larger_numbers(name):
+    """Values, gradients, and second derivatives; means and thetas of the size of what is added, too."""
+    of, count = SHIFTS[name]
+    x, parameters = _inputs(of, (3, 40), torch.float64)
+    with torch.no_grad():
+        for t in parameters[:count]:
+            t[0] *= 1e-8
+            t[1, ::3] = 0
+    results = []
+    for likelihood, shifted in ((name, parameters), (of, _shift(name, parameters))):
+        value = fastelbo.log_prob(joined(*shifted), x, likelihood=likelihood, reduce=False)
+        first = torch.autograd.grad(value.sum(), parameters, create_graph=True)
+        second = torch.autograd.grad(sum((1 + i) * g.sum() for i, g in enumerate(first)), parameters)
+        plain = torch.autograd.grad(fastelbo.log_prob(joined(*shifted), x, likelihood=likelihood).sum(), parameters)
+        results.append([value, *first, *second, *plain])
+    torch.testing.assert_close(*results, rtol=1e-14, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_shifted_names_in_the_losses_the_mean_and_draws(name):
+    of, _ = SHIFTS[name]
+    x, parameters = _inputs(of, (3, 40), torch.float64)
+    mu, log_ratio = torch.zeros(3, 2).double(), torch.zeros(1, 3).double()
+    recon, plain = joined(*parameters), joined(*_shift(name, parameters))
+    several, plain_several = (
+        joined(*(t[None] for t in parameters)),
+        joined(*(t[None] for t in _shift(name, parameters))),
+    )
+    for loss, a, b, rest in (
+        (fastelbo.elbo_loss, recon, plain, (mu, mu)),
+        (fastelbo.iwae_loss, several, plain_several, (log_ratio,)),
+    ):
+        torch.testing.assert_close(
+            loss(a, x, *rest, likelihood=name), loss(b, x, *rest, likelihood=of), rtol=1e-14, atol=0
+        )
+    assert torch.equal(likelihood_mean(recon, name), likelihood_mean(recon, of))
+    draws = [likelihood_sample(recon, of, generator=torch.Generator().manual_seed(0)) for of in (name, of)]
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("name", [*SHIFTED, "beta_binomial"])
+def test_new_names_compile(name):
+    of = SHIFTS[name][0] if name in SHIFTS else name
+    x, parameters = _inputs(of, (3, 40))
+    learned = [t for t in parameters if t.requires_grad]
+
+    def function(*parameters: Tensor) -> Tensor:
+        return fastelbo.log_prob(parameters, x, likelihood=name).sin().sum()
+
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        value = call(*parameters)
+        results.append([value, *torch.autograd.grad(value, learned)])
+    torch.testing.assert_close(*results)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Means and thetas of 0, and below.
+
+
+@every_float
+def test_what_a_mean_or_theta_of_0_makes_impossible(dtype):
+    zero, one, far = (torch.full((1,), v, dtype=dtype) for v in (0.0, 1.0, -1e4))
+    others = {"nb_mean": (), "zinb_mean": (far,), "nb_mixture": (far,), "scvi_nb": (), "scvi_zinb": (far,)}
+    for name, rest in others.items():
+        for mean, theta in ((zero, one), (one, zero), (zero, zero)):
+            given = (mean, *((mean,) if name == "nb_mixture" else ()), theta, *rest)
+            value = fastelbo.log_prob(given, one, likelihood=name, reduce=False).item()
+            at_zero = fastelbo.log_prob(given, zero, likelihood=name, reduce=False).item()
+            assert at_zero == pytest.approx(0, abs=1e-6)
+            if not name.startswith("scvi"):
+                assert value == -inf
+            elif mean is zero and theta is one:  # m / (1 + m)^2
+                assert value == pytest.approx(math.log(SCVI_ADDED), rel=1e-6)
+            else:
+                assert -60 < value < math.log(2e-8)
+
+
+@every_float
+def test_a_negative_mean_or_theta_is_nan(dtype):
+    plain = {"nb_mean": 2, "nb_logits": 1, "zinb_mean": 2, "nb_mixture": 3}
+    for name, count in (plain | {n: SHIFTS[n][1] for n in SHIFTED}).items():
+        of = SHIFTS[name][0] if name in SHIFTS else name
+        for bad in range(count):
+            x, parameters = _inputs(of, (3, 41), dtype)
+            with torch.no_grad():
+                parameters[bad][1, 17] = -0.5
+            value, *_ = _found(name, x, *parameters)
+            assert value[1].isnan() and value[[0, 2]].isfinite().all()
+            with fastelbo.reference_mode():
+                assert fastelbo.log_prob(joined(*parameters), x, likelihood=name)[1].isnan()
+
+
+@every_float
+@pytest.mark.parametrize("logit, kept", [(1e4, 0), (-1e4, 1)])
+def test_a_certain_component_of_a_mixture_is_all_of_it(dtype, logit, kept):
+    x, (mean1, mean2, theta, logits) = _inputs("nb_mixture", (3, 41), dtype)
+    with torch.no_grad():
+        logits.fill_(logit)
+    value = fastelbo.log_prob((mean1, mean2, theta, logits), x, likelihood="nb_mixture", reduce=False)
+    means = mean1, mean2
+    expected = fastelbo.log_prob((means[kept], theta), x, likelihood="nb_mean", reduce=False)
+    assert torch.equal(value, expected)
+    grads = torch.autograd.grad(value.sum(), (means[kept], theta, means[1 - kept], logits))
+    assert not torch.cat([g.flatten() for g in grads[2:]]).any()
+    for a, b in zip(grads[:2], torch.autograd.grad(expected.sum(), (means[kept], theta)), strict=True):
+        # the compiler contracts the products of either kernel in its own way
+        torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The total of a beta-binomial.
+
+SHAPES_OF_TOTAL = {"whole": (2, 5, 70), "row": (5, 70), "event": (70,), "one number": ()}
+every_total = pytest.mark.parametrize("shape", SHAPES_OF_TOTAL)
+
+
+def _trials(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, which is 0 and the total too, and the concentrations of K = 2 samples."""
+    a, b = (torch.exp(torch.randn(2, *shape, dtype=torch.float64)).requires_grad_() for _ in range(2))
+    return torch.randint(0, 10, shape).double(), a, b
+
+
+@every_total
+@pytest.mark.parametrize("kind", [torch.uint8, *COUNTS, torch.float32, torch.float64], ids=str)
+def test_totals_of_any_type_and_shape(shape, kind):
+    x, a, b = (t.detach().float() for t in _trials(5, 70))
+    if kind == torch.float64:
+        x, a, b = x.double(), a.double(), b.double()
+    total = torch.randint(9, 14, SHAPES_OF_TOTAL[shape])
+    mask = torch.rand(5, 70) < 0.7
+    a, b = a.requires_grad_(), b.requires_grad_()
+    for options in ({}, {"mask": mask}, {"reduce": False}, {"mask": mask, "reduce": False}):
+        found = []
+        for given in (total.to(kind), total.to(a.dtype).expand(2, 5, 70)):
+            value = fastelbo.log_prob((a, b, given), x, likelihood="beta_binomial", **options)
+            found.append([value, *torch.autograd.grad(value.sum(), (a, b))])
+        torch.testing.assert_close(*found)
+    laid = total.to(kind).mT.contiguous().mT if total.dim() > 1 else total.to(kind)
+    expected = fastelbo.log_prob((a, b, total.to(kind)), x, likelihood="beta_binomial")
+    torch.testing.assert_close(fastelbo.log_prob((a, b, laid), x, likelihood="beta_binomial"), expected)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((5, 1), (70,), (5, 1)), ((70,), (5, 1), (1, 70)), ((2, 5, 1), (), (5, 70)), ((), (1, 70), (2, 1, 70))]
+)
+def test_totals_of_rows_and_columns(shapes):
+    x = torch.randint(0, 10, (5, 70))
+    a, b = (torch.exp(torch.randn(shape, dtype=torch.float64)).requires_grad_() for shape in shapes[:2])
+    total = torch.randint(9, 14, shapes[2])
+    found = fastelbo.log_prob((a, b, total), x, likelihood="beta_binomial", reduce=False)
+    with fastelbo.reference_mode():
+        expected = fastelbo.log_prob((a, b, total), x, likelihood="beta_binomial", reduce=False)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(found)
+    for ours, theirs in zip(*(torch.autograd.grad(t, (a, b), upstream) for t in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("path", [nullcontext, fastelbo.reference_mode], ids=["op", "twin"])
+@pytest.mark.parametrize("reduce", [True, False])
+def test_a_total_is_data(path, reduce):
+    ones = torch.ones(2, 3)
+
+    def call(total: Tensor) -> None:
+        fastelbo.log_prob((ones, ones, total), ones, likelihood="beta_binomial", reduce=reduce)
+
+    with path():
+        for total in (ones.clone().requires_grad_(), torch.ones(()).requires_grad_()):
+            with pytest.raises(ValueError, match="the third tensor of recon is data, and must not require a gradient"):
+                call(total)
+        for kind, came in ((torch.bool, "bool"), (torch.complex64, "complex64"), (torch.int8, "int8")):
+            with pytest.raises(TypeError, match=f"the third tensor of recon must be .*; got {came}"):
+                call(ones.to(kind))
+
+
+@every_float
+def test_more_successes_than_trials_are_impossible(dtype):
+    """-inf with gradients of 0, in a row of others too; the ends are possible."""
+    x, total = torch.tensor([[4.0, 0.0, 5.0, 6.0]], dtype=dtype), torch.tensor([[5, 5, 5, 5]])
+    a, b = (torch.full((1, 4), v, dtype=dtype, requires_grad=True) for v in (0.7, 2.0))
+    value = fastelbo.log_prob((a, b, total), x, likelihood="beta_binomial", reduce=False)
+    assert value[0, :3].isfinite().all() and value[0, 3] == -inf
+    for grad in torch.autograd.grad(value.sum(), (a, b)):
+        assert grad[0, 3] == 0 and grad[0, :3].isfinite().all() and grad[0, :3].all()
+    assert fastelbo.log_prob((a, b, total), x, likelihood="beta_binomial").item() == -inf
+
+
+@pytest.mark.parametrize("name", ["nb_mean", "nb_logits", "zinb_mean", "nb_mixture", "beta_binomial", *SHIFTED])
+def test_finite_differences(name):
+    of = SHIFTS[name][0] if name in SHIFTS else name
+    parameters = [t.requires_grad_() for t in _parameters(of)]
+    if name == "beta_binomial":
+        parameters[-1].requires_grad_(False)
+    x = torch.tensor([0.0, 2.0, 1.0]).double()
+
+    def call(*parameters: Tensor) -> Tensor:
+        return fastelbo.log_prob(parameters, x, likelihood=name, reduce=False)
+
+    assert torch.autograd.gradcheck(call, parameters)
+    assert torch.autograd.gradgradcheck(call, parameters)

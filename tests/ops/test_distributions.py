@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -56,6 +57,40 @@ def negative_binomial(log_mean: Tensor, log_theta: Tensor) -> td.NegativeBinomia
     return td.NegativeBinomial(log_theta.exp(), logits=log_mean - log_theta, validate_args=False)
 
 
+def mixture(mean1: Tensor, mean2: Tensor, theta: Tensor, logits: Tensor) -> td.MixtureSameFamily:
+    mean1, mean2, theta, logits = torch.broadcast_tensors(mean1, mean2, theta, logits)
+    which = td.Categorical(logits=torch.stack([logits, torch.zeros_like(logits)], -1))
+    each = negative_binomial(torch.stack([mean1, mean2], -1).log(), theta.log()[..., None])
+    return td.MixtureSameFamily(which, each, validate_args=False)
+
+
+class BetaBinomial(td.Distribution):
+    """Pyro's: torch's Binomial under its Beta."""
+
+    arg_constraints: ClassVar = {}
+
+    def __init__(self, concentration1: Tensor, concentration0: Tensor, n: Tensor | int) -> None:
+        self.beta, self.n = td.Beta(concentration1, concentration0), n
+        super().__init__(torch.broadcast_shapes(self.beta.batch_shape, torch.as_tensor(n).shape), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        a, b, n = self.beta.concentration1, self.beta.concentration0, torch.as_tensor(self.n, dtype=value.dtype)
+
+        def log_beta(a: Tensor, b: Tensor) -> Tensor:
+            return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+
+        ways = -torch.log1p(n) - log_beta(value + 1, n - value + 1)
+        return ways + log_beta(value + a, n - value + b) - log_beta(a, b)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.beta.mean * self.n
+
+    @property
+    def variance(self) -> Tensor:
+        return self.beta.variance * self.n * (self.beta.concentration0 + self.beta.concentration1 + self.n)
+
+
 class Case(NamedTuple):
     ours: Callable[..., td.Distribution]  # of parameters, with event_dims and validate_args
     torch: Callable[..., td.Distribution]  # without event dimensions
@@ -99,6 +134,28 @@ CASES = {
     "poisson": Case(fd.Poisson, lambda log_rate: td.Poisson(log_rate.exp()), [normal], counts, smooth=False),
     "nb": Case(fd.NegativeBinomial, negative_binomial, [normal, normal], counts, smooth=False),
     "zinb": Case(fd.ZeroInflatedNegativeBinomial, ZeroInflated, [normal] * 3, counts, smooth=False),
+    "nb_mean": Case(
+        lambda m, th, **options: fd.NegativeBinomial(mean=m, theta=th, **options),
+        lambda m, th: negative_binomial(m.log(), th.log()),
+        [scale, scale],
+        counts,
+        smooth=False,
+    ),
+    "zinb_mean": Case(
+        lambda m, th, pi, **options: fd.ZeroInflatedNegativeBinomial(mean=m, theta=th, zero_logits=pi, **options),
+        lambda m, th, pi: ZeroInflated(m.log(), th.log(), pi),
+        [scale, scale, normal],
+        counts,
+        smooth=False,
+    ),
+    "nb_mixture": Case(fd.NegativeBinomialMixture, mixture, [scale, scale, scale, normal], counts, smooth=False),
+    "beta_binomial": Case(
+        lambda a, b, **options: fd.BetaBinomial(a, b, 6, **options),
+        lambda a, b: BetaBinomial(a, b, 6),
+        [scale, scale],
+        counts,
+        smooth=False,
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -111,7 +168,7 @@ def parameters(case: Case, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 def test_every_likelihood_has_a_distribution():
     likelihoods = {case.ours(*parameters(case, (B, D))).likelihood for case in CASES.values()}
-    assert likelihoods == set(LIKELIHOODS)
+    assert likelihoods == set(LIKELIHOODS) - {"nb_logits"}  # the parameters of torch's own class
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,9 +186,6 @@ def compare(ours: Tensor, theirs: Tensor, inputs: Sequence[Tensor], *, retain: b
 
 @every_case
 @pytest.mark.parametrize(
-    "value", [(B, D), (K, B, D), (2, K, B, D), (D,), (1, D), (2, 1, 1, D)], ids=lambda shape: f"value{len(shape)}"
-)
-@pytest.mark.parametrize(
     "shapes",
     [
         [(B, D)],
@@ -146,13 +200,13 @@ def compare(ours: Tensor, theirs: Tensor, inputs: Sequence[Tensor], *, retain: b
     ],
     ids=str,
 )
-def test_log_prob(case, shapes, value):
-    tensors, x = parameters(case, *shapes), case.data(*value)
+def test_log_prob(case, shapes):
+    tensors = parameters(case, *shapes)
     ours, theirs = case.ours(*tensors), td.Independent(case.torch(*tensors), 1, validate_args=False)
     assert ours.event_shape == (D,) and ours.batch_shape == theirs.batch_shape
-    compare(ours.log_prob(x), theirs.log_prob(x), tensors)
-    if case.smooth:
-        compare(ours.log_prob(x.requires_grad_()), theirs.log_prob(x), [x])
+    for value in [(B, D), (K, B, D), (2, K, B, D), (D,), (1, D), (2, 1, 1, D)]:
+        x = case.data(*value).requires_grad_(case.smooth)
+        compare(ours.log_prob(x), theirs.log_prob(x), [*tensors, x] if case.smooth else tensors)
 
 
 @every_case
@@ -215,7 +269,7 @@ def test_compiled(case):
     tensors, x = parameters(case, (K, B, D), (D,), (B, 1)), case.data(B, D)
 
     def log_p(x: Tensor, *tensors: Tensor) -> Tensor:
-        return case.ours(*tensors, validate_args=False).log_prob(x)
+        return case.ours(*tensors, validate_args=True).log_prob(x)  # looked at where nothing is compiled
 
     torch.compiler.reset()
     compiled = torch.compile(log_p, fullgraph=True, backend="aot_eager")
@@ -248,7 +302,7 @@ def test_no_data(case):
 @every_case
 def test_vmap(case):
     tensors, x = [t.detach() for t in parameters(case, (K, B, D))], case.data(K, B, D)
-    log_p = torch.func.vmap(lambda x, *tensors: case.ours(*tensors, validate_args=False).log_prob(x))(x, *tensors)
+    log_p = torch.func.vmap(lambda x, *tensors: case.ours(*tensors, validate_args=True).log_prob(x))(x, *tensors)
     torch.testing.assert_close(log_p, case.ours(*tensors).log_prob(x), rtol=1e-10, atol=1e-10)
 
 
@@ -274,7 +328,7 @@ def test_expand(case):
     assert many.batch_shape == (K, B) and many.event_shape == (D,) and isinstance(many, type(one))
     assert many._validate_args is False and case.ours(*tensors, validate_args=True).expand([K, B])._validate_args
     assert many.sample((2,)).shape == (2, K, B, D) and many.mean.shape == many.variance.shape == (K, B, D)
-    assert all(getattr(many, name).shape == (K, B, D) for name in LIKELIHOODS[one.likelihood].parameters)
+    assert all(getattr(many, name).shape == (K, B, D) for name in re.findall(r"(\w+): ", repr(many)))
     compare(many.log_prob(x), one.log_prob(x).expand(K, B), tensors)
     with pytest.raises(RuntimeError):
         one.expand([B + 1])
@@ -370,7 +424,7 @@ def test_what_torch_s_class_has(case, event_dims):
     """Every public attribute and method, with torch's values."""
     tensors, x = [t.detach() for t in parameters(case, (B, D), (D,), (1, D))], case.data(B, D)
     ours, theirs = case.ours(*tensors, event_dims=event_dims), case.torch(*tensors)
-    if isinstance(theirs, ZeroInflated):
+    if isinstance(theirs, ZeroInflated | BetaBinomial | td.MixtureSameFamily):
         pytest.skip("torch has none")
     names = {name for name in dir(theirs) if not name.startswith("_")} - OWN
     assert {"entropy", "mode", "cdf", "icdf", "enumerate_support", "perplexity", "stddev"} <= names
@@ -426,6 +480,8 @@ ELEMENT = "is defined for one element: give event_dims=0; got 1 event dimensions
         (lambda: fd.Bernoulli(t).cdf(t), "torch's Bernoulli has no cdf"),
         (lambda: fd.Poisson(t, event_dims=0).enumerate_support(), "torch's Poisson has no enumerate_support"),
         (lambda: fd.ZeroInflatedNegativeBinomial(t, t, t).entropy(), "torch.distributions has no ZeroInflatedNeg"),
+        (lambda: fd.BetaBinomial(t, t, 3).enumerate_support(), f"enumerate_support {ELEMENT}"),
+        (lambda: fd.BetaBinomial(t, t, 3 * t.triu(), event_dims=0).enumerate_support(), "one total_count for all"),
     ],
 )
 def test_what_is_not_implemented_is_said(call, message):
@@ -436,6 +492,73 @@ def test_what_is_not_implemented_is_said(call, message):
 def test_cdf_checks_its_value_as_torch_s():
     with pytest.raises(ValueError, match="within the support"):
         fd.Gaussian(t, event_dims=0, validate_args=True).cdf(t * torch.nan)
+
+
+@pytest.mark.parametrize(
+    "name", ["mean", "variance", "log_mean", "log_theta", "theta", "total_count", "logits", "probs", "mode"]
+)
+def test_logarithms_or_not(name):
+    """Every property of both ways to build a distribution, with its gradients; the mean of one is not E[x]."""
+    inputs, pi = [scale(B, D).requires_grad_(), scale(D).requires_grad_()], normal(1, D)
+    logs = [t.log() for t in inputs]
+    for by_logs, other, attributes in (
+        (fd.NegativeBinomial(*logs), fd.NegativeBinomial(mean=inputs[0], theta=inputs[1]), None),
+        (
+            fd.ZeroInflatedNegativeBinomial(*logs, pi),
+            fd.ZeroInflatedNegativeBinomial(zero_logits=pi, mean=inputs[0], theta=inputs[1]),
+            ("mean", "variance", "log_mean", "log_theta", "theta"),
+        ),
+    ):
+        if attributes is None or name in attributes:
+            found, expected = getattr(other, name), getattr(by_logs, name)
+            assert found.shape == (B, D)
+            read = inputs[1:] if name.endswith("theta") or name == "total_count" else inputs[:1]
+            compare(found, expected, read)
+
+
+def test_moments_have_gradients_at_zero():
+    mean = torch.zeros(B, D, dtype=torch.float64, requires_grad=True)
+    for px in (
+        fd.NegativeBinomial(mean=mean, theta=half),
+        fd.ZeroInflatedNegativeBinomial(mean=mean, theta=half, zero_logits=0.0),
+    ):
+        slope = 1 - 0.5 * isinstance(px, fd.ZeroInflatedNegativeBinomial)
+        for moment in (px.mean, px.variance):
+            (grad,) = torch.autograd.grad(moment.sum(), mean)
+            assert (moment == 0).all() and (grad == slope).all()
+
+
+@pytest.mark.parametrize("event_dims", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8, torch.float64], ids=str)
+def test_total_counts_are_data(event_dims, dtype):
+    """They broadcast, and have no gradient."""
+    a, b, x = scale(D).requires_grad_(), scale(B, 1).requires_grad_(), counts(K, B, D)
+    for n in (torch.randint(4, 9, (B, D)), torch.randint(4, 9, (B, 1)), torch.tensor(7)):
+        ours = fd.BetaBinomial(a, b, n.to(dtype), event_dims=event_dims, validate_args=True)
+        theirs = td.Independent(BetaBinomial(a, b, n), event_dims, validate_args=False)
+        compare(ours.log_prob(x), theirs.log_prob(x), [a, b])
+        torch.testing.assert_close((ours.mean, ours.variance), (theirs.mean, theirs.variance))
+        draws = ours.sample((K,))
+        assert ours.total_count.dtype == dtype and ours.support.check(draws).all() and (draws <= n).all()
+        assert not ours.support.check(draws + 9).any()
+
+
+def test_a_beta_binomial_is_enumerated():
+    px = fd.BetaBinomial(scale(B, 1), scale(D), 6, event_dims=0, validate_args=True)
+    x = px.enumerate_support()
+    assert px.has_enumerate_support and x.shape == (7, B, D) and px.enumerate_support(expand=False).shape == (7, 1, 1)
+    torch.testing.assert_close(px.log_prob(x).exp().sum(0), torch.ones_like(px.mean))
+
+
+def test_repr_names_what_was_given():
+    assert repr(fd.NegativeBinomial(t, 0.5)) == "NegativeBinomial(log_mean: torch.Size([4, 3]), log_theta: 0.5)"
+    assert repr(fd.NegativeBinomial(mean=t, theta=t[0])) == (
+        "NegativeBinomial(mean: torch.Size([4, 3]), theta: torch.Size([4, 3]))"
+    )
+    px = fd.BetaBinomial(t, t, 6)
+    assert repr(px) == (
+        "BetaBinomial(concentration1: torch.Size([4, 3]), concentration0: torch.Size([4, 3]), total_count: 6)"
+    )
 
 
 def test_bernoulli_has_probs_and_logits():
@@ -465,12 +588,31 @@ ERRORS = {
     "two spreads": (lambda: fd.Gaussian(t, t, scale=t), "Gaussian takes logvar or scale, not both"),
     "two scales": (lambda: fd.Laplace(t, 0.0, scale=2.0), "Laplace takes log_scale or scale, not both"),
     "negative number": (lambda: fd.Gaussian(t, scale=-1.0), "scale must be positive; got -1.0"),
-    "negative scale": (lambda: fd.Gaussian(t, scale=negative, validate_args=True), "scale must be positive; got"),
-    "NaN": (
-        lambda: fd.Poisson(t * torch.nan, validate_args=True),
-        "Expected parameter log_rate .* to satisfy the constraint Real",
+    "neither pair": (
+        lambda: fd.NegativeBinomial(),
+        "NegativeBinomial takes log_mean and log_theta, or mean and theta; got neither",
     ),
-    "no probability": (lambda: fd.Bernoulli(probs=negative, validate_args=True), "Expected parameter probs .*Interval"),
+    "both pairs": (lambda: fd.NegativeBinomial(t, t, mean=t, theta=t), "; got log_mean, log_theta, mean, theta"),
+    "of both pairs": (
+        lambda: fd.ZeroInflatedNegativeBinomial(t, None, t, theta=t),
+        "ZeroInflatedNegativeBinomial takes log_mean and log_theta, or mean and theta; got log_mean, theta",
+    ),
+    "half a pair": (lambda: fd.NegativeBinomial(mean=t), "or mean and theta; got mean"),
+    "no zero_logits": (lambda: fd.ZeroInflatedNegativeBinomial(t, t), "zero_logits must be a float .*; got None"),
+    "negative theta": (lambda: fd.NegativeBinomial(mean=t, theta=-1.0), "theta must be at least 0; got -1.0"),
+    "half a trial": (lambda: fd.BetaBinomial(t, t, 1.5), "total_count must be an int or a torch.Tensor; got float"),
+    "total with a gradient": (
+        lambda: fd.BetaBinomial(t, t, t.clone().requires_grad_()),
+        "total_count is data, and must not require a gradient",
+    ),
+    "more than the total": (
+        lambda: fd.BetaBinomial(t, t, 3, validate_args=True).log_prob(4 * t),
+        "value must be in the domain Interval.* of BetaBinomial; got",
+    ),
+    "bytes more than the total": (
+        lambda: fd.BetaBinomial(t, t, 3, validate_args=True).log_prob((4 * t).to(torch.uint8)),
+        "value must be in the domain Interval.* of BetaBinomial; got",
+    ),
     "no tensor": (lambda: fd.Bernoulli(t).log_prob(1.0), "value must be a torch.Tensor; got float"),
     "event": (
         lambda: fd.Bernoulli(t).log_prob(t[:, :2]),
@@ -514,6 +656,75 @@ ERRORS = {
 def test_errors(call, message):
     with pytest.raises((ValueError, TypeError), match=f"(?s){message}"):
         call()
+
+
+# of a constraint: what violates it
+INVALID = {
+    constraints.real: [math.nan],
+    constraints.unit_interval: [math.nan, -1e-6, 1 + 1e-6],
+    constraints.nonnegative: [math.nan, -1e-40, -3.0],
+    constraints.positive: [math.nan, 0.0, -1e-40, -3.0],
+}
+
+
+@every_case
+@pytest.mark.parametrize("event_dims", [0, 1])
+def test_an_invalid_parameter_is_found(case, event_dims):
+    """One among many, beside any x, in torch's words; by the first log_prob or sample, not by the constructor."""
+    shape = (2, 3, 17)
+    x = case.data(*shape[1:])
+    tensors = [t.detach() for t in parameters(case, shape)]
+    one = case.ours(*tensors)
+    names = [name for name, _ in one._given()]
+    if one._scale is not None:
+        names[1] = "scale"
+    for i, valid in enumerate(tensors):
+        for value in INVALID[one.arg_constraints[names[i]]]:
+            bad = valid.clone()
+            bad[1, 2, torch.randint(0, 17, ())] = value
+            px = case.ours(*tensors[:i], bad, *tensors[i + 1 :], event_dims=event_dims, validate_args=True)
+            for call in (lambda px=px: px.log_prob(x), px.expand((4, *px.batch_shape)).sample):
+                with pytest.raises(ValueError, match=rf"Expected parameter {names[i]} \(Tensor of shape .* constraint"):
+                    call()
+
+
+@every_case
+@pytest.mark.parametrize("event_dims", [0, 1])
+def test_an_invalid_value_is_found(case, event_dims):
+    px = case.ours(*parameters(case, (2, 3, 17)), event_dims=event_dims, validate_args=True)
+    domain = base._DOMAINS[LIKELIHOODS[px.likelihood].domain][1]
+    for value in (*INVALID[domain], *([7.0] if isinstance(px, fd.BetaBinomial) else [])):
+        x = case.data(3, 17)
+        x[1, torch.randint(0, 17, ())] = value
+        with pytest.raises(ValueError, match=f"value must be in the domain .* of {type(px).__name__}; got\n"):
+            px.log_prob(x)
+        px.log_prob(case.data(3, 17))
+
+
+def test_what_a_finite_result_does_not_tell_is_looked_at():
+    """Also where nothing is read."""
+    assert fd.BetaBinomial(t, t, 2.5 * t, validate_args=False).log_prob(t).isfinite().any()
+    with pytest.raises(ValueError, match="Expected parameter total_count"):
+        fd.BetaBinomial(t, t, 2.5 * t, validate_args=True).log_prob(t)
+    with pytest.raises(ValueError, match="Expected parameter log_rate"):
+        fd.Poisson(t * torch.nan, validate_args=True).log_prob(torch.zeros(0, B, D))
+
+
+def test_infinite_results_of_valid_arguments_are_returned():
+    assert fd.Poisson(-math.inf * t, validate_args=True).log_prob(t).isneginf().all()
+    assert fd.NegativeBinomial(mean=0 * t, theta=t, validate_args=True).log_prob(t).isneginf().all()
+
+
+def test_the_default_of_validation_may_change():
+    bad, before = fd.Poisson(t * torch.nan), td.Distribution._validate_args
+    try:
+        td.Distribution.set_default_validate_args(True)
+        with pytest.raises(ValueError, match="Expected parameter"):
+            bad.log_prob(t)
+        td.Distribution.set_default_validate_args(False)
+        assert bad.log_prob(t).isnan().all()
+    finally:
+        td.Distribution.set_default_validate_args(before)
 
 
 def test_nothing_is_checked_without_validate_args():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import REPRESENTATIVES, ROWS
 from torch import Tensor
 
 import fastelbo
@@ -12,23 +13,24 @@ from fastelbo import distributions, likelihoods, reference
 LIKELIHOODS = [
     (name, n) for name, row in likelihoods.LIKELIHOODS.items() for n in range(row.fewest, len(row.parameters) + 1)
 ]
-ALL, FEW = ("full", "samples", "rows and columns"), [("bernoulli", 1), ("nb", 2), ("zinb", 3)]
+MANY = [(name, len(likelihoods.get(name).parameters)) for name, _ in REPRESENTATIVES] + [("zinb", 3)]
+FEW = [("bernoulli", 1), ("nb", 2), ("beta_binomial", 3), ("nb_mixture", 4)]
 # x, then the parameters, for K = 3 samples, B rows and D columns
 SHAPES = {
-    "full": ((5, 70), [(5, 70)] * 3),
-    "samples": ((5, 70), [(3, 5, 70), (70,), (3, 5, 70)]),
-    "rows and columns": ((5, 70), [(5, 1), (1, 70), ()]),
-    "columns and rows": ((5, 70), [(70,), (5, 1), (1, 1)]),
-    "samples of rows": ((5, 70), [(3, 5, 1), (70,), (1, 5, 70)]),
-    "short rows": ((90, 3), [(90, 3), (3,), (90, 1)]),
-    "samples of short rows": ((90, 3), [(3, 90, 3), (3,), (3, 1, 1)]),
-    "images": ((4, 2, 6, 8), [(4, 2, 6, 8), (6, 1), (4, 1, 1, 1)]),
-    "one row": ((200,), [(200,), (), (200,)]),
-    "samples of one row": ((200,), [(3, 200), (200,), (3, 1)]),
-    "one number": ((), [(), (), ()]),
-    "samples of one number": ((), [(3,), (), (3,)]),
-    "nothing": ((0, 70), [(0, 70), (70,), ()]),
-    "long": ((2, 5000), [(2, 1), (5000,), ()]),
+    "full": ((5, 70), [(5, 70)] * 4),
+    "samples": ((5, 70), [(3, 5, 70), (70,), (3, 5, 70), (5, 70)]),
+    "rows and columns": ((5, 70), [(5, 1), (1, 70), (), (5, 70)]),
+    "columns and rows": ((5, 70), [(70,), (5, 1), (1, 1), (5, 1)]),
+    "samples of rows": ((5, 70), [(3, 5, 1), (70,), (1, 5, 70), ()]),
+    "short rows": ((90, 3), [(90, 3), (3,), (90, 1), (3,)]),
+    "samples of short rows": ((90, 3), [(3, 90, 3), (3,), (3, 1, 1), (90, 1)]),
+    "images": ((4, 2, 6, 8), [(4, 2, 6, 8), (6, 1), (4, 1, 1, 1), (8,)]),
+    "one row": ((200,), [(200,), (), (200,), ()]),
+    "samples of one row": ((200,), [(3, 200), (200,), (3, 1), (200,)]),
+    "one number": ((), [(), (), (), ()]),
+    "samples of one number": ((), [(3,), (), (3,), (3,)]),
+    "nothing": ((0, 70), [(0, 70), (70,), (), (0, 70)]),
+    "long": ((2, 5000), [(2, 1), (5000,), (), (5000,)]),
 }
 
 
@@ -42,10 +44,22 @@ def data(likelihood: str, shape: tuple[int, ...]) -> Tensor:
 def made(
     likelihood: str, count: int, shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
+    """Of the size of 1, and totals of some more than there are counts."""
+    row = likelihoods.get(likelihood)
     found = [torch.randn(shape, dtype=dtype) for shape in shapes[:count]]
+    positive = ROWS[likelihood].recon(torch.tensor(-1.0)) > 0
     if likelihood == "bernoulli_probs":
         found[0] = torch.sigmoid(found[0])
+    elif positive:
+        found = [t if "logits" in name else t.exp() for name, t in zip(row.parameters, found, strict=False)]
+    if row.data:
+        found[-1] = (found[-1] + 19).round()
     return found
+
+
+def learned(likelihood: str, parameters: list[Tensor]) -> list[Tensor]:
+    """All but data, as leaves."""
+    return [t.requires_grad_() for t in parameters[: len(parameters) - likelihoods.get(likelihood).data]]
 
 
 def twin(parameters: list[Tensor], x: Tensor, likelihood: str, mask: Tensor | None = None) -> Tensor:
@@ -60,8 +74,9 @@ def twin(parameters: list[Tensor], x: Tensor, likelihood: str, mask: Tensor | No
     return torch.where(seen, found * weight, 0.0)
 
 
-# every likelihood in three of the shapes, and the others for as many parameters as there may be
-CASES = [(*case, shapes) for shapes in SHAPES for case in (LIKELIHOODS if shapes in ALL else FEW)]
+# every likelihood in one shape, those of every kind in two, and of as many parameters as there may be in the others
+WIDE = {"full": LIKELIHOODS, "samples": MANY, "rows and columns": MANY}
+CASES = [(*case, shapes) for shapes in SHAPES for case in WIDE.get(shapes, FEW)]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -74,17 +89,17 @@ def test_values_and_gradients(likelihood, count, shapes, masked):
         mask = torch.where(torch.rand(x.shape) < 0.3, 0.0, torch.rand(x.shape))
         x = torch.where(mask == 0, math.nan, x)
     counts = likelihoods.get(likelihood).domain == "counts"
-    leaves = [t.requires_grad_() for t in parameters] + ([] if counts or not x.numel() else [x.requires_grad_()])
+    leaves = learned(likelihood, parameters) + ([] if counts or not x.numel() else [x.requires_grad_()])
     recon = parameters[0] if count == 1 else tuple(parameters)
     found = fastelbo.log_prob(recon, x, likelihood=likelihood, mask=mask, reduce=False)
-    wide = [t.detach().double().requires_grad_() for t in parameters]
-    wide_x = x.detach().double().requires_grad_()
+    wide, wide_x = [t.detach().double() for t in parameters], x.detach().double().requires_grad_()
+    wanted = [*learned(likelihood, wide), wide_x][: len(leaves)]
     expected = twin(wide, wide_x, likelihood, mask)
     assert found.shape == expected.shape and found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
     upstream = torch.randn_like(found)
     grads = torch.autograd.grad(found, leaves, upstream)
-    wanted = torch.autograd.grad(expected, wide + [wide_x][: len(leaves) - count], upstream.double(), allow_unused=True)
+    wanted = torch.autograd.grad(expected, wanted, upstream.double(), allow_unused=True)
     for ours, theirs in zip(grads, wanted, strict=True):
         theirs = torch.zeros_like(ours).double() if theirs is None else theirs
         scale = float(theirs.abs().max()) if theirs.numel() else 0.0
@@ -95,16 +110,17 @@ def test_values_and_gradients(likelihood, count, shapes, masked):
 @pytest.mark.parametrize("likelihood, count", LIKELIHOODS)
 def test_dtypes(likelihood, count, dtype):
     torch.manual_seed(0)
-    x, parameters = data(likelihood, (6, 90)).to(dtype), made(likelihood, count, [(6, 90), (90,), (6, 1)], dtype)
-    leaves = [t.requires_grad_() for t in parameters]
+    x, parameters = data(likelihood, (6, 90)).to(dtype), made(likelihood, count, [(6, 90), (90,), (6, 1), (90,)], dtype)
+    leaves = learned(likelihood, parameters)
     found = fastelbo.log_prob(tuple(parameters) if count > 1 else parameters[0], x, likelihood=likelihood, reduce=False)
-    wide = [t.detach().double().requires_grad_() for t in parameters]
+    wide = [t.detach().double() for t in parameters]
+    wanted = learned(likelihood, wide)
     expected = twin(wide, x, likelihood)
     assert found.dtype == (dtype if dtype == torch.float64 else torch.float32)
     tight = 1e-10 if dtype == torch.float64 else 2e-5
     torch.testing.assert_close(found.double(), expected, rtol=tight, atol=tight)
     upstream = torch.randn_like(found)
-    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    wanted = torch.autograd.grad(expected, wanted, upstream.double())
     rounding = 1e-9 if dtype == torch.float64 else 2e-2
     for ours, theirs in zip(torch.autograd.grad(found, leaves, upstream), wanted, strict=True):
         assert ours.dtype == dtype
@@ -120,7 +136,7 @@ def test_integers(dtype):
 
 @pytest.mark.parametrize("likelihood, count", LIKELIHOODS)
 def test_it_sums_to_log_prob(likelihood, count):
-    x, parameters = data(likelihood, (5, 700)), made(likelihood, count, [(5, 700)] * 3)
+    x, parameters = data(likelihood, (5, 700)), made(likelihood, count, [(5, 700)] * 4)
     recon = parameters[0] if count == 1 else tuple(parameters)
     whole = fastelbo.log_prob(recon, x, likelihood=likelihood)
     torch.testing.assert_close(
@@ -132,17 +148,22 @@ def test_it_sums_to_log_prob(likelihood, count):
 def test_derivatives_of_the_first_and_second_order(likelihood, count):
     torch.manual_seed(0)
     x = data(likelihood, (2, 3)).double().clamp(0.2, 3.0) if likelihood != "laplace" else torch.randn(2, 3).double() + 5
-    parameters = [t.requires_grad_() for t in made(likelihood, count, [(2, 3), (3,), (2, 1)], torch.float64)]
+    parameters = made(likelihood, count, [(2, 3), (3,), (2, 1), (3,)], torch.float64)
+    leaves = learned(likelihood, parameters)
     mask = torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 0.0]])
 
     def function(*recon: Tensor) -> Tensor:
-        given = recon[0] if count == 1 else recon
+        given = (*recon, *parameters[len(recon) :])
         return fastelbo.log_prob(
-            given, x.clamp(max=1.0 if "bern" in likelihood else 9.0), likelihood=likelihood, mask=mask, reduce=False
+            given[0] if count == 1 else given,
+            x.clamp(max=1.0 if "bern" in likelihood else 9.0),
+            likelihood=likelihood,
+            mask=mask,
+            reduce=False,
         )
 
-    torch.autograd.gradcheck(function, parameters)
-    torch.autograd.gradgradcheck(function, parameters)
+    torch.autograd.gradcheck(function, leaves)
+    torch.autograd.gradgradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("shapes", ["rows and columns", "samples", "short rows", "one number"])

@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import LIKELIHOODS, ROWS, further, is_counts, joined
+from cases import LIKELIHOODS, MOST, ROWS, further, is_counts, joined
 from oracle import DTYPES, HALF_TYPES, Call, check, compute_dtype
 from torch import Tensor
 
 import fastelbo
+from fastelbo import likelihoods
 from fastelbo.estimators import ESTIMATORS
 from fastelbo.reference import COUNTS
 
@@ -29,6 +30,7 @@ CASES, PARTS = 2000, 8
 SECONDS = float(os.environ.get("FASTELBO_WALK_SECONDS", "0"))
 START = int(os.environ.get("FASTELBO_WALK_START", "0"))
 LARGEST = 20_000  # elements of recon
+LONG = ("nb_mixture", "beta_binomial")  # formulas whose twins take long: of fewer elements
 
 
 class Case(NamedTuple):
@@ -59,8 +61,9 @@ class Draw:
         self.row = self.any_of(*LIKELIHOODS)
         self.likelihood = self.row[0]
         self.B = self.any_of(0, 1, 2, 3, 4, 5, 5, 40)
-        self.event = self.sizes(4, LARGEST // max(self.B, 1))
-        most = max(LARGEST // max(self.B * torch.Size(self.event).numel(), 1), 1)
+        largest = LARGEST // 8 if self.likelihood in LONG else LARGEST
+        self.event = self.sizes(4, largest // max(self.B, 1))
+        most = max(largest // max(self.B * torch.Size(self.event).numel(), 1), 1)
         self.K = min(self.any_of(1, 2, 3, 4, 6, 20, 70), most)
 
     def any_of(self, *choices):
@@ -118,16 +121,21 @@ class Draw:
         return (self.K, *shape)
 
     def parameters(self, sampled: bool) -> list[Tensor | None]:
-        """recon, and the second and third parameters where there are any: in any shape that broadcasts."""
+        """recon, and the further parameters where there are any, None elsewhere: in any shape that broadcasts."""
         row, full = ROWS[self.likelihood], (self.B, *self.event)
         size = self.any_of(1.0, 1.0, 0.05, 5.0)
         whole = self.samples(full) if sampled else full
         recon = self.tensor(whole, lambda noise: row.recon(size * noise))
-        others = (
+        drawn = further(self.row)
+        others = [
             self.broadcast(whole, self.any_of(whole, whole, full, self.event, ()), values)
-            for values in further(self.row)
-        )
-        return [recon, *others, None, None][:3]
+            for values in drawn[: len(drawn) - likelihoods.get(self.likelihood).data]
+        ]
+        for values in drawn[len(others) :]:
+            shape, kind = self.any_of(whole, full, self.event, ()), self.any_of(None, None, *COUNTS)
+            kind = kind or (self.dtype if shape == whole else compute_dtype(self.dtype))
+            others.append(self.tensor(shape, values, kind, False))
+        return [recon, *others, None, None, None][:4]
 
     def data(self) -> tuple[Tensor, Tensor | None]:
         """x and its mask; what lies under a weight of 0 may be NaN."""
@@ -135,7 +143,8 @@ class Draw:
         counts = is_counts(self.likelihood)
         kind = self.any_of("same", "same", "float", "uint8", "counts" if counts else "bool")
         if kind == "uint8":
-            x = self.tensor(shape, lambda noise: (60 * noise + 128).clamp(0, 255), torch.uint8, False)
+            most = MOST if likelihoods.get(self.likelihood).data else 255
+            x = self.tensor(shape, lambda noise: (60 * noise + 128).clamp(0, most), torch.uint8, False)
         elif kind == "bool":
             x = self.tensor(shape, lambda noise: noise > 0, torch.bool, False)
         elif kind == "counts":
@@ -195,8 +204,8 @@ def _log_q(posterior: fastelbo.Posterior, *inputs: Tensor | None) -> Tensor:
 def log_prob(d: Draw) -> Case:
     options = {"likelihood": d.likelihood}
 
-    def call(recon, second, third, x, mask):
-        return fastelbo.log_prob(joined(recon, second, third), x, mask=mask, **options)
+    def call(recon, second, third, fourth, x, mask):
+        return fastelbo.log_prob(joined(recon, second, third, fourth), x, mask=mask, **options)
 
     return Case(call, [*d.parameters(d.chance(0.6)), *d.data()], options)
 
@@ -206,26 +215,26 @@ def elbo_loss(d: Draw) -> Case:
     parts, beta = d.parts(3), d.number(d.any_of(1.0, 0.0, 0.7, -2.0))
     shape = (d.B, *d.sizes(3, 2000))
 
-    def call(recon, second, third, x, mask, mu, logvar, prior_mu, prior_logvar, beta):
+    def call(recon, second, third, fourth, x, mask, mu, logvar, prior_mu, prior_logvar, beta):
         prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
         loss = fastelbo.elbo_parts(
-            joined(recon, second, third), x, mu, logvar, **prior, mask=mask, beta=beta, **options
+            joined(recon, second, third, fourth), x, mu, logvar, **prior, mask=mask, beta=beta, **options
         )
         kl = _of(loss.kl, mu, logvar, prior_mu, prior_logvar)
-        results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), kl]
+        results = [loss.loss, _of(loss.log_likelihood, recon, second, third, fourth, x), kl]
         return [results[i] for i in parts]
 
     inputs = [*d.parameters(d.chance(0.6)), *d.data(), *d.latent(2, shape), *d.prior(shape), beta]
-    return Case(call, inputs, options | {"parts": parts}, shared=(7, 8), like=5)
+    return Case(call, inputs, options | {"parts": parts}, shared=(8, 9), like=6)
 
 
 def iwae_loss(d: Draw) -> Case:
     options = {"likelihood": d.likelihood, "reduction": d.reduction()}
     parts = d.parts(3)
 
-    def call(recon, second, third, x, mask, log_ratio):
-        loss = fastelbo.iwae_parts(joined(recon, second, third), x, log_ratio, mask=mask, **options)
-        results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), loss.kl]
+    def call(recon, second, third, fourth, x, mask, log_ratio):
+        loss = fastelbo.iwae_parts(joined(recon, second, third, fourth), x, log_ratio, mask=mask, **options)
+        results = [loss.loss, _of(loss.log_likelihood, recon, second, third, fourth, x), loss.kl]
         return [results[i] for i in parts]
 
     return Case(call, [*d.parameters(True), *d.data(), *d.latent(1, (d.K, d.B), 3)], options | {"parts": parts})
@@ -247,18 +256,19 @@ def multi_sample_loss(d: Draw) -> Case:
     parts, K = d.parts(5), d.K
     shape = (d.B, *d.sizes(2, max(2000 // K, 1)))
 
-    def call(recon, second, third, x, mask, mu, logvar, prior_mu, prior_logvar, eps, alpha, beta):
+    def call(recon, second, third, fourth, x, mask, mu, logvar, prior_mu, prior_logvar, eps, alpha, beta):
         posterior = fastelbo.rsample(mu, logvar, K, prior_mu=prior_mu, prior_logvar=prior_logvar, eps=eps)
         loss = fastelbo.multi_sample_parts(
-            joined(recon, second, third), x, posterior, mask=mask, alpha=alpha, beta=beta, **options
+            joined(recon, second, third, fourth), x, posterior, mask=mask, alpha=alpha, beta=beta, **options
         )
         kl = _of(loss.kl, mu, logvar, prior_mu, prior_logvar)
-        results = [loss.loss, _of(loss.log_likelihood, recon, second, third, x), kl, posterior.z, posterior.log_ratio]
+        log_likelihood = _of(loss.log_likelihood, recon, second, third, fourth, x)
+        results = [loss.loss, log_likelihood, kl, posterior.z, posterior.log_ratio]
         return [results[i] for i in parts]
 
     latent = [*d.latent(2, shape), *d.prior(shape), *d.latent(1, d.samples(shape))]
     return Case(
-        call, [*d.parameters(True), *d.data(), *latent, *numbers], options | {"parts": parts}, shared=(7, 8), like=5
+        call, [*d.parameters(True), *d.data(), *latent, *numbers], options | {"parts": parts}, shared=(8, 9), like=6
     )
 
 
@@ -351,10 +361,19 @@ def case_of(number: int) -> Case:
     return case._replace(options={"op": op.__name__, **case.options})
 
 
+def _shared(case: Case) -> dict[int, int]:
+    """Among them the parameters of a mixture: by one logit the terms have either sign, and one rounding of it."""
+    found = dict.fromkeys(case.shared, case.like)
+    if case.options.get("likelihood") == "nb_mixture":
+        recon, *others = case.inputs[:4]
+        found |= {i + 1: 0 for i, t in enumerate(others) if t.shape != recon.shape}
+    return found
+
+
 def judge(number: int) -> None:
     case = case_of(number)
     try:
-        check(case.call, *case.inputs, twin=case.twin, shared=case.shared, like=case.like)
+        check(case.call, *case.inputs, twin=case.twin, shared=_shared(case))
     except Exception as error:
         repeat = f"python tests/ops/test_random_walk.py {number}"
         raise AssertionError(f"case {number} of the random walk; to repeat it: {repeat}\n{case}\n{error}") from error

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels/std.h"
 #include "likelihoods/list.h"
@@ -59,14 +60,32 @@ const IsaInfo& choose() {
 
 template <class L>
 LikelihoodInfo info_of() {
-  LikelihoodInfo info{L::name, L::kFewest, baseline::kParameters<L>, {}, L::kDomain};
+  LikelihoodInfo info{.name = L::name,
+                      .fewest = L::kFewest,
+                      .most = baseline::kParameters<L>,
+                      .data = L::kData,
+                      .domain = L::kDomain,
+                      .by_element = L::kByElement};
   for (int i = 0; i < info.most; ++i) info.parameters[i] = L::parameters[i];
   return info;
 }
 
 template <class... L>
-const LikelihoodInfo* likelihoods(baseline::TypeList<L...>) {
-  static const LikelihoodInfo list[] = {info_of<L>()...};
+std::vector<LikelihoodInfo> all_likelihoods(baseline::TypeList<L...>) {
+  std::vector<LikelihoodInfo> list = {info_of<L>()...};
+  for (int i = 0; i < int(list.size()); ++i) list[i].kernel = i;
+  for (const auto& shifted : baseline::kShifted) {
+    for (int i = 0; i < baseline::Likelihoods::size; ++i) {
+      if (std::strcmp(list[i].name, shifted.of) != 0) continue;
+      list.push_back(list[i]);
+      list.back().name = shifted.name, list.back().added = shifted.added;
+    }
+  }
+  return list;
+}
+
+const std::vector<LikelihoodInfo>& likelihoods() {
+  static const std::vector<LikelihoodInfo> list = all_likelihoods(baseline::Likelihoods{});
   return list;
 }
 
@@ -90,7 +109,7 @@ const KernelTable& kernels() {
   return table;
 }
 
-int likelihood_count() { return baseline::Likelihoods::size; }
-const LikelihoodInfo& likelihood_info(int index) { return likelihoods(baseline::Likelihoods{})[index]; }
+int likelihood_count() { return int(likelihoods().size()); }
+const LikelihoodInfo& likelihood_info(int index) { return likelihoods()[index]; }
 
 }  // namespace fastelbo

@@ -14,6 +14,7 @@ struct Elements {
   T *grad[kMaxParameters], *grad_x;
   const uint8_t* bytes;  // x as it lies, where it is bytes in a row: converted in registers
   ByteScale<T> byte_scale;
+  T added;
 
   // of floats, from element i on
   Elements from(int64_t i) const {
@@ -66,6 +67,7 @@ template <class L, int kCount, Grads kGrads, bool kWeighted, bool kBytes, class 
   T* __restrict d_first = e.grad[0], * __restrict d_second = e.grad[1], * __restrict d_third = e.grad[2], * __restrict d_fourth = e.grad[3], * __restrict d_x = e.grad_x;
   const uint8_t* __restrict bytes = e.bytes;
   const ByteScale<T> byte_scale = e.byte_scale;
+  const T added = e.added;
   if constexpr (kShares) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
@@ -78,7 +80,8 @@ template <class L, int kCount, Grads kGrads, bool kWeighted, bool kBytes, class 
     // one const value: gcc keeps a struct that is assigned in pieces in memory, and then does not vectorize
     const T b = kCount > 1 ? second[i] : T(0), c = kCount > 2 ? third[i] : T(0), d = kCount > 3 ? fourth[i] : T(0);
     const T s = kShares ? shared[i] : shared_of<L>(first[i], b, c, d);
-    const Terms<T> t = terms_of<L>(first[i], b, c, d, kBytes ? scaled_byte(T(bytes[i]), byte_scale) : x[i], s);
+    const T x_i = kBytes ? scaled_byte(T(bytes[i]), byte_scale) : x[i];
+    const Terms<T> t = terms_of<L>(first[i], b, c, d, x_i, s, added);
     const T m = kWeighted ? weight[i] : T(1);
     const bool seen = !kWeighted || m != 0;
     const T v = kWeighted && L::kSoftplus ? t.value - log1p_unit(s) : t.value;
@@ -102,12 +105,13 @@ template <class Formula, int kCount, Grads kGrads, class T>
   constexpr int kWork = Formula::kWork;
   const T* __restrict first = e.parameter[0], * __restrict second = e.parameter[1], * __restrict third = e.parameter[2], * __restrict fourth = e.parameter[3], * __restrict x = e.x, * __restrict weight = e.weight;
   T* __restrict d_first = e.grad[0], * __restrict d_second = e.grad[1], * __restrict d_third = e.grad[2], * __restrict d_fourth = e.grad[3];
+  const T added = e.added;
   const auto of = [=](int64_t i) {
     return OfParameters<T>{first[i], kCount > 1 ? second[i] : T(0), kCount > 2 ? third[i] : T(0),
                            kCount > 3 ? fourth[i] : T(0)};
   };
   alignas(64) T work[kWork][kBlock];
-  const auto element = [=](int64_t i) { return Element<T>{of(i), x[i]}; };
+  const auto element = [=](int64_t i) { return Element<T>{of(i), x[i], added}; };
   // ivdep, not omp simd: that keeps w, whose address is taken, in memory
   const auto run_step = [&]<int kStep, int... j>(std::integer_sequence<int, j...>) {
 #pragma GCC ivdep
@@ -248,12 +252,13 @@ inline void log_prob_elements(const Elements<T>& e, T factor, int64_t n, T* valu
   Elements<T> last = {};
   for (int c = 0; c < kCount; ++c) {
     last.parameter[c] = in[c], last.grad[c] = out[c];
-    for (int64_t j = 0; j < kLanes; ++j) in[c][j] = j < tail ? e.parameter[c][whole + j] : T(c ? 0 : 0.5);
+    for (int64_t j = 0; j < kLanes; ++j) in[c][j] = j < tail ? e.parameter[c][whole + j] : T(0.5);
   }
   for (int64_t j = 0; j < kLanes; ++j) {
     x[j] = j >= tail ? T(0.5) : e.bytes ? scaled_byte(T(e.bytes[whole + j]), e.byte_scale) : e.x[whole + j];
     weight[j] = j < tail && e.weight ? e.weight[whole + j] : T(0);
   }
+  last.added = e.added;
   last.x = x, last.weight = e.weight ? weight : nullptr, last.grad_x = out[kMaxParameters];
   evaluate_part(last, kLanes, whole);
   for (int64_t j = 0; j < tail; ++j) {
@@ -269,6 +274,19 @@ inline void log_prob_counts(const Elements<T>& e, T factor, int64_t n, T* value,
   using Zero = typename L::Zero;
   using Large = typename L::Large;
   using Other = typename L::Other;
+  // by the formula of large counts where it takes all of them
+  const auto evaluate_block = [&](const Elements<T>& block, int64_t count, T* to) {
+    int others = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      others += !(takes<Large>(Element<T>{.x = block.x[j]}) && block.x[j] < T(__builtin_huge_val()));
+    }
+    others ? log_prob_elements<Other, kCount, kGrads>(block, factor, count, to, shared)
+           : log_prob_elements<Large, kCount, kGrads>(block, factor, count, to, shared);
+  };
+  if constexpr (std::is_same_v<Zero, Large>) {
+    for (int64_t i = 0; i < n; i += kBlock) evaluate_block(e.from(i), n - i < kBlock ? n - i : kBlock, value + i);
+    return;
+  }
   const T* __restrict x = e.x;
   uint8_t other[kTile];
 #pragma omp simd
@@ -298,11 +316,9 @@ inline void log_prob_counts(const Elements<T>& e, T factor, int64_t n, T* value,
     pack(e.x, packed_x);
     const bool weighted = e.weight != kOnes<T>.values;
     if (weighted) pack(e.weight, packed_weight);
+    packed.added = e.added;
     packed.x = packed_x, packed.weight = weighted ? packed_weight : kOnes<T>.values;
-    int others = 0;
-    for (int64_t j = 0; j < count; ++j) others += !(packed_x[j] >= 1 && packed_x[j] < T(__builtin_huge_val()));
-    others ? log_prob_elements<Other, kCount, kGrads>(packed, factor, count, values, shared)
-           : log_prob_elements<Large, kCount, kGrads>(packed, factor, count, values, shared);
+    evaluate_block(packed, count, values);
     unpack(values, value);
     for (int c = 0; kGrads != Grads::none && c < kCount; ++c) unpack(out[c], e.grad[c]);
   }
@@ -318,6 +334,7 @@ __attribute__((noinline)) double log_prob_segment(const LogProbParams& p, int64_
   for (int64_t i = begin; i < end; i += kTile) {
     const int64_t n = end - i < kTile ? end - i : kTile;
     Elements<T> e = {};
+    e.added = T(p.added);
     for (int c = 0; c < kCount; ++c) {
       e.parameter[c] = load(p.parameter[c], k, b, i, n, in[c]), e.grad[c] = target(p.grad[c], k, b, i, out[c]);
     }

@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads, 2) shared_grads_kernel(LogProbParams
         const auto in = [&](const View& v) { return load_at<T>(v, row_of(v, k, b) + offset_of(v, d)); };
         const T weight = p.mask ? in(p.mask) : T(1);
         if (weight == 0) continue;
-        const Terms<T> t =
-            with_indices<kCount>([&]<int... i>() { return evaluate<L>(Element<T>{{in(p.parameter[i])...}, in(p.x)}); });
+        const Terms<T> t = with_indices<kCount>(
+            [&]<int... i>() { return evaluate<L>(Element<T>{{in(p.parameter[i])...}, in(p.x), T(p.added)}); });
         const T w = weight * row_number<T>(p.factor, k, b);
         with_indices<kCount>([&]<int... i>() { ((sums[i] += w * t.d.template get<i>()), ...); });
       }

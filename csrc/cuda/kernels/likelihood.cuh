@@ -13,6 +13,7 @@ namespace fastelbo::cuda {
 template <class L, int kCount, bool kGrads, bool kPlain, class T>
 __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t begin, int64_t end, T factor, int lane,
                            int g) {
+  const T added = T(p.added);
   if constexpr (kPlain) {  // is_plain(p): what most training steps are
     const auto at = [k, b](const View& v, int64_t i) { return row_of(v, k, b) + i; };
     float sum = 0;
@@ -27,7 +28,7 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const Terms<float> t =
-              with_indices<kCount>([&]<int... c>() { return evaluate<L>(Element<float>{{u[c][j]...}, x[j]}); });
+              with_indices<kCount>([&]<int... c>() { return evaluate<L>(Element<float>{{u[c][j]...}, x[j], added}); });
           sum += t.value;
           with_indices<kCount>([&]<int... c>() { ((grad[c][j] = factor * t.d.template get<c>()), ...); });
         }
@@ -52,10 +53,11 @@ __device__ T log_prob_part(const LogProbParams& p, int64_t k, int64_t b, int64_t
     for (int c = 0; c < kCount; ++c) load4(p.parameter[c], row_of(p.parameter[c], k, b), i, n, in[c]);
     load4(p.x, row_of(p.x, k, b), i, n, x);
     if (p.mask) load4(p.mask, row_of(p.mask, k, b), i, n, weight);
-#pragma unroll
+#pragma unroll(L::kLong ? 1 : 4)
     for (int j = 0; j < 4; ++j) {
       if (j >= n) continue;
-      const Terms<T> t = with_indices<kCount>([&]<int... c>() { return evaluate<L>(Element<T>{{in[c][j]...}, x[j]}); });
+      const Terms<T> t =
+          with_indices<kCount>([&]<int... c>() { return evaluate<L>(Element<T>{{in[c][j]...}, x[j], added}); });
       const bool seen = weight[j] != 0;  // what lies under a 0 of the mask is never looked at
       const T w = factor * weight[j];
       value[j] = seen ? weight[j] * t.value : T(0);
@@ -105,10 +107,15 @@ template <class F>
 void with_rows(const LogProbParams& p, int likelihood, bool is_double, F f) {
   const bool plain = is_plain(p), grads = p.any_grad();
   with_likelihood(Likelihoods{}, likelihood, p.count, [&]<class L, int kCount>() {
-    is_double ? f.template operator()<L, kCount, true, false, double>()
-    : !plain  ? f.template operator()<L, kCount, true, false, float>()
-    : grads   ? f.template operator()<L, kCount, true, true, float>()
-              : f.template operator()<L, kCount, false, true, float>();
+    if constexpr (L::kByElement) {
+      is_double ? f.template operator()<L, kCount, true, false, double>()
+                : f.template operator()<L, kCount, true, false, float>();
+    } else {
+      is_double ? f.template operator()<L, kCount, true, false, double>()
+      : !plain  ? f.template operator()<L, kCount, true, false, float>()
+      : grads   ? f.template operator()<L, kCount, true, true, float>()
+                : f.template operator()<L, kCount, false, true, float>();
+    }
   });
 }
 

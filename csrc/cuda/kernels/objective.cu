@@ -143,7 +143,9 @@ void launch_multi_sample(const MultiSampleParams& p, const Total& total, int lik
                          cudaStream_t stream) {
   const int g = std::min(group_size(p.fit.D, p.fit.rows()), 32);
   with_rows(p.fit, likelihood, is_double, [&]<class L, int kCount, bool kGrads, bool kPlain, class T>() {
-    launch(multi_sample_kernel<L, kCount, kGrads, kPlain, T>, blocks_for(p.fit.B, 1), stream, p, total, g);
+    if constexpr (!L::kByElement) {
+      launch(multi_sample_kernel<L, kCount, kGrads, kPlain, T>, blocks_for(p.fit.B, 1), stream, p, total, g);
+    }
   });
 }
 

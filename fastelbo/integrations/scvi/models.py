@@ -1,33 +1,25 @@
-"""scvi-tools' SCVI and PEAKVI with their losses computed by fastelbo. One import changes:
+"""scvi-tools' models and modules of counts and of peaks with their likelihoods computed by fastelbo."""
 
-    from fastelbo.integrations.scvi import SCVI  # was: from scvi.model import SCVI
-
-Methods, options, seeds and files stay: either class loads the models of the other. A program that must keep its import
-gets the same after `scvi.model.SCVI._module_cls = FusedVAE`. Written for scvi-tools 1.4.
-"""
-
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from scvi import REGISTRY_KEYS, model
 from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from scvi.module import PEAKVAE, VAE
+from scvi.module import LDVAE, PEAKVAE, SCANVAE, VAE
 from scvi.module._constants import MODULE_KEYS
-from scvi.module.base import LossOutput, auto_move_data
-from scvi.nn import DecoderSCVI
+from scvi.module.base import auto_move_data
+from scvi.nn import DecoderSCVI, LinearDecoderSCVI
 from torch import Tensor, nn
-from torch.distributions import Distribution, Normal
+from torch.distributions import Normal
 from torch.distributions.utils import lazy_property
 
 import fastelbo
+from fastelbo.likelihoods import SCVI_ADDED
 from fastelbo.losses import join_recon
 
-__all__ = ["PEAKVI", "SCVI", "FusedPEAKVAE", "FusedVAE"]
-
 Outputs = dict[str, Any]  # tensors and distributions, by scvi's keys
-EPS = 1e-8  # scvi adds it to a mean before it takes the logarithm
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -47,6 +39,7 @@ class _Fused:
     """
 
     likelihood: ClassVar[str]
+    computed: ClassVar[Sequence[str]]  # the parameters of scvi's constructor
     arg_constraints: ClassVar[dict[str, Any]]
     library: Tensor
     activation: nn.Module
@@ -56,14 +49,18 @@ class _Fused:
 
     @classmethod
     def of_outputs(cls, **outputs: Any) -> "_Fused":
-        px = cls.__new__(cls)
+        """What the constructor of scvi's class sets beside the parameters is taken from it."""
+        one = outputs["logits"].new_ones(())
+        given: Any = {name: cls._placeholder(one, outputs["logits"]) for name in cls.computed}
+        px: _Fused = cls(**given, validate_args=False)  # type: ignore[call-arg]
+        for name in (*cls.computed, "scale"):
+            vars(px).pop(name, None)
         vars(px).update(outputs)
-        px._complete()
         return px
 
-    def _complete(self) -> None:
-        """What the constructor of scvi's class sets beside the parameters."""
-        raise NotImplementedError
+    @staticmethod
+    def _placeholder(one: Tensor, like: Tensor) -> Tensor:
+        return one
 
     @lazy_property
     def scale(self) -> Tensor:
@@ -72,15 +69,18 @@ class _Fused:
     def _mean(self) -> Tensor:
         return torch.exp(self.library) * self.scale
 
-    def log_prob_of_cells(self, x: Tensor) -> Tensor:
-        """log p(x), summed over genes: [K?, B, 1]."""
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p of every element of value [B, G]: [K?, B, G]. As scvi's of what scvi has built from parameters."""
+        if "logits" not in vars(self):
+            return super().log_prob(value)  # type: ignore[misc, no-any-return]
         if isinstance(self.activation, nn.Softmax):
             log_mean = self.library + F.log_softmax(self.logits, dim=-1)
         else:
-            log_mean = torch.log(self._mean() + EPS)
+            log_mean = torch.log(self._mean() + SCVI_ADDED)
         # autocast leaves the others in half
         others = (t.to(log_mean.dtype) for t in (self.log_theta, self.zi_logits) if t is not None)
-        return fastelbo.log_prob(join_recon(log_mean, *others), x, likelihood=self.likelihood).unsqueeze(-1)
+        recon = join_recon(log_mean, *others)
+        return fastelbo.log_prob(recon, value, likelihood=self.likelihood, reduce=False)
 
     def __repr__(self) -> str:
         for name in self.arg_constraints:  # scvi shows what is there
@@ -90,9 +90,11 @@ class _Fused:
 
 class FusedPoisson(_Fused, Poisson):  # type: ignore[misc]
     likelihood = "poisson"
+    computed = ("rate",)
 
-    def _complete(self) -> None:
-        Distribution.__init__(self, self.logits.shape)
+    @staticmethod
+    def _placeholder(one: Tensor, like: Tensor) -> Tensor:
+        return one.expand(like.shape)  # of which torch takes the shape
 
     @lazy_property
     def rate(self) -> Tensor:
@@ -101,10 +103,7 @@ class FusedPoisson(_Fused, Poisson):  # type: ignore[misc]
 
 class FusedNegativeBinomial(_Fused, NegativeBinomial):  # type: ignore[misc]
     likelihood = "nb"
-
-    def _complete(self) -> None:
-        self.on_mps, self._eps = self.logits.device.type == "mps", EPS
-        Distribution.__init__(self, validate_args=False)
+    computed: ClassVar[Sequence[str]] = ("mu", "theta")
 
     @lazy_property
     def mu(self) -> Tensor:
@@ -117,6 +116,7 @@ class FusedNegativeBinomial(_Fused, NegativeBinomial):  # type: ignore[misc]
 
 class FusedZeroInflatedNegativeBinomial(FusedNegativeBinomial, ZeroInflatedNegativeBinomial):  # type: ignore[misc]
     likelihood = "zinb"
+    computed = ("mu", "theta", "zi_logits")
 
 
 FUSED: dict[str, type[_Fused]] = {
@@ -124,18 +124,20 @@ FUSED: dict[str, type[_Fused]] = {
 }
 
 
+_SOFTMAX = nn.Softmax(dim=-1)
+
 # ----------------------------------------------------------------------------------------------------------------------
-# The module and the model.
+# The modules and the models.
 
 
 class FusedVAE(VAE):  # type: ignore[misc]
-    """scvi.module.VAE whose log p(x | z) in the loss is computed by `fastelbo.log_prob`.
+    """scvi.module.VAE, with px a distribution whose log_prob is `fastelbo.log_prob`.
 
     The likelihoods "nb", "zinb" and "poisson" are fused, with every `dispersion`; for others ("normal"), and for
-    decoders other than scvi's DecoderSCVI, scvi computes log p.
+    decoders of other classes than scvi's DecoderSCVI and LinearDecoderSCVI, scvi computes log p.
 
     Arguments, parameters, outputs and random draws are those of scvi's class, and so is everything computed without a
-    loss, to the last bit. The loss differs in three ways:
+    loss, to the last bit. log p differs in three ways:
 
     - Where scvi takes log(mu + 1e-8) and log(theta + 1e-8), these are log(mu) and log(theta): the log p of an entry
       differs by about 1e-8 x / mu. In float32 scvi's also has the rounding of lgamma(x + theta) - lgamma(theta), which
@@ -159,7 +161,8 @@ class FusedVAE(VAE):  # type: ignore[misc]
         transform_batch: Tensor | None = None,
     ) -> Outputs:
         """As scvi's. The distribution of x computes its parameters when they are asked for: the loss asks for none."""
-        if self.gene_likelihood not in FUSED or type(self.decoder) is not DecoderSCVI:
+        decoder, linear = self.decoder, type(self.decoder) is LinearDecoderSCVI
+        if self.gene_likelihood not in FUSED or not (linear or type(decoder) is DecoderSCVI):
             optional = (cont_covs, cat_covs, size_factor, y, transform_batch)
             return super().generative(z, library, batch_index, *optional)  # type: ignore[no-any-return]
         if transform_batch is not None:
@@ -172,15 +175,23 @@ class FusedVAE(VAE):  # type: ignore[misc]
             inputs.append(self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index))
         else:
             categories.insert(0, batch_index)
-        decoder = self.decoder
-        hidden = decoder.px_decoder(torch.cat(inputs, dim=-1), *categories, y)
-        linear, activation = decoder.px_scale_decoder
+        decoder_input, dropout = torch.cat(inputs, dim=-1), decoder.px_dropout_decoder
+        if linear:
+            hidden, activation = None, _SOFTMAX
+            logits = decoder.factor_regressor(decoder_input, *categories, y)
+        else:
+            hidden = decoder.px_decoder(decoder_input, *categories, y)
+            last, activation = decoder.px_scale_decoder
+            logits = last(hidden)
+        zi_logits = None
+        if self.gene_likelihood == "zinb":
+            zi_logits = dropout(decoder_input, *categories, y) if linear else dropout(hidden)
         px = FUSED[self.gene_likelihood].of_outputs(
             library=size_factor if self.use_size_factor_key else library,
             activation=activation,
-            logits=linear(hidden),
+            logits=logits,
             log_theta=None if self.gene_likelihood == "poisson" else self._log_theta(hidden, batch_index, y),
-            zi_logits=decoder.px_dropout_decoder(hidden) if self.gene_likelihood == "zinb" else None,
+            zi_logits=zi_logits,
         )
         pl = None
         if not self.use_observed_lib_size:
@@ -192,7 +203,7 @@ class FusedVAE(VAE):  # type: ignore[misc]
             MODULE_KEYS.PZ_KEY: Normal(torch.zeros_like(z), torch.ones_like(z)),
         }
 
-    def _log_theta(self, hidden: Tensor, batch_index: Tensor, y: Tensor | None) -> Tensor:
+    def _log_theta(self, hidden: Tensor | None, batch_index: Tensor, y: Tensor | None) -> Tensor:
         """[G] for dispersion "gene", so that the kernel sums the gradient over cells; else [K?, B, G]."""
         if self.dispersion == "gene-cell":
             return self.decoder.px_r_decoder(hidden)  # type: ignore[no-any-return]
@@ -203,21 +214,37 @@ class FusedVAE(VAE):  # type: ignore[misc]
         index: Any = batch_index if self.dispersion == "gene-batch" else y
         return F.linear(F.one_hot(index.squeeze(-1), px_r.shape[1]).to(px_r.dtype), px_r)
 
-    def loss(
-        self, tensors: Outputs, inference_outputs: Outputs, generative_outputs: Outputs, kl_weight: Tensor | float = 1.0
-    ) -> LossOutput:
-        """As scvi's."""
-        px = generative_outputs[MODULE_KEYS.PX_KEY]
-        if isinstance(px, _Fused):  # scvi sums over the last dimension
-            summed = SimpleNamespace(log_prob=px.log_prob_of_cells)
-            generative_outputs = {**generative_outputs, MODULE_KEYS.PX_KEY: summed}
-        return super().loss(tensors, inference_outputs, generative_outputs, kl_weight)  # type: ignore[no-any-return]
+
+class FusedSCANVAE(FusedVAE, SCANVAE):  # type: ignore[misc]
+    """scvi.module.SCANVAE, as `FusedVAE`. Reference: Xu et al. 2021."""
+
+
+class FusedLDVAE(FusedVAE, LDVAE):  # type: ignore[misc]
+    """scvi.module.LDVAE, as `FusedVAE`.
+
+    scvi's decoder computes zero logits for "nb" and "poisson" too, which have none. They are left out, and the running
+    statistics of their batch normalization stay as they are.
+
+    Reference: Svensson et al. 2020.
+    """
 
 
 class SCVI(model.SCVI):  # type: ignore[misc]
     """scvi.model.SCVI with `FusedVAE` as its module. It has scvi's name, by which scvi recognizes saved models."""
 
     _module_cls = FusedVAE
+
+
+class SCANVI(model.SCANVI):  # type: ignore[misc]
+    """scvi.model.SCANVI with `FusedSCANVAE` as its module, and with its name; `from_scvi_model` takes either SCVI."""
+
+    _module_cls = FusedSCANVAE
+
+
+class LinearSCVI(model.LinearSCVI):  # type: ignore[misc]
+    """scvi.model.LinearSCVI with `FusedLDVAE` as its module, and with its name."""
+
+    _module_cls = FusedLDVAE
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import inspect
 import logging
 import re
 import sys
@@ -16,9 +17,9 @@ pytest.importorskip("scvi", reason="scvi-tools is not installed: make test-integ
 import scvi
 from scvi.distributions import _negative_binomial
 from scvi.distributions._utils import DistributionConcatenator, subset_distribution
-from scvi.module import VAE
+from scvi.module import LDVAE, SCANVAE, VAE
 
-from fastelbo.integrations.scvi import SCVI, FusedVAE
+from fastelbo.integrations.scvi import SCANVI, SCVI, FusedLDVAE, FusedSCANVAE, FusedVAE, LinearSCVI
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lightning and scvi: no GPU, few workers, small batches
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -32,7 +33,7 @@ DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
 # The module.
 
 
-def modules(gene_likelihood="zinb", **options) -> tuple[VAE, FusedVAE]:
+def modules(gene_likelihood="zinb", classes=(VAE, FusedVAE), **options) -> tuple[VAE, FusedVAE]:
     """scvi's module and the fused one, with the same parameters."""
     options = {
         "n_input": GENES,
@@ -45,7 +46,7 @@ def modules(gene_likelihood="zinb", **options) -> tuple[VAE, FusedVAE]:
         "library_log_vars": np.array([[0.3, 0.5]]),
         **options,
     }
-    plain, fused = VAE(**options), FusedVAE(**options)
+    plain, fused = (cls(**options) for cls in classes)
     fused.load_state_dict(plain.state_dict())
     return plain, fused
 
@@ -113,6 +114,30 @@ def test_loss_and_gradients_in_float64(double, without_eps, gene_likelihood, dis
     plain, fused = modules(gene_likelihood, dispersion=dispersion, use_observed_lib_size=observed)
     options = {"loss_kwargs": {"kl_weight": 0.3}}
     assert_same(plain.double(), fused.double(), cells(torch.float64), 1e-11, **options)
+
+
+PAIRS = {"SCVI": (VAE, FusedVAE), "SCANVI": (SCANVAE, FusedSCANVAE), "LinearSCVI": (LDVAE, FusedLDVAE)}
+
+
+@pytest.mark.parametrize("observed", [True, False], ids=["observed", "inferred"])
+@pytest.mark.parametrize("dispersion", ["gene", "gene-batch"])
+@pytest.mark.parametrize("gene_likelihood", ["nb", "zinb", "poisson"])
+@pytest.mark.parametrize("of", ["SCANVI", "LinearSCVI"])
+def test_loss_and_gradients_of_the_other_classes(double, without_eps, of, gene_likelihood, dispersion, observed):
+    options = {"dispersion": dispersion, "use_observed_lib_size": observed}
+    plain, fused = modules(gene_likelihood, PAIRS[of], **options)
+    tensors, loss = cells(torch.float64), {"kl_weight": 0.3}
+    if of == "SCANVI":
+        loss |= {"labelled_tensors": {key: value[:9] for key, value in tensors.items()}, "classification_ratio": 5}
+    assert_same(plain.double(), fused.double(), tensors, 1e-11, loss_kwargs=loss)
+
+
+@pytest.mark.parametrize("of", PAIRS)
+def test_loss_keeps_its_signature(of):
+    """scvi's training plan hands kl_weight and others to a loss that has arguments of these names."""
+    plain, fused = PAIRS[of]
+    assert inspect.signature(fused.loss) == inspect.signature(plain.loss)
+    assert "kl_weight" in inspect.signature(fused.loss).parameters
 
 
 @pytest.mark.parametrize("gene_likelihood", LIKELIHOODS)
@@ -270,9 +295,14 @@ def adata():
     return scvi.data.synthetic_iid(batch_size=100, n_genes=50)
 
 
+def setup(cls, data):
+    labels = {} if not issubclass(cls, scvi.model.SCANVI) else {"unlabeled_category": "label_0"}
+    cls.setup_anndata(data, batch_key="batch", labels_key="labels", **labels)
+
+
 def trained(cls, adata, epochs=5, **options):
     data = adata.copy()
-    cls.setup_anndata(data, batch_key="batch", labels_key="labels")
+    setup(cls, data)
     scvi.settings.seed = 0
     model = cls(data, n_hidden=32, n_latent=5, **options)
     train = {"train_size": 0.8, "check_val_every_n_epoch": 1, "enable_progress_bar": False, "logger": None}
@@ -291,9 +321,16 @@ def test_training_follows_the_same_curve(adata, gene_likelihood, options):
         np.testing.assert_allclose(b.history[key].to_numpy(float), values.to_numpy(float), rtol=1e-4, err_msg=key)
 
 
-@pytest.mark.parametrize("write, read", [(SCVI, SCVI), (SCVI, scvi.model.SCVI), (scvi.model.SCVI, SCVI)])
+PLAIN_SCVI, PLAIN_SCANVI, PLAIN_LINEAR = scvi.model.SCVI, scvi.model.SCANVI, scvi.model.LinearSCVI
+EXCHANGED = [(SCVI, SCVI), (SCVI, PLAIN_SCVI), (PLAIN_SCVI, SCVI)]
+EXCHANGED += [(SCANVI, SCANVI), (SCANVI, PLAIN_SCANVI), (PLAIN_SCANVI, SCANVI)]
+EXCHANGED += [(LinearSCVI, LinearSCVI), (LinearSCVI, PLAIN_LINEAR), (PLAIN_LINEAR, LinearSCVI)]
+
+
+@pytest.mark.parametrize("write, read", EXCHANGED, ids=lambda cls: cls.__module__.split(".")[0] + "." + cls.__name__)
 def test_saved_models_are_exchanged(adata, tmp_path, write, read):
-    model = trained(write, adata, epochs=1)
+    model = trained(write, adata, epochs=2)
+    assert type(model.module) is write._module_cls
     model.save(tmp_path / "model", save_anndata=True)
     loaded = read.load(tmp_path / "model", accelerator="cpu")
     assert type(loaded) is read and type(loaded.module) is read._module_cls
@@ -367,6 +404,32 @@ def test_methods_agree(adata, gene_likelihood, observed, subtests):
         with subtests.test(name):
             a, b = (np.asarray(seeded(method)(model), dtype=float) for model in (plain, fused))
             np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance)
+
+
+SOME = ("posterior predictive samples", "ELBO", "marginal log-likelihood", "differential expression by importance")
+
+
+@pytest.mark.parametrize("cls, parent", [(SCANVI, PLAIN_SCANVI), (LinearSCVI, PLAIN_LINEAR)], ids=["SCANVI", "Linear"])
+def test_methods_of_the_other_classes_agree(cls, parent, subtests):
+    adata = scvi.data.synthetic_iid(batch_size=15, n_genes=10)
+    plain = trained(parent, adata, epochs=1)
+    fused = trained(cls, adata, epochs=1)
+    fused.module.load_state_dict(plain.module.state_dict())
+    for name in SOME:
+        with subtests.test(name):
+            method, tolerance = METHODS[name]
+            a, b = (np.asarray(seeded(method)(model), dtype=float) for model in (plain, fused))
+            np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("parent", [SCVI, PLAIN_SCVI], ids=["fused", "plain"])
+def test_fused_scanvi_starts_from_either(adata, parent):
+    model = trained(parent, adata, epochs=1)
+    scanvi = SCANVI.from_scvi_model(model, unlabeled_category="label_0", labels_key="labels")
+    assert type(scanvi.module) is FusedSCANVAE
+    assert torch.equal(scanvi.module.px_r, model.module.px_r)
+    scanvi.train(max_epochs=1, accelerator="cpu", enable_progress_bar=False, logger=None)
+    assert len(scanvi.predict()) == model.adata.n_obs
 
 
 def test_minified_data(adata):

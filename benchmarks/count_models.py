@@ -346,24 +346,15 @@ def autozi(genes: int) -> Case:
     return plain("AUTOZI", genes, (cls._module_cls, "get_reconstruction_loss", free_method))
 
 
-def spatial_stereoscope(genes: int) -> Case:
-    cls, adata = model_class("RNAStereoscope"), cells(genes)
+def of_spots(single_cell: str, spatial: str, genes: int, likelihood: Patch, **options: Any) -> Case:
+    """A model of spots, which takes the parameters of one of single cells that was trained before."""
+    cls, adata = model_class(single_cell), cells(genes)
     cls.setup_anndata(adata, labels_key="label")
-    single_cell = cls(adata)
-    single_cell.is_trained_ = True
-    cls, spots = model_class("SpatialStereoscope"), cells(genes)
+    trained = cls(adata, **options)
+    trained.is_trained_ = True
+    cls, spots = model_class(spatial), cells(genes)
     cls.setup_anndata(spots)
-    return of_model(cls.from_rna_model(spots, single_cell), spots, TORCH_NB)
-
-
-def destvi(genes: int) -> Case:
-    cls, adata = model_class("CondSCVI"), cells(genes)
-    cls.setup_anndata(adata, labels_key="label")
-    single_cell = cls(adata, prior="mog", num_classes_mog=10)
-    single_cell.is_trained_ = True
-    cls, spots = model_class("DestVI"), cells(genes)
-    cls.setup_anndata(spots)
-    return of_model(cls.from_rna_model(spots, single_cell), spots, NB)
+    return of_model(cls.from_rna_model(spots, trained), spots, likelihood)
 
 
 def sysvi(genes: int) -> Case:
@@ -415,8 +406,8 @@ def tissue(genes: int) -> anndata.AnnData:
 def locations(genes: int) -> Case:
     cls, adata = cell2location_class("Cell2location"), tissue(genes)
     cls.setup_anndata(adata, batch_key="sample")
-    signatures = np.random.default_rng(0).gamma(1, 1, (genes, CELL_TYPES)).astype(np.float32)
-    states = pd.DataFrame(signatures, adata.var_names, [f"type {i}" for i in range(CELL_TYPES)])
+    expression = np.random.default_rng(0).gamma(1, 1, (genes, CELL_TYPES)).astype(np.float32)
+    states = pd.DataFrame(expression, adata.var_names, [f"type {i}" for i in range(CELL_TYPES)])
     model = cls(adata, cell_state_df=states, N_cells_per_location=8, detection_alpha=20)
     return of_pyro(model, adata, GAMMA_POISSON, size=LOCATIONS)
 
@@ -505,10 +496,10 @@ def models(genes: int = GENES) -> dict[str, Callable[[], Case]]:
         "MULTIVI": partial(multivi, genes),
         "POISSONVI": partial(plain, "POISSONVI", genes, POISSON),
         "RNAStereoscope": partial(plain, "RNAStereoscope", genes, TORCH_NB, setup=labels),
-        "SpatialStereoscope": partial(spatial_stereoscope, genes),
+        "SpatialStereoscope": partial(of_spots, "RNAStereoscope", "SpatialStereoscope", genes, TORCH_NB),
         "METHYLVI": partial(methylvi, genes),
         "AUTOZI": partial(autozi, genes),
-        "DestVI": partial(destvi, genes),
+        "DestVI": partial(of_spots, "CondSCVI", "DestVI", genes, NB, prior="mog", num_classes_mog=10),
         "SysVI": partial(sysvi, genes),
         "AmortizedLDA": partial(lda, genes),
         "RESOLVI": partial(resolvi, genes),

@@ -295,8 +295,9 @@ def _times_log1p(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _beta_binomial(x: Tensor, concentration1: Tensor, concentration0: Tensor, total: Tensor) -> Tensor:
-    """log C(n, x) + log B(x + a, n - x + b) - log B(a, b), n the total. lgammas are
-    subtracted as in `_nb_terms`; what is left are logarithms of a / s and b / s, s = a + b."""
+    """log C(n, x) + log B(x + a, n - x + b) - log B(a, b), n the total. lgammas are subtracted as
+    in `_nb_terms`; what is left are logarithms of a / s and b / s, s = a + b.
+    """
 
     def log_p(x: Tensor, a: Tensor, b: Tensor, total: Tensor) -> Tensor:
         impossible = x > total

@@ -96,6 +96,19 @@ struct Counts : Defaults {
   }
 };
 
+// sigmoid(l), its complement, and log(1 + exp(-|l|))
+template <class T>
+struct Sigmoid {
+  T value, rest, log;
+
+  FASTELBO_HD T softplus(T l) const { return (l > 0 ? l : T(0)) + log; }  // log(1 + exp(l))
+};
+template <class T>
+FASTELBO_HD Sigmoid<T> sigmoid(T l) {
+  const T e = exp_nonpositive(minus_abs(l)), high = 1 / (1 + e), low = e * high;
+  return {l >= 0 ? high : low, l >= 0 ? low : high, log1p_unit(e)};
+}
+
 // digamma(x + 1), x >= 0
 template <class T>
 FASTELBO_HD T digamma_of_next(T x) {

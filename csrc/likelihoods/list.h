@@ -24,14 +24,12 @@ struct TypeList {
 using Likelihoods = TypeList<Bernoulli, BernoulliProbs, Gaussian, Laplace, StudentT, Poisson, Nb, Zinb, NbMean,
                              NbLogits, ZinbMean, NbMixture, BetaBinomial>;
 
-// Names of likelihoods with a number added to every mean and to theta.
+// Names of likelihoods with a number added to every mean and to theta, as scvi-tools computes them.
 struct Shifted {
   const char *name, *of;
   double added;
 };
-inline constexpr Shifted kShifted[] = {// as scvi-tools computes them
-                                       {"scvi_nb", "nb_mean", 1e-8},
-                                       {"scvi_zinb", "zinb_mean", 1e-8},
-                                       {"scvi_nb_mixture", "nb_mixture", 1e-8}};
+inline constexpr Shifted kShifted[] = {
+    {"scvi_nb", "nb_mean", 1e-8}, {"scvi_zinb", "zinb_mean", 1e-8}, {"scvi_nb_mixture", "nb_mixture", 1e-8}};
 
 }  // namespace fastelbo::FASTELBO_ISA

@@ -10,23 +10,14 @@
 namespace fastelbo::FASTELBO_ISA {
 
 template <class T>
-struct Odds {
-  T sigmoid, rest, softplus;  // of l, its complement, log(1 + exp(l))
-};
-template <class T>
-FASTELBO_HD Odds<T> odds_of(T l) {
-  const T e = exp_nonpositive(minus_abs(l)), high = 1 / (1 + e), low = e * high;
-  return {l >= 0 ? high : low, l >= 0 ? low : high, (l > 0 ? l : T(0)) + log1p_unit(e)};
-}
-template <class T>
 FASTELBO_HD T total_of(const Element<T>& in) {
   return at_most(in.p.first + in.added, kThetaLimit<T>);
 }
-// d/dtheta: 0 where theta counts as less than it is, and NaN where it is NaN
+// d/dtheta, NaN where theta is: at x = 0 the formula has no theta
 template <class T>
 FASTELBO_HD T by_total(const Element<T>& in, T d_theta) {
-  const T theta = total_of(in), capped = in.p.first + in.added > kThetaLimit<T> ? T(0) : d_theta;
-  return theta == theta ? capped : theta;
+  const T theta = total_of(in);
+  return theta == theta ? within(in.p.first + in.added, d_theta) : theta;
 }
 
 struct NbLogitsZero {
@@ -35,8 +26,8 @@ struct NbLogitsZero {
 
   template <int, class T>
   FASTELBO_HD static void step(const Element<T>& in, T* w) {
-    const Odds<T> odds = odds_of(in.p.second);
-    w[kSigmoid] = odds.sigmoid, w[kSoftplus] = odds.softplus;
+    const Sigmoid<T> success = sigmoid(in.p.second);
+    w[kSigmoid] = success.value, w[kSoftplus] = success.softplus(in.p.second);
   }
 
   template <class T>
@@ -55,13 +46,14 @@ struct NbLogitsSmall {
   template <class T>
   FASTELBO_HD static Terms<T> terms(const Element<T>& in, const T*) {
     const T x = in.x, theta = normal(total_of(in)), total = x + theta, l = in.p.second;
-    const Odds<T> odds = odds_of(l);
+    const Sigmoid<T> success = sigmoid(l);
+    const T softplus = success.softplus(l);
     const Rising<T> of_x = rising(x, theta);
-    const T value = of_x.value - lgamma1p_unit(x) + (x * (log_positive(theta) + l) - total * odds.softplus);
+    const T value = of_x.value - lgamma1p_unit(x) + (x * (log_positive(theta) + l) - total * softplus);
     const T psi = log_positive(total) - (T(0.5) / total + stirling(total).digamma);
     return {.value = value + impossible(total_of(in)),
-            .d = {by_total(in, (of_x.slope + x) / theta - odds.softplus), x * odds.rest - theta * odds.sigmoid},
-            .d_x = psi - digamma_of_next(x) + (l - odds.softplus)};
+            .d = {by_total(in, (of_x.slope + x) / theta - softplus), x * success.rest - theta * success.value},
+            .d_x = psi - digamma_of_next(x) + (l - softplus)};
   }
 };
 

@@ -41,8 +41,8 @@ FASTELBO_HD T impossible(T t) {
 }
 // d/dtheta, which is 0 where theta counts as less than it is
 template <class T>
-FASTELBO_HD T within(const Element<T>& in, T d_theta) {
-  return in.p.second + in.added > kThetaLimit<T> ? T(0) : d_theta;
+FASTELBO_HD T within(T theta, T d_theta) {
+  return theta > kThetaLimit<T> ? T(0) : d_theta;
 }
 
 // Beside x >= 1, m + theta is 0 if it lies below kNothing: log p depends on m / theta and is linear in log theta, and
@@ -70,7 +70,7 @@ struct NbMeanZero {
     const T theta = w[kTheta];
     const T psi = share.log - (T(0.5) / theta + stirling(theta).digamma);
     return {.value = theta * share.log,
-            .d = {-w[kRatio], within(in, share.curve)},
+            .d = {-w[kRatio], within(in.p.second + in.added, share.curve)},
             .d_x = psi + log_positive(normal(mean_of(in))) - digamma_of_next(T(0))};
   }
 };
@@ -89,7 +89,8 @@ struct NbMeanSmall : NbMeanZero {
     const T odds = -w[kF], rare = l - log_positive(theta + mean);  // m / (theta + m)
     const T log_odds = odds < Float<T>::kMinNormal ? rare : log_ratio(odds, -w[kRatio]).log;
     return {.value = value + (impossible(mean) + impossible(w[kTheta])),
-            .d = {w[kRatio] * (x - mean) / mean, within(in, (of_x.slope + theta * curve - x * w[kF]) / theta)},
+            .d = {w[kRatio] * (x - mean) / mean,
+                  within(in.p.second + in.added, (of_x.slope + theta * curve - x * w[kF]) / theta)},
             .d_x = psi + log_odds - digamma_of_next(x)};
   }
 };
@@ -120,7 +121,7 @@ struct NbMeanLarge {
     const Terms<T> t = NbFromOne::terms(in.x, w);
     return {
         .value = t.value - (nothing(in) ? kLogScale<T> : T(0)) + (impossible(mean_of(in)) + impossible(theta_of(in))),
-        .d = {t.d.first / mean_of(in), within(in, t.d.second / theta_of(in))},
+        .d = {t.d.first / mean_of(in), within(in.p.second + in.added, t.d.second / theta_of(in))},
         .d_x = t.d_x};
   }
 };

@@ -11,17 +11,6 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
-// sigmoid(u), its complement, and log(1 + exp(-|u|))
-template <class T>
-struct Sigmoid {
-  T value, rest, log;
-};
-template <class T>
-FASTELBO_HD Sigmoid<T> sigmoid(T u) {
-  const T e = exp_nonpositive(minus_abs(u)), high = 1 / (1 + e), low = e * high;
-  return {u >= 0 ? high : low, u >= 0 ? low : high, log1p_unit(e)};
-}
-
 template <class Nb>
 struct NbMixtureOf {
   static constexpr int kSteps = 2 * Nb::kSteps + 1, kWork = 2 * Nb::kWork + 4;

@@ -11,7 +11,7 @@ from cellbender.remove_background.distributions.NegativeBinomialPoissonConvAppro
 )
 from torch import Tensor
 
-from fastelbo.integrations._replaced import Applied, Replaced, elements
+from fastelbo.integrations._replaced import Applied, Replaced, elements, validate
 from fastelbo.likelihoods import THETA_LIMIT
 
 __all__ = ["apply"]
@@ -22,8 +22,7 @@ SMALL = 1e-5  # CellBender's: beside a background so much larger the cell's coun
 def _approximate(px: Any, x: Tensor) -> Tensor | None:
     """Negative binomial of the mean m = mu + lam and the theta alpha (m / mu)^2: by moments that of a negative binomial
     plus a Poisson. Where mu is small, the Poisson of lam: the one of the largest theta."""
-    if px._validate_args:
-        px._validate_sample(x)
+    validate(px, x)
     mu, lam = torch.broadcast_tensors(px.mu, px.lam)
     empty = mu < SMALL * lam
     mean = mu + lam

@@ -48,7 +48,8 @@ def log_prob_elements(
     recon, *others = parameters
     dtype, row = compute_dtype(recon), likelihoods.get(likelihood)
     recon, x = recon.to(dtype), read_data(x, dtype, row.domain)
-    for t in others[: len(row.parameters) - 1 - row.data]:
+    numbers = len(row.parameters) - 1 - row.data  # of the others; behind them is data
+    for t in others[:numbers]:
         if not t.is_floating_point():
             raise TypeError(f"recon must hold floating parameters; got {str(t.dtype).removeprefix('torch.')}")
     others = [t.to(dtype) for t in others]
@@ -59,9 +60,7 @@ def log_prob_elements(
         keep = weight != 0
         x = torch.where(keep, x, 0.5)
         recon = torch.where(keep, recon, 0.5)
-        fills = (0.5,) * (len(row.parameters) - 1 - row.data) + (
-            1.0,
-        ) * row.data  # totals above x, however it is rounded
+        fills = [0.5] * numbers + [1.0] * row.data  # totals above x, however it is rounded
         others = [torch.where(keep, t, fill) for t, fill in zip(others, fills, strict=False)]
     terms = row.log_prob(x.expand(recon.shape), recon, *others)
     return terms if weight is None else terms * weight

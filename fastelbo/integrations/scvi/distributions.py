@@ -12,10 +12,10 @@ from fastelbo.integrations._replaced import Applied, Replaced, elements, is_coun
 from fastelbo.likelihoods import SCVI_ADDED, THETA_LIMIT
 
 
-def _warn_outside(px: Distribution, x: Tensor) -> None:
-    """scvi's warning of x outside of the support."""
-    if is_counts(x):
-        return
+def _with_warning(px: Distribution, x: Tensor, found: Tensor | None) -> Tensor | None:
+    """`found`, with scvi's warning of x outside of the support; without where scvi computes log p, and warns itself."""
+    if found is None or is_counts(x):
+        return found
     try:
         px._validate_sample(x)
     except ValueError:
@@ -24,37 +24,31 @@ def _warn_outside(px: Distribution, x: Tensor) -> None:
             UserWarning,
             stacklevel=settings.warnings_stacklevel,
         )
+    return found
 
 
 def _nb(px: Any, x: Tensor) -> Tensor | None:
     if px._eps != SCVI_ADDED:
         return None
     found = elements("scvi_nb", (px.mu, px.theta), x)
-    if found is not None and px._validate_args:
-        _warn_outside(px, x)
-    return found
+    return _with_warning(px, x, found) if px._validate_args else found
 
 
 def _zinb(px: Any, x: Tensor) -> Tensor | None:
-    found = elements("scvi_zinb", (px.mu, px.theta, px.zi_logits), x)
-    if found is not None:
-        _warn_outside(px, x)
-    return found
+    return _with_warning(px, x, elements("scvi_zinb", (px.mu, px.theta, px.zi_logits), x))
 
 
 def _mixture(px: Any, x: Tensor) -> Tensor | None:
     if px.theta2 is not None:
         return None
-    found = elements("scvi_nb_mixture", (px.mu1, px.mu2, px.theta1, px.mixture_logits), x)
-    if found is not None:
-        _warn_outside(px, x)
-    return found
+    parameters = (px.mu1, px.mu2, px.theta1, px.mixture_logits)
+    return _with_warning(px, x, elements("scvi_nb_mixture", parameters, x))
 
 
 def _poisson(px: Any, x: Tensor) -> Tensor | None:
     """Of the rate as it is, which may be 0: the negative binomial of the largest theta, to x^2 / 2e17."""
     validate(px, x)
-    return elements("nb_mean", (px.rate, px.rate.new_tensor(THETA_LIMIT)), x)
+    return elements("nb_mean", (px.rate, px.rate.new_full((), THETA_LIMIT)), x)
 
 
 def _beta_binomial(px: Any, x: Tensor) -> Tensor | None:
@@ -88,8 +82,8 @@ def apply() -> Applied:
     The distributions of `scvi.distributions` (NegativeBinomial, ZeroInflatedNegativeBinomial, NegativeBinomialMixture,
     Poisson, BetaBinomial) and torch's NegativeBinomial, of which Stereoscope and Decipher make use, compute `log_prob`
     by `fastelbo.log_prob(reduce=False)` for float32 and float64 tensors on the CPU, and on CUDA where fastelbo was
-    built for it. Of others, of half types, and of a mixture with two thetas they compute it as
-    before. Nothing else changes.
+    built for it. Of others, of half types, of a mixture with two thetas and under the transforms of torch.func they
+    compute it as before. Nothing else changes.
 
     log p is that of mean + 1e-8 and theta + 1e-8, which scvi adds inside of its logarithms: it differs from scvi's by
     about 2e-8 x / mean in exact arithmetic. In float32 scvi's has the rounding of lgamma(x + theta) - lgamma(theta),

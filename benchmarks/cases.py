@@ -64,7 +64,7 @@ class Inputs:
 
 def idle_adam(module: Step) -> torch.optim.Optimizer:
     """A learning rate of 0: all contenders see the same parameters, and Adam does its whole work."""
-    return torch.optim.Adam(module.parameters(), lr=0.0, foreach=True)
+    return torch.optim.Adam(module.parameters(), lr=0.0, fused=True)
 
 
 @dataclass(frozen=True)

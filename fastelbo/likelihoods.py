@@ -267,6 +267,22 @@ def _nb_logits(x: Tensor, total_count: Tensor, logits: Tensor) -> Tensor:
     return _counts(log_p, x, torch.where(total_count < 0, torch.nan, total_count), logits)
 
 
+def _gamma_poisson(x: Tensor, concentration: Tensor, rate: Tensor) -> Tensor:
+    """`_nb` of theta, the concentration a, and the mean a / b, b the rate, with log(1 + 1 / b) for
+    log(1 + mean / theta)."""
+
+    def log_p(x: Tensor, theta: Tensor, rate: Tensor) -> Tensor:
+        theta = torch.where(theta > THETA_LIMIT, THETA_LIMIT, theta)
+        steep = rate < 1
+        far = torch.log1p(torch.where(steep, rate, 1.0)) - torch.log(torch.where(steep, rate, 1.0))
+        near = torch.log1p(1 / torch.where(steep, 1.0, rate))
+        x_log_mean = _times_log(x, theta) - _times_log(x, rate)
+        return _log_rising(x, theta) + (x_log_mean - (x + theta) * torch.where(steep, far, near) - torch.lgamma(x + 1))
+
+    positive = (torch.where(t < 0, torch.nan, t) for t in (concentration, rate))
+    return _counts(log_p, x, *positive)
+
+
 def _zinb_mean(x: Tensor, mean: Tensor, theta: Tensor, zero_logits: Tensor, added: float = 0.0) -> Tensor:
     """`_zinb` of the mean and theta themselves, `added` to both."""
     return _counts(_zero_inflated(_nb_mean_terms), x, mean + added, theta + added, zero_logits)
@@ -360,6 +376,14 @@ def _draw_nb_logits(generator: Generator | None, total_count: Tensor, logits: Te
     return _draw_nb_mean(generator, _mean_of_nb_logits(total_count, logits), total_count)
 
 
+def _mean_of_gamma_poisson(concentration: Tensor, rate: Tensor) -> Tensor:
+    return concentration / rate
+
+
+def _draw_gamma_poisson(generator: Generator | None, concentration: Tensor, rate: Tensor) -> Tensor:
+    return _draw_nb_mean(generator, concentration / rate, concentration)
+
+
 def _draw_zero(generator: Generator | None, zero_logits: Tensor, counts: Tensor) -> Tensor:
     zeros = torch.bernoulli(torch.sigmoid(zero_logits).expand(counts.shape), generator=generator)
     return torch.where(zeros == 1, 0.0, counts)
@@ -415,6 +439,9 @@ LIKELIHOODS = {
     "zinb": Likelihood(("log_mean", "log_theta", "zero_logits"), 3, "counts", _zinb, _mean_of_zinb, _draw_zinb),
     "nb_mean": Likelihood(("mean", "theta"), 2, "counts", _nb_mean, _first, _draw_nb_mean),
     "nb_logits": Likelihood(("total_count", "logits"), 2, "counts", _nb_logits, _mean_of_nb_logits, _draw_nb_logits),
+    "gamma_poisson": Likelihood(
+        ("concentration", "rate"), 2, "counts", _gamma_poisson, _mean_of_gamma_poisson, _draw_gamma_poisson
+    ),
     "zinb_mean": Likelihood(
         ("mean", "theta", "zero_logits"), 3, "counts", _zinb_mean, _mean_of_zinb_mean, _draw_zinb_mean
     ),

@@ -58,6 +58,11 @@ def _positive(noise: Tensor) -> Tensor:
     return torch.exp((2 * noise).clamp(-8, 8))
 
 
+def _rate(noise: Tensor) -> Tensor:
+    """float16 holds gradients by them."""
+    return torch.exp(noise.clamp(-2, 2))
+
+
 def _successes(noise: Tensor) -> Tensor:
     return _counts(noise).clamp(max=MOST)
 
@@ -77,6 +82,7 @@ ROWS = {
     "zinb": Row(recon=_twice, x=_counts, second=_log_theta, third=_zero_logits),
     "nb_mean": Row(recon=_positive, x=_counts, second=_theta),
     "nb_logits": Row(recon=_theta, x=_counts, second=_twice),
+    "gamma_poisson": Row(recon=_positive, x=_counts, second=_rate),
     "zinb_mean": Row(recon=_positive, x=_counts, second=_theta, third=_zero_logits),
     "nb_mixture": Row(recon=_positive, x=_counts, second=_positive, third=_theta, fourth=_twice),
     "beta_binomial": Row(recon=_positive, x=_successes, second=_positive, third=_total),

@@ -4,6 +4,7 @@
 #include "likelihoods/bernoulli.h"
 #include "likelihoods/bernoulli_probs.h"
 #include "likelihoods/beta_binomial.h"
+#include "likelihoods/gamma_poisson.h"
 #include "likelihoods/gaussian.h"
 #include "likelihoods/laplace.h"
 #include "likelihoods/nb.h"
@@ -22,7 +23,7 @@ struct TypeList {
 };
 
 using Likelihoods = TypeList<Bernoulli, BernoulliProbs, Gaussian, Laplace, StudentT, Poisson, Nb, Zinb, NbMean,
-                             NbLogits, ZinbMean, NbMixture, BetaBinomial>;
+                             NbLogits, GammaPoisson, ZinbMean, NbMixture, BetaBinomial>;
 
 // Names of likelihoods with a number added to every mean and to theta, as scvi-tools computes them.
 struct Shifted {

@@ -14,7 +14,7 @@ import pyro.infer.autoguide.utils
 from pyro.distributions import GammaPoisson
 from torch import Tensor
 
-from fastelbo.integrations._replaced import Applied, Replaced, elements, unexpanded, validate
+from fastelbo.integrations._replaced import Applied, Replaced, elements, validate
 
 __all__ = ["apply"]
 
@@ -30,10 +30,8 @@ for _module in (pyro.infer.autoguide.guides, pyro.infer.autoguide.utils):
 
 
 def _gamma_poisson(px: Any, x: Tensor) -> Tensor | None:
-    """Of theta, the concentration, and of the mean, concentration / rate."""
     validate(px, x)
-    theta = unexpanded(px.concentration)
-    return elements("nb_mean", (theta / unexpanded(px.rate), theta), x)
+    return elements("gamma_poisson", (px.concentration, px.rate), x)
 
 
 _REPLACED = Replaced({GammaPoisson: _gamma_poisson})

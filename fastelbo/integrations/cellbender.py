@@ -10,8 +10,10 @@ from cellbender.remove_background.distributions.NegativeBinomialPoissonConvAppro
     NegativeBinomialPoissonConvApprox,
 )
 from torch import Tensor
+from torch.autograd import Function
 
-from fastelbo.integrations._replaced import Applied, Replaced, elements, validate
+from fastelbo._internal import ops
+from fastelbo.integrations._replaced import Applied, Replaced, elements, unexpanded, validate
 from fastelbo.likelihoods import THETA_LIMIT
 
 __all__ = ["apply"]
@@ -19,15 +21,45 @@ __all__ = ["apply"]
 SMALL = 1e-5  # CellBender's: beside a background so much larger the cell's counts are none
 
 
-def _approximate(px: Any, x: Tensor) -> Tensor | None:
-    """Negative binomial of the mean m = mu + lam and the theta alpha (m / mu)^2: by moments that of a negative binomial
-    plus a Poisson. Where mu is small, the Poisson of lam: the one of the largest theta."""
-    validate(px, x)
-    mu, lam = torch.broadcast_tensors(px.mu, px.lam)
+def _moments(mu: Tensor, lam: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean m = mu + lam and the theta alpha (m / mu)^2: by moments those of a negative binomial plus a Poisson.
+    Where mu is small, the Poisson of lam: the one of the largest theta."""
     empty = mu < SMALL * lam
     mean = mu + lam
-    theta = px.alpha * (mean / torch.where(empty, mean, mu)).square()
-    found = elements("nb_mean", (torch.where(empty, lam, mean), torch.where(empty, THETA_LIMIT, theta)), x)
+    theta = alpha * (mean / torch.where(empty, mean, mu)).square()
+    return torch.where(empty, lam, mean), torch.where(empty, THETA_LIMIT, theta)
+
+
+class _Moments(Function):
+    """`_moments`, whose gradients are formed in place: fresh memory costs more than what is written there."""
+
+    @staticmethod
+    def forward(ctx: Any, mu: Tensor, lam: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        mean, theta = _moments(mu, lam, alpha)
+        ctx.save_for_backward(mu, lam, alpha, mean, theta)
+        return mean, theta
+
+    @staticmethod
+    def backward(ctx: Any, of_mean: Tensor, of_theta: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        mu, lam, alpha, mean, theta = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            upstream = of_mean, of_theta
+            return torch.autograd.grad(_moments(mu, lam, alpha), (mu, lam, alpha), upstream, create_graph=True)
+        empty = mu < SMALL * lam
+        by_log = (of_theta * theta).masked_fill_(empty, 0)  # d/dlog theta
+        of_alpha = (by_log / alpha).sum_to_size(alpha.shape) if ctx.needs_input_grad[2] else None
+        by_log.mul_(2)
+        of_mu = torch.div(by_log, mu).masked_fill_(empty, 0).neg_()
+        by_log.div_(mean).add_(of_mean)
+        of_mu.add_(by_log).masked_fill_(empty, 0)
+        return of_mu.sum_to_size(mu.shape), by_log.sum_to_size(lam.shape), of_alpha
+
+
+def _approximate(px: Any, x: Tensor) -> Tensor | None:
+    validate(px, x)
+    if ops.takes_twins(px.mu):
+        return None
+    found = elements("nb_mean", _Moments.apply(px.mu, px.lam, unexpanded(px.alpha)), x)  # type: ignore[no-untyped-call]
     # CellBender's own log_prob names what is NaN
     return None if found is not None and torch.isnan(found.sum()) else found
 

@@ -47,6 +47,7 @@ def log_prob(
     - "nb_mean": (mean, theta), and "zinb_mean": (mean, theta, zero_logits): the same of the numbers themselves, at
       least 0, and with gradients by them; docs/counts.md says which to take
     - "nb_logits": (total_count, logits), that of theta = total_count and of mean theta exp(logits), as torch's
+    - "gamma_poisson": (concentration, rate), that of theta = concentration and of mean concentration / rate, as Pyro's
     - "nb_mixture": (mean1, mean2, theta, mixture_logits l). log[sigmoid(l) nb(x; mean1) + sigmoid(-l) nb(x; mean2)]
     - "beta_binomial", x successes of n trials: (concentration1 a, concentration0 b, total n).
       log C(n, x) + log B(x + a, n - x + b) - log B(a, b), without a difference of two lgammas; -inf where x > n. n is

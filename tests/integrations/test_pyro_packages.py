@@ -86,7 +86,7 @@ def test_gamma_poisson_in_a_step(model, alpha):
         results.append(loss_and_gradients(model, guide, Trace_ELBO(), x, context))
     (plain, none), (fused, calls) = results
     torch.testing.assert_close(fused, plain, rtol=1e-11, atol=1e-11)
-    assert len(plain) == 7 and not none and calls[0][1] == alpha  # not expanded to cells
+    assert len(plain) == 7 and not none and calls[0][0] == alpha  # not expanded to cells
 
 
 def test_gamma_poisson_refuses_what_is_no_count():
@@ -207,6 +207,21 @@ def test_cellbender_s_likelihood_from_no_background_to_no_cell(applied):
             value = NegativeBinomialPoissonConvApprox(*parameters).log_prob(x)
         values.append([value, *torch.autograd.grad(value.sum(), parameters)])
     torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)
+
+
+def test_cellbender_s_moments_have_two_derivatives(applied):
+    """With a background and without, of one alpha for all."""
+    applied.undo()
+    parameters = [torch.rand(3, 4) + 0.1, torch.rand(3, 4) + 0.1, torch.tensor(0.7)]
+    parameters[0][1] *= 1e-9
+    inputs = [t.requires_grad_() for t in parameters]
+    mean, theta = sys.modules["fastelbo.integrations.cellbender"]._Moments.apply(*inputs)
+    upstream = torch.rand(2, 3, 4)
+    found = torch.autograd.grad((mean, theta), inputs, tuple(upstream), retain_graph=True)
+    # those of the formula itself
+    again = torch.autograd.grad((mean, theta), inputs, tuple(upstream), create_graph=True)
+    torch.testing.assert_close(found, again, rtol=1e-12, atol=1e-12)
+    assert all(t.any() for t in torch.autograd.grad(sum(t.square().sum() for t in again), inputs))
 
 
 def test_cellbender_names_what_is_not_a_number(applied):

@@ -163,7 +163,8 @@ def test_likelihood_draws_have_the_mean_and_density_of_the_reference(name):
     generator, row = torch.Generator().manual_seed(0), likelihoods.get(name)
     first = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64).expand(100_000, 3)
     positive = {"nb_mixture": (1.4, 0.5, 0.3), "beta_binomial": (1.4, 9.0)}
-    values = positive.get(name, (0.7 if "_mean" in name else -0.7, 0.3))[: len(row.parameters) - 1]
+    second = 0.7 if name in ("nb_mean", "zinb_mean", "gamma_poisson") else -0.7
+    values = positive.get(name, (second, 0.3))[: len(row.parameters) - 1]
     others = torch.tensor(values, dtype=torch.float64).unbind()
     recon = (first, *others) if others else first
     draws = likelihood_sample(recon, name, generator=generator)

@@ -111,6 +111,14 @@ def _nb_logits(x: mpmath.mpf, theta: mpmath.mpf, logit: mpmath.mpf) -> Exact:
     ]
 
 
+def _gamma_poisson(x: mpmath.mpf, concentration: mpmath.mpf, rate: mpmath.mpf) -> Exact:
+    """The gradients: by the concentration, by the rate, by x."""
+    (value, by_theta, by_logit, by_x), (size, of_theta, of_logit, of_x) = _nb_logits(
+        x, concentration, -mpmath.log(rate)
+    )
+    return [value, by_theta, -by_logit / rate, by_x], [size, of_theta, of_logit / rate, of_x]
+
+
 def _nb_mixture(x: mpmath.mpf, mean1: mpmath.mpf, mean2: mpmath.mpf, theta: mpmath.mpf, logit: mpmath.mpf) -> Exact:
     """The gradients: by the means, by theta, by the mixture logit, by x."""
     (a, *of_a), (size_a, *sizes_a) = FORMULAS["nb_mean"](x, mean1, theta)
@@ -168,6 +176,7 @@ FORMULAS = {
     "zinb": _zinb,
     "nb_mean": _by_numbers(_nb),
     "nb_logits": _nb_logits,
+    "gamma_poisson": _gamma_poisson,
     "zinb_mean": _by_numbers(_zinb),
     "nb_mixture": _nb_mixture,
     "beta_binomial": _beta_binomial,
@@ -179,6 +188,7 @@ GRIDS = {
     "nb": list(product(XS, MEANS, THETAS)),
     "zinb": list(product((0, 0.5, 3, 1e3), (1e-3, 1, 300), THETAS[::3], ZERO_LOGITS)),
     "nb_logits": [(x, theta, math.log(mean / theta)) for x, mean, theta in product(XS, MEANS, THETAS)],
+    "gamma_poisson": [(x, theta, theta / mean) for x, mean, theta in product(XS, MEANS, THETAS)],
     "nb_mixture": list(product((0, 0.5, 3, 1e3), (1e-3, 1, 300), (0.5, 1.01), THETAS[::3], ZERO_LOGITS)),
     "beta_binomial": [
         (x, a, b, n)
@@ -279,7 +289,8 @@ def test_nan_in_any_argument_is_nan_in_every_gradient(dtype):
 @every_float
 def test_means_of_any_size(name, dtype):
     sizes = (-80.0, -45.0, -20.0, 20.0, 42.0, 80.0)
-    if name in ("nb_logits", "beta_binomial"):  # 1 / theta^2 of the twin's gradient must not overflow in float32
+    # 1 / theta^2 of the twin's gradient must not overflow in float32
+    if name in ("nb_logits", "gamma_poisson", "beta_binomial"):
         sizes = (-40.0, -20.0, 20.0, 42.0)
     for log_mean in sizes:
         x, (first, *others) = _inputs(name, (4, 20), dtype)
@@ -328,6 +339,7 @@ def _parameters(name: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, 
         "zinb": [log_mean, log_theta, logits],
         "nb_mean": [mean, theta],
         "nb_logits": [theta, logits],
+        "gamma_poisson": [theta, mean],
         "zinb_mean": [mean, theta, logits],
         "nb_mixture": [mean, [4.0, 0.7, 0.1], theta, logits],
         "beta_binomial": [mean, theta, [12.0, 30.0, 2.0]],
@@ -348,6 +360,8 @@ def _moments(name: str, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
         return first, first
     if name == "nb_logits":
         first, others = first * others[0].exp(), [first]
+    if name == "gamma_poisson":
+        first, others = first / others[0], [first]
     if name == "nb_mixture":
         second, theta, logits = others
         w = torch.sigmoid(logits)
@@ -648,7 +662,7 @@ def test_what_a_mean_or_theta_of_0_makes_impossible(dtype):
 
 @every_float
 def test_a_negative_mean_or_theta_is_nan(dtype):
-    plain = {"nb_mean": 2, "nb_logits": 1, "zinb_mean": 2, "nb_mixture": 3}
+    plain = {"nb_mean": 2, "nb_logits": 1, "gamma_poisson": 2, "zinb_mean": 2, "nb_mixture": 3}
     for name, count in (plain | {n: SHIFTS[n][1] for n in SHIFTED}).items():
         of = SHIFTS[name][0] if name in SHIFTS else name
         for bad in range(count):
@@ -756,7 +770,9 @@ def test_more_successes_than_trials_are_impossible(dtype):
     assert fastelbo.log_prob((a, b, total), x, likelihood="beta_binomial").item() == -inf
 
 
-@pytest.mark.parametrize("name", ["nb_mean", "nb_logits", "zinb_mean", "nb_mixture", "beta_binomial", *SHIFTED])
+@pytest.mark.parametrize(
+    "name", ["nb_mean", "nb_logits", "gamma_poisson", "zinb_mean", "nb_mixture", "beta_binomial", *SHIFTED]
+)
 def test_finite_differences(name):
     of = SHIFTS[name][0] if name in SHIFTS else name
     parameters = [t.requires_grad_() for t in _parameters(of)]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The CPU kernels under AddressSanitizer and UBSan, and under ThreadSanitizer, on every instruction set of this CPU.
+# The CPU kernels under AddressSanitizer and UBSan on every instruction set of this CPU, and under ThreadSanitizer on the
+# widest.
 #
 #   scripts/sanitize.sh          the C++ tests: every kernel, dtype, layout and tail; threads that share out the work
 #   scripts/sanitize.sh --ops    the Python tests of the ops as well, under AddressSanitizer and UBSan
@@ -14,16 +15,17 @@ build() {  # FOLDER SANITIZERS TARGET...
   shift 2
   cmake -S . -B "$folder" -G Ninja -DPython_EXECUTABLE="$(command -v python)" -DFASTELBO_SANITIZE="$sanitizers"
   cmake --build "$folder" --target "$@"
-  ctest --test-dir "$folder" --output-on-failure
 }
 
+targets=(all)
+[[ ${1:-} == --ops ]] && targets+=(_C)
 build thread thread all
-if [[ ${1:-} != --ops ]]; then
-  build address address,undefined all
-  exit
-fi
+build address address,undefined "${targets[@]}"
+ctest --test-dir build/thread --output-on-failure &  # either takes one core
+ctest --test-dir build/address --output-on-failure
+wait $!
+[[ ${1:-} == --ops ]] || exit 0
 
-build address address,undefined all _C
 ln -sf "$PWD"/fastelbo/*.py build/address/fastelbo/
 export PYTHONPATH=$PWD/build/address:$PWD/tests
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0

@@ -204,6 +204,13 @@ def ppca(rows: int, data: int, latent: int, *, train: bool = True) -> Inputs:
     return Inputs({"x": x, **parameters}, (torch.randn(rows),) if train else None)
 
 
+def mixture(points: int, components: int, latent: int, *, per_dimension: bool = False) -> Inputs:
+    parts = {"z": (points, latent), "mu": (components, latent), "logvar": (components, latent)}
+    leaves = {name: _leaf(*shape, scale=0.5 if name == "logvar" else 1.0) for name, shape in parts.items()}
+    upstream = torch.randn(points, latent) if per_dimension else torch.randn(points)
+    return Inputs({**leaves, "log_weights": _leaf(components)}, (upstream,))
+
+
 def _elbo(kind: str, make: Callable[[int, int], Inputs], batch: int, data: int, eager: float, compiled: float) -> Case:
     targets = {"eager": eager, "compile": compiled}
     name = f"ELBO {kind} [{batch} x {data}]"
@@ -391,6 +398,22 @@ CASES = [
             group="models",
         )
         for chunk in (25, 100, 500)
+    ),
+    Case(
+        "mixture N=2048 C=2048 M=10",
+        "mixture",
+        partial(mixture, 2048, 2048, 10),
+        {"eager": 40.0, "compile": 10.0, "matrix products": 3.0, "matrix products compiled": 1.5},
+        rounds=0.1,
+        core=True,
+    ),
+    Case(
+        "mixture per dimension N=2048 C=2048 M=10",
+        "mixture per dimension",
+        partial(mixture, 2048, 2048, 10, per_dimension=True),
+        {"eager": 20.0, "compile": 4.0},
+        rounds=0.1,
+        contenders=("eager", "compile", "fastelbo"),
     ),
     Case(
         "PPCA log_prob N=2000 D=784 M=32",

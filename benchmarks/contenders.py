@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastelbo
 from benchmarks.packages import DISTRIBUTIONS, PYRO, PYTHAE, SKLEARN
-from benchmarks.plain import PLAIN, digits_model, one_bce
+from benchmarks.plain import PLAIN, digits_model, mixture_by_products, one_bce
 from benchmarks.steps import Step
 from fastelbo import reference
 from fastelbo.estimators import ESTIMATORS
@@ -118,6 +118,8 @@ FASTELBO: dict[str, Callable[..., Any]] = {
     "log_marginal": lambda x, num_samples, chunk_size: (
         digits_model().log_marginal(x, num_samples, chunk_size=chunk_size).log_prob
     ),
+    "mixture": fastelbo.mixture_log_prob,
+    "mixture per dimension": partial(fastelbo.mixture_log_prob, per_dimension=True),
     "ppca": fastelbo.ppca_log_prob,
     "ppca_score": fastelbo.ppca_log_prob,
 }
@@ -141,6 +143,8 @@ JUDGE: dict[str, Callable[..., Any]] = {
     **{f"{name} step": with_reference(partial(fused_objective, name)) for name in ESTIMATORS},
     "its iwae": with_reference(partial(fused_objective, "iwae")),
     "log_marginal": judged_log_marginal,
+    "mixture": reference.mixture_log_prob,
+    "mixture per dimension": partial(reference.mixture_log_prob, per_dimension=True),
     "ppca": reference.ppca_log_prob,
     "ppca_score": reference.ppca_log_prob,
 }
@@ -174,6 +178,8 @@ CONTENDERS = [
     Contender("pythae", PYTHAE),
     Contender("pyro", PYRO),
     Contender("sklearn", SKLEARN),
+    Contender("matrix products", {"mixture": mixture_by_products}),
+    Contender("matrix products compiled", {"mixture": mixture_by_products}, mode="default"),
     # Other operations that are timed beside fastelbo: yardsticks for its time.
     Contender("one BCE", {"bce": one_bce}),
     Contender("its iwae", {"its iwae": partial(fused_objective, "iwae")}),

@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from benchmarks.machine import DISTURBED, facts, others_share
-from benchmarks.scvi_step import ADAM, BATCH, Step, counts, measured
+from benchmarks.scvi_step import ADAM, BATCH, counts
+from benchmarks.turns import Step, measured
 from fastelbo.integrations.scvi import FusedLDVAE, FusedSCANVAE, FusedVAE
 
 GENES = 4000

@@ -31,7 +31,8 @@ from torch_geometric.nn import VGAE, GCNConv
 import fastelbo
 import fastelbo.distributions as fd
 from benchmarks.machine import DISTURBED, facts, others_share
-from benchmarks.scvi_step import Step, measured, steps_of
+from benchmarks.scvi_step import steps_of
+from benchmarks.turns import Step, measured
 from fastelbo.integrations import diffusers as fused_diffusers
 from fastelbo.integrations import pythae as fused_pythae
 from fastelbo.integrations import torch_geometric as fused_geometric

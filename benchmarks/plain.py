@@ -184,6 +184,22 @@ def plain_ppca(x: Tensor, W: Tensor, b: Tensor, log_sigma2: Tensor) -> Tensor:
     return -0.5 * (D * LOG_2PI + (D - M) * log_sigma2 + 2 * torch.log(factor.diagonal()).sum() + distance)
 
 
+def plain_mixture(z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor, per_dimension: bool = False) -> Tensor:
+    terms = -0.5 * ((z.unsqueeze(1) - mu).square() * torch.exp(-logvar) + logvar + LOG_2PI)
+    if per_dimension:
+        return torch.logsumexp(terms + log_weights.unsqueeze(1), 1)
+    return torch.logsumexp(terms.sum(2) + log_weights, 1)
+
+
+def mixture_by_products(z: Tensor, mu: Tensor, logvar: Tensor, log_weights: Tensor) -> Tensor:
+    """Without [N, C, M]; the squares cancel where the components are narrow."""
+    precision = torch.exp(-logvar)
+    pulled = mu * precision
+    squares = z.square() @ precision.mT - 2 * z @ pulled.mT + (mu * pulled).sum(1)
+    constants = log_weights - 0.5 * (logvar + LOG_2PI).sum(1)
+    return torch.logsumexp(constants - 0.5 * squares, 1)
+
+
 def one_bce(recon: Tensor, x: Tensor, **_: Tensor) -> Tensor:
     """Not an ELBO: the cheapest loss in PyTorch, a yardstick for what a call costs."""
     return F.binary_cross_entropy_with_logits(recon, x)
@@ -205,6 +221,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("step", "step of all samples"), plain_step),
     "step loss": plain_step_loss,
     "log_marginal": plain_log_marginal,
+    "mixture": plain_mixture,
+    "mixture per dimension": partial(plain_mixture, per_dimension=True),
     "ppca": plain_ppca,
     "ppca_score": plain_ppca,
 }

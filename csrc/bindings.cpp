@@ -1,6 +1,7 @@
 // What sees torch, in one translation unit: parsing its headers takes longer than compiling the code behind them.
 #include "autograd/latent.cpp"
 #include "autograd/likelihood.cpp"
+#include "autograd/mixture.cpp"
 #include "autograd/objective.cpp"
 #include "autograd/ppca.cpp"
 #include "composite/latent.cpp"
@@ -8,6 +9,7 @@
 #include "composite/ppca.cpp"
 #include "cpu/latent.cpp"
 #include "cpu/likelihood.cpp"
+#include "cpu/mixture.cpp"
 #include "cpu/objective.cpp"
 #include "cpu/ppca.cpp"
 #include "library.cpp"

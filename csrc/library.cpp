@@ -67,6 +67,15 @@ TORCH_LIBRARY(fastelbo, m) {
       "minus_bound(Tensor log_w, Tensor? gates, Tensor? elbo_weight, Tensor? alpha, int groups, float[] coefficients) "
       "-> Tensor");
 
+  // mixture: z [..., M]; mu, logvar [C, M]; log_weights broadcasts to [..., C], and the last size is C; None: -log C
+  m.def(
+      "mixture_log_prob(Tensor z, Tensor mu, Tensor logvar, Tensor? log_weights, bool per_dimension=False) -> Tensor");
+  // log_prob is what the forward returned
+  m.def(
+      "_mixture_log_prob_backward(Tensor grad, Tensor z, Tensor mu, Tensor logvar, Tensor? log_weights, "
+      "bool per_dimension, Tensor log_prob, bool[4] needs) "
+      "-> (Tensor z, Tensor mu, Tensor logvar, Tensor log_weights)");
+
   // ppca: x [N, D], W [D, M], b [D]
   m.def("ppca_log_prob(Tensor x, Tensor W, Tensor b, Tensor log_sigma2) -> Tensor");
   // also what the backward needs, in float64: see composite/ppca.cpp

@@ -145,6 +145,16 @@ inline constexpr Op<"fastelbo::minus_bound", Tensor(In, Maybe, Maybe, Maybe, int
 inline constexpr Op<"fastelbo::_scale_", void(In, In)> scale_;
 
 // ---------------------------------------------------------------------------------------------------------------------
+// mixture
+
+inline constexpr Op<"fastelbo::mixture_log_prob", Tensor(In, In, In, Maybe, bool)> mixture_log_prob;
+
+using MixtureGrads = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of z, mu, logvar, log_weights
+inline constexpr Op<"fastelbo::_mixture_log_prob_backward",
+                    MixtureGrads(In, In, In, In, Maybe, bool, In, std::array<bool, 4>)>
+    mixture_log_prob_backward;
+
+// ---------------------------------------------------------------------------------------------------------------------
 // ppca
 
 inline constexpr Op<"fastelbo::ppca_log_prob", Tensor(In, In, In, In)> ppca_log_prob;

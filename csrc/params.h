@@ -239,4 +239,60 @@ struct PpcaSumsParams {
   void* residual = nullptr;            // T [N, D]: e
 };
 
+// Mixtures of C diagonal Gaussians in M dimensions: log sum_c w_c N(z; mu_c, exp lv_c) of N rows z, or of each of their
+// dimensions apart. "Group" is a mixture that shares its rows and weights with others: there is one, or one per
+// dimension.
+inline constexpr int64_t kMixtureRows = 128;  // of a block, at most: the rows are lanes of vectors
+inline constexpr int64_t kMixtureTile = 32;   // components whose log densities of a block are in the L1 cache at a time
+inline constexpr int64_t mixture_rows(int64_t n) { return n < 1024 ? kMixtureRows / 2 : kMixtureRows; }
+inline constexpr int64_t mixture_blocks(int64_t n) { return (n + mixture_rows(n) - 1) / mixture_rows(n); }
+
+// What depends on the components alone. Work items: components.
+struct MixtureComponentsParams {
+  int64_t C = 0, M = 0;
+  bool per_dimension = false;
+  View mu, logvar;                // [C, M]
+  const void* weights = nullptr;  // T, the log weights that all rows share, or null: log_weight
+  int64_t stride_weights = 0;
+  double log_weight = 0;
+  void* copied_mu = nullptr;  // T [C, M], or null
+  void* inv_std = nullptr;    // T [C, M]: exp(-lv / 2)
+  void* base = nullptr;       // T [C], per dimension [C, M]: the weighted log density at mu
+};
+
+// Work items: blocks of rows.
+struct MixtureParams {
+  int64_t N = 0, C = 0, M = 0;
+  bool per_dimension = false;
+  View z;                                                         // [M, N]
+  const void *mu = nullptr, *inv_std = nullptr, *base = nullptr;  // as above
+  View weights;             // T [C, N / weight_rows]: added to base; empty where that has them
+  int64_t weight_rows = 1;  // neighbours that share their weights
+  View log_prob;            // [groups, N]
+
+  constexpr int64_t groups() const { return per_dimension ? M : 1; }
+  constexpr int64_t dims() const { return per_dimension ? 1 : M; }  // of a group
+};
+
+// Work items: segments of blocks x ranges of components.
+struct MixtureBackwardParams {
+  MixtureParams of;                   // its log_prob is read
+  View grad;                          // T [groups, N]
+  View grad_z;                        // [M, N], or empty; only where there is one range
+  int64_t segments = 1, segment = 1;  // how many, and the blocks (on CUDA devices the rows) of one
+  int64_t ranges = 1, range = 1;      // how many, and the components of one
+  // With r the upstream gradient times the responsibility and d = (z - mu) exp(-lv / 2), the sums of every segment:
+  double* sums = nullptr;         // [segments, 2, C, M]: of r d and of r (d^2 - 1), or null
+  double* weight_sums = nullptr;  // [segments, C]: of r, or null
+  View grad_weights;  // [C, N / weight_rows], or empty: T of r where weight_rows is 1, else double, added to
+};
+
+// The sums of all segments as gradients. Work items: components.
+struct MixtureSumsParams {
+  int64_t C = 0, M = 0, segments = 1;
+  const void* inv_std = nullptr;  // T [C, M]
+  const double *sums = nullptr, *weight_sums = nullptr;
+  View grad_mu, grad_logvar, grad_weights;  // [C, M], [C, M], [C, 1], written where not empty
+};
+
 }  // namespace fastelbo

@@ -13,6 +13,7 @@ from fastelbo.losses import (
     Kept,
     LossParts,
     Posterior,
+    TotalCorrelation,
     bernoulli_log_prob,
     bound_loss,
     bound_parts,
@@ -27,15 +28,19 @@ from fastelbo.losses import (
     kept_loss,
     log_mean_exp,
     log_prob,
+    mixture_log_prob,
     multi_sample_loss,
     multi_sample_parts,
     rsample,
+    total_correlation,
 )
+from fastelbo.models.aggregated import AggregatedPosterior, AggregateTerms, Estimate, aggregated_posterior
 from fastelbo.models.diagnostics import Diagnostics, DiagnosticsMeter, diagnostics
 from fastelbo.models.evaluation import Evaluation, evaluate
 from fastelbo.models.loading import load
 from fastelbo.models.marginal import ImportanceWeights, LogMeanExp, MarginalEstimate, importance_weights
 from fastelbo.models.objective import Objective
+from fastelbo.models.priors import MixturePrior, VampPrior
 from fastelbo.models.scaling import Scaling
 from fastelbo.models.vae import VAE, VAELoss
 from fastelbo.ppca import PPCA, FitReport, ppca_log_prob
@@ -45,9 +50,12 @@ __version__ = "0.1.0"
 __all__ = [
     "PPCA",
     "VAE",
+    "AggregateTerms",
+    "AggregatedPosterior",
     "Diagnostics",
     "DiagnosticsMeter",
     "ELBOLoss",
+    "Estimate",
     "Evaluation",
     "FitReport",
     "IWAELoss",
@@ -56,10 +64,14 @@ __all__ = [
     "LogMeanExp",
     "LossParts",
     "MarginalEstimate",
+    "MixturePrior",
     "Objective",
     "Posterior",
     "Scaling",
+    "TotalCorrelation",
     "VAELoss",
+    "VampPrior",
+    "aggregated_posterior",
     "bernoulli_log_prob",
     "bound_loss",
     "bound_parts",
@@ -80,12 +92,14 @@ __all__ = [
     "load",
     "log_mean_exp",
     "log_prob",
+    "mixture_log_prob",
     "multi_sample_loss",
     "multi_sample_parts",
     "ppca_log_prob",
     "reference",
     "reference_mode",
     "rsample",
+    "total_correlation",
 ]
 
 

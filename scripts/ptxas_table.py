@@ -26,7 +26,7 @@ ENTRY = re.compile(
 )
 MAIN = re.compile(
     r"(rows_kernel|multi_sample_kernel)<.*true, float>|shared_grads_kernel<.*float>"
-    r"|(samples_kernel|samples_backward_kernel|kl_kernel)<float[,>]"
+    r"|(samples_kernel|samples_backward_kernel|kl_kernel|mixture_\w*kernel)<float[,>]"
 )
 
 

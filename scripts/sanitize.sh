@@ -30,7 +30,7 @@ ln -sf "$PWD"/fastelbo/*.py build/address/fastelbo/
 export PYTHONPATH=$PWD/build/address:$PWD/tests
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
 runtime=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so)
-files=(tests/ops/test_{values,likelihood,latent,elbo,iwae,multi_sample,strides,edges,random_walk}.py tests/ppca/test_ppca.py)
+files=(tests/ops/test_{values,likelihood,latent,elbo,iwae,mixture,multi_sample,strides,edges,random_walk}.py tests/ppca/test_ppca.py)
 # statistics, memory and compilation: what the kernels do in them is in the others too
 left_out='32_bits or expectations or signal_to_noise or bounds_grow or compile or allocat or copies or memory'
 left_out+=' or hundred_thousand or sampling'

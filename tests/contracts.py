@@ -221,6 +221,24 @@ FUNCTIONS = {
         ),
         lambda b, d: [_r(2 * K, b, d), _unit(b, d), _r(b, d), _r(b, d), _r(2 * K, b, d)],
     ),
+    "mixture_log_prob": Function(fastelbo.mixture_log_prob, lambda b, d: [_r(b, d), _r(7, d), 0.5 * _r(7, d), _r(7)]),
+    "mixture_log_prob, weights of rows": Function(
+        fastelbo.mixture_log_prob, lambda b, d: [_r(b, d), _r(7, d), 0.5 * _r(7, d), _r(b, 7)]
+    ),
+    "mixture_log_prob, samples of each dimension": Function(
+        lambda z, mu, lv, w: fastelbo.mixture_log_prob(z, mu, lv, w, per_dimension=True),
+        lambda b, d: [_r(2, b, d), _r(3, d), 0.5 * _r(3, d), _r(b, 3)],
+    ),
+    "mixture_log_prob, one weight": Function(
+        fastelbo.mixture_log_prob, lambda b, d: [_r(K, b, d), _r(3, d), 0.5 * _r(3, d), _r(K, 1, 1)]
+    ),
+    "total_correlation": Function(
+        lambda z, mu, lv: fastelbo.total_correlation(z, mu, lv, 50), lambda b, d: [_r(K, b, d), _r(b, d), _r(b, d)]
+    ),
+    "total_correlation, stratified": Function(
+        lambda z, mu, lv: fastelbo.total_correlation(z, mu, lv, 500_000, weights="mss"),
+        lambda b, d: [_r(max(b, 2), d), _r(max(b, 2), d), _r(max(b, 2), d)],
+    ),
     "ppca_log_prob": Function(fastelbo.ppca_log_prob, lambda n, d: [_r(n, d), _r(d, 2), _r(d), _r()], roundings=2 + 2),
     "ppca_log_prob, missing": Function(
         lambda x, W, b, s: fastelbo.ppca_log_prob(x, W, b, s, observed=_mask(x) > 0),
@@ -251,6 +269,7 @@ def op_calls() -> dict[str, tuple]:
     kept = torch.tensor([2, 0, 0, 1, 2, 5]), torch.tensor([3, 0, 0, 1, 3, 1])
     x, mask = torch.rand(4, 6), torch.rand(4, 6) < 0.5
     need = [True] * 5
+    mixture = (mu, r(6, 5), r(6, 5))
     later, first3 = (None, r(3, 4, 5), None, None, 0, need), (0, [True] * 3 + [False] * 2)
     return {
         "rsample seed": (ops.rsample.default, (mu, r(4, 5), None, r(4, 5), 3, seed, None, None, None, 1)),
@@ -356,6 +375,12 @@ def op_calls() -> dict[str, tuple]:
             (*(r(6, 5), r(4), r(6), r(6), r(2, 6)), mu, r(4, 5), r(4, 5), None, None, seed, None, *kept, *first3),
         ),
         "backward of log_mean_exp": (ops._log_mean_exp_backward.default, (r(4), r(4, 5), 1)),
+        "mixture_log_prob": (ops.mixture_log_prob.default, (r(3, 4, 5), r(6, 5), r(6, 5), r(4, 6), False)),
+        "mixture_log_prob, even weights": (ops.mixture_log_prob.default, (mu, r(2, 5), r(2, 5), None, True)),
+        "backward of mixture_log_prob": (
+            ops._mixture_log_prob_backward.default,
+            (r(4), *mixture, r(6), False, fastelbo.mixture_log_prob(*mixture), need[:4]),
+        ),
         "ppca_log_prob": (ops.ppca_log_prob.default, (r(4, 6), r(6, 2), r(6), r())),
         "backward of ppca_log_prob": (
             ops._ppca_log_prob_backward.default,
@@ -416,6 +441,17 @@ def public() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
         "Scaling.forward": (scaling.forward, {"x": mu}),
         "Scaling.inverse": (scaling.inverse, {"recon": (mu, mu), "likelihood": "gaussian"}),
         "importance_weights": (fastelbo.importance_weights, {"model": vae, "x": x, "num_samples": K}),
+        "mixture_log_prob": (fastelbo.mixture_log_prob, {"z": mu, "mu": r(2, M), "logvar": r(2, M)}),
+        "total_correlation": (
+            fastelbo.total_correlation,
+            {"z": mu, "mu": mu, "logvar": mu, "dataset_size": 10},
+        ),
+        "MixturePrior": (fastelbo.MixturePrior, {"components": 3, "latent": M}),
+        "VampPrior": (fastelbo.VampPrior, {"encoder": vae.encoder, "pseudo_inputs": x}),
+        "AggregatedPosterior": (fastelbo.AggregatedPosterior, {"mu": mu, "logvar": mu}),
+        "AggregatedPosterior.log_prob": (fastelbo.AggregatedPosterior(mu, mu).log_prob, {"z": mu}),
+        "AggregatedPosterior.terms": (fastelbo.AggregatedPosterior(mu, mu).terms, {}),
+        "aggregated_posterior": (fastelbo.aggregated_posterior, {"model": vae, "data": x}),
         "ppca_log_prob": (fastelbo.ppca_log_prob, {"x": r(B, D), "W": r(D, 2), "b": r(D), "log_sigma2": r(())}),
         "diagnostics": (fastelbo.diagnostics, {"posterior": posterior}),
         "DiagnosticsMeter.update": (fastelbo.DiagnosticsMeter().update, {"posterior": posterior}),

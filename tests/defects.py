@@ -109,6 +109,28 @@ DEFECTS = [
         "-datum_weight(op.reduction, op.rows.params.B);",
         ("ops/test_elbo.py",),
     ),
+    # Mixtures.
+    Defect(
+        "the gradient of a mixture's logvar without that of its normalization",
+        "csrc/cpu/kernels/mixture.h",
+        "sums[apart + j] += double(by_logvar[j * kApart]) - total;",
+        "sums[apart + j] += double(by_logvar[j * kApart]);",
+        ("ops/test_mixture.py",),
+    ),
+    Defect(
+        "a mixture's sum keeps the scale of an earlier maximum",
+        "csrc/cpu/kernels/mixture.h",
+        "sum[i] = sum[i] * double(exps[i]) + double(part[i]);",
+        "sum[i] = sum[i] + double(part[i]);",
+        ("ops/test_mixture.py",),
+    ),
+    Defect(
+        "rows of the same weights are not made neighbours",
+        "csrc/prepare/mixture.h",
+        "(differ ? order_ : shared).push_back(d);",
+        "shared.push_back(d);",
+        ("ops/test_mixture.py",),
+    ),
     # Probabilistic PCA.
     Defect(
         "gradient of log_sigma2 without its D - M directions",

@@ -27,6 +27,7 @@ assert_type(fastelbo.log_prob((recon, logvar), x, likelihood="gaussian"), Tensor
 assert_type(fastelbo.bernoulli_log_prob(recon, x), Tensor)
 assert_type(fastelbo.gaussian_log_prob(recon, x, 0.5), Tensor)
 assert_type(fastelbo.log_mean_exp(recon), Tensor)
+assert_type(fastelbo.mixture_log_prob(mu, mu, logvar, per_dimension=True), Tensor)
 
 # distributions
 q = fastelbo.distributions.Gaussian(mu, scale=0.5)

@@ -340,6 +340,36 @@ inline int64_t log_mean_exp_backward(const at::Tensor& grad, const at::Tensor& l
   return d;
 }
 
+// Points z [..., M] of a mixture of C components.
+inline void mixture(const at::Tensor& z, const at::Tensor& mu, const at::Tensor& logvar,
+                    const OptionalTensor& log_weights) {
+  floating("z", z);
+  TORCH_CHECK_VALUE(z.dim() >= 1, "z must be [..., M]; got a 0-d tensor");
+  const c10::SymInt M = z.sym_size(-1);
+  TORCH_CHECK_VALUE(mu.dim() == 2 && mu.sym_size(1) == M, "mu must be [C, M] with M=", M, " from z; got ",
+                    shape_text(mu));
+  TORCH_CHECK_VALUE(mu.sym_size(0) != 0, "mu must hold at least one component; got the shape ", shape_text(mu));
+  shaped("logvar", logvar, "mu", mu);
+  const auto like_z = [&](const char* name, const at::Tensor& t) {
+    same_precision(name, t, "z", z);
+    same_device(name, t, "z", z);
+  };
+  like_z("mu", mu), like_z("logvar", logvar);
+  if (!log_weights.has_value()) return;
+  const at::Tensor& w = *log_weights;
+  c10::SymDimVector shape(z.sym_sizes().begin(), z.sym_sizes().end());
+  shape.back() = mu.sym_size(0);
+  TORCH_CHECK_VALUE(w.dim() >= 1 && w.sym_size(-1) == shape.back() && broadcasts(w.sym_sizes(), shape),
+                    "log_weights must broadcast to the shape ", shape_text(shape),
+                    " of a number for each of C=", shape.back(), " components and each z; got ", shape_text(w));
+  like_z("log_weights", w);
+}
+
+// The shape of its log density: that of z, without its last dimension if that is summed over.
+inline c10::SymIntArrayRef mixture_shape(const at::Tensor& z, bool per_dimension) {
+  return z.sym_sizes().slice(0, z.dim() - (per_dimension ? 0 : 1));
+}
+
 inline void ppca_shapes(const at::Tensor& x, const at::Tensor& W, const at::Tensor& b) {
   TORCH_CHECK_VALUE(W.dim() == 2 && W.sym_size(1) >= 1, "W must be [D, M] with M of at least 1; got ", shape_text(W));
   const c10::SymInt D = W.sym_size(0);

@@ -164,6 +164,10 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
     return tuple(size(f"every number of {name}", n) for n in value)
 
 
+def _count_or_shape(name: str, value: Any) -> Any:
+    return _shape(name, value) if isinstance(value, tuple | list) else count(name, value)
+
+
 def _condition(name: str, value: Any) -> Any:
     several = isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(t, Tensor) for t in value)
     if not isinstance(value, Tensor) and not several:
@@ -234,6 +238,7 @@ Prior = Annotated[nn.Module | tuple[Tensor, Tensor], _prior]
 Module = Annotated[nn.Module, module]
 Condition = Annotated[Tensor | tuple[Tensor, ...], _condition]
 Shape = Annotated[tuple[int, ...], _shape]
+CountOrShape = Annotated[int | tuple[int, ...], _count_or_shape]
 
 
 def _check_of(annotation: Any) -> Check | None:

@@ -172,6 +172,7 @@ for _name in (
     "_rsample_backward",
     "_log_mean_exp_backward",
     "_multi_sample_weights",
+    "_mixture_log_prob_backward",
     "_ppca_log_prob_backward",
 ):
     _register(_name)

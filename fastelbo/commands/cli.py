@@ -367,7 +367,10 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"ELBO             {found.elbo:10.4f}  on the same samples\n"
             f"log p(x) - ELBO  {found.log_prob - found.elbo:10.4f}  the KL of q(z | x) from the posterior\n"
             f"mean ESS         {found.ess:10.1f}  of {args.samples}; the largest weight is {found.max_weight:.1%} of "
-            f"all\nactive units     {active:>10}  of {found.latent_dim}"
+            f"all\nactive units     {active:>10}  of {found.latent_dim}\n"
+            f"I(x; z)          {_figure(found.mutual_information)}  of data and latents; q(z) is the mean of q(z | x)\n"
+            f"KL of q(z)       {_figure(found.marginal_kl)}  from the prior; with I(x; z) the mean KL of q(z | x)\n"
+            f"total corr.      {_figure(found.total_correlation)}  the KL of q(z) from the product of its dimensions"
         )
     if found.bits_per_dim is None:
         print("bits per dim           none  a Bernoulli is no density of values between 0 and 1")
@@ -375,6 +378,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         unit = ", of pixels from 0 to 255" if of.x.dtype == torch.uint8 else ""
         print(f"bits per dim     {found.bits_per_dim:10.4f}  -log2 p(x) per cell{unit}")
     return 0
+
+
+def _figure(value: float | None) -> str:
+    return f"{'none':>10}" if value is None else f"{value:10.4f}"
 
 
 def _error(value: float | None, of: str) -> str:

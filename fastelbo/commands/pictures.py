@@ -23,7 +23,7 @@ from fastelbo.commands.ppca import Figures
 from fastelbo.commands.train import Metrics
 from fastelbo.data.dataset import Dataset
 from fastelbo.likelihoods import Domain
-from fastelbo.models.evaluation import mask_of, masked
+from fastelbo.models.pieces import mask_of, masked
 from fastelbo.models.vae import VAE
 from fastelbo.ppca import PPCA
 

@@ -24,8 +24,8 @@ from fastelbo.commands.options import option
 from fastelbo.data.built_in import BUILT_IN
 from fastelbo.losses import LossParts, Recon, join_recon, split_recon
 from fastelbo.models.diagnostics import ACTIVE_VARIANCE, DiagnosticsMeter
-from fastelbo.models.evaluation import batch_size
 from fastelbo.models.objective import OBJECTIVES, Objective
+from fastelbo.models.pieces import batch_size
 from fastelbo.models.scaling import Scaling
 from fastelbo.models.vae import VAE
 from fastelbo.nets import BUILT, NETS, build_model

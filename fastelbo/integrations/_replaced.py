@@ -32,13 +32,19 @@ def unexpanded(t: Tensor) -> Tensor:
     return base if base.expand(t.shape).stride() == t.stride() else t
 
 
+def fits(first: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels take these parameters."""
+    dtype, device = first.dtype, first.device
+    # where twins compute, the distribution's own formula does as well
+    return (
+        dtype in FLOATS and all(t.dtype == dtype and t.device == device for t in others) and not ops.takes_twins(first)
+    )
+
+
 def elements(likelihood: str, parameters: Sequence[Tensor], x: Tensor) -> Tensor | None:
     """log p of every element, in the broadcast shape; None where the kernels do not take what is given."""
     dtype, device = parameters[0].dtype, parameters[0].device
-    fits = dtype in FLOATS and all(t.dtype == dtype and t.device == device for t in parameters)
-    if not fits or x.device != device or not (x.dtype == dtype or x.dtype in INTEGERS):
-        return None
-    if ops.takes_twins(parameters[0]):  # the distribution's own formula does as well
+    if not fits(*parameters) or x.device != device or not (x.dtype == dtype or x.dtype in INTEGERS):
         return None
     shape = torch.broadcast_shapes(x.shape, *(t.shape for t in parameters))
     if x.shape not in (shape, shape[1:]):

@@ -168,8 +168,24 @@ class INFOVAE_MMD(_Gaussian, models.INFOVAE_MMD):  # type: ignore[misc]
         return elbo + rest, recon_loss, kl, mmd
 
 
-class BetaTCVAE(_Likelihood, _Gaussian, models.BetaTCVAE):  # type: ignore[misc]
-    """pythae.models.BetaTCVAE whose log p(x | z) is computed by `fastelbo.log_prob`: the same value and gradients."""
+class BetaTCVAE(_Gaussian, models.BetaTCVAE):  # type: ignore[misc]
+    """pythae.models.BetaTCVAE whose loss is computed by `fastelbo.total_correlation`: the same value and gradients with
+    use_mss=False.
+
+    With use_mss the importance weights are those of the paper: the matrix of Pythae has them in one column, where they
+    belong to the diagonal and the one beside it.
+
+    Reference: Chen et al. 2018, eq. 2 and app. C.
+    """
+
+    def loss_function(
+        self, recon_x: Tensor, x: Tensor, mu: Tensor, log_var: Tensor, z: Tensor, dataset_size: int
+    ) -> tuple[Tensor, ...]:
+        """As Pythae's."""
+        recon_loss, weights = self._recon_loss(recon_x, x).mean(), "mss" if self.use_mss else "mws"
+        information, correlation, rest = fastelbo.total_correlation(z, mu, log_var, dataset_size, weights=weights)
+        kl = self.alpha * information + self.beta * correlation + self.gamma * rest
+        return recon_loss + kl, recon_loss, kl
 
 
 class VAE_LinNF(_Likelihood, models.VAE_LinNF):  # type: ignore[misc]

@@ -11,6 +11,7 @@ from fastelbo.losses.likelihood import (
     likelihood_sample,
     log_prob,
 )
+from fastelbo.losses.mixture import TotalCorrelation, mixture_log_prob, total_correlation
 from fastelbo.losses.multi_sample import (
     IWAELoss,
     iwae_loss,
@@ -29,6 +30,7 @@ __all__ = [
     "LossParts",
     "Posterior",
     "Recon",
+    "TotalCorrelation",
     "bernoulli_log_prob",
     "bound_loss",
     "bound_parts",
@@ -49,10 +51,12 @@ __all__ = [
     "log_mean_exp",
     "log_prob",
     "loss_of",
+    "mixture_log_prob",
     "multi_sample_loss",
     "multi_sample_parts",
     "rsample",
     "seed_tensor",
     "split_recon",
+    "total_correlation",
     "weighted",
 ]

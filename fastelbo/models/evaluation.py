@@ -1,8 +1,7 @@
 """Figures of a trained model on data that need not fit in memory."""
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,21 +11,14 @@ from fastelbo._internal import arguments
 from fastelbo._internal.arguments import checked
 from fastelbo._internal.progress import progress
 from fastelbo.losses import rsample
+from fastelbo.models.aggregated import AggregatedPosterior
 from fastelbo.models.diagnostics import DiagnosticsMeter
 from fastelbo.models.marginal import LogMeanExp, MarginalEstimate, log_weights
+from fastelbo.models.pieces import Rows, masked
 from fastelbo.models.vae import VAE
 from fastelbo.ppca import PPCA
 
-if TYPE_CHECKING:
-    from fastelbo.data import Dataset
-
-    Rows = Tensor | Dataset
-else:
-    _dataset = arguments.instance(torch.utils.data.Dataset, "a torch.Tensor or a fastelbo.data.Dataset")
-    Rows = Annotated[Tensor, arguments.either(arguments.Data.__metadata__[0], _dataset)]
-
-BATCH = 500  # data that are encoded at a time
-BATCH_ELEMENTS = 1 << 24  # at most, of those
+AGGREGATED = 50_000  # data, at most, whose posteriors are aggregated: the time grows with their square
 
 
 class Evaluation(NamedTuple):
@@ -42,24 +34,10 @@ class Evaluation(NamedTuple):
     max_weight: float | None = None  # mean of the largest normalized weight
     active_units: int | None = None  # none of one datum
     latent_dim: int | None = None  # M
-
-
-def batch_size(x: Rows, num_samples: int = 1) -> int:
-    """How many data are encoded at a time, decoded num_samples times each."""
-    return max(1, min(math.ceil(BATCH / num_samples), BATCH_ELEMENTS // max(1, math.prod(x.shape[1:]))))
-
-
-def mask_of(x: Tensor) -> Tensor | None:
-    """The cells of x that are not missing; None where all are there."""
-    there = ~x.isnan() if x.is_floating_point() else None
-    return None if there is None or bool(there.all()) else there
-
-
-def masked(x: Rows) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches, each with its `mask_of`."""
-    size = batch_size(x)
-    for batch in x.split(size) if isinstance(x, Tensor) else x.batches(size):
-        yield batch, mask_of(batch)
+    # of the aggregated posterior q(z) of the data, or of AGGREGATED of them at equal distances
+    mutual_information: float | None = None  # of x and z
+    marginal_kl: float | None = None  # of q(z) from the prior
+    total_correlation: float | None = None  # of the dimensions of z
 
 
 class _Bits:
@@ -106,8 +84,9 @@ def evaluate(
 ) -> Evaluation:
     """Marginal likelihood of data, with its errors, in memory that does not grow with them.
 
-    Of a VAE by importance sampling, beside the ELBO on the same samples; the model goes to evaluation mode. Of a PPCA
-    exactly, num_samples, chunk_size and seed being of no use.
+    Of a VAE by importance sampling, beside the ELBO on the same samples and the terms of its KL
+    (`fastelbo.aggregated_posterior`); the model goes to evaluation mode. Of a PPCA exactly, num_samples, chunk_size and
+    seed being of no use.
 
     Args:
         model: a `fastelbo.VAE` without a condition, or a `fastelbo.PPCA`.
@@ -134,10 +113,12 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     estimates: list[MarginalEstimate] = []
     elbos: list[Tensor] = []
-    done = 0
+    latents: list[tuple[Tensor, Tensor]] = []
+    done, step = 0, math.ceil(len(x) / AGGREGATED)
     for batch, mask in masked(x):
         mu, logvar = model.encode(batch, mask=mask)
         meter.update(rsample(mu, logvar, generator=generator))
+        latents.append((mu[-done % step :: step], logvar[-done % step :: step]))
         estimate, log_w_sum = LogMeanExp(), torch.zeros(len(batch), dtype=torch.float64)
         chunks = log_weights(model, batch, num_samples, mask=mask, chunk_size=chunk_size, generator=generator)
         label = f"log p(x), {done} of {len(x)} data done"
@@ -150,6 +131,8 @@ def evaluate(
         done += len(batch)
     log_prob, ess, error, max_weight = (torch.cat(parts) for parts in zip(*estimates, strict=True))
     latent = meter.result()
+    mu, logvar = (torch.cat(parts) for parts in zip(*latents, strict=True))
+    terms = AggregatedPosterior(mu, logvar, model.prior).terms(seed=seed)
     return Evaluation(
         len(x),
         log_prob.mean().item(),
@@ -161,6 +144,7 @@ def evaluate(
         max_weight.mean().item(),
         int(latent.active_units.item()) if len(x) > 1 else None,
         latent.kl.numel(),
+        *(_finite(term.value) for term in terms),
     )
 
 

@@ -1,11 +1,14 @@
 """Data with their conditions, by rows and in pieces that stay in the cache."""
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 
+from fastelbo._internal import arguments
 from fastelbo._internal.arguments import Condition
 from fastelbo.losses import expand
 
@@ -13,6 +16,17 @@ from fastelbo.losses import expand
 # the cache, which is up to twice as fast; on other devices enough to keep them busy.
 PIECE_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 25}
 FIRST_ROWS = 16  # of which the size of a row is learned
+
+if TYPE_CHECKING:
+    from fastelbo.data import Dataset
+
+    Rows = Tensor | Dataset
+else:
+    _dataset = arguments.instance(torch.utils.data.Dataset, "a torch.Tensor or a fastelbo.data.Dataset")
+    Rows = Annotated[Tensor, arguments.either(arguments.Data.__metadata__[0], _dataset)]
+
+BATCH = 500  # data that are encoded at a time
+BATCH_ELEMENTS = 1 << 24  # at most, of those
 
 
 def given(condition: Condition | None) -> tuple[Condition, ...]:
@@ -77,3 +91,21 @@ def by_rows(function: Callable[[int, int], Tensor], n: int) -> Tensor:
     for a, b in cut(FIRST_ROWS, n, found[0].numel(), found.device):
         whole[a:b] = function(a, b)
     return whole
+
+
+def batch_size(x: Rows, num_samples: int = 1) -> int:
+    """How many data are encoded at a time, decoded num_samples times each."""
+    return max(1, min(math.ceil(BATCH / num_samples), BATCH_ELEMENTS // max(1, math.prod(x.shape[1:]))))
+
+
+def mask_of(x: Tensor) -> Tensor | None:
+    """The cells of x that are not missing; None where all are there."""
+    there = ~x.isnan() if x.is_floating_point() else None
+    return None if there is None or bool(there.all()) else there
+
+
+def masked(x: Rows) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches, each with its `mask_of`."""
+    size = batch_size(x)
+    for batch in x.split(size) if isinstance(x, Tensor) else x.batches(size):
+        yield batch, mask_of(batch)

@@ -14,6 +14,7 @@ dimensions, D data dimensions (all event dimensions together). Everything is in 
 from fastelbo.reference.derivatives import *  # noqa: F403
 from fastelbo.reference.latent import *  # noqa: F403
 from fastelbo.reference.likelihood import *  # noqa: F403
+from fastelbo.reference.mixture import *  # noqa: F403
 from fastelbo.reference.objective import *  # noqa: F403
 from fastelbo.reference.ppca import *  # noqa: F403
 from fastelbo.reference.random import *  # noqa: F403

@@ -23,7 +23,7 @@ from fastelbo.commands.data import load
 from fastelbo.commands.ppca import METRICS as METRICS_OF_PPCA
 from fastelbo.commands.train import LATENT_METRICS, METRICS, Config, Trainer
 from fastelbo.data.built_in import counts_model
-from fastelbo.models import evaluation
+from fastelbo.models import pieces
 from fastelbo.nets import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,7 +93,7 @@ def test_held_out_figures_are_datum_weighted(monkeypatch):
     with torch.no_grad():
         kl = trainer.model.parts(x, **trainer.noise(x, torch.Generator().manual_seed(0))).kl.double().mean()
     assert whole["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
-    monkeypatch.setattr(evaluation, "BATCH", 179)  # 180 held-out digits: a mean of means would be far off
+    monkeypatch.setattr(pieces, "BATCH", 179)  # 180 held-out digits: a mean of means would be far off
     assert trainer.evaluate()["held_out_kl"] == pytest.approx(kl.item(), rel=1e-6)
 
 

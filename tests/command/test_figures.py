@@ -183,7 +183,7 @@ def test_pictures_of_any_size(tmp_path, monkeypatch):
     assert pictures.kl_per_dimension(torch.rand(512), tmp_path / "kl.png").exists()
     assert matplotlib.image.imread(tmp_path / "kl.png").shape[1] < 2000
     monkeypatch.setattr(pictures, "ROWS", 100)
-    monkeypatch.setattr("fastelbo.models.evaluation.BATCH", 30)
+    monkeypatch.setattr("fastelbo.models.pieces.BATCH", 30)
     model, seen = build_model((5,), 3, 8, "gaussian"), []
     real = VAE.encode
     monkeypatch.setattr(VAE, "encode", lambda self, x, **options: seen.append(len(x)) or real(self, x, **options))

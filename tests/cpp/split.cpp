@@ -324,6 +324,61 @@ void ppca(Checks& c, const KernelTable& t, int64_t N, int64_t D, int64_t M, bool
   }
 }
 
+// Of rows that share weights, of rows of the same weights, or of rows with weights of their own.
+void mixture(Checks& c, const KernelTable& t, int64_t N, int64_t C, int64_t M, bool is_double, int turn) {
+  const DType type = is_double ? DType::f64 : DType::f32, other = kFloats[is_double][turn % 3];
+  const int64_t weight_rows = turn % 3 == 2 ? 2 : 1, sets = (N + weight_rows - 1) / weight_rows;
+  const bool per_dimension = turn % 2;
+  const int64_t groups = per_dimension ? M : 1, blocks = mixture_blocks(N);
+  const Layout layout = kLayouts[turn % 4];
+  const auto rows = [&](Memory& m) {
+    MixtureParams p;
+    p.N = N, p.C = C, p.M = M, p.per_dimension = per_dimension, p.weight_rows = weight_rows;
+    p.z = m.view(false, other, 1, M, N, layout);
+    p.mu = m.input(type, C * M), p.inv_std = m.input(type, C * M), p.base = m.input(type, C * groups);
+    if (turn % 3) p.weights = m.view(false, type, 1, C, sets, kLayouts[turn / 2 % 4]);
+    return p;
+  };
+  {
+    Memory m;
+    MixtureComponentsParams p;
+    p.C = C, p.M = M, p.per_dimension = per_dimension, p.stride_weights = 1;
+    p.mu = m.view(false, other, 1, C, M, layout), p.logvar = m.view(false, other, 1, C, M, kLayouts[turn / 2 % 4]);
+    if (turn % 3 == 0) p.weights = m.input(type, C);
+    if (turn % 4) p.copied_mu = m.make(true, type, C * M);
+    p.inv_std = m.make(true, type, C * M), p.base = m.make(true, type, C * groups);
+    m.compare(c, t.mixture_components[is_double], p, C, "components of a mixture");
+  }
+  {
+    Memory m;
+    MixtureParams p = rows(m);
+    p.log_prob = m.view(true, type, 1, groups, N, layout);
+    m.compare(c, t.mixture[is_double], p, blocks, "mixture");
+  }
+  for (const bool by_components : {false, true}) {
+    Memory m;
+    MixtureBackwardParams p;
+    p.of = rows(m);
+    p.of.log_prob = m.view(false, type, 1, groups, N, layout);
+    p.grad = m.view(false, type, 1, groups, N, kLayouts[turn / 2 % 4]);
+    p.segment = by_components ? blocks : 1, p.segments = (blocks + p.segment - 1) / p.segment;
+    p.range = by_components ? kMixtureTile : C, p.ranges = (C + p.range - 1) / p.range;
+    if (!by_components) p.grad_z = m.view(true, other, 1, M, N, kLayouts[turn / 3 % 4]);
+    p.sums = m.output(p.segments * 2 * C * M), p.weight_sums = m.output(p.segments * C);
+    if (p.of.weights && (weight_rows == 1 || by_components)) {
+      p.grad_weights = m.view(true, weight_rows > 1 ? DType::f64 : type, 1, C, sets, layout);
+    }
+    m.compare(c, t.mixture_backward[is_double], p, p.segments * p.ranges, "gradients of a mixture");
+  }
+  Memory m;
+  MixtureSumsParams p;
+  p.C = C, p.M = M, p.segments = 1 + turn % 3, p.inv_std = m.input(type, C * M);
+  p.sums = m.input(p.segments * 2 * C * M), p.weight_sums = m.input(p.segments * C);
+  p.grad_mu = m.view(true, other, 1, C, M, layout), p.grad_logvar = m.view(true, other, 1, C, M, layout);
+  p.grad_weights = m.view(true, other, 1, C, 1, layout);
+  m.compare(c, t.mixture_sums[is_double], p, C, "sums of a mixture");
+}
+
 // Item i reads what item i + 1 writes, and the last one what lies behind the end.
 void broken_kernel(const KlDimsParams& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) p.out[i] = p.out[i + 1] + 1;
@@ -352,6 +407,11 @@ void split(Checks& c, const KernelTable& t) {
     for (const int64_t D : {1, 7, 16, 239, 240, 241, 500}) {
       for (const int64_t N : {1, 5, 48, 100}) {
         for (const int64_t M : {1, 16, 20}) ppca(c, t, N, D, M, is_double, ++turn);
+      }
+    }
+    for (const int64_t N : {1, 7, 64, 130, 1100}) {
+      for (const int64_t C : {1, 5, 40, 70}) {
+        for (const int64_t M : {1, 2, 3, 9}) mixture(c, t, N, C, M, is_double, turn += 5);
       }
     }
   }

@@ -223,6 +223,91 @@ void multi_sample(Checks& c, const KernelTable& t, int64_t D) {
   c.at_most(worst_gate, 1e-6 + 3e-7 * double(D), "gates of the doubly reparameterized gradient");
 }
 
+// A mixture and its gradients, by the sums of their definition; the second component has no weight.
+void mixture(Checks& c, const KernelTable& t, int64_t N, int64_t C, int64_t M, bool per_dimension) {
+  const int64_t groups = per_dimension ? M : 1, dims = per_dimension ? 1 : M;
+  std::vector<float> z(N * M), mu(C * M), logvar(C * M), weights(C), up(groups * N);
+  std::vector<float> inv_std(C * M), base(C * groups), log_p(groups * N), grad_z(N * M), grad_mu(C * M),
+      grad_logvar(C * M), grad_weights(C);
+  for (auto& v : z) v = float(uniform() * 4 - 2);
+  for (auto& v : mu) v = float(uniform() * 4 - 2);
+  for (auto& v : logvar) v = float(uniform() * 2 - 1);
+  for (auto& v : weights) v = float(uniform() * 2 - 3);
+  for (auto& v : up) v = float(uniform() * 2 - 1);
+  if (C > 1) weights[1] = -INFINITY;
+  // rows of z and of its gradient lie one behind the other, as do the numbers of a group
+  const auto rows = [&](std::vector<float>& v, int64_t step, int64_t stride_b) {
+    return view(v.data(), DType::f32, 0, stride_b, N, step);
+  };
+  MixtureComponentsParams parts;
+  parts.C = C, parts.M = M, parts.per_dimension = per_dimension;
+  parts.mu = view(mu.data(), DType::f32, 0, M, M), parts.logvar = view(logvar.data(), DType::f32, 0, M, M);
+  parts.weights = weights.data(), parts.stride_weights = 1;
+  parts.inv_std = inv_std.data(), parts.base = base.data();
+  t.mixture_components[0](parts, 0, C);
+  MixtureBackwardParams b;
+  b.of.N = N, b.of.C = C, b.of.M = M, b.of.per_dimension = per_dimension;
+  b.of.z = rows(z, M, 1);
+  b.of.mu = mu.data(), b.of.inv_std = inv_std.data(), b.of.base = base.data();
+  b.of.log_prob = rows(log_p, 1, N);
+  t.mixture[0](b.of, 0, mixture_blocks(N));
+  b.grad = rows(up, 1, N), b.grad_z = rows(grad_z, M, 1);
+  b.segment = 1, b.segments = mixture_blocks(N), b.range = C;
+  std::vector<double> sums(b.segments * 2 * C * M), weight_sums(b.segments * C);
+  b.sums = sums.data(), b.weight_sums = weight_sums.data();
+  t.mixture_backward[0](b, 0, b.segments);
+  MixtureSumsParams s;
+  s.C = C, s.M = M, s.segments = b.segments, s.inv_std = inv_std.data();
+  s.sums = sums.data(), s.weight_sums = weight_sums.data();
+  s.grad_mu = view(grad_mu.data(), DType::f32, 0, M, M), s.grad_logvar = view(grad_logvar.data(), DType::f32, 0, M, M);
+  s.grad_weights = view(grad_weights.data(), DType::f32, 0, 1, 1);
+  t.mixture_sums[0](s, 0, C);
+
+  struct Sum {
+    long double exact = 0, terms = 1;
+    void operator+=(long double term) { exact += term, terms += fabsl(term); }
+  };
+  std::vector<Sum> exact_z(N * M), exact_mu(C * M), exact_logvar(C * M), exact_weights(C);
+  long double worst = 0;
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t g = 0; g < groups; ++g) {
+      std::vector<long double> terms(C);
+      long double top = -INFINITY, sum = 0;
+      for (int64_t k = 0; k < C; ++k) {
+        terms[k] = weights[k];
+        for (int64_t m = g; m < g + dims; ++m) {
+          const long double delta = z[n * M + m] - static_cast<long double>(mu[k * M + m]), lv = logvar[k * M + m];
+          terms[k] -= 0.5L * (delta * delta * expl(-lv) + lv + logl(2 * acosl(-1.0L)));
+        }
+        top = std::max(top, terms[k]);
+      }
+      for (const long double term : terms) sum += expl(term - top);
+      const long double total = top + logl(sum);
+      worst = std::max(worst, fabsl(log_p[g * N + n] - total) / (1 + fabsl(total)));
+      for (int64_t k = 0; k < C; ++k) {
+        const long double r = up[g * N + n] * expl(terms[k] - total);
+        exact_weights[k] += r;
+        for (int64_t m = g; m < g + dims; ++m) {
+          const long double delta = z[n * M + m] - static_cast<long double>(mu[k * M + m]);
+          const long double pull = delta * expl(-static_cast<long double>(logvar[k * M + m]));
+          exact_z[n * M + m] += -r * pull, exact_mu[k * M + m] += r * pull;
+          exact_logvar[k * M + m] += 0.5L * r * (delta * pull - 1);
+        }
+      }
+    }
+  }
+  const auto compare = [&](const std::vector<float>& got, const std::vector<Sum>& exact, const char* what) {
+    long double error = 0;
+    for (size_t i = 0; i < got.size(); ++i) error = std::max(error, fabsl(got[i] - exact[i].exact) / exact[i].terms);
+    // an error of t moves every responsibility by that much, relatively
+    c.at_most(double(error), kRoundings * (1e-6 + 2e-7 * double(dims)), what);
+  };
+  c.at_most(double(worst), kRoundings * 5e-7, "log density of a mixture");
+  compare(grad_z, exact_z, "its gradient by z"), compare(grad_mu, exact_mu, "its gradient by mu");
+  compare(grad_logvar, exact_logvar, "its gradient by logvar");
+  compare(grad_weights, exact_weights, "its gradient by the weights");
+}
+
 }  // namespace
 
 void math_baseline(Checks&);
@@ -268,6 +353,13 @@ int main(int argc, char**) {
     for (const int64_t D : {1, 15, 784, 4097}) {
       shared_gradients(c, isa.table(), D);
       if (D <= kSegment) multi_sample(c, isa.table(), D);
+    }
+    for (const int64_t N : {1, 15, 64, 130, 1100}) {
+      for (const int64_t C : {1, 3, 33}) {
+        for (const int64_t M : {1, 2, 7, 18}) {
+          for (const bool per_dimension : {false, true}) mixture(c, isa.table(), N, C, M, per_dimension);
+        }
+      }
     }
     split_anywhere(c, isa.table());
     samples(c, isa.table());

@@ -29,6 +29,7 @@ OPS = {
     "ops/test_iwae.py": "",
     "ops/test_strides.py": "32_bits",
     "ops/test_edges.py": "threads",
+    "ops/test_mixture.py": "memory or same_bits",
     "ops/test_multi_sample.py": "expectations or signal_to_noise or bounds_grow or torch_func or compiled",
     "ppca/test_ppca.py": "hundred_thousand or compile or memory or sampling or bic or log_marginal or threads",
     "models/test_kept.py": "refused or threads or memory or autocast or compile or auto or loss_of_every or unbiased",
@@ -139,6 +140,7 @@ def test_under_sanitizers():
         "ops/test_latent.py",
         "ops/test_elbo.py",
         "ops/test_iwae.py",
+        "ops/test_mixture.py",
         "ops/test_multi_sample.py",
         "ppca/test_ppca.py",
     ]

@@ -20,7 +20,7 @@ B, EVENT, M, K, L = 7, (1, 4, 5), 3, 6, 2
 NAMES = fused.__all__
 OPTIONS = {
     "BetaVAE": {"beta": 3.5},
-    "BetaTCVAE": {"alpha": 0.8, "beta": 3.0, "gamma": 1.2},
+    "BetaTCVAE": {"alpha": 0.8, "beta": 3.0, "gamma": 1.2, "use_mss": False},
     "CIWAE": {"number_samples": K, "beta": 0.3},
     "DisentangledBetaVAE": {"beta": 3.0, "C": 2.0, "warmup_epoch": 7},
     "HVAE": {"n_lf": 2, "eps_lf": 0.1},
@@ -92,6 +92,24 @@ def test_loss_parts_and_gradients(name: str, recon: str, double: None) -> None:
     for key in theirs:
         if name not in WEIGHTED or key not in BOUNDS:
             close(ours[key], theirs[key])
+
+
+def test_stratified_weights_are_those_of_the_paper(monkeypatch, double: None) -> None:
+    """Pythae's own matrix has rows of other sums than 1."""
+    N, others = 20, B - 1
+    matrix = torch.full((B, B), 1 / others).fill_diagonal_(1 / N)
+    matrix[torch.arange(B), torch.arange(B) - 1] = (N - others) / (N * others)
+    assert matrix.sum(1).allclose(torch.ones(B))
+    plain, ours = pair("BetaTCVAE")
+    plain.use_mss = ours.use_mss = True
+    assert not plain._log_importance_weight_matrix(B, N).exp().sum(1).allclose(torch.ones(B), rtol=0.05)
+    monkeypatch.setattr(plain, "_log_importance_weight_matrix", lambda batch, size: matrix.log())
+    x, found = data("BetaTCVAE"), []
+    for model in (plain, ours):
+        torch.manual_seed(3)
+        loss = model({"data": x}, dataset_size=N).loss
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    close(found[1], found[0])
 
 
 @pytest.mark.parametrize("recon", ["bce", "mse"])

@@ -412,3 +412,57 @@ def test_a_model_trains_and_is_saved(tmp_path):
     assert len(calls) > 2
     loaded = scvi.model.SCVI.load(tmp_path / "model", accelerator="cpu")
     assert float(loaded.get_elbo()) == pytest.approx(elbo, rel=0.1)  # of other draws
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixtures of Gaussians.
+
+
+def test_differential_abundance_of_mrvi_is_that_of_fastelbo_s_mixtures():
+    cls, adata = count_models.model_class("TorchMRVI", "MRVI"), count_models.cells(GENES, 60)
+    cls.setup_anndata(adata, sample_key="sample")
+    model = cls(adata)
+    model.is_trained_ = True
+    plain = model.differential_abundance(adata)
+    with apply(), mock.patch.object(fastelbo, "mixture_log_prob", wraps=fastelbo.mixture_log_prob) as mixture:
+        fused = model.differential_abundance(adata)
+    assert mixture.call_count >= 4  # samples
+    values = (torch.from_numpy(found["log_probs"].values) for found in (fused, plain))
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)
+
+
+def gaussians(loc: torch.Tensor, scale: torch.Tensor, kind=torch.distributions.Normal):
+    cats = torch.distributions.Categorical(logits=torch.linspace(-1, 1, loc.shape[-2], dtype=loc.dtype))
+    return torch.distributions.MixtureSameFamily(cats, torch.distributions.Independent(kind(loc, scale), 1))
+
+
+@pytest.mark.parametrize("lead", [(7,), (3, 7)])
+def test_mixtures_of_gaussians(lead):
+    loc, scale = given(5, 4).log().requires_grad_(), given(5, 4).requires_grad_()
+    z = torch.randn(*lead, 4, dtype=torch.float64, requires_grad=True)
+    values = []
+    for context in (nullcontext, apply):
+        with context():
+            values.append(gaussians(loc, scale).log_prob(z))
+    torch.testing.assert_close(*values, rtol=1e-12, atol=1e-12)
+    assert "MixtureLogProb" in values[1].grad_fn.name() and "MixtureLogProb" not in values[0].grad_fn.name()
+    upstream = torch.randn(lead, dtype=torch.float64)
+    grads = [torch.autograd.grad(v, (z, loc, scale), upstream) for v in values]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+def test_other_mixtures_are_torch_s():
+    """Components of each cell, of half types, and of other families."""
+    cells, z = given(7, 5, 4), torch.randn(7, 4, dtype=torch.float64)
+    half = [t.detach().bfloat16() for t in (cells[0], cells[0])]
+    cases = [
+        (gaussians(cells, cells), z),
+        (gaussians(*half), z.bfloat16()),
+        (gaussians(cells[0], cells[0], torch.distributions.Laplace), z),
+    ]
+    for px, value in cases:
+        before = px.log_prob(value)
+        with apply(), mock.patch.object(fastelbo, "mixture_log_prob", side_effect=AssertionError):
+            assert torch.equal(px.log_prob(value), before)
+    with apply(), pytest.raises(ValueError, match="within the support"):
+        gaussians(cells[0], cells[0]).log_prob(z * torch.nan)

@@ -21,6 +21,7 @@ def _labels() -> Tensor:
 
 # name -> what its `loss` takes besides the model
 BATCHES = {
+    "beta_tc": lambda: (torch.rand(6, 256),),
     "conditional": lambda: (_image(), F.one_hot(_labels(), 10).float()),
     "flow_posterior": lambda: (_image(),),
     "missing_data": lambda: (torch.where(torch.rand(6, 64) < 0.5, torch.nan, torch.rand(6, 64)),),

@@ -38,7 +38,7 @@ def test_every_op_is_checked():
 
 INDUCTOR = (  # a row of each op
     *("bernoulli_log_prob", "gaussian_kl", "rsample, seed", "rsample, kept", "log_mean_exp"),
-    *("elbo_loss mean", "iwae_loss mean", "multi_sample_loss, ciwae", "ppca_log_prob"),
+    *("elbo_loss mean", "iwae_loss mean", "multi_sample_loss, ciwae", "mixture_log_prob", "ppca_log_prob"),
 )
 
 

@@ -46,7 +46,11 @@ def cast(t: object, dtype: torch.dtype) -> object:
     return t.detach().to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
-@pytest.mark.parametrize("call", [name for name in op_calls() if "ppca" not in name])
+# of arguments that belong together, in the type that they were computed in: below
+APART = tuple(name for name in op_calls() if "ppca" in name or name == "backward of mixture_log_prob")
+
+
+@pytest.mark.parametrize("call", [name for name in op_calls() if name not in APART])
 def test_op(call):
     torch.manual_seed(0)
     op, args = op_calls()[call]
@@ -97,6 +101,18 @@ def test_scale():
     ops._scale_(a, factor)
     reference.scale_(b, factor)
     assert_close(a, b)
+
+
+@pytest.mark.parametrize("weights", [None, (6,), (4, 6), (3, 1, 6)], ids=str)
+@pytest.mark.parametrize("per_dimension", [False, True])
+def test_backward_of_mixture_log_prob(weights, per_dimension):
+    z, log_weights = r(3, 4, 5), None if weights is None else r(*weights)
+    args = z, r(6, 5), r(6, 5), log_weights, per_dimension
+    log_prob = reference.mixture_log_prob(*args)
+    for needs in ([True] * 4, [True, False, False, False], [False, True, False, True], [False, False, False, True]):
+        if weights is None and not any(needs[:3]):
+            continue
+        compare("_mixture_log_prob_backward", torch.randn_like(log_prob), *args, log_prob, needs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

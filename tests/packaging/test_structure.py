@@ -95,7 +95,7 @@ def _public_functions(body: list[ast.stmt], prefix: str = "") -> list[tuple[str,
     return found
 
 
-LOSSES = [f"losses.{name}" for name in ("bounds", "elbo", "kept", "likelihood", "multi_sample", "sampling")]
+LOSSES = [f"losses.{name}" for name in ("bounds", "elbo", "kept", "likelihood", "mixture", "multi_sample", "sampling")]
 MODELS = [f"models.{name}" for name in ("diagnostics", "marginal", "objective", "vae")]
 API = [*LOSSES, *MODELS, "distributions", "ppca.density", "ppca.model", "sklearn"]
 

@@ -166,7 +166,7 @@ def run_figures(run: Path) -> Figures:
     """By `fastelbo.load`, and by the command: evaluate, sample, and train --resume of a copy."""
     evaluated, new = (
         json.loads(command("evaluate", run, "--samples", 20, "--json")),
-        ("held_out", "rows", "bits_per_dim"),
+        ("held_out", "rows", "bits_per_dim", "mutual_information", "marginal_kl", "total_correlation"),
     )
     found = {"evaluated": {k: v for k, v in evaluated.items() if v is not None and k not in ("data", *new)}}
     model = fastelbo.load(run)

@@ -25,6 +25,10 @@ struct KernelTable {
   Kernel<PpcaRestParams> ppca_rest;
   Kernel<PpcaSumsParams> ppca_moments;
   Kernel<PpcaSumsParams> ppca_residual[2];
+  Kernel<MixtureComponentsParams> mixture_components[2];
+  Kernel<MixtureParams> mixture[2];
+  Kernel<MixtureBackwardParams> mixture_backward[2];
+  Kernel<MixtureSumsParams> mixture_sums[2];
   // [likelihood][parameters given - 1][float or double]
   Kernel<LogProbParams> log_prob[kMaxLikelihoods][kMaxParameters][2];
   Kernel<MultiSampleParams> multi_sample[kMaxLikelihoods][kMaxParameters][2];

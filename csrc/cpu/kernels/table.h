@@ -7,6 +7,7 @@
 #include "cpu/kernels/kernels.h"
 #include "cpu/kernels/latent.h"
 #include "cpu/kernels/likelihood.h"
+#include "cpu/kernels/mixture.h"
 #include "cpu/kernels/objective.h"
 #include "cpu/kernels/ppca.h"
 
@@ -38,6 +39,10 @@ KernelTable make_table(TypeList<L...>) {
       .ppca_rest = ppca_rest_kernel,
       .ppca_moments = ppca_moments_kernel,
       .ppca_residual = {ppca_residual_kernel<float>, ppca_residual_kernel<double>},
+      .mixture_components = {mixture_components_kernel<float>, mixture_components_kernel<double>},
+      .mixture = {mixture_kernel<float>, mixture_kernel<double>},
+      .mixture_backward = {mixture_backward_kernel<float>, mixture_backward_kernel<double>},
+      .mixture_sums = {mixture_sums_kernel<float>, mixture_sums_kernel<double>},
       .log_prob = {},
       .multi_sample = {},
   };

@@ -68,6 +68,13 @@ void launch_kl_dims(const KlDimsParams& p, bool is_double, cudaStream_t stream);
 
 void launch_log_mean_exp(const LogMeanExpParams& p, int64_t columns, bool is_double, cudaStream_t stream);
 
+// What depends on the components alone; then log densities, or gradients: those of z and of weights that differ by row,
+// and the sums of the others, in segments of p.segment rows; then these sums as gradients.
+void launch_mixture_components(const MixtureComponentsParams& p, bool is_double, cudaStream_t stream);
+void launch_mixture(const MixtureParams& p, bool is_double, cudaStream_t stream);
+void launch_mixture_backward(const MixtureBackwardParams& p, bool is_double, cudaStream_t stream);
+void launch_mixture_sums(const MixtureSumsParams& p, bool is_double, cudaStream_t stream);
+
 // Every row's projections on the columns of W, unpadded, and squared norm.
 void launch_ppca_project(const PpcaProjectParams& p, cudaStream_t stream);
 

@@ -5,10 +5,11 @@ from typing import Any
 
 from scvi import distributions, settings
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, MixtureSameFamily, Normal
 from torch.distributions import NegativeBinomial as TorchNegativeBinomial
 
-from fastelbo.integrations._replaced import Applied, Replaced, elements, is_counts, validate
+import fastelbo
+from fastelbo.integrations._replaced import Applied, Replaced, elements, fits, is_counts, validate
 from fastelbo.likelihoods import SCVI_ADDED, THETA_LIMIT
 
 
@@ -64,6 +65,17 @@ def _torch_nb(px: Any, x: Tensor) -> Tensor | None:
     return elements("nb_logits", (px.total_count, px.logits), x)
 
 
+def _gaussians(px: Any, z: Tensor) -> Tensor | None:
+    """Of diagonal Gaussians that all z share: priors that are mixtures, and aggregated posteriors."""
+    parts, logits = px.component_distribution, px.mixture_distribution.logits
+    of = parts.base_dist if type(parts) is Independent and parts.reinterpreted_batch_ndims == 1 else None
+    if type(of) is not Normal or of.loc.dim() != 2 or logits.dim() != 1 or not fits(of.loc, of.scale, logits, z):
+        return None
+    if px._validate_args:
+        px._validate_sample(z)
+    return fastelbo.mixture_log_prob(z, of.loc, 2 * of.scale.log(), logits.log_softmax(0))
+
+
 _REPLACED = Replaced(
     {
         distributions.NegativeBinomial: _nb,
@@ -72,6 +84,7 @@ _REPLACED = Replaced(
         distributions.Poisson: _poisson,
         distributions.BetaBinomial: _beta_binomial,
         TorchNegativeBinomial: _torch_nb,
+        MixtureSameFamily: _gaussians,
     }
 )
 
@@ -83,7 +96,9 @@ def apply() -> Applied:
     Poisson, BetaBinomial) and torch's NegativeBinomial, of which Stereoscope and Decipher make use, compute `log_prob`
     by `fastelbo.log_prob(reduce=False)` for float32 and float64 tensors on the CPU, and on CUDA where fastelbo was
     built for it. Of others, of half types, of a mixture with two thetas and under the transforms of torch.func they
-    compute it as before. Nothing else changes.
+    compute it as before. Nothing else changes. torch's MixtureSameFamily of diagonal Gaussians, which priors and
+    `differential_abundance` take, does so by `fastelbo.mixture_log_prob` where all z share the components: not where
+    each cell has those of its label, nor of Student's t.
 
     log p is that of mean + 1e-8 and theta + 1e-8, which scvi adds inside of its logarithms: it differs from scvi's by
     about 2e-8 x / mean in exact arithmetic. In float32 scvi's has the rounding of lgamma(x + theta) - lgamma(theta),

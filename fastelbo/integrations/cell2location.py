@@ -24,6 +24,7 @@ def _deep_getattr(of: Any, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), of)
 
 
+_module: Any
 for _module in (pyro.infer.autoguide.guides, pyro.infer.autoguide.utils):
     if not hasattr(_module, "deep_getattr"):
         _module.deep_getattr = _deep_getattr

@@ -145,7 +145,7 @@ def test_the_code_of_the_concepts_page_runs() -> None:
     assert tuple(space["estimate"].log_prob.shape) == (8,) and space["total"].count == 100
     assert space["prior_mu"].grad.shape == (20,) and space["logvar_x"].grad.shape == ()
     assert space["model"].prior.mu.grad.shape == (20,) and space["bits"].shape == (8,)
-    assert space["mixture"].prior.means.grad.abs().max() > 0 and space["drawn"].shape == (4, 784)
+    assert space["mixture"].prior.mu.grad.abs().max() > 0 and space["drawn"].shape == (4, 784)
 
 
 def test_the_code_of_the_page_on_practice_runs() -> None:

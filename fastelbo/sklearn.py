@@ -20,10 +20,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor
 
 from fastelbo.ppca import data, model
-from fastelbo.ppca.closed_form import of_moments
+from fastelbo.ppca.closed_form import automatic, of_moments
 from fastelbo.ppca.moments import Moments
 from fastelbo.ppca.result import variance
 
@@ -58,7 +57,8 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
     components, and those 24 with a floor of s2 to both. Any floor from 2 to 8 has an error of at most 11 here.
 
     Args:
-        n_components: M, latent dimensions; less than D.
+        n_components: M, latent dimensions; less than D. For "eig" also what chooses M: a fraction in (0, 1) of the
+            variance, "bic" or "evidence", as of `fastelbo.PPCA`; scikit-learn's name "mle" is "evidence".
         method: "eig", the closed form, or "em", which also takes NaN for missing cells. See `fastelbo.PPCA.fit`.
         max_iter, tol: "em" ends after so many steps, or when less than tol nats per row seem left to gain.
         min_noise_variance: the least s2, in units of the squared data.
@@ -75,6 +75,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         n_components_, n_features_in_, n_samples_: M, D, and N: of rows whose weight is not 0.
         feature_names_in_: the names of the columns of a table.
         n_iter_: steps of "em"; 1 for "eig".
+        converged_: whether "em" or the solver "krylov" did.
         model_: the `fastelbo.PPCA`, for what it offers beyond: posterior, samples, ELBO.
 
     Reference: Tipping & Bishop 1999.
@@ -82,9 +83,10 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
 
     def __init__(
         self,
-        n_components: int = 1,
+        n_components: int | float | str = 1,
         *,
         method: str = "eig",
+        solver: str = "auto",
         max_iter: int = 1000,
         tol: float = 1e-6,
         min_noise_variance: float = 0.0,
@@ -92,6 +94,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
     ) -> None:
         self.n_components = n_components
         self.method = method
+        self.solver = solver
         self.max_iter = max_iter
         self.tol = tol
         self.min_noise_variance = min_noise_variance
@@ -100,6 +103,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.allow_nan = self.method == "em"
+        tags.input_tags.sparse = True
         tags.transformer_tags.preserves_dtype = [dtype.__name__ for dtype in DTYPES]
         return tags
 
@@ -127,17 +131,20 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
             sklearn.exceptions.ConvergenceWarning: "em" did not converge, with what to do.
         """
         X = self._validated(X, self.method == "em", ensure_min_samples=2, ensure_min_features=2)
-        rows, weight = data.weighted(X, sample_weight)
-        N, D = rows.shape
-        if self.method == "eig" and N > D:
-            return self._update(None, rows, weight)
+        N, D = X.shape
+        if sample_weight is not None:
+            N = int(torch.count_nonzero(data.weights_of(sample_weight, N, torch.device("cpu"))))  # type: ignore[arg-type]
+        fitted, solver = self._unfitted(), self.solver
+        if self.method == "eig" and solver == "auto":
+            solver = automatic(N, D, fitted.asked)
+        if self.method == "eig" and (solver == "covariance" or (solver == "full" and N > D)):
+            return self._update(None, X, sample_weight)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        options: Any = {"max_iter": self.max_iter, "tol": self.tol, "min_sigma2": self._least()}
-        options |= {"sample_weight": weight, "generator": torch.Generator().manual_seed(seed)}
-        fitted = model.PPCA(self.n_components)
+        options: Any = {"max_iter": self.max_iter, "tol": self.tol, "min_sigma2": self._least(), "solver": solver}
+        options |= {"sample_weight": sample_weight, "generator": torch.Generator().manual_seed(seed)}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "EM did not converge", RuntimeWarning)
-            fitted.fit(rows, self.method, **options)
+            warnings.filterwarnings("ignore", ".* did not converge", RuntimeWarning)
+            fitted.fit(X, self.method, **options)
         if fitted.fit_report and not fitted.fit_report.converged:
             warnings.warn(model.advice(fitted), ConvergenceWarning, stacklevel=2)
         return self._set(fitted, None)
@@ -164,18 +171,24 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
                 "matrix: let a clone begin with partial_fit"
             )
         X = self._validated(X, False, reset=first, ensure_min_features=2 if first else 1)
-        return self._update(None if first else self._moments, *data.weighted(X, sample_weight))
+        return self._update(None if first else self._moments, X, sample_weight)
 
-    def _update(self, before: Moments | None, rows: Tensor, weight: Tensor) -> PPCA:
+    def _update(self, before: Moments | None, X: Array, sample_weight: ArrayLike | None) -> PPCA:
         """The fit of the rows, and of those that the moments are of."""
-        dtype = torch.promote_types(rows.dtype, next(self.model_.parameters()).dtype) if before else rows.dtype
-        moments = deepcopy(before) or Moments(rows.shape[1], rows.device)
-        for piece in data.pieces(rows, weight):
-            moments.update(*piece)
-        fitted = model.PPCA(self.n_components)
-        parameters, fitted.fit_report = of_moments(moments, fitted.n_components, self._least())
+        dtype = torch.float64 if X.dtype == np.float64 else torch.float32
+        if before:
+            dtype = torch.promote_types(dtype, next(self.model_.parameters()).dtype)
+        moments = deepcopy(before) or Moments(X.shape[1], torch.device("cpu"))
+        for batch in data.rows_of(X, sample_weight):
+            for piece in data.pieces(*batch):
+                moments.update(*piece)
+        fitted, solver = self._unfitted(), "covariance" if self.solver == "covariance" else "full"
+        parameters, fitted.fit_report = of_moments(moments, fitted.asked, self._least(), solver)
         fitted.load_state_dict(parameters.to(dtype)._asdict())
         return self._set(fitted, moments)
+
+    def _unfitted(self) -> model.PPCA:
+        return model.PPCA("evidence" if self.n_components == "mle" else self.n_components)
 
     def _least(self) -> float:
         return float(variance("min_noise_variance", self.min_noise_variance))
@@ -188,7 +201,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
             masked: Any = X
             X = masked.astype(masked.dtype if masked.dtype.kind == "f" else np.float64).filled(np.nan)
         finite = "allow-nan" if missing else True
-        found: Array = validate_data(self, X, dtype=dtype, ensure_all_finite=finite, **options)
+        found: Array = validate_data(self, X, accept_sparse="csr", dtype=dtype, ensure_all_finite=finite, **options)
         return found
 
     def _set(self, fitted: model.PPCA, moments: Moments | None) -> PPCA:
@@ -206,6 +219,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         self.singular_values_ = np.sqrt(self.n_samples_ * self.explained_variance_)
         self.mean_ = b
         self.n_components_ = len(lengths)
+        self.converged_ = report.converged
         self.n_iter_ = max(1, len(report.log_likelihood) - 1)
         return self
 
@@ -234,9 +248,12 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
             raise TypeError("X must have no masked cells: every coordinate of z is needed")
         return fitted.inverse_transform(check_array(X, dtype=self.mean_.dtype))
 
-    def impute(self, X: ArrayLike) -> Array:
-        """X [N, D] with every NaN replaced by its expectation given the row's other cells, whatever the method."""
-        return self._fitted().impute(self._data(X, missing=True))
+    def impute(self, X: ArrayLike, return_std: bool = False) -> Array | tuple[Array, Array]:
+        """X [N, D] with every NaN replaced by its expectation given the row's other cells, whatever the method.
+
+        With return_std, also its standard deviation [N, D], 0 of observed cells; see `fastelbo.PPCA.impute`.
+        """
+        return self._fitted().impute(self._data(X, missing=True), return_std)
 
     def score_samples(self, X: ArrayLike) -> Array:
         """log p(x), nats; of a row with NaN cells, log p of its other cells. X: [N, D], for "em" with NaN -> [N]."""

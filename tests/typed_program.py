@@ -148,7 +148,11 @@ assert_type(ppca.posterior(array)[0], npt.NDArray[Any])
 assert_type(ppca.elbo(x, mu, logvar), Tensor)
 assert_type(ppca.fit_transform(array), npt.NDArray[Any])
 assert_type(ppca.impute(array), npt.NDArray[Any])
+assert_type(ppca.impute(x, return_std=True), tuple[Tensor, Tensor])
+assert_type(ppca.predict(array, [0, 2])[1], npt.NDArray[Any])
 assert_type(ppca.score(array), float)
+assert_type(ppca.score(array, return_std=True), tuple[float, float])
+assert_type(fastelbo.PPCA("bic").fit(x).n_components, int)
 assert_type(fastelbo.ppca_log_prob(x, torch.zeros(3, 1), torch.zeros(3), torch.zeros(())), Tensor)
 ppca.log_prob("x")  # type: ignore[type-var]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +10,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_V = TypeVar("_V", bound=int | float | str)
 
 
 class Processes:
@@ -54,13 +56,13 @@ class Processes:
         dist.all_gather_object(found, value, self.group)
         return found
 
-    def agree(self, name: str, value: int | None) -> int | None:
-        """The value, which must be the same in every process that has one."""
+    def agree(self, name: str, value: _V | None) -> _V | None:
+        """The value, a number or a name, which must be the same in every process that has one."""
         found = [v for v in self.gather(value) if v is not None]
-        if found and min(found) != max(found):
+        if len(set(found)) > 1:
+            first, *_, last = sorted(set(found), key=lambda v: (isinstance(v, str), v))
             raise ValueError(
-                f"{name} must be the same in every process of the group; they have {min(found)} to {max(found)}, "
-                f"this one {value}"
+                f"{name} must be the same in every process of the group; they have {first} to {last}, this one {value}"
             )
         return found[0] if found else None
 

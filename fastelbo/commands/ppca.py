@@ -14,6 +14,7 @@ from fastelbo._internal.arguments import count, integer
 from fastelbo.commands import data, files, options
 from fastelbo.commands.options import option
 from fastelbo.ppca import PPCA, RankError
+from fastelbo.ppca.closed_form import automatic
 from fastelbo.ppca.model import METHODS
 
 METRICS = ("components", "train_log_prob", "held_out_log_prob", "bic", "sigma", "steps")
@@ -54,10 +55,9 @@ class Run:
         N, *event = self.data.train.shape
         if (D := math.prod(event)) < 2:
             raise ValueError(f"data must have at least two columns for a PPCA, which needs them; {config.data} has one")
-        if self.config.method == "eig":  # a covariance, its eigenvectors, and what they are computed in
-            needed = (
-                f"method 'eig' of {D} columns must fit in memory; method 'em' with a latent_dim takes less. It takes"
-            )
+        krylov = config.latent_dim is not None and automatic(N, D, config.latent_dim) == "krylov"
+        if self.config.method == "eig" and not krylov:  # a covariance, its eigenvectors, and what they are computed in
+            needed = f"method 'eig' of {D} columns must fit in memory; with a small latent_dim it takes less. It takes"
             memory.check(6 * 8 * D * min(D, N), needed)
         self.history: list[Figures] = []
 

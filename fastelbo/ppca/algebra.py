@@ -30,7 +30,7 @@ def _run(function: type[torch.autograd.Function], twin: Callable[..., _R], *inpu
 def _project(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type != "cpu":  # whose own products have no threads to depend on
         return a @ b
-    if len(a) < b.shape[1]:  # the op shares out the rows of the first
+    if 0 < len(a) < b.shape[1]:  # the op shares out the rows of the first
         return _project(b.mT, a.mT).mT
     found: Tensor = _op._ppca_project(a, b, b.new_zeros(len(b)))[0]
     return found
@@ -112,15 +112,11 @@ class _Grams(torch.autograd.Function):
         return total[:, where]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[override]
         observed, W = ctx.saved_tensors
-        i, j, where = pairs(W.shape[1], W.device)
-        of_pairs = (grad + grad.mT)[:, i, j]
-        found = [
-            (product(cells.mT, of_pairs)[:, where] * part.unsqueeze(1)).sum(2)
-            for cells, part in _columns(observed, W, len(i))
-        ]
-        return None, torch.cat(found)
+        grad = grad + grad.mT
+        of_observed = 0.5 * forms(grad, W) if ctx.needs_input_grad[0] else None
+        return of_observed, _turned(observed, grad, W)
 
 
 def _columns(observed: Tensor, W: Tensor, pairs: int) -> Any:
@@ -128,13 +124,49 @@ def _columns(observed: Tensor, W: Tensor, pairs: int) -> Any:
     return zip(observed.split(size, 1), W.split(size), strict=True)
 
 
+def _turned(weights: Tensor, A: Tensor, W: Tensor) -> Tensor:
+    """The sums over n of weights_nd A_n w_d [D, M]; weights [N, D], A [N, M, M], symmetric."""
+    i, j, where = pairs(W.shape[1], W.device)
+    of_pairs = A[:, i, j]
+    found = [
+        (product(cells.mT, of_pairs)[:, where] * part.unsqueeze(1)).sum(2)
+        for cells, part in _columns(weights, W, len(i))
+    ]
+    return torch.cat(found)
+
+
 def grams(observed: Tensor, W: Tensor) -> Tensor:
-    """The sums over the observed d of W_d W_d' [N, M, M]; observed [N, D] is 0 and 1 in float64.
+    """The sums over d of observed_nd W_d W_d' [N, M, M]; observed [N, D] is 0 and 1 in float64, or any weight.
 
     All of a batch come out of one product, observed times the W_di W_dj [D, M (M + 1) / 2], in pieces of D, which the
     gradient makes anew: memory O(N M^2).
     """
     return _run(_Grams, reference.ppca_grams, observed, W)
+
+
+class _Forms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(A, W)
+        i, j, _ = pairs(W.shape[1], W.device)
+        upper = A[:, i, j] * torch.where(i == j, 1.0, 2.0)
+        found = A.new_empty(len(A), len(W))
+        for cells, part in _columns(found, W, len(i)):
+            cells.copy_(product(upper, (part[:, i] * part[:, j]).mT))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        (A, W), needs = ctx.saved_tensors, ctx.needs_input_grad
+        return grams(grad, W) if needs[0] else None, _turned(grad, 2 * A, W) if needs[1] else None
+
+
+def forms(A: Tensor, W: Tensor) -> Tensor:
+    """w_d' A_n w_d [N, D] of A [N, M, M], symmetric, and the rows w_d of W [D, M], float64; as `grams`, in pieces of D.
+
+    Each of the two is the other's gradient.
+    """
+    return _run(_Forms, reference.ppca_forms, A, W)
 
 
 class _Solution(torch.autograd.Function):

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastelbo._internal.process_groups import Processes
+from fastelbo.ppca.choice import Components
 from fastelbo.ppca.result import check_components
+from fastelbo.ppca.sparse import Rows
 
 Batch = tuple[Tensor, Tensor]  # rows [n, D] in a dtype of their own, and their weights [n]: float64, positive
 PIECE_ELEMENTS = 1 << 24  # of the data, converted to float64 at a time
@@ -71,17 +73,34 @@ def _equal_weights(x: Tensor) -> Tensor:
 def weighted(X: object, sample_weight: object) -> Batch:
     """The rows of X [N, D] whose weight is not 0, and their weights; None is 1 each."""
     x = matrix(X, "X").detach()
+    w = weights_of(sample_weight, len(x), x.device)
+    return (x, _equal_weights(x)) if w is None else _positive(x, w)
+
+
+def weights_of(sample_weight: object, N: int, device: torch.device) -> Tensor | None:
+    """[N], float64; None: all the same."""
     if sample_weight is None:
-        return x, _equal_weights(x)
+        return None
     w = _numbers(sample_weight, "sample_weight", "[N]")
-    if w.shape != x.shape[:1]:
-        raise ValueError(f"sample_weight must be [N] with N={len(x)} from X; got {tuple(w.shape)}")
-    w = w.detach().to(x.device, torch.float64)
+    if w.shape != (N,):
+        raise ValueError(f"sample_weight must be [N] with N={N} from X; got {tuple(w.shape)}")
+    w = w.detach().to(device, torch.float64)
     if not bool((w.isfinite() & (w >= 0)).all()):
         raise ValueError("sample_weight must be finite and at least 0")
     if not bool(w.any()):
         raise ValueError(f"sample_weight must have a weight that is not zero; all {len(w)} are")
+    return w
+
+
+def _positive(x: Tensor, w: Tensor) -> Batch:
     return (x, w) if bool(w.all()) else (x[w > 0], w[w > 0])
+
+
+def tiles(rows: Rows, weight: Tensor | None) -> Iterator[Batch]:
+    """Sparse rows, as dense batches."""
+    for a, b, tile in rows.tiles():
+        x = matrix(tile, "X")
+        yield (x, _equal_weights(x)) if weight is None else _positive(x, weight[a:b])
 
 
 def pieces(x: Tensor, weight: Tensor) -> Iterator[Batch]:
@@ -103,17 +122,28 @@ def batches_of(X: Any) -> Any:
     if not dataset.dtype.is_floating_point and (dataset.annotated or dataset.dtype not in (torch.uint8, torch.bool)):
         dataset = dataset.astype(torch.float32)  # counts, read as they are
 
-    class Rows:
+    class Batches:
         def __iter__(self) -> Iterator[Tensor]:
             size = max(1, PIECE_ELEMENTS // max(1, math.prod(dataset.shape[1:])))
             return (batch.flatten(1) for batch in dataset.batches(size))
 
-    return Rows()
+    return Batches()
 
 
-def _batches(X: Any, method: str, sample_weight: Any) -> Callable[[], Iterable[Batch]]:
-    """X, an array or an iterable of batches, as a function that starts a new pass over the data."""
+def rows_of(X: Any, sample_weight: object) -> Iterable[Batch]:
+    """The rows of one array or sparse matrix X [N, D] whose weight is not 0, with their weights, in dense batches."""
+    if (compressed := Rows.of(X)) is None:
+        return [weighted(X, sample_weight)]
+    return tiles(compressed, weights_of(sample_weight, len(compressed), compressed.values.device))
+
+
+def _batches(X: Any, anew: str, sample_weight: Any) -> Callable[[], Iterable[Batch]]:
+    """X, an array or an iterable of batches, as a function that starts a new pass over the data; anew: what asks for
+    several, or nothing."""
     X = batches_of(X)
+    if (compressed := Rows.of(X)) is not None:
+        weight = weights_of(sample_weight, len(compressed), compressed.values.device)
+        return lambda: tiles(compressed, weight)
     if _is_array(X):
         rows = weighted(X, sample_weight)
         return lambda: [rows]
@@ -121,16 +151,21 @@ def _batches(X: Any, method: str, sample_weight: Any) -> Callable[[], Iterable[B
         raise TypeError(f"sample_weight must be None unless X is one array; X is {type(X).__name__}")
     if not isinstance(X, Iterable) or isinstance(X, str | bytes):
         raise TypeError(f"X must be a tensor, an array, or an iterable of batches; got {type(X).__name__}")
-    if method == "em" and iter(X) is X:
+    if anew and iter(X) is X:
         raise TypeError(
-            f'X must be an iterable that starts anew each time for method "em", such as a DataLoader; '
+            f"X must be an iterable that starts anew each time for {anew}, such as a DataLoader; "
             f"got the iterator {type(X).__name__}, which can be read only once"
         )
 
     def batches() -> Iterator[Batch]:
         for batch in X:
             # a DataLoader of a TensorDataset gives lists: data, and labels
-            rows = _numbers(batch[0] if isinstance(batch, tuple | list) else batch, "a batch of X", "[n, D]")
+            batch = batch[0] if isinstance(batch, tuple | list) else batch
+            compressed = Rows.of(batch)
+            if compressed is not None:
+                yield from tiles(compressed, None)
+                continue
+            rows = _numbers(batch, "a batch of X", "[n, D]")
             if rows.dim() < 2:
                 raise ValueError(
                     f"X must be one array, or an iterable of batches [n, D]; got {type(X).__name__} of single rows: "
@@ -150,7 +185,7 @@ def _has_missing(x: Tensor, method: str, cells: int) -> bool:
     """
     if not x.is_floating_point() or x.numel() == 0:
         return False
-    largest = float(x.abs().max())
+    largest = max(-float(x.amin()), float(x.amax()))  # one pass each, without a tensor of absolute values
     missing = math.isnan(largest)
     if missing:
         largest = float(x.nan_to_num(0.0, math.inf, -math.inf).abs().max())
@@ -174,10 +209,23 @@ class Dataset:
         device: of this process's rows.
     """
 
-    def __init__(self, X: object, sample_weight: object, method: str, n_components: int, processes: Processes) -> None:
+    def __init__(
+        self,
+        X: object,
+        sample_weight: object,
+        method: str,
+        n_components: Components,
+        processes: Processes,
+        solver: str = "auto",
+    ) -> None:
         self.method, self.n_components, self.processes = method, n_components, processes
+        anew = 'method "em"' if method == "em" else 'solver "krylov"' if solver == "krylov" else ""
         with processes.together():
-            self._batches = _batches(X, method, sample_weight)
+            self._batches = _batches(X, anew, sample_weight)
+        # what is known before the first pass: whether there may be another one, and of how many rows
+        shape = getattr(X, "shape", None)
+        self.again = shape is not None or not isinstance(X, Iterator)
+        self.rows = math.inf if shape is None or processes.group is not None else int(shape[0])
         processes.agree("n_components", n_components)
 
     def first_pass(self) -> Iterator[Batch]:

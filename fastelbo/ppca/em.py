@@ -11,6 +11,7 @@ from fastelbo import reference
 from fastelbo._internal.ops import call
 from fastelbo._internal.progress import progress
 from fastelbo.ppca import missing
+from fastelbo.ppca.choice import least
 from fastelbo.ppca.data import Dataset
 from fastelbo.ppca.moments import column_moments
 from fastelbo.ppca.result import FitReport, Found, Parameters, Step, best_of_subspace, canonical, check_rank
@@ -26,7 +27,7 @@ def em(dataset: Dataset, min_sigma2: float, max_iter: int, tol: float, generator
     rounding; should it, the step before is the result, and the report says that it did not converge.
     """
     b, variance = column_moments(dataset)
-    N, D, M = dataset.N, dataset.D, dataset.n_components
+    N, D, M = dataset.N, dataset.D, least(dataset.n_components)
     check_rank(M + 1 if float(variance) > 0 else 0, N, M)  # no more is known of the rank before the fit
     device = "cpu" if generator is None else generator.device  # not torch's default device
     columns = M if dataset.missing else min(3 * M, D)
@@ -73,7 +74,7 @@ def complete_steps(dataset: Dataset, W: Tensor, b: Tensor, min_sigma2: float) ->
 
     Reference: Tipping & Bishop 1999, app. B; parameter expansion: Liu, Rubin & Wu 1998; Knyazev 2001.
     """
-    N, D, M = dataset.N, dataset.D, dataset.n_components
+    N, D, M = dataset.N, dataset.D, least(dataset.n_components)
     while True:
         basis, _, _ = call(_op._ppca_factor.default, reference.ppca_factor, W, W.new_zeros(()))
         cross, second, rest = _sums(dataset, basis, b)

@@ -49,6 +49,28 @@ class Moments:
         processes.sum(self.covariance)
 
 
+class Sums:
+    """Of the columns of weighted rows."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | float = 0.0
+        self._count = 0.0
+
+    def update(self, x: Tensor, weight: Tensor) -> None:
+        """Add rows x [n, D] with weights [n]."""
+        x = x if x.is_floating_point() else read_data(x, torch.float32)
+        equal = weight.stride(0) == 0
+        self._total = self._total + (weight[0] * x.sum(0, dtype=torch.float64) if equal else weight @ x.double())
+        self._count += float(weight.sum())
+
+    def mean(self, dataset: Dataset) -> Tensor:
+        """Of the rows of all processes [D]."""
+        total = self._total + torch.zeros(dataset.D, dtype=torch.float64, device=dataset.device)
+        count = total.new_tensor(self._count)
+        dataset.processes.sum(total, count)
+        return total / count
+
+
 def column_moments(dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Of observed cells, in a first pass: the mean of every column [D], and the mean of their variances [].
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastelbo._internal.arguments import number
 from fastelbo.likelihoods import LOG_2PI
+from fastelbo.ppca.choice import Components, least, shown
 
 variance = number(lambda value: 0 <= value < math.inf, "at least 0 and finite")
 Variance = Annotated[float, variance]
@@ -29,10 +30,11 @@ class FitReport(NamedTuple):
 
     method: str  # "eig" or "em"
     rows: int  # N
-    converged: bool  # "eig" always
+    converged: bool  # "eig" always, but for the solver "krylov"
     # mean log p(x) per row in nats, with the rows' weights: of the parameters before every step and at the end; of
     # "eig", at the end alone
     log_likelihood: tuple[float, ...]
+    solver: str | None = None  # of "eig"
 
 
 Step = tuple[float, Parameters]  # mean log p(x) per row, and the parameters that have it
@@ -45,17 +47,18 @@ class RankError(ValueError):
     """As many components as the data have dimensions: the likelihood has no maximum."""
 
 
-def check_components(n_components: int, D: int) -> None:
+def check_components(n_components: Components, D: int) -> None:
     """ValueError unless at least one direction is left for the noise."""
-    if n_components >= D:
-        raise ValueError(f"n_components must be less than the number of columns D={D}; got {n_components}")
+    if least(n_components) >= D:
+        raise ValueError(f"n_components must be less than the number of columns D={D}; got {shown(n_components)}")
 
 
-def check_rank(rank: int, N: int, n_components: int) -> None:
+def check_rank(rank: int, N: int, n_components: Components) -> None:
     """ValueError unless N centered rows of this rank have a direction of their own for the noise."""
-    if rank <= n_components:
+    if rank <= least(n_components):
+        got = shown(n_components)
         raise RankError(
-            f"n_components must be less than the rank {rank} of the centered data [{N} rows]; got {n_components}: "
+            f"n_components must be less than the rank {rank} of the centered data [{N} rows]; got {got}: "
             "to rounding, sigma2 would be 0 and the likelihood without a maximum; if the scales of the columns differ, "
             "standardize the columns"
         )

@@ -76,6 +76,11 @@ def ppca_grams(observed: Tensor, W: Tensor) -> Tensor:
     return found
 
 
+def ppca_forms(A: Tensor, W: Tensor) -> Tensor:
+    """w_d' A_n w_d [N, D] of A [N, M, M], symmetric, and the rows w_d of W [D, M]."""
+    return ((W @ A) * W).sum(2)
+
+
 def ppca_solution(G: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """G^-1 p [N, M], G^-1 and log |G| [N] of G [N, M, M]; the last is NaN where G is not positive definite."""
     factor, info = torch.linalg.cholesky_ex(G)

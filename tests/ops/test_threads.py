@@ -235,14 +235,14 @@ MORE = {
 }
 
 
-def _pca(method: str, *, gaps: bool = False) -> Callable[..., object]:
+def _pca(method: str, *, gaps: bool = False, **options: object) -> Callable[..., object]:
     def call(W: Tensor, b: Tensor, log_sigma2: Tensor, *arrays: Tensor) -> object:
         m = PPCA(W.shape[1], len(W), dtype=W.dtype)
         m._parameters.update(W=W, b=b, log_sigma2=log_sigma2)
         if gaps:
             arrays = (torch.where(_mask(arrays[0]) > 0, arrays[0], math.nan), *arrays[1:])
-        found = getattr(m, method.split()[0])(*arrays)
-        return torch.tensor(found, dtype=torch.float64) if isinstance(found, float) else found
+        found = getattr(m, method.split()[0])(*arrays, **options)
+        return torch.tensor(found, dtype=torch.float64) if method.startswith("score") else found
 
     return call
 
@@ -268,7 +268,10 @@ PCA = {
     **{f"PPCA.{name}": Function(_pca(name), _with_latent) for name in ("elbo", "inference_gap")},
     **{f"PPCA.{name}": Function(_pca(name), _data) for name in ("score PPCA.bic", "posterior PPCA.transform")},
     "PPCA.log_prob PPCA.score_samples, missing": Function(_pca("log_prob", gaps=True), _data),
-    "PPCA.impute, missing": Function(_pca("impute", gaps=True), _data),
+    "PPCA.impute, missing": Function(_pca("impute", gaps=True, return_std=True), _data),
+    "PPCA.score, return_std": Function(_pca("score", return_std=True), _data),
+    "PPCA.predict": Function(_pca("predict", columns=[2, 0]), _data),
+    "PPCA.predict, missing": Function(_pca("predict", gaps=True, columns=[2, 0]), _data),
     "PPCA.inverse_transform": Function(
         _pca("inverse_transform"), lambda n, d: [*_data(n, d)[:3], *_latent(n, _components(n, d))[:1]]
     ),

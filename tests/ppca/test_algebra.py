@@ -29,6 +29,14 @@ def _grams(W: Tensor, observed: Tensor) -> Tensor:
     return algebra.grams(observed, W)
 
 
+def _weighted(W: Tensor, weights: Tensor) -> Tensor:
+    return algebra.grams(weights, W)
+
+
+def _forms(A: Tensor, W: Tensor) -> Tensor:
+    return algebra.forms((A + A.mT) / 2, W)
+
+
 def _symmetric(G: Tensor, p: Tensor) -> tuple[Tensor, ...]:
     return algebra.solution((G + G.mT) / 2, p)
 
@@ -37,6 +45,8 @@ CASES = {
     "product": (algebra.product, lambda N, D, M: (_r(N, D), _r(D, M))),
     "posterior": (algebra.posterior, lambda N, D, M: (_r(N, D), _r(D, M), _r(D), _r())),
     "grams": (_grams, lambda N, D, M: (_r(D, M), _observed(N, D))),
+    "grams of weights": (_weighted, lambda N, D, M: (_r(D, M), _r(N, D))),
+    "forms": (_forms, lambda N, D, M: (_positive(N, M), _r(D, M))),
     "solution": (_symmetric, lambda N, D, M: (_positive(N, M), _r(N, M))),
 }
 
@@ -75,10 +85,11 @@ def test_a_matrix_that_is_not_positive_definite():
 
 
 def test_pieces_of_many_columns(monkeypatch):
-    W, observed, up = _r(50, 3), _observed(7, 50), torch.randn(7, 3, 3, dtype=F64)
+    W, observed, A = _r(50, 3), _observed(7, 50), _positive(7, 3)
     found = []
     for size in (1 << 20, 6 * 8):  # in pieces of 8 columns
         monkeypatch.setattr(algebra, "PIECE_ELEMENTS", size)
-        value = algebra.grams(observed, W)
-        found.append([value, *torch.autograd.grad(value, W, up)])
+        grams, forms = algebra.grams(observed, W), algebra.forms(A, W)
+        of_grams = torch.autograd.grad(grams, W, A.detach())
+        found.append([grams, forms, *of_grams, *torch.autograd.grad(forms, (A, W), observed)])
     torch.testing.assert_close(*found)

@@ -431,14 +431,16 @@ def test_eig_takes_an_iterator():
 # Several processes.
 
 
-def _worker(rank: int, size: int, port: int, shards: list[Tensor], method: str, folder: str, weights=None) -> None:
+def _worker(
+    rank: int, size: int, port: int, shards: list[Tensor], method: str, folder: str, weights=None, components=2
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     torch.manual_seed(rank)  # the processes must agree all the same
     options = {"max_iter": 25} if method == "em" else {}
     if weights is not None:
         options["sample_weight"] = weights[rank]
-    m = PPCA(2).fit(shards[rank], method, group=dist.group.WORLD, **options)
+    m = PPCA(components).fit(shards[rank], method, group=dist.group.WORLD, **options)
     torch.save((m.state_dict(), m.fit_report), f"{folder}/{rank}.pt")
     leave_group()
 
@@ -528,15 +530,31 @@ def test_bad_rows_of_one_process_raise_in_all(tmp_path, method, kind):
     assert told[0].startswith("X is refused by another process") and told[1].startswith(message)
 
 
-@pytest.mark.parametrize("method", ["eig", "em"])
-def test_processes_with_other_numbers_of_components_all_say_so(tmp_path, method):
+@pytest.mark.parametrize("N, D", [(100, 6), (20, 30)])
+def test_processes_choose_one_number_of_components(tmp_path, N, D):
+    x = data(N, D, 2)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    options = (2, port, [data(40, 6, 2)] * 2, method, str(tmp_path), (2, 3))
+    options = (2, port, list(x.split([N - 7, 7])), "eig", str(tmp_path), None, "evidence")
+    mp.start_processes(_worker, options, 2, start_method="fork")
+    expected = PPCA("evidence").fit(x)
+    for rank in range(2):
+        state, _ = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        torch.testing.assert_close(state["W"], expected.W.detach(), rtol=1e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["eig", "em"])
+@pytest.mark.parametrize("others", [(2, 3), (2, "bic")])
+def test_processes_with_other_numbers_of_components_all_say_so(tmp_path, method, others):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = (2, port, [data(40, 6, 2)] * 2, method, str(tmp_path), others)
     mp.start_processes(_bad_worker, options, 2, start_method="fork")
-    for rank, M in enumerate((2, 3)):
-        expected = f"n_components must be the same in every process of the group; they have 2 to 3, this one {M}"
+    for rank, M in enumerate(others):
+        have = f"they have 2 to {others[1]}, this one {M}"
+        expected = f"n_components must be the same in every process of the group; {have}"
         assert torch.load(tmp_path / f"{rank}.pt") == expected
 
 

@@ -130,12 +130,13 @@ def test_pipeline_search_clone_and_pickle():
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_every_parameter_survives_clone_and_pickle():
-    settings = {"n_components": 2, "method": "em", "max_iter": 7, "tol": 0.1, "min_noise_variance": 0.5}
-    settings |= {"random_state": 4}
+@pytest.mark.parametrize("method", [{"method": "em"}, {"solver": "krylov"}], ids=str)
+def test_every_parameter_survives_clone_and_pickle(method):
+    settings = {"n_components": 2, "max_iter": 7, "tol": 0.1, "min_noise_variance": 0.5, "random_state": 4} | method
     m = PPCA(**settings).fit(data())
-    assert settings.keys() == m.get_params().keys()
-    assert all(value != getattr(PPCA(), name) for name, value in settings.items())
+    settings = PPCA().get_params() | settings
+    assert settings == m.get_params()
+    assert {name for name, value in settings.items() if value == getattr(PPCA(), name)} < {"method", "solver"}
     again = pickle.loads(pickle.dumps(m))
     assert clone(m).get_params() == again.get_params() == settings
     assert_same(clone(again).fit(data()), m, 0.0)

@@ -81,6 +81,8 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
     Reference: Tipping & Bishop 1999.
     """
 
+    solver = "auto"  # pickles of earlier versions have none
+
     def __init__(
         self,
         n_components: int | float | str = 1,

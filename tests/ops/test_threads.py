@@ -324,6 +324,7 @@ NO_SUMS = {
     "reference": "plain PyTorch, which keeps no order",
     "DiagnosticsMeter.all_reduce": "merge, in the order of the processes",
     "distributions.Fused.log_prob": "that of the classes below it",
+    "PPCA.asked": "no numbers",
     "PPCA.fit": "the same to rounding, as docs/limits.md says",
     "PPCA.fit_transform": "the same to rounding, as docs/limits.md says",
     "PPCA.sample": "inverse_transform, and noise",

@@ -117,7 +117,9 @@ def ppca_figures(ppca: fastelbo.PPCA) -> Figures:
 
 
 def fitted_ppca_figures(ppca: fastelbo.PPCA) -> Figures:
-    return ppca_figures(ppca) | {"report": ppca.fit_report._asdict()}
+    report = ppca.fit_report._asdict()
+    assert report.pop("solver") is None  # which came later
+    return ppca_figures(ppca) | {"report": report}
 
 
 def estimator_figures(estimator: Any) -> Figures:

@@ -19,7 +19,7 @@ from fastelbo.reference import read_data
 
 BEYOND = 10  # vectors of a block beyond M
 BLOCKS = 8  # of a basis, at most
-PIECE_ELEMENTS = 1 << 21  # of the centered rows at a time, which two products read
+PIECE_ELEMENTS = 1 << 19  # of the centered rows at a time, which two products read
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -38,9 +38,10 @@ def krylov(
     dtype, before, passes = dataset.dtype, math.inf, 0
     while True:
         vectors, blocks = _subspace(rows, block.to(dtype), M, tol, max_iter - passes - 1)
-        image = rows.product(vectors.double())
-        values, turn = _eigh(vectors.double().mT @ image)
-        vectors, image = vectors.double() @ turn, image @ turn
+        vectors = torch.linalg.qr(vectors.double())[0]  # orthonormal to float64: so are the Rayleigh quotients
+        image = rows.product(vectors)
+        values, turn = _eigh(vectors.mT @ image)
+        vectors, image = vectors @ turn, image @ turn
         errors = _Errors.of(values, torch.linalg.vector_norm(image - vectors * values, dim=0), M, rows.trace, D)
         passes += blocks + 1
         rest = rows.trace - float(values[:M].sum())
@@ -94,7 +95,8 @@ class _Rows:
         rest = (self.mean - center).to(dtype)  # what a float32 mean loses
         found = torch.zeros(block.shape, dtype=torch.float64, device=block.device)
         squares = torch.zeros((), dtype=torch.float64, device=block.device)
-        traced = not math.isnan(self.trace)
+        # float64 has the digits that are left of the trace once the first eigenvalues are taken off
+        traced = not math.isnan(self.trace) and dtype != torch.float64
         size = max(16, PIECE_ELEMENTS // len(center))
         for piece, weights in self._dataset.pieces():
             equal = weights.stride(0) == 0

@@ -110,7 +110,7 @@ def of_fastelbo(X: Any, **options: Any) -> tuple[float, Tensor]:
 def of_sklearn(X: Any, solver: str) -> tuple[float, Tensor]:
     model = PCA(M, svd_solver=solver, random_state=0).fit(X)
     N = X.shape[0]
-    return model.noise_variance_ * (N - 1) / N, torch.from_numpy(model.components_.T).double()
+    return model.noise_variance_ * (N - 1) / N, torch.from_numpy(model.components_.T.copy()).double()
 
 
 def compare(name: str, contenders: dict[str, Callable[[], tuple[float, Tensor]]], rounds: int, truth: Any) -> None:

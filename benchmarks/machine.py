@@ -1,10 +1,11 @@
-"""The machine on which a run was measured, and how much other processes used it."""
+"""The machine on which a run was measured, how much other processes used it, and the memory of this one."""
 
 import datetime
 import math
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,3 +57,27 @@ def others_share() -> Callable[[], float]:
         return max(0.0, (machine_now - machine) - (ours_now - ours)) / (wall * (os.cpu_count() or 1))
 
     return share
+
+
+def anonymous() -> float:
+    """RssAnon in MB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1e3
+
+
+class Peak:
+    """The highest `anonymous` within a block."""
+
+    def __enter__(self) -> "Peak":
+        self.highest, self._done = anonymous(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.highest = max(self.highest, anonymous())
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()

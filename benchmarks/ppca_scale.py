@@ -14,10 +14,8 @@ Memory is the peak of the process beyond what there was before the fit.
 
 import argparse
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,35 +25,10 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from benchmarks.machine import DISTURBED, facts, others_share
+from benchmarks.machine import DISTURBED, Peak, anonymous, facts, others_share
 from fastelbo import PPCA
 
 M = 50
-
-
-def resident() -> float:
-    """Anonymous memory of the process, MB."""
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1e3
-
-
-class Peak:
-    """The most of it within a block, beyond that at its beginning."""
-
-    def __enter__(self) -> "Peak":
-        self._before = self.highest = resident()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.highest = max(self.highest, resident())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.beyond = self.highest - self._before
 
 
 def dense(N: int = 20_000, D: int = 5_000) -> Tensor:
@@ -118,11 +91,12 @@ def compare(name: str, contenders: dict[str, Callable[[], tuple[float, Tensor]]]
     text = {}
     for _ in range(rounds):
         for contender, fit in contenders.items():
+            before = anonymous()
             with Peak() as peak:
                 start = time.perf_counter()
                 sigma2, vectors = fit()
                 times[contender].append(time.perf_counter() - start)
-            text[contender] = f"{peak.beyond:.0f} MB"
+            text[contender] = f"{peak.highest - before:.0f} MB"
             if truth is not None:
                 off = truth[1] - vectors @ (vectors.mT @ truth[1])
                 text[contender] += f" | {abs(sigma2 / truth[0] - 1):.1e} | {torch.linalg.svdvals(off)[0]:.1e}"

@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import facts
+from benchmarks.machine import Peak, anonymous, facts
 from fastelbo.commands import data
 from fastelbo.data import open_dataset
 from fastelbo.nets import build_model
@@ -56,30 +55,6 @@ def generate(path: Path, rows: int, columns: int) -> None:
             shape, span = (stop - start, each), slice(start * each, stop * each)
             vectors[0][span] = 1 + numbers.poisson(1.0, shape).ravel()
             vectors[1][span] = (100 * np.arange(each) + numbers.integers(0, 100, shape)).ravel()
-
-
-def anonymous() -> float:
-    """RssAnon in MB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) / 1e3
-
-
-class Peak:
-    """The highest `anonymous` within a block."""
-
-    def __enter__(self) -> "Peak":
-        self.highest, self._done = anonymous(), threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self.highest = max(self.highest, anonymous())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
 
 
 class Steps:

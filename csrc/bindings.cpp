@@ -12,4 +12,5 @@
 #include "cpu/mixture.cpp"
 #include "cpu/objective.cpp"
 #include "cpu/ppca.cpp"
+#include "cpu/sparse.cpp"
 #include "library.cpp"

@@ -182,4 +182,10 @@ inline constexpr Op<"fastelbo::_ppca_rest", Tensor(In, In, In, In, In)> ppca_res
 using PpcaSums = std::tuple<Tensor, Tensor, Tensor>;  // residual, cross, sum
 inline constexpr Op<"fastelbo::_ppca_residual", PpcaSums(In, In, In, In, In, In, std::array<bool, 3>)> ppca_residual;
 
+// ---------------------------------------------------------------------------------------------------------------------
+// sparse
+
+inline constexpr Op<"fastelbo::_csr_matmul", Tensor(In, In, In, In)> csr_matmul;
+inline constexpr Op<"fastelbo::_csr_matmul_t", Tensor(In, In, In, In, c10::SymInt)> csr_matmul_t;
+
 }  // namespace fastelbo::ops

@@ -239,6 +239,21 @@ struct PpcaSumsParams {
   void* residual = nullptr;            // T [N, D]: e
 };
 
+// Products of a sparse matrix X [N, D], by rows, with a dense one: X A [N, lanes] of A [D, lanes], or X' A [D, lanes]
+// of A [N, lanes]; lanes is a multiple of kCsrPanel.
+inline constexpr int64_t kCsrPanel = 16, kCsrRows = 64;
+
+struct CsrParams {
+  int64_t N = 0, D = 0, lanes = 0;
+  int64_t block = 0;                // columns of X that are taken together
+  const int64_t* starts = nullptr;  // [N + 1]: row i has the numbers from starts[i] to starts[i + 1]
+  const void* columns = nullptr;    // of the numbers, rising in every row: int64 where `wide`, else int32
+  bool wide = false;
+  View values;                   // [numbers]
+  const void* matrix = nullptr;  // T: A
+  void* product = nullptr;       // T
+};
+
 // Mixtures of C diagonal Gaussians in M dimensions: log sum_c w_c N(z; mu_c, exp lv_c) of N rows z, or of each of their
 // dimensions apart. "Group" is a mixture that shares its rows and weights with others: there is one, or one per
 // dimension.

@@ -182,8 +182,7 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
             dtype = torch.promote_types(dtype, next(self.model_.parameters()).dtype)
         moments = deepcopy(before) or Moments(X.shape[1], torch.device("cpu"))
         for batch in data.rows_of(X, sample_weight):
-            for piece in data.pieces(*batch):
-                moments.update(*piece)
+            moments.update(*batch)
         fitted, solver = self._unfitted(), "covariance" if self.solver == "covariance" else "full"
         parameters, fitted.fit_report = of_moments(moments, fitted.asked, self._least(), solver)
         fitted.load_state_dict(parameters.to(dtype)._asdict())

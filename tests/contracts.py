@@ -270,6 +270,7 @@ def op_calls() -> dict[str, tuple]:
     x, mask = torch.rand(4, 6), torch.rand(4, 6) < 0.5
     need = [True] * 5
     mixture = (mu, r(6, 5), r(6, 5))
+    csr = (torch.tensor([0, 2, 2, 5]), torch.tensor([0, 4, 1, 2, 5], dtype=torch.int32), torch.rand(5))
     later, first3 = (None, r(3, 4, 5), None, None, 0, need), (0, [True] * 3 + [False] * 2)
     return {
         "rsample seed": (ops.rsample.default, (mu, r(4, 5), None, r(4, 5), 3, seed, None, None, None, 1)),
@@ -398,6 +399,8 @@ def op_calls() -> dict[str, tuple]:
             ops._ppca_residual.default,
             (x, *wide((6, 2)), *plain((6,)), *wide((4, 2), (4, 2), (4,)), [False, True, True]),
         ),
+        "csr_matmul": (ops._csr_matmul.default, (*csr, *plain((6, 2)))),
+        "csr_matmul_t": (ops._csr_matmul_t.default, (*csr, *wide((3, 2)), 6)),
     }
 
 

@@ -428,4 +428,18 @@ inline void ppca_residual(const at::Tensor& x, const at::Tensor& basis, const at
   float64("mean", mean, coords.sym_sizes(), b);
 }
 
+inline void csr(const at::Tensor& starts, const at::Tensor& columns, const at::Tensor& values,
+                const at::Tensor& matrix) {
+  TORCH_CHECK_TYPE(starts.scalar_type() == at::kLong, "starts must be int64; got ", dtype_name(starts.scalar_type()));
+  TORCH_CHECK_VALUE(starts.dim() == 1 && starts.sym_size(0) >= 1, "starts must be [N + 1]; got ", shape_text(starts));
+  TORCH_CHECK_TYPE(columns.scalar_type() == at::kInt || columns.scalar_type() == at::kLong,
+                   "columns must be int32 or int64; got ", dtype_name(columns.scalar_type()));
+  TORCH_CHECK_VALUE(columns.dim() == 1 && same_shape(columns.sym_sizes(), values.sym_sizes()),
+                    "columns and values must be [n], both; got ", shape_text(columns), " and ", shape_text(values));
+  data(values, "matrix", matrix, Domain::reals, /*mixed=*/true);
+  TORCH_CHECK_TYPE(matrix.scalar_type() == at::kFloat || matrix.scalar_type() == at::kDouble,
+                   "matrix must be float32 or float64; got ", dtype_name(matrix.scalar_type()));
+  TORCH_CHECK_VALUE(matrix.dim() == 2, "matrix must have 2 dimensions; got ", shape_text(matrix));
+}
+
 }  // namespace fastelbo::checks

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from fastelbo.ppca import data
 from fastelbo.ppca.choice import Components, choose
-from fastelbo.ppca.data import Batch, Dataset
+from fastelbo.ppca.data import Batch, Dataset, dense
 from fastelbo.ppca.krylov import krylov
 from fastelbo.ppca.moments import Moments, Sums
 from fastelbo.ppca.result import FitReport, Found, Parameters, best_of_subspace, canonical, check_components, check_rank
@@ -51,12 +51,13 @@ def eig(
         if solver == "krylov":
             sums.update(x, weight)
             continue
-        kept.append((x, weight))
-        count += len(x)
-        if count > x.shape[1] or solver == "covariance":
-            moments = moments or Moments(x.shape[1], x.device)
-            while kept:
-                moments.update(*kept.pop(0))
+        for batch in dense([(x, weight)]):
+            kept.append(batch)
+            count += len(batch[0])
+            if count > x.shape[1] or solver == "covariance":
+                moments = moments or Moments(x.shape[1], x.device)
+                while kept:
+                    moments.update(*kept.pop(0))
     solver = next((s for s in dataset.processes.gather(solver) if s != "auto"), "full")  # one may have no rows
     if solver == "krylov":
         return krylov(dataset, sums.mean(dataset), min_sigma2, max_iter, tol, generator)

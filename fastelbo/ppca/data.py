@@ -14,6 +14,7 @@ from fastelbo.ppca.result import check_components
 from fastelbo.ppca.sparse import Rows
 
 Batch = tuple[Tensor, Tensor]  # rows [n, D] in a dtype of their own, and their weights [n]: float64, positive
+AnyBatch = tuple[Tensor | Rows, Tensor]  # the same, dense or sparse
 PIECE_ELEMENTS = 1 << 24  # of the data, converted to float64 at a time
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def matrix(X: Any, name: str, shape: str = "[N, D]") -> Tensor:
     return x
 
 
-def _equal_weights(x: Tensor) -> Tensor:
+def _equal_weights(x: Tensor | Rows) -> Tensor:
     return torch.ones((), dtype=torch.float64, device=x.device).expand(len(x))
 
 
@@ -96,15 +97,28 @@ def _positive(x: Tensor, w: Tensor) -> Batch:
     return (x, w) if bool(w.all()) else (x[w > 0], w[w > 0])
 
 
-def tiles(rows: Rows, weight: Tensor | None) -> Iterator[Batch]:
-    """Sparse rows, as dense batches."""
-    for a, b, tile in rows.tiles():
-        x = matrix(tile, "X")
-        yield (x, _equal_weights(x)) if weight is None else _positive(x, weight[a:b])
+def _sparse(rows: Rows, name: str, sample_weight: object = None) -> AnyBatch:
+    matrix(rows.values.new_zeros(0, rows.shape[1]), name)  # its errors
+    w = weights_of(sample_weight, len(rows), rows.device)
+    if w is None or bool(w.all()):
+        return rows, _equal_weights(rows) if w is None else w
+    return rows[w > 0], w[w > 0]
 
 
-def pieces(x: Tensor, weight: Tensor) -> Iterator[Batch]:
+def dense(batches: Iterable[AnyBatch]) -> Iterator[Batch]:
+    """The same rows, dense."""
+    for x, weight in batches:
+        if isinstance(x, Tensor):
+            yield x, weight
+        else:
+            yield from ((tile, weight[a:b]) for a, b, tile in x.tiles())
+
+
+def pieces(x: Tensor | Rows, weight: Tensor) -> Iterator[AnyBatch]:
     """A batch in pieces of rows that are small in float64; none of no rows."""
+    if isinstance(x, Rows):
+        yield from ((piece, weight[a:b]) for a, b, piece in x.pieces())
+        return
     size = max(1, PIECE_ELEMENTS // max(1, x.shape[1]))
     for start in range(0, len(x), size):
         yield x[start : start + size], weight[start : start + size]
@@ -131,21 +145,17 @@ def batches_of(X: Any) -> Any:
 
 
 def rows_of(X: Any, sample_weight: object) -> Iterable[Batch]:
-    """The rows of one array or sparse matrix X [N, D] whose weight is not 0, with their weights, in dense batches."""
-    if (compressed := Rows.of(X)) is None:
-        return [weighted(X, sample_weight)]
-    return tiles(compressed, weights_of(sample_weight, len(compressed), compressed.values.device))
+    """The rows of one array or sparse matrix X [N, D] whose weight is not 0, with their weights, dense, in pieces."""
+    rows = Rows.of(X)
+    return dense(pieces(*(weighted(X, sample_weight) if rows is None else _sparse(rows, "X", sample_weight))))
 
 
-def _batches(X: Any, anew: str, sample_weight: Any) -> Callable[[], Iterable[Batch]]:
+def _batches(X: Any, anew: str, sample_weight: Any) -> Callable[[], Iterable[AnyBatch]]:
     """X, an array or an iterable of batches, as a function that starts a new pass over the data; anew: what asks for
     several, or nothing."""
     X = batches_of(X)
-    if (compressed := Rows.of(X)) is not None:
-        weight = weights_of(sample_weight, len(compressed), compressed.values.device)
-        return lambda: tiles(compressed, weight)
-    if _is_array(X):
-        rows = weighted(X, sample_weight)
+    if (sparse := Rows.of(X)) is not None or _is_array(X):
+        rows = weighted(X, sample_weight) if sparse is None else _sparse(sparse, "X", sample_weight)
         return lambda: [rows]
     if sample_weight is not None:
         raise TypeError(f"sample_weight must be None unless X is one array; X is {type(X).__name__}")
@@ -157,13 +167,12 @@ def _batches(X: Any, anew: str, sample_weight: Any) -> Callable[[], Iterable[Bat
             f"got the iterator {type(X).__name__}, which can be read only once"
         )
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[AnyBatch]:
         for batch in X:
             # a DataLoader of a TensorDataset gives lists: data, and labels
             batch = batch[0] if isinstance(batch, tuple | list) else batch
-            compressed = Rows.of(batch)
-            if compressed is not None:
-                yield from tiles(compressed, None)
+            if (sparse := Rows.of(batch)) is not None:
+                yield _sparse(sparse, "a batch of X")
                 continue
             rows = _numbers(batch, "a batch of X", "[n, D]")
             if rows.dim() < 2:
@@ -228,7 +237,7 @@ class Dataset:
         self.rows = math.inf if shape is None or processes.group is not None else int(shape[0])
         processes.agree("n_components", n_components)
 
-    def first_pass(self) -> Iterator[Batch]:
+    def first_pass(self) -> Iterator[AnyBatch]:
         """The rows in pieces that are small in float64, checked.
 
         Raises:
@@ -245,7 +254,8 @@ class Dataset:
                 N, total, double = N + len(x), total + float(weight.sum()), double or x.dtype == torch.float64
                 self.device = x.device
                 for piece, w in pieces(x, weight):
-                    missing |= _has_missing(piece, self.method, x.numel())
+                    cells = piece if isinstance(piece, Tensor) else piece.values
+                    missing |= _has_missing(cells, self.method, math.prod(x.shape))
                     yield piece, w
         self.D = self.processes.agree("the number of columns of X", D) or 0
         rows, totals, gaps, doubles = zip(*self.processes.gather((N, total, missing, double)), strict=True)
@@ -256,7 +266,7 @@ class Dataset:
         self._mean_weight = sum(totals) / self.N
         self.missing, self.dtype = any(gaps), torch.float64 if any(doubles) else torch.float32
 
-    def pieces(self) -> Iterator[Batch]:
+    def pieces(self) -> Iterator[AnyBatch]:
         """Another pass, also in pieces; the mean of all weights is 1."""
         with self.processes.together():
             for x, weight in self._batches():

@@ -12,7 +12,7 @@ from fastelbo._internal.ops import call
 from fastelbo._internal.progress import progress
 from fastelbo.ppca import missing
 from fastelbo.ppca.choice import least
-from fastelbo.ppca.data import Dataset
+from fastelbo.ppca.data import Dataset, dense
 from fastelbo.ppca.moments import column_moments
 from fastelbo.ppca.result import FitReport, Found, Parameters, Step, best_of_subspace, canonical, check_rank
 
@@ -98,7 +98,7 @@ def _sums(dataset: Dataset, basis: Tensor, b: Tensor) -> tuple[Tensor, Tensor, T
     basis [D, L] has orthonormal columns. Three passes over each piece of the data, in its own dtype.
     """
     cross, second, rest = torch.zeros_like(basis), basis.new_zeros(basis.shape[1], basis.shape[1]), basis.new_zeros(())
-    for x, w in dataset.pieces():
+    for x, w in dense(dataset.pieces()):
         coords, square = call(_op._ppca_project.default, reference.ppca_project, x, basis, b)
         rest += w @ call(_op._ppca_rest.default, reference.ppca_rest, x, basis, b, coords, square)
         inputs = x, basis, b, coords, coords, w, [False, True, False]

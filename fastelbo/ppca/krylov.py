@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from fastelbo.ppca.data import Dataset
 from fastelbo.ppca.result import FitReport, Found, Parameters, best_of_subspace, canonical, check_rank
+from fastelbo.ppca.sparse import Rows
 from fastelbo.reference import read_data
 
 BEYOND = 10  # vectors of a block beyond M
@@ -100,6 +101,14 @@ class _Rows:
         size = max(16, PIECE_ELEMENTS // len(center))
         for piece, weights in self._dataset.pieces():
             equal = weights.stride(0) == 0
+            if isinstance(piece, Rows):
+                y = piece @ block - (self.mean @ block.double()).to(dtype)
+                y *= weights.to(dtype)[:, None]
+                found += piece.transposed_matmul(y).double() - self.mean[:, None] * y.sum(0, dtype=torch.float64)
+                if not traced:
+                    distance = piece.squares() - 2 * (piece @ self.mean[:, None])[:, 0] + self.mean @ self.mean
+                    squares += weights @ distance
+                continue
             for x, weight in zip(piece.split(size), weights.split(size), strict=True):
                 r = read_data(x, dtype) - center
                 if dtype != torch.float64:

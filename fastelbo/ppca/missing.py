@@ -14,7 +14,7 @@ from fastelbo._internal import ordered
 from fastelbo._internal.ordered import ordered_sum
 from fastelbo.likelihoods import LOG_2PI
 from fastelbo.ppca.algebra import grams, pairs, product, solution
-from fastelbo.ppca.data import Dataset
+from fastelbo.ppca.data import Dataset, dense
 from fastelbo.ppca.result import Parameters, Step, check_rank
 from fastelbo.reference import read_data
 
@@ -102,7 +102,7 @@ def _step(dataset: Dataset, parameters: Tensor, D: int, floor: float) -> tuple[f
     of_z = W.new_zeros(len(i))  # sum over n that have any cell of E[(z, 1) (z, 1)']
     log_prob, cells = torch.zeros(2, dtype=W.dtype, device=W.device)
     size = max(16, (1 << 21) // (M * M))
-    for piece, weights in dataset.pieces():
+    for piece, weights in dense(dataset.pieces()):
         for x, w in zip(piece.split(size), weights.split(size), strict=True):
             observed = ~x.isnan()
             found = posteriors(x, W, b, log_s2, observed)

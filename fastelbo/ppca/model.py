@@ -16,7 +16,7 @@ from fastelbo.ppca.choice import Components, shown
 from fastelbo.ppca.closed_form import SOLVERS, eig
 from fastelbo.ppca.em import em
 from fastelbo.ppca.result import FitReport, Parameters, Variance, check_components
-from fastelbo.ppca.sparse import by_tiles
+from fastelbo.ppca.shortened import by_rows
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -44,8 +44,8 @@ class PPCA(nn.Module):
     Data are [N, D]: floating, uint8 (read as x / 255) or bool; NaN is a missing cell where a method says so. A torch
     tensor gives torch tensors, which carry gradients; a numpy array, or what numpy makes one of, such as a pandas
     DataFrame, gives numpy arrays. The masked cells of a masked array are missing. Sparse matrices, of scipy or torch's
-    CSR, are read by `fit`, `log_prob`, `score`, `posterior`, `transform` and `elbo` in small dense tiles of rows: the
-    memory beside them does not grow with D N.
+    CSR, are read by `fit`, `log_prob`, `score`, `posterior`, `transform`, `elbo` and `inference_gap`; the memory beside
+    them does not grow with D N. Where no gradient is asked for, a method takes O(M) for each cell that is there.
 
     Args:
         n_components: M, latent dimensions; less than D. Or what chooses M in a `fit` by "eig", from 1 to the rank of
@@ -124,6 +124,12 @@ class PPCA(nn.Module):
         found = Parameters(self.W, self.b, self.log_sigma2)
         return found if like is None or isinstance(like, Tensor) else Parameters(*(t.detach() for t in found))
 
+    @staticmethod
+    def _of(parameters: Parameters) -> "PPCA":
+        model = PPCA(parameters.W.shape[1])
+        model._set(parameters)
+        return model
+
     @property
     def asked(self) -> Components:
         """The number of components, or what chooses it in every `fit`."""
@@ -174,7 +180,7 @@ class PPCA(nn.Module):
     # ------------------------------------------------------------------------------------------------------------------
     # The model.
 
-    @by_tiles
+    @by_rows
     def log_prob(self, x: _Array) -> _Array:
         """log p(x), nats; of a row with NaN cells, log p of its other cells, exactly.
 
@@ -225,7 +231,7 @@ class PPCA(nn.Module):
         score, N = self.score(x) if score is None else score, _rows(x)
         return -2 * N * score + self.n_parameters * math.log(N)
 
-    @by_tiles
+    @by_rows
     def posterior(self, x: _Array) -> tuple[_Array, _Array]:
         """p(z | x) = N(mean, covariance): mean G^-1 W'(x - b), covariance s2 G^-1.
 
@@ -315,7 +321,7 @@ class PPCA(nn.Module):
         z, e = (torch.randn(n, k, dtype=W.dtype, device=W.device, generator=generator) for k in W.shape[::-1])
         return density.decode(z, parameters).to(W.dtype) + torch.exp(0.5 * log_sigma2) * e
 
-    @by_tiles
+    @by_rows
     def elbo(self, x: _Array, mu: _Array, logvar: _Array) -> _Array:
         """E_q[log p(x | z)] - KL(q || p(z)) in closed form, for q = N(mu, diag exp(logvar)).
 
@@ -335,7 +341,7 @@ class PPCA(nn.Module):
         """
         return self._as(x, density.elbo(*self._with_latents(x, mu, logvar)))
 
-    @by_tiles
+    @by_rows
     def inference_gap(self, x: _Array, mu: _Array, logvar: _Array) -> _Array:
         """KL(q || p(z | x)) for q = N(mu, diag exp(logvar)): `log_prob` - `elbo`, by a formula of its own.
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastelbo._internal.process_groups import Processes
-from fastelbo.ppca.data import Dataset
+from fastelbo.ppca.data import Dataset, dense
+from fastelbo.ppca.sparse import Rows
 from fastelbo.reference import read_data
 
 SUMMED_ELEMENTS = 1 << 19
@@ -58,8 +59,12 @@ class Sums:
         self._total: Tensor | float = 0.0
         self._count = 0.0
 
-    def update(self, x: Tensor, weight: Tensor) -> None:
+    def update(self, x: Tensor | Rows, weight: Tensor) -> None:
         """Add rows x [n, D] with weights [n]."""
+        if isinstance(x, Rows):
+            self._count += float(weight.sum())
+            self._total = self._total + x.transposed_matmul(weight[:, None])[:, 0]
+            return
         x = x if x.is_floating_point() else read_data(x, torch.float32)
         equal = weight.stride(0) == 0
         self._count += float(weight.sum())
@@ -82,7 +87,7 @@ def column_moments(dataset: Dataset) -> tuple[Tensor, Tensor]:
         ValueError: as `Dataset.first_pass`; a column without an observed cell.
     """
     before: list[Tensor] = []
-    for x, weight in dataset.first_pass():
+    for x, weight in dense(dataset.first_pass()):
         r, cells = read_data(x, torch.float64), weight[:, None]  # [n, 1] of complete rows, which takes less time
         if bool(x.isnan().any()):
             r, cells = torch.nan_to_num(r), ~x.isnan() * cells

@@ -18,3 +18,4 @@ from fastelbo.reference.mixture import *  # noqa: F403
 from fastelbo.reference.objective import *  # noqa: F403
 from fastelbo.reference.ppca import *  # noqa: F403
 from fastelbo.reference.random import *  # noqa: F403
+from fastelbo.reference.sparse import *  # noqa: F403

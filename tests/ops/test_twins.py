@@ -161,6 +161,23 @@ def test_ppca(dtype):
         compare("_ppca_log_prob_backward", r(N), x, W, b, log_sigma2, *saved, needs, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("columns", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.uint8, torch.bool])
+@pytest.mark.parametrize("lanes", [1, 16, 37, 100])
+def test_sparse_products(columns, dtype, lanes):
+    """Also of a part of the rows, whose first starts beyond 0, and of rows with none and with many cells."""
+    N, D = 150, 700
+    x = torch.randint(0, 256, (N, D)).to(dtype) if dtype in (torch.uint8, torch.bool) else r(N, D).to(dtype)
+    keep = torch.rand(N, D) < torch.linspace(0, 1, N)[:, None]
+    row, column = keep.nonzero().T
+    starts = torch.searchsorted(row, torch.arange(N + 1))[3:]
+    args = starts, column.to(columns), x[keep]
+    compare("_csr_matmul", *args, r(D, lanes))
+    compare("_csr_matmul_t", *args, r(N - 3, lanes), D)
+    single = r(D, lanes).float()
+    assert_close(ops._csr_matmul(*args, single), reference.csr_matmul(*args, single), rtol=1e-4, atol=1e-4)
+
+
 def low_rank(dtype: torch.dtype = torch.float32) -> Tensor:
     return (r(300, 3) @ r(3, 12) + 0.3 * r(300, 12) + 5).to(dtype)
 

@@ -3,6 +3,7 @@
 import math
 import socket
 from itertools import pairwise
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -440,7 +441,11 @@ def _worker(
     options = {"max_iter": 25} if method == "em" else {}
     if weights is not None:
         options["sample_weight"] = weights[rank]
-    m = PPCA(components).fit(shards[rank], method, group=dist.group.WORLD, **options)
+    X: Any = shards[rank]
+    if method == "krylov":
+        method, options["solver"], options["tol"] = "eig", "krylov", 1e-18
+        X = X.to_sparse_csr() if rank % 2 else X
+    m = PPCA(components).fit(X, method, group=dist.group.WORLD, **options)
     torch.save((m.state_dict(), m.fit_report), f"{folder}/{rank}.pt")
     leave_group()
 
@@ -451,6 +456,8 @@ def _worker(
         ("eig", 90, 6, [50, 40], False),
         ("eig", 90, 6, [80, 0, 10], False),
         ("eig", 12, 20, [9, 0, 3], False),
+        ("krylov", 90, 6, [50, 40], False),  # the rows of every other process are sparse
+        ("krylov", 90, 30, [40, 0, 20, 30], False),
         ("em", 90, 6, [50, 40], False),
         ("em", 90, 6, [80, 0, 10], True),
     ],
@@ -470,7 +477,7 @@ def test_processes_give_what_one_gives(tmp_path, method, N, D, sizes, missing):
     state, report = found[0]
     assert report.rows == N
     torch.manual_seed(0)  # the start of EM is that of the first process
-    alone = PPCA(2).fit(x, method, **({"max_iter": 25} if method == "em" else {}))
+    alone = PPCA(2).fit(x, "em", max_iter=25) if method == "em" else PPCA(2).fit(x)
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-7, atol=1e-9)
     assert np.allclose(report.log_likelihood, alone.fit_report.log_likelihood, rtol=1e-9)

@@ -47,15 +47,18 @@ def assert_same(a: PPCA, b: PPCA, rtol: float) -> None:
 # Equality with scikit-learn's PCA.
 
 
-@pytest.mark.parametrize("method, rtol", [("eig", 1e-9), ("em", 1e-4)])
+@pytest.mark.parametrize(
+    "method, solver, rtol",
+    [("eig", "full", 1e-9), ("eig", "covariance", 1e-9), ("eig", "krylov", 1e-6), ("em", "auto", 1e-4)],
+)
 @pytest.mark.parametrize("N, D", ROWS)
-def test_the_same_as_pca(N, D, method, rtol):
+def test_the_same_as_pca(N, D, method, solver, rtol):
     """Variances of PCA divide by N - 1: it sees data that are that much closer to their mean."""
     X = data(N, D)
     center = X.mean(0)
     other = PCA(3, svd_solver="full").fit(center + (X - center) * math.sqrt((N - 1) / N))
     other.noise_variance_ *= (min(N, D) - 3) / (D - 3)  # the sum of the other eigenvalues by the number of directions
-    ours = PPCA(3, method=method, tol=1e-13, max_iter=5000, random_state=0).fit(X)
+    ours = PPCA(3, method=method, solver=solver, tol=1e-13, max_iter=5000, random_state=0).fit(X)
     np.testing.assert_allclose(ours.components_, other.components_, rtol=rtol, atol=rtol)  # signs too
     np.testing.assert_allclose(ours.components_ @ ours.components_.T, np.eye(3), atol=1e-12)
     for name in ("mean_", "noise_variance_", "explained_variance_"):

@@ -1,5 +1,8 @@
 """Sparse data against the same data as a dense matrix."""
 
+import itertools
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from fastelbo import PPCA
 from fastelbo.ppca import sparse
+from fastelbo.ppca.result import Parameters
 from fastelbo.sklearn import PPCA as Estimator
 
 F64 = torch.float64
@@ -38,6 +42,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(sparse, "TILE_ELEMENTS", 17 * D)
+    monkeypatch.setattr(sparse, "PIECE_CELLS", 70)
 
 
 def same(a: PPCA, b: PPCA, tol: float = 1e-9) -> None:
@@ -62,14 +67,18 @@ def test_em_weights_and_fewer_rows_than_columns(form):
     generator = torch.Generator()
     a, b = (PPCA(M).fit(t, "em", generator=generator.manual_seed(1)) for t in (X, x))
     same(a, b, 1e-6)
-    same(PPCA(M).fit(X, sample_weight=weight), PPCA(M).fit(x, sample_weight=weight))
+    for solver in ("full", "krylov"):
+        a, b = (PPCA(M).fit(t, sample_weight=weight, solver=solver, tol=1e-18) for t in (X, x))
+        same(a, b, 1e-6 if solver == "krylov" else 1e-9)
     same(PPCA(M).fit(FORMS[form](x[:30])), PPCA(M).fit(x[:30]))
 
 
 @every_form
-def test_what_a_model_says_of_them(form):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_a_model_says_of_them(form, gradients):
+    """With gradients by dense tiles, without by what is shortened."""
     x = dense()
-    X, model = FORMS[form](x), PPCA(M).fit(x)
+    X, model = FORMS[form](x), PPCA(M).fit(x).requires_grad_(gradients)
     numpy = form.startswith("c")
     mu, logvar = torch.randn(N, M, dtype=F64), torch.randn(N, M, dtype=F64)
     if numpy:
@@ -86,17 +95,53 @@ def test_what_a_model_says_of_them(form):
         for a, e in zip(*(t if isinstance(t, tuple) else (t,) for t in (found, expected)), strict=True):
             assert type(a) is type(e)
             torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(e), rtol=1e-12, atol=1e-12)
+            assert numpy or a.requires_grad == gradients
     assert model.score(X) == pytest.approx(model.score(x), rel=1e-12)
     assert model.bic(X) == pytest.approx(model.bic(x), rel=1e-12)
 
 
-def test_log_prob_of_float32_rows_is_as_exact_as_that_of_dense_ones():
-    x = dense(torch.float32) + 0.0
-    model = PPCA(M).fit(x)
-    exact = PPCA(M).fit(x).double().log_prob(x.double())
-    found = model.log_prob(x.to_sparse_csr())
-    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
-    assert torch.equal(found, model.log_prob(x))
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1e4])
+@pytest.mark.parametrize("sigma2", [1e-6, 1.0])
+def test_log_prob_is_as_exact_as_that_of_dense_rows(dtype, offset, sigma2, monkeypatch):
+    """Also where |x - b|^2, or what is orthogonal to W, is far smaller than |x|^2: those rows are read as tiles."""
+    g = torch.Generator().manual_seed(0)
+    W, b = torch.randn(D, M, dtype=F64, generator=g), torch.full((D,), offset, dtype=F64)
+    model = PPCA._of(Parameters(W, b, torch.tensor(sigma2, dtype=F64).log()).to(dtype))
+    x = model.sample(N, generator=g)
+    x[::3] = dense(dtype, seed=1)[::3]
+    calls = []
+    monkeypatch.setattr(sparse.Rows, "tiles", _counted(sparse.Rows.tiles, calls))
+    with torch.no_grad():
+        found, as_dense = model.log_prob(x.to_sparse_csr()), model.log_prob(x)
+        exact = deepcopy(model).double().log_prob(x.double())
+    tol = 2e-6 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(found.double(), exact, rtol=tol, atol=0)
+    torch.testing.assert_close(found, as_dense, rtol=tol, atol=0)
+    if sigma2 < 1 or offset == 1e4:
+        assert calls
+    elif dtype == torch.float32:
+        assert not calls
+
+
+def _counted(tiles, calls):
+    def counted(self, where=None):
+        for tile in tiles(self, where):
+            calls.append(tile)
+            yield tile
+
+    return counted
+
+
+def test_a_row_s_gradients():
+    x, model = dense(), PPCA(M).fit(dense())
+    grads = []
+    for X in (x, x.to_sparse_csr()):
+        model.zero_grad()
+        model.log_prob(X).mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_batches_of_sparse_rows():
@@ -117,6 +162,20 @@ def test_the_caller_s_matrix_is_not_changed_where_a_cell_is_there_twice():
     same(PPCA(M).fit(twice), PPCA(M).fit(summed))
     for a, b in zip((twice.data, twice.indices, twice.indptr), before, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_columns_in_any_order():
+    x = dense()
+    csr = x.to_sparse_csr()
+    starts, columns, values = csr.crow_indices(), csr.col_indices().clone(), csr.values().clone()
+    for a, b in itertools.pairwise(starts.tolist()):
+        columns[a:b], values[a:b] = columns[a:b].flip(0), values[a:b].flip(0)
+    falling = torch.sparse_csr_tensor(starts, columns, values, x.shape, check_invariants=False)
+    for solver in ("full", "krylov"):
+        same(PPCA(M).fit(falling, solver=solver, tol=1e-18), PPCA(M).fit(x), 1e-6)
+    far = torch.sparse_csr_tensor(starts, columns + D, values, x.shape, check_invariants=False)
+    with pytest.raises(ValueError, match="a sparse matrix must have columns from 0 to 39"):
+        PPCA(M).fit(far)
 
 
 def test_what_is_refused():

@@ -25,6 +25,7 @@ struct KernelTable {
   Kernel<PpcaRestParams> ppca_rest;
   Kernel<PpcaSumsParams> ppca_moments;
   Kernel<PpcaSumsParams> ppca_residual[2];
+  Kernel<CsrParams> csr_matmul[2], csr_matmul_t[2];
   Kernel<MixtureComponentsParams> mixture_components[2];
   Kernel<MixtureParams> mixture[2];
   Kernel<MixtureBackwardParams> mixture_backward[2];

@@ -10,6 +10,7 @@
 #include "cpu/kernels/mixture.h"
 #include "cpu/kernels/objective.h"
 #include "cpu/kernels/ppca.h"
+#include "cpu/kernels/sparse.h"
 
 namespace fastelbo::FASTELBO_ISA {
 
@@ -39,6 +40,8 @@ KernelTable make_table(TypeList<L...>) {
       .ppca_rest = ppca_rest_kernel,
       .ppca_moments = ppca_moments_kernel,
       .ppca_residual = {ppca_residual_kernel<float>, ppca_residual_kernel<double>},
+      .csr_matmul = {csr_matmul_kernel<float>, csr_matmul_kernel<double>},
+      .csr_matmul_t = {csr_matmul_t_kernel<float>, csr_matmul_t_kernel<double>},
       .mixture_components = {mixture_components_kernel<float>, mixture_components_kernel<double>},
       .mixture = {mixture_kernel<float>, mixture_kernel<double>},
       .mixture_backward = {mixture_backward_kernel<float>, mixture_backward_kernel<double>},

@@ -1,5 +1,5 @@
 # make demo          trains a VAE on handwritten digits with the fused loss and with plain PyTorch, side by side
-# make test          C++ tests, then Python tests; TORCH=2.11.0: with that torch, in build/torch-2.11.0
+# make test          C++ tests, then Python tests; PYTHON=python3.12 TORCH=2.11.0: with those, in a folder of build
 # make test-all      the slow tests too (every instruction set, all kernels of CUDA on the host, Inductor), and the packages'
 # make bench         compares with eager PyTorch, torch.compile and other packages, in under 10 minutes
 # make bench-quick   a part of the benchmarks, in about 40 seconds
@@ -39,7 +39,7 @@ demo: .venv/built
 
 ifneq ($(TORCH),)
 # In a copy of the sources with an environment of its own: .venv and the library here stay.
-COPY = build/torch-$(TORCH)
+COPY = build/$(notdir $(PYTHON))-torch-$(TORCH)
 test:
 	$(call copy,$(COPY))
 	sed -i 's/^torch==.*/torch==$(TORCH)/' $(COPY)/requirements.txt

@@ -1,5 +1,6 @@
 # make demo          trains a VAE on handwritten digits with the fused loss and with plain PyTorch, side by side
 # make test          C++ tests, then Python tests; PYTHON=python3.12 TORCH=2.11.0: with those, in a folder of build
+# make test-clang    the C++ tests and the tests of the ops with clang++, in build/clang; CLANG=clang++-19: with that one
 # make test-all      the slow tests too (every instruction set, all kernels of CUDA on the host, Inductor), and the packages'
 # make bench         compares with eager PyTorch, torch.compile and other packages, in under 10 minutes
 # make bench-quick   a part of the benchmarks, in about 40 seconds
@@ -18,6 +19,7 @@
 # Everything runs in .venv, which is created on first use. PYTHON names the interpreter (3.11 or later) that creates it.
 
 PYTHON ?= python3
+CLANG ?= clang++
 ARGS ?=
 MARKS = not slow
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -31,8 +33,8 @@ define copy
 		--exclude='*.egg-info' --exclude=__pycache__ . | tar -xf - -C $(1)
 endef
 
-.PHONY: demo test test-all test-integrations test-scvi mutants sanitize bench bench-quick docs wheels cuda-build lint \
-	format clean
+.PHONY: demo test test-clang test-all test-integrations test-scvi mutants sanitize bench bench-quick docs wheels \
+	cuda-build lint format clean
 
 demo: .venv/built
 	$(VENV) python examples/demo.py
@@ -54,6 +56,17 @@ endif
 
 test-all: MARKS =
 test-all: test test-integrations
+
+# -Werror also says which `omp simd` loop clang did not vectorize.
+test-clang: export CXX = $(CLANG)
+test-clang: .venv/base .venv/dev
+	$(call copy,build/clang)
+	$(VENV) cd build/clang && FASTELBO_CUDA=0 CFLAGS=-Werror python setup.py build_ext --inplace
+	$(VENV) cd build/clang && cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$$(which python)
+	cmake --build build/clang/build/cmake
+	ctest --test-dir build/clang/build/cmake --output-on-failure
+	$(VENV) cd build/clang && python -m fastelbo info && python -m pytest -n auto --maxprocesses 8 --dist worksteal \
+		-m "$(MARKS)" $(patsubst %,tests/ops/test_%.py,$(CLANG_TESTS))
 
 test-integrations: .venv/built .venv-integrations/base
 	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/integrations

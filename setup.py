@@ -65,8 +65,8 @@ def cuda_obstacle(sources: list[str]) -> str | None:
 
 
 PROBE = """
-#if !defined(__GNUC__) || defined(__clang__) || __GNUC__ < 11
-#error this is not g++ 11 or later
+#if !defined(__clang__) && __GNUC__ < 11 || defined(__clang__) && __clang_major__ < 14
+#error this is not g++ 11 or later, or clang 14 or later
 #endif
 #include <Python.h>
 #include <vector>
@@ -105,7 +105,8 @@ def numbers(path: Path) -> list[float]:
 
 def cores(root: Path = Path("/")) -> int:
     """How many this process may use: by its affinity, and by the quotas of its control groups."""
-    allowed: list[float] = [len(os.sched_getaffinity(0))]
+    affinity = getattr(os, "sched_getaffinity", None)  # of Linux
+    allowed: list[float] = [len(affinity(0)) if affinity else os.cpu_count() or 1]
     for group in control_groups(root):
         quota = numbers(group / "cpu.max") or numbers(group / "cpu.cfs_quota_us") + numbers(group / "cpu.cfs_period_us")
         if quota:
@@ -164,7 +165,7 @@ if CUDA_CHOICE == "1" and obstacle:
 os.environ.setdefault("CXX", "g++")
 if COMPILES & set(sys.argv):  # what cannot work is refused here, before anything is compiled
     if wrong := compiler_obstacle():
-        sys.exit(f"fastelbo needs g++ 11 or later and Python's headers; CXX={os.environ['CXX']}: {wrong}")
+        sys.exit(f"fastelbo needs g++ 11 or clang 14, or later, and Python's headers; CXX={os.environ['CXX']}: {wrong}")
     if not os.environ.get("MAX_JOBS"):
         memory = memory_gb()
         if memory < COMPILER_GB:

@@ -3,9 +3,16 @@
 #include <torch/version.h>
 
 #include "cpu/kernels/kernels.h"
+#include "parallel.h"
 
 #ifndef FASTELBO_CUDA_ARCHS
 #define FASTELBO_CUDA_ARCHS ""
+#endif
+
+#if defined(__clang__)
+#define FASTELBO_COMPILER __VERSION__  // "Debian Clang 14.0.6"
+#else
+#define FASTELBO_COMPILER "g++ " __VERSION__
 #endif
 
 namespace py = pybind11;
@@ -21,9 +28,9 @@ PYBIND11_MODULE(_C, m) {
       if (fastelbo::isa_info(i).supported) supported.append(fastelbo::isa_info(i).name);
     }
     const std::string archs = FASTELBO_CUDA_ARCHS;
-    return py::dict(py::arg("torch") = TORCH_VERSION, py::arg("compiler") = "g++ " __VERSION__, py::arg("isas") = isas,
+    return py::dict(py::arg("torch") = TORCH_VERSION, py::arg("compiler") = FASTELBO_COMPILER, py::arg("isas") = isas,
                     py::arg("isas_of_this_cpu") = supported, py::arg("isa") = fastelbo::isa_in_use().name,
-                    py::arg("cuda") = !archs.empty(), py::arg("cuda_archs") = archs,
-                    py::arg("likelihoods") = likelihoods);
+                    py::arg("threads") = FASTELBO_OPENMP ? "openmp" : "serial", py::arg("cuda") = !archs.empty(),
+                    py::arg("cuda_archs") = archs, py::arg("likelihoods") = likelihoods);
   });
 }

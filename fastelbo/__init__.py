@@ -112,6 +112,7 @@ class BuildInfo(TypedDict):
     isas: list[str]  # instruction sets that there are kernels for
     isas_of_this_cpu: list[str]
     isa: str  # the instruction set in use
+    threads: str  # "openmp", those of torch, or "serial"
     cuda: bool
     cuda_archs: str
     likelihoods: list[str]

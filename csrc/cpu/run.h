@@ -1,9 +1,8 @@
 // From work items to threads, and from their sums to tensors.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include "cpu/kernels/kernels.h"
+#include "parallel.h"
 #include "prepare/implement.h"
 #include "prepare/views.h"
 
@@ -16,7 +15,7 @@ template <class Params>
 void run(Kernel<Params> kernel, const Params& params, int64_t items, int64_t elements_per_item) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_item));
   if (items <= grain) return kernel(params, 0, items);
-  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+  parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
 using Scratch = c10::SmallVector<double, 256>;

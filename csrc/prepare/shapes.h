@@ -5,10 +5,10 @@
 #include <tuple>
 #include <vector>
 
-#include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 
 #include "aten.h"
+#include "parallel.h"
 #include "prepare/checks.h"
 
 namespace fastelbo::shapes {
@@ -46,20 +46,19 @@ at::Tensor column_sums(const at::Tensor& t, int64_t columns, at::IntArrayRef sha
   const int64_t rows = columns ? t.numel() / columns : 0;
   const T* from = t.const_data_ptr<T>();
   T* to = sums.mutable_data_ptr<T>();
-  at::parallel_for(0, columns, std::max<int64_t>(16, 32768 / std::max<int64_t>(rows, 1)),
-                   [&](int64_t first, int64_t last) {
-                     constexpr int64_t kTogether = 64;
-                     const int64_t n = last - first;
-                     c10::SmallVector<double, 256> total(n, 0.0), part(n);
-                     for (int64_t r = 0; r < rows; r += kTogether) {
-                       std::fill(part.begin(), part.end(), 0.0);
-                       for (int64_t row = r; row < std::min(rows, r + kTogether); ++row) {
-                         for (int64_t c = 0; c < n; ++c) part[c] += double(from[row * columns + first + c]);
-                       }
-                       for (int64_t c = 0; c < n; ++c) total[c] += part[c];
-                     }
-                     for (int64_t c = 0; c < n; ++c) to[first + c] = T(total[c]);
-                   });
+  parallel_for(0, columns, std::max<int64_t>(16, 32768 / std::max<int64_t>(rows, 1)), [&](int64_t first, int64_t last) {
+    constexpr int64_t kTogether = 64;
+    const int64_t n = last - first;
+    c10::SmallVector<double, 256> total(n, 0.0), part(n);
+    for (int64_t r = 0; r < rows; r += kTogether) {
+      std::fill(part.begin(), part.end(), 0.0);
+      for (int64_t row = r; row < std::min(rows, r + kTogether); ++row) {
+        for (int64_t c = 0; c < n; ++c) part[c] += double(from[row * columns + first + c]);
+      }
+      for (int64_t c = 0; c < n; ++c) total[c] += part[c];
+    }
+    for (int64_t c = 0; c < n; ++c) to[first + c] = T(total[c]);
+  });
   return sums;
 }
 

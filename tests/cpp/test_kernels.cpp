@@ -311,7 +311,7 @@ void mixture(Checks& c, const KernelTable& t, int64_t N, int64_t C, int64_t M, b
 }  // namespace
 
 void math_baseline(Checks&);
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__)
 void math_avx2(Checks&);
 void math_avx512(Checks&);
 void (*const kMaths[])(Checks&) = {math_baseline, math_avx2, math_avx512};

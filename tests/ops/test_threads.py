@@ -6,6 +6,8 @@ number, with few columns, few rows, and rows that no vector divides.
 
 import inspect
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -307,6 +309,32 @@ def test_any_number_of_threads_gives_the_same_bits(name):
             for i, (a, e) in enumerate(zip(_results(function, inputs, threads), expected, strict=True)):
                 same = torch.equal(a.nan_to_num(), e.nan_to_num())
                 assert same, f"{shape} {dtype}: tensor {i} {tuple(a.shape)} with {threads} threads"
+
+
+ONE_RUNTIME = """
+import os, re, torch, fastelbo
+
+def threads_after(call, allowed):
+    torch.set_num_threads(allowed)
+    call(x)
+    return len(os.listdir("/proc/self/task")) - before
+
+def fused(x):
+    fastelbo.gaussian_kl(x, x)
+
+x = torch.randn(512, 784)
+before = len(os.listdir("/proc/self/task"))
+print(threads_after(fused, 1), threads_after(fused, 3), threads_after(torch.exp, 3), threads_after(fused, 3))
+print(len(set(re.findall(r"/.*lib(?:g|i|)omp.*", open("/proc/self/maps").read()))))
+"""
+
+
+def test_the_threads_are_those_of_torch():
+    """A second OpenMP would have threads of its own, and a number of them that torch does not set."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import torch; torch.set_num_threads(1)\n{ONE_RUNTIME}"], text=True, capture_output=True
+    )
+    assert done.stdout.split() == ["0", "2", "2", "2", "1"], done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
 // Which instruction set is used: the last of the list that the CPU has, or the one that FASTELBO_CPU_CAPABILITY names.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -13,7 +17,7 @@ namespace fastelbo {
 namespace baseline {
 const KernelTable& table();
 }
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__)
 #define FASTELBO_X86_ISAS
 namespace avx2 {
 const KernelTable& table();
@@ -28,8 +32,10 @@ namespace {
 // In ascending order.
 const IsaInfo* isas(int* count) {
 #ifdef FASTELBO_X86_ISAS
-  static const bool v3 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned leaf[4] = {};
+  __get_cpuid(1, &leaf[0], &leaf[1], &leaf[2], &leaf[3]);
+  const bool f16c = leaf[2] & bit_F16C;  // clang 14 knows no __builtin_cpu_supports("f16c")
+  static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   static const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const IsaInfo list[] = {

@@ -114,7 +114,7 @@ template <class Formula, int kCount, Grads kGrads, class T>
   const auto element = [=](int64_t i) { return Element<T>{of(i), x[i], added}; };
   // ivdep, not omp simd: that keeps w, whose address is taken, in memory
   const auto run_step = [&]<int kStep, int... j>(std::integer_sequence<int, j...>) {
-#pragma GCC ivdep
+    FASTELBO_IVDEP
     for (int64_t i = 0; i < n; ++i) {
       T w[kWork] = {work[j][i]...};
       Formula::template step<kStep>(element(i), w);
@@ -125,11 +125,11 @@ template <class Formula, int kCount, Grads kGrads, class T>
   [&]<int... kStep>(std::integer_sequence<int, kStep...>) {
     (run_step.template operator()<kStep>(slots), ...);
   }(std::make_integer_sequence<int, Formula::kSteps>());
-  const auto last = [&]<int... j>(int64_t i, std::integer_sequence<int, j...>) {
+  const auto last = [&]<int... j>(int64_t i, std::integer_sequence<int, j...>) FASTELBO_INLINED {
     const T w[kWork] = {work[j][i]...};
     return Formula::terms(element(i), w);
   };
-#pragma GCC ivdep
+  FASTELBO_IVDEP
   for (int64_t i = 0; i < n; ++i) {
     const Terms<T> t = last(i, slots);
     const T m = weight[i];

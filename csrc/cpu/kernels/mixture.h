@@ -40,10 +40,15 @@ struct Lane {
 // Of lanes whose index has not the bit `step` the sums of a's lanes that differ in it, of the others those of b's.
 template <class T, int step, class Vector, int... i>
 FASTELBO_HD Vector joined(Vector a, Vector b, std::integer_sequence<int, i...>) {
-  using Integers = typename Lane<T>::Integers;
   constexpr int n = sizeof...(i);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (i & step ? n + i : i)...) +
+         __builtin_shufflevector(a, b, ((i & step ? n : 0) + (i ^ step))...);
+#else  // g++ has that from version 12 on
+  using Integers = typename Lane<T>::Integers;
   const Integers own = {(i & step ? n + i : i)...}, other = {((i & step ? n : 0) + (i ^ step))...};
   return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+#endif
 }
 
 // The sums of kCount vectors over their lanes, that of the first in the first lane, and so on, kLength / kCount apart.
@@ -51,7 +56,7 @@ template <class T, int kCount, int step = Lane<T>::kLength / 2, class Vector>
 FASTELBO_HD Vector lane_sums(const Vector (&v)[kCount]) {
   constexpr int kLeft = kCount > 1 ? kCount / 2 : 1;
   Vector half[kLeft];
-#pragma GCC unroll 4
+  FASTELBO_UNROLL(4)
   for (int k = 0; k < kLeft; ++k) {
     half[k] = joined<T, step>(v[k], v[kCount > 1 ? k + kLeft : k], typename Lane<T>::Indices());
   }
@@ -96,16 +101,16 @@ FASTELBO_HD void squared_distances(const T* z, const T* mu, const T* inv_std, in
     Vector sums[kVectors] = {};
     for (int64_t m = begin; m < end; ++m) {
       const Vector* row = reinterpret_cast<const Vector*>(z + m * kMixtureRows);
-#pragma GCC unroll 4
+      FASTELBO_UNROLL(4)
       for (int v = 0; v < kVectors; ++v) {
         const Vector d = (row[v] - mu[m]) * inv_std[m];
         sums[v] += d * d;
       }
     }
-#pragma GCC unroll 4
+    FASTELBO_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) totals[v] += sums[v];
   }
-#pragma GCC unroll 4
+  FASTELBO_UNROLL(4)
   for (int v = 0; v < kVectors; ++v) reinterpret_cast<Vector*>(to)[v] = totals[v];
 }
 
@@ -266,7 +271,7 @@ FASTELBO_HD void mixture_gradients(const T* z, const T* mu, const T* inv_std, co
   Vector first[kDims] = {}, second[kDims] = {};
   for (int64_t i = 0; i < padded; i += Lane<T>::kLength) {
     const Vector weight = *reinterpret_cast<const Vector*>(r + i);
-#pragma GCC unroll 4
+    FASTELBO_UNROLL(4)
     for (int j = 0; j < kDims; ++j) {
       const Vector d = (*reinterpret_cast<const Vector*>(z + j * kMixtureRows + i) - mu[j]) * inv_std[j];
       const Vector pull = weight * d;
@@ -277,7 +282,7 @@ FASTELBO_HD void mixture_gradients(const T* z, const T* mu, const T* inv_std, co
   if (!kSums) return;
   constexpr int kApart = Lane<T>::kLength / kDims;
   const Vector by_mu = lane_sums<T>(first), by_logvar = lane_sums<T>(second);
-#pragma GCC unroll 4
+  FASTELBO_UNROLL(4)
   for (int j = 0; j < kDims; ++j) {
     sums[j] += double(by_mu[j * kApart]);
     sums[apart + j] += double(by_logvar[j * kApart]) - total;

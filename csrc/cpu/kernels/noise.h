@@ -55,11 +55,11 @@ inline void philox_run(uint64_t seed, uint64_t first, int counters, NoiseBuffer&
       c[2][u] = (product >> 32) ^ (Lanes{} + k1);
       c[3][u] = product;
     }
-#pragma GCC unroll 9
+    FASTELBO_UNROLL(9)
     for (int round = 1; round < 10; ++round) {
       k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
       const Lanes key0 = Lanes{} + k0, key1 = Lanes{} + k1;
-#pragma GCC unroll 4
+      FASTELBO_UNROLL(4)
       for (int u = 0; u < kChains; ++u) {
         const Lanes p0 = mul_wide(c[0][u], a), p1 = mul_wide(c[2][u], b);
         c[0][u] = (p1 >> 32) ^ c[1][u] ^ key0;

@@ -15,15 +15,31 @@ inline const T* column_tile(const T* column, int64_t stride, int64_t k, int64_t 
   return buffer;
 }
 
+// The largest of n numbers and `largest`; NaN is passed over.
+template <class T>
+inline T largest_of(const T* __restrict x, int64_t n, T largest) {
+#if defined(__clang__)  // which vectorizes no maximum of numbers that may be NaN
+  T lanes[kLanes];
+  for (T& lane : lanes) lane = largest;
+  for (; n >= kLanes; x += kLanes, n -= kLanes) {
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = x[i] > lanes[i] ? x[i] : lanes[i];
+  }
+  for (const T lane : lanes) largest = lane > largest ? lane : largest;
+#else
+#pragma omp simd reduction(max : largest)
+#endif
+  for (int64_t i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
 template <class T>
 inline LogMeanExp<T> accumulate(const T* column, int64_t stride, int64_t K) {
   alignas(64) T buffer[kTile];
   T largest = -T(__builtin_huge_val());
   for (int64_t k = 0; k < K; k += kTile) {
     const int64_t n = K - k < kTile ? K - k : kTile;
-    const T* __restrict x = column_tile(column, stride, k, n, buffer);
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+    largest = largest_of(column_tile(column, stride, k, n, buffer), n, largest);
   }
   const T shift = LogMeanExp<T>::shift_of(largest);
   double sum = 0;

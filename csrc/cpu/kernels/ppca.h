@@ -26,18 +26,18 @@ FASTELBO_HD void multiply_block(const T* a, int64_t a_row, int64_t a_step, const
   Vector sums[Rows][kVectors] = {};
   for (int64_t k = 0; k < n; ++k) {
     Vector row[kVectors];
-#pragma GCC unroll 4
+    FASTELBO_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) row[v] = *reinterpret_cast<const Unaligned*>(b + k * b_step + v * kLength);
-#pragma GCC unroll 12
+    FASTELBO_UNROLL(12)
     for (int i = 0; i < Rows; ++i) {
       const T factor = a[i * a_row + k * a_step];
-#pragma GCC unroll 4
+      FASTELBO_UNROLL(4)
       for (int v = 0; v < kVectors; ++v) sums[i][v] += factor * row[v];
     }
   }
-#pragma GCC unroll 12
+  FASTELBO_UNROLL(12)
   for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 4
+    FASTELBO_UNROLL(4)
     for (int v = 0; v < kVectors; ++v) {
       auto* to = reinterpret_cast<Unaligned*>(c + i * c_row + v * kLength);
       *to = kMinus ? *to - sums[i][v] : *to + sums[i][v];

@@ -42,19 +42,19 @@ struct Panels {
     return *reinterpret_cast<const Unaligned*>(p + i * kLength);
   }
   FASTELBO_HD explicit Panels(const T* p) {
-#pragma GCC unroll 16
+    FASTELBO_UNROLL(16)
     for (int i = 0; i < kVectors; ++i) v[i] = at(p, i);
   }
   FASTELBO_HD void store(T* p) const {
-#pragma GCC unroll 16
+    FASTELBO_UNROLL(16)
     for (int i = 0; i < kVectors; ++i) at(p, i) = v[i];
   }
   FASTELBO_HD void add(T factor, const T* p) {
-#pragma GCC unroll 16
+    FASTELBO_UNROLL(16)
     for (int i = 0; i < kVectors; ++i) v[i] += factor * at(p, i);
   }
   FASTELBO_HD void add_to(T factor, T* p) const {
-#pragma GCC unroll 16
+    FASTELBO_UNROLL(16)
     for (int i = 0; i < kVectors; ++i) at(p, i) += factor * v[i];
   }
 };

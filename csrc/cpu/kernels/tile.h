@@ -53,6 +53,9 @@ inline void halves_out(Half* __restrict to, const float* __restrict from, int64_
   }
   for (; i < n; ++i) to[i] = to_half(from[i]);
 }
+inline void halves_out(Half* __restrict to, const double* __restrict from, int64_t n) {  // rare
+  for (int64_t i = 0; i < n; ++i) to[i] = to_half(float(from[i]));
+}
 #endif
 
 // Calls f(offset, index, count) for runs of the innermost collapsed dimension that cover elements [begin, begin + n).
@@ -105,7 +108,7 @@ inline void scatter(const T* __restrict from, const View& v, To* to, int64_t beg
     const T* __restrict q = from + index;
     if (step == 1) {
 #if FASTELBO_HAS_F16C
-      if constexpr (__is_same(To, Half) && __is_same(T, float)) return halves_out(p, q, count);
+      if constexpr (__is_same(To, Half)) return halves_out(p, q, count);
 #endif
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) p[i] = convert_out<To>(q[i]);

@@ -58,6 +58,7 @@ test-all: MARKS =
 test-all: test test-integrations
 
 # -Werror also says which `omp simd` loop clang did not vectorize.
+CLANG_TESTS = elbo latent mixture multi_sample threads twins values
 test-clang: export CXX = $(CLANG)
 test-clang: .venv/base .venv/dev
 	$(call copy,build/clang)

@@ -5,7 +5,7 @@
 # make bench         compares with eager PyTorch, torch.compile and other packages, in under 10 minutes
 # make bench-quick   a part of the benchmarks, in about 40 seconds
 # make docs          API reference and concepts, as web pages in build/docs
-# make wheels        a wheel in dist for the torch in .venv, tried outside of this folder
+# make wheels        a wheel in dist for the torch in .venv, tried outside of this folder; PYTHON and TORCH as for test
 # make cuda-build    builds everything for CUDA in .venv-cuda, without a GPU; prints registers and spills of every kernel
 # make sanitize      C++ tests and tests of the ops under sanitizers, on every instruction set; 10 minutes on 2 cores
 # make test-integrations  tests of fastelbo.integrations, with the packages themselves, in .venv-integrations
@@ -42,16 +42,26 @@ demo: .venv/built
 ifneq ($(TORCH),)
 # In a copy of the sources with an environment of its own: .venv and the library here stay.
 COPY = build/$(notdir $(PYTHON))-torch-$(TORCH)
-test:
+test wheels:
 	$(call copy,$(COPY))
 	sed -i 's/^torch==.*/torch==$(TORCH)/' $(COPY)/requirements.txt
-	$(MAKE) -C $(COPY) test TORCH=
+	$(MAKE) -C $(COPY) $@ TORCH=
+	if test -d $(COPY)/dist; then mkdir -p dist && cp -r $(COPY)/dist/. dist; fi
 else
 test: .venv/built .venv/dev
 	$(VENV) cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$$(which python)
 	$(VENV) cmake --build build/cmake
 	$(VENV) ctest --test-dir build/cmake --output-on-failure
 	$(VENV) pytest -n auto --maxprocesses 8 --dist worksteal -m "$(MARKS)"
+
+# Of every torch in a folder of its own: the files have the same names. torch's libraries are those that pip installed.
+wheels: .venv/built .venv/dev
+	rm -rf build/wheel
+	$(VENV) pip wheel --no-build-isolation --no-deps -w build/wheel .
+	$(VENV) pip install --no-deps --target build/wheel/tried build/wheel/*.whl
+	$(VENV) cd build/wheel/tried && grep "Requires-Dist: torch" fastelbo-*.dist-info/METADATA && python -m fastelbo info
+	$(VENV) auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' build/wheel/*.whl \
+		-w dist/torch-$$(python -c "import torch; print('.'.join(torch.__version__.split('.')[:2]))")
 endif
 
 test-all: MARKS =
@@ -107,14 +117,6 @@ bench-quick: .venv/built .venv/bench
 
 docs: .venv/built .venv/dev
 	$(VENV) python docs/build.py
-
-wheels: .venv/built
-	rm -rf build/wheel
-	$(VENV) pip wheel --no-build-isolation --no-deps -w build/wheel .
-	$(VENV) pip install --no-deps --target build/wheel/tried build/wheel/*.whl
-	$(VENV) cd build/wheel/tried && grep "Requires-Dist: torch" fastelbo-*.dist-info/METADATA && python -m fastelbo info
-	mkdir -p dist
-	cp build/wheel/*.whl dist
 
 # Installs a CUDA build of torch (5.5 GB) in .venv-cuda and builds a copy of the sources, so that .venv does not change.
 cuda-build:

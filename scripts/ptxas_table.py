@@ -1,6 +1,6 @@
 """Compiles every CUDA kernel with nvcc, warnings being errors, and prints what ptxas says of each: no GPU is needed.
 
-    python scripts/ptxas_table.py [--arch sm_90]
+    python scripts/ptxas_table.py [--arch sm_90] [--main]
 
 Registers, shared memory and spills per kernel. Exit status 1 where a kernel does not compile, or where a main kernel
 spills: those of float32 that training steps run, the likelihoods in their plain layout.
@@ -44,9 +44,9 @@ class Kernel(NamedTuple):
     main: bool  # of float32, which training steps run, in the plain layout
 
 
-def compile_one(source: str, arch: str, folder: str) -> str:
+def compile_one(source: str, arch: str, folder: str, options: list[str]) -> str:
     includes = ["-I", str(ROOT / "csrc"), "-isystem", str(Path(torch.__file__).parent / "include")]
-    command = ["nvcc", *lines("csrc/nvcc_flags.txt"), f"-arch={arch}", "-Xptxas=-v", "-cubin", *includes]
+    command = ["nvcc", *lines("csrc/nvcc_flags.txt"), f"-arch={arch}", "-Xptxas=-v", "-cubin", *includes, *options]
     target = f"{folder}/{Path(source).stem}.cubin"
     done = subprocess.run([*command, str(ROOT / "csrc" / source), "-o", target], capture_output=True, text=True)
     if done.returncode:
@@ -54,13 +54,13 @@ def compile_one(source: str, arch: str, folder: str) -> str:
     return done.stdout + done.stderr
 
 
-def compiled(arch: str, folder: str) -> list[Kernel]:
+def compiled(arch: str, folder: str, options: list[str]) -> list[Kernel]:
     """All kernels, by name."""
     if not shutil.which("nvcc"):
         sys.exit("nvcc is not on PATH")
     sources = [source for source in lines("csrc/sources.txt") if source.endswith(".cu")]
     with ThreadPoolExecutor(2) as pool:
-        output = "".join(pool.map(lambda source: compile_one(source, arch, folder), sources))
+        output = "".join(pool.map(lambda source: compile_one(source, arch, folder, options), sources))
     found = ENTRY.findall(output)
     names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True).stdout
     kernels = []
@@ -77,9 +77,10 @@ def compiled(arch: str, folder: str) -> list[Kernel]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="registers, shared memory and spills of every CUDA kernel")
     parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--main", action="store_true", help="without most of the other kernels: in half the time")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        kernels = compiled(args.arch, folder)
+        kernels = compiled(args.arch, folder, ["-DFASTELBO_MAIN_KERNELS"] if args.main else [])
     print(f"{'registers':>9}{'shared B':>9}{'spill B':>8}  kernel, {args.arch}")
     for k in kernels:
         print(f"{k.registers:9d}{k.shared:9d}{k.spills:8d}  {k.name}{'  (main)' if k.main else ''}")

@@ -102,7 +102,8 @@ void launch_rows(const RowsParams& p, int likelihood, bool is_double, cudaStream
 void launch_shared_grads(const LogProbParams& p, int likelihood, bool is_double, cudaStream_t stream) {
   const int64_t blocks = blocks_for(p.chunks() * segments(p.D), 1);
   with_likelihood(Likelihoods{}, likelihood, p.count, [&]<class L, int kCount>() {
-    is_double ? launch(shared_grads_kernel<L, kCount, double>, blocks, stream, p)
+    using Double = std::conditional_t<kMainAlone, float, double>;
+    is_double ? launch(shared_grads_kernel<L, kCount, Double>, blocks, stream, p)
               : launch(shared_grads_kernel<L, kCount, float>, blocks, stream, p);
   });
 }

@@ -101,13 +101,25 @@ void with_likelihood(TypeList<L...>, int likelihood, int count, F f) {
   (one.template operator()<L>(), ...);
 }
 
+// scripts/ptxas_table.py --main: without those of float64 and of rare layouts, which are two thirds of the kernels.
+#ifdef FASTELBO_MAIN_KERNELS
+inline constexpr bool kMainAlone = true;
+#else
+inline constexpr bool kMainAlone = false;
+#endif
+
 // The same, and f.template operator()<L, kCount, kGrads, kPlain, T>() for the rows of p. What is not plain computes
 // gradients, and stores those that are wanted: a third of the kernels less, which take most of the build.
 template <class F>
 void with_rows(const LogProbParams& p, int likelihood, bool is_double, F f) {
   const bool plain = is_plain(p), grads = p.any_grad();
   with_likelihood(Likelihoods{}, likelihood, p.count, [&]<class L, int kCount>() {
-    if constexpr (L::kByElement) {
+    if constexpr (kMainAlone && L::kByElement) {
+      f.template operator()<L, kCount, true, false, float>();
+    } else if constexpr (kMainAlone) {
+      grads ? f.template operator()<L, kCount, true, true, float>()
+            : f.template operator()<L, kCount, false, true, float>();
+    } else if constexpr (L::kByElement) {
       is_double ? f.template operator()<L, kCount, true, false, double>()
                 : f.template operator()<L, kCount, true, false, float>();
     } else {

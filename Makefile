@@ -11,6 +11,8 @@
 # make test-integrations  tests of fastelbo.integrations, with the packages themselves, in .venv-integrations
 # make test-scvi     scvi-tools' own tests with the fused module; ARGS=--plain: with scvi's; ARGS=--apply: those of every
 #                    model of counts, within apply()
+# make test-aarch64  cross-compiles the kernels and their C++ tests for AArch64 and runs them by qemu-user; compiles the
+#                    bindings against torch's wheel of AArch64 and links them. test-aarch64-kernels: without the wheel
 # make mutants       plants the defects of tests/defects.py, one by one, and says which test finds each; half an hour
 # make lint          ruff, clang-format and mypy
 # make format        ruff and clang-format rewrite the files
@@ -33,8 +35,8 @@ define copy
 		--exclude='*.egg-info' --exclude=__pycache__ . | tar -xf - -C $(1)
 endef
 
-.PHONY: demo test test-clang test-all test-integrations test-scvi mutants sanitize bench bench-quick docs wheels \
-	cuda-build lint format clean
+.PHONY: demo test test-clang test-all test-aarch64 test-aarch64-kernels test-integrations test-scvi mutants sanitize \
+	bench bench-quick docs wheels cuda-build lint format clean
 
 demo: .venv/built
 	$(VENV) python examples/demo.py
@@ -81,6 +83,28 @@ test-clang: .venv/base .venv/dev
 
 test-integrations: .venv/built .venv-integrations/base
 	.venv-integrations/bin/python -m pytest -n auto --maxprocesses 8 tests/integrations
+
+# By Debian's g++-aarch64-linux-gnu and qemu-user. The normals are compared with those of this machine's AVX2.
+ARM = build/cmake-aarch64
+test-aarch64-kernels: .venv/built .venv/dev
+	$(VENV) cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$$(which python)
+	$(VENV) cmake --build build/cmake --target fastelbo_tests
+	$(VENV) cmake -S . -B $(ARM) -G Ninja -DPython_EXECUTABLE=$$(which python) \
+		-DCMAKE_TOOLCHAIN_FILE=scripts/aarch64.cmake
+	$(VENV) cmake --build $(ARM) --target fastelbo_tests
+	FASTELBO_CPU_CAPABILITY=avx2 build/cmake/fastelbo_tests normals >$(ARM)/normals
+	$(VENV) ctest --test-dir $(ARM) --verbose
+
+test-aarch64: test-aarch64-kernels build/torch-aarch64/torch
+	$(VENV) cmake $(ARM) -DFASTELBO_TORCH=$(CURDIR)/build/torch-aarch64/torch
+	$(VENV) cmake --build $(ARM) --target _C
+
+build/torch-aarch64/torch: requirements.txt
+	mkdir -p $(@D)
+	$(VENV) pip download --no-deps --only-binary=:all: --platform manylinux_2_28_aarch64 -d $(@D) \
+		$$(grep ^torch== requirements.txt)
+	$(VENV) python -m zipfile -e $(@D)/*.whl $(@D)
+	touch $@
 
 # Not among them: the text of an error that names the class of the module, and tests that need leidenalg, captum or an
 # older mudata; with --apply, two that compare float32 to 1e-8.

@@ -33,6 +33,9 @@ FASTELBO_HD Half to_half(float v) { return {__half_as_ushort(__float2half_rn(v))
 #elif FASTELBO_HAS_F16C
 FASTELBO_HD float to_float(Half v) { return _cvtsh_ss(v.bits); }
 FASTELBO_HD Half to_half(float v) { return {uint16_t(_cvtss_sh(v, 0))}; }
+#elif FASTELBO_HAS_NEON
+FASTELBO_HD float to_float(Half v) { return bits_to<__fp16>(v.bits); }
+FASTELBO_HD Half to_half(float v) { return {bits_to<uint16_t>(__fp16(v))}; }
 #else
 FASTELBO_HD float to_float(Half v) { return c10::detail::fp16_ieee_to_fp32_value(v.bits); }
 FASTELBO_HD Half to_half(float v) { return {c10::detail::fp16_ieee_from_fp32_value(v)}; }

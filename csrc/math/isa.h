@@ -23,6 +23,11 @@
   (FASTELBO_X86_LEVEL >= 4 ? 64 : FASTELBO_X86_LEVEL >= 3 ? 32 : 16)  // of a vector register; 16 on other machines
 #define FASTELBO_HAS_SSE (FASTELBO_X86_LEVEL >= 2)
 #define FASTELBO_HAS_F16C (FASTELBO_X86_LEVEL >= 3)  // converts eight half-precision numbers at a time
+#if defined(__aarch64__) && !defined(__CUDACC__)
+#define FASTELBO_HAS_NEON 1  // converts four
+#else
+#define FASTELBO_HAS_NEON 0
+#endif
 
 namespace fastelbo::FASTELBO_ISA {
 inline constexpr int kVectorBytes = FASTELBO_VECTOR_BYTES;

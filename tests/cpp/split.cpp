@@ -275,6 +275,33 @@ void log_mean_exp(Checks& c, const KernelTable& t, const Shape& s, bool is_doubl
   m.compare(c, t.log_mean_exp_backward[is_double], p, columns, "its gradient");
 }
 
+// Of rows that have from none to all of their cells.
+void csr(Checks& c, const KernelTable& t, int64_t N, int64_t D, int64_t M, bool is_double, int turn) {
+  const DType type = is_double ? DType::f64 : DType::f32;
+  std::vector<int64_t> starts = {0}, columns;
+  for (int64_t row = 0; row < N; ++row) {
+    for (int64_t d = 0; d < D; ++d) {
+      if (int64_t(bits() % uint32_t(N)) <= row) columns.push_back(d);
+    }
+    if (row % 5 == 4) columns.resize(size_t(starts.back()));
+    starts.push_back(int64_t(columns.size()));
+  }
+  const int64_t cells = starts.back();
+  const std::vector<int32_t> narrow(columns.begin(), columns.end());
+  Memory m;
+  CsrParams p;
+  p.N = N, p.D = D, p.lanes = (M + kCsrPanel - 1) / kCsrPanel * kCsrPanel, p.block = 16;
+  p.starts = starts.data(), p.wide = turn % 2 == 0;
+  p.columns = p.wide ? static_cast<const void*>(columns.data()) : narrow.data();
+  p.values = m.view(false, turn % 2 ? type : kData[turn % 3], 1, 1, cells, Layout::dense);
+  p.matrix = m.input(type, D * p.lanes), p.product = m.make(true, type, N * p.lanes);
+  m.compare(c, t.csr_matmul[is_double], p, (N + kCsrRows - 1) / kCsrRows, "a sparse product");
+  Memory of_rows;
+  p.values = of_rows.view(false, type, 1, 1, cells, Layout::dense);
+  p.matrix = of_rows.input(type, N * p.lanes), p.product = of_rows.make(true, type, D * p.lanes);
+  of_rows.compare(c, t.csr_matmul_t[is_double], p, (D + p.block - 1) / p.block, "a sparse product, transposed");
+}
+
 void ppca(Checks& c, const KernelTable& t, int64_t N, int64_t D, int64_t M, bool is_double, int turn) {
   const int64_t lanes = (M + kPpcaPanel - 1) / kPpcaPanel * kPpcaPanel, tiles = (D + kPpcaTile - 1) / kPpcaTile;
   const DType type = is_double ? DType::f64 : DType::f32;
@@ -393,12 +420,12 @@ void split_broken(Checks& c) {
   m.compare(c, Kernel<KlDimsParams>(broken_kernel), p, 64, "a broken kernel");
 }
 
-void split(Checks& c, const KernelTable& t) {
+void split(Checks& c, const KernelTable& t, bool quick) {
   int turn = 0;
   for (const bool is_double : {false, true}) {
     for (const int64_t D : {1, 2, 3, 8, 15, 16, 17, 34, 70, 511, 512, 514, 1030, 4096, 4098, 8200}) {
       for (const Shape& s : {Shape{1, 1, D}, Shape{1, 5, D}, Shape{3, 2, D}, Shape{70, 9, D}}) {
-        if (s.K * s.B * s.D > 50000) continue;
+        if (s.K * s.B * s.D > (quick ? 2000 : 50000)) continue;
         for (int i = 0; i < 3; ++i) log_prob(c, t, s, is_double, turn += 5);
         for (int i = 0; i < 3; ++i) latent(c, t, s, is_double, turn += 5);
         log_mean_exp(c, t, s, is_double);
@@ -406,10 +433,14 @@ void split(Checks& c, const KernelTable& t) {
     }
     for (const int64_t D : {1, 7, 16, 239, 240, 241, 500}) {
       for (const int64_t N : {1, 5, 48, 100}) {
-        for (const int64_t M : {1, 16, 20}) ppca(c, t, N, D, M, is_double, ++turn);
+        for (const int64_t M : {1, 16, 20}) {
+          ppca(c, t, N, D, M, is_double, ++turn);
+          csr(c, t, N, D, 5 * M, is_double, turn);
+        }
       }
     }
     for (const int64_t N : {1, 7, 64, 130, 1100}) {
+      if (quick && N > 64) continue;
       for (const int64_t C : {1, 5, 40, 70}) {
         for (const int64_t M : {1, 2, 3, 9}) mixture(c, t, N, C, M, is_double, turn += 5);
       }

@@ -4,7 +4,7 @@
 #include "check.h"
 #include "cpu/kernels/kernels.h"
 
-void split(Checks&, const fastelbo::KernelTable&);
+void split(Checks&, const fastelbo::KernelTable&, bool quick);
 
 // A kernel that is wrong on purpose: a sanitizer has to notice.
 void split_broken(Checks&);

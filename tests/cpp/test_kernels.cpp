@@ -1,9 +1,12 @@
-// The kernels without torch: what a 30-line C++ program can call. Every instruction set that this CPU has, against long
+// The kernels without torch: what a 30-line C++ program can call. Every instruction set that this CPU has, against
 // double: values and gradients, tails, strides, dtypes, masks.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "check.h"
@@ -37,8 +40,8 @@ float float_of(uint16_t h) {
 }
 
 // Bernoulli, the only formula that is needed here twice
-long double value_of(long double l, long double x) { return l * (x - (l > 0)) - log1pl(expl(-fabsl(l))); }
-long double slope_of(long double l, long double x) { return x - 1 / (1 + expl(-l)); }
+double value_of(double l, double x) { return l * (x - (l > 0)) - std::log1p(std::exp(-std::fabs(l))); }
+double slope_of(double l, double x) { return x - 1 / (1 + std::exp(-l)); }
 
 void bernoulli(Checks& c, const KernelTable& t, int64_t D, int64_t stride, bool masked) {
   const int64_t K = 2, B = 3, n = K * B * D;
@@ -65,22 +68,22 @@ void bernoulli(Checks& c, const KernelTable& t, int64_t D, int64_t stride, bool 
     t.log_prob[0][0][0](p, 0, K * B * segments(D));
     double worst = 0, worst_grad = 0;
     for (int64_t row = 0; row < K * B; ++row) {
-      long double sum = 0, size = 1;
+      double sum = 0, size = 1;
       for (int64_t d = 0; d < D; ++d) {
         const int64_t i = row * D + d, b = row % B;
-        const long double m = mask[b * D + d], logit = is_half ? float_of(half[i]) : l[i * stride];
-        const long double got = is_half ? float_of(half_grad[i]) : grad[i];
+        const double m = mask[b * D + d], logit = is_half ? float_of(half[i]) : l[i * stride];
+        const double got = is_half ? float_of(half_grad[i]) : grad[i];
         if (m == 0) {
-          worst_grad = std::fmax(worst_grad, std::fabs(double(got)));
+          worst_grad = std::fmax(worst_grad, std::fabs(got));
           continue;
         }
-        const long double v = m * value_of(logit, x[b * D + d]), g = -0.25L * m * slope_of(logit, x[b * D + d]);
-        sum += v, size += fabsl(v);
-        worst_grad = std::fmax(worst_grad, double(fabsl(got - g) / (is_half ? fabsl(g) + 1e-3L : 1)));
+        const double v = m * value_of(logit, x[b * D + d]), g = -0.25 * m * slope_of(logit, x[b * D + d]);
+        sum += v, size += std::fabs(v);
+        worst_grad = std::fmax(worst_grad, std::fabs(got - g) / (is_half ? std::fabs(g) + 1e-3 : 1));
       }
       double got = 0;
       for (int64_t s = 0; s < segments(D); ++s) got += out[row * segments(D) + s];
-      worst = std::fmax(worst, double(fabsl(got - sum) / size));
+      worst = std::fmax(worst, std::fabs(got - sum) / size);
     }
     c.at_most(worst, kRoundings * 3e-7, "log p of a row, relative to its absolute sum");
     c.at_most(worst_grad, is_half ? 0x1p-8 : 2e-7, "gradient of a row");
@@ -118,15 +121,15 @@ void samples(Checks& c, const KernelTable& t) {
     t.sample[0](p, 0, blocks);
     double worst = 0, worst_log_q = 0;
     for (int64_t row = 0; row < K * B; ++row) {
-      long double sum = 0, size = 1, density = 0;
+      double sum = 0, size = 1, density = 0;
       for (int64_t d = 0; d < D; ++d) {
-        const long double lv = logvar[row % B * D + d], zi = z[row * D + d];
-        const long double e = (zi - mu[row % B * D + d]) / expl(lv / 2);
+        const double lv = logvar[row % B * D + d], zi = z[row * D + d];
+        const double e = (zi - mu[row % B * D + d]) / std::exp(lv / 2);
         sum += (e * e - zi * zi + lv) / 2, size += e * e + zi * zi;
-        density -= (e * e + lv + logl(2 * M_PIl)) / 2;
+        density -= (e * e + lv + std::log(2 * M_PI)) / 2;
       }
-      worst_log_q = std::fmax(worst_log_q, double(fabsl(log_q[row] - density) / size));
-      worst = std::fmax(worst, double(fabsl(ratio[row] - sum) / size));
+      worst_log_q = std::fmax(worst_log_q, std::fabs(log_q[row] - density) / size);
+      worst = std::fmax(worst, std::fabs(ratio[row] - sum) / size);
     }
     c.at_most(worst, 3e-6, "log ratio of the samples that came");
     c.at_most(worst_log_q, 3e-6, "log density of the samples that came");
@@ -156,22 +159,22 @@ void shared_gradients(Checks& c, const KernelTable& t, int64_t D) {
     p.shared_grad[1] = {sums.data(), scalar, scalar ? segments(D) : D};
     t.log_prob[gaussian][1][0](p, 0, chunks * segments(D));
     double worst = 0, total = 0, size = 1;
-    long double all = 0;
+    double all = 0;
     for (int64_t d = 0; d < D; ++d) {
-      long double exact = 0, terms = 1e-3L;
+      double exact = 0, terms = 1e-3;
       for (int64_t row = 0; row < K * B; ++row) {
-        const long double delta = x[row % B * D + d] - mean[row * D + d];
-        const long double term = -0.25L * (delta * delta * expl(-logvar[d]) - 1);
-        exact += term, terms += fabsl(term);
+        const double delta = x[row % B * D + d] - double(mean[row * D + d]);
+        const double term = -0.25 * (delta * delta * std::exp(-double(logvar[d])) - 1);
+        exact += term, terms += std::fabs(term);
       }
-      all += exact, size += double(terms);
+      all += exact, size += terms;
       if (scalar) continue;
       double got = 0;
       for (int64_t i = 0; i < chunks; ++i) got += sums[i * D + d];
-      worst = std::fmax(worst, double(fabsl(got - exact) / terms));
+      worst = std::fmax(worst, std::fabs(got - exact) / terms);
     }
     for (int64_t i = 0; scalar && i < chunks * segments(D); ++i) total += sums[i];
-    if (scalar) worst = double(fabsl(total - all) / size);
+    if (scalar) worst = std::fabs(total - all) / size;
     c.at_most(worst, 1e-6, scalar ? "gradient of one number" : "gradient that rows share");
   }
 }
@@ -197,23 +200,23 @@ void multi_sample(Checks& c, const KernelTable& t, int64_t D) {
   t.multi_sample[0][0][0](p, 0, B);
   double worst = 0, worst_grad = 0, worst_gate = 0;
   for (int64_t b = 0; b < B; ++b) {
-    std::vector<long double> log_w(K);
-    long double sum = 0, top = -INFINITY;
+    std::vector<double> log_w(K);
+    double sum = 0, top = -INFINITY;
     for (int64_t k = 0; k < K; ++k) {
       log_w[k] = ratio[k * B + b];
       for (int64_t d = 0; d < D; ++d) log_w[k] += value_of(l[(k * B + b) * D + d], x[b * D + d]);
       top = std::max(top, log_w[k]);
     }
-    for (int64_t k = 0; k < K; ++k) sum += expl(log_w[k] - top);
-    worst = std::fmax(worst, double(fabsl(bound[b] - (top + logl(sum / K))) / (1 + fabsl(top))));
+    for (int64_t k = 0; k < K; ++k) sum += std::exp(log_w[k] - top);
+    worst = std::fmax(worst, std::fabs(bound[b] - (top + std::log(sum / K))) / (1 + std::fabs(top)));
     for (int64_t k = 0; k < K; ++k) {
-      const long double a = expl(log_w[k] - top) / sum;
-      worst_gate = std::fmax(worst_gate, double(fabsl(gates[k * B + b] - (a - 1))));
-      worst_gate = std::fmax(worst_gate, double(fabsl(gates[(K + k) * B + b] + 1)));
+      const double a = std::exp(log_w[k] - top) / sum;
+      worst_gate = std::fmax(worst_gate, std::fabs(gates[k * B + b] - (a - 1)));
+      worst_gate = std::fmax(worst_gate, std::fabs(gates[(K + k) * B + b] + 1));
       for (int64_t d = 0; d < D; ++d) {
         const int64_t i = (k * B + b) * D + d;
-        const long double exact = -a / B * slope_of(l[i], x[b * D + d]);
-        worst_grad = std::fmax(worst_grad, double(fabsl(grad[i] - exact)));
+        const double exact = -a / B * slope_of(l[i], x[b * D + d]);
+        worst_grad = std::fmax(worst_grad, std::fabs(grad[i] - exact));
       }
     }
   }
@@ -264,48 +267,80 @@ void mixture(Checks& c, const KernelTable& t, int64_t N, int64_t C, int64_t M, b
   t.mixture_sums[0](s, 0, C);
 
   struct Sum {
-    long double exact = 0, terms = 1;
-    void operator+=(long double term) { exact += term, terms += fabsl(term); }
+    double exact = 0, terms = 1;
+    void operator+=(double term) { exact += term, terms += std::fabs(term); }
   };
   std::vector<Sum> exact_z(N * M), exact_mu(C * M), exact_logvar(C * M), exact_weights(C);
-  long double worst = 0;
+  double worst = 0;
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t g = 0; g < groups; ++g) {
-      std::vector<long double> terms(C);
-      long double top = -INFINITY, sum = 0;
+      std::vector<double> terms(C);
+      double top = -INFINITY, sum = 0;
       for (int64_t k = 0; k < C; ++k) {
         terms[k] = weights[k];
         for (int64_t m = g; m < g + dims; ++m) {
-          const long double delta = z[n * M + m] - static_cast<long double>(mu[k * M + m]), lv = logvar[k * M + m];
-          terms[k] -= 0.5L * (delta * delta * expl(-lv) + lv + logl(2 * acosl(-1.0L)));
+          const double delta = z[n * M + m] - double(mu[k * M + m]), lv = logvar[k * M + m];
+          terms[k] -= 0.5 * (delta * delta * std::exp(-lv) + lv + std::log(2 * M_PI));
         }
         top = std::max(top, terms[k]);
       }
-      for (const long double term : terms) sum += expl(term - top);
-      const long double total = top + logl(sum);
-      worst = std::max(worst, fabsl(log_p[g * N + n] - total) / (1 + fabsl(total)));
+      for (const double term : terms) sum += std::exp(term - top);
+      const double total = top + std::log(sum);
+      worst = std::max(worst, std::fabs(log_p[g * N + n] - total) / (1 + std::fabs(total)));
       for (int64_t k = 0; k < C; ++k) {
-        const long double r = up[g * N + n] * expl(terms[k] - total);
+        const double r = up[g * N + n] * std::exp(terms[k] - total);
         exact_weights[k] += r;
         for (int64_t m = g; m < g + dims; ++m) {
-          const long double delta = z[n * M + m] - static_cast<long double>(mu[k * M + m]);
-          const long double pull = delta * expl(-static_cast<long double>(logvar[k * M + m]));
+          const double delta = z[n * M + m] - double(mu[k * M + m]);
+          const double pull = delta * std::exp(-double(logvar[k * M + m]));
           exact_z[n * M + m] += -r * pull, exact_mu[k * M + m] += r * pull;
-          exact_logvar[k * M + m] += 0.5L * r * (delta * pull - 1);
+          exact_logvar[k * M + m] += 0.5 * r * (delta * pull - 1);
         }
       }
     }
   }
   const auto compare = [&](const std::vector<float>& got, const std::vector<Sum>& exact, const char* what) {
-    long double error = 0;
-    for (size_t i = 0; i < got.size(); ++i) error = std::max(error, fabsl(got[i] - exact[i].exact) / exact[i].terms);
+    double error = 0;
+    for (size_t i = 0; i < got.size(); ++i)
+      error = std::max(error, std::fabs(got[i] - exact[i].exact) / exact[i].terms);
     // an error of t moves every responsibility by that much, relatively
-    c.at_most(double(error), kRoundings * (1e-6 + 2e-7 * double(dims)), what);
+    c.at_most(error, kRoundings * (1e-6 + 2e-7 * double(dims)), what);
   };
-  c.at_most(double(worst), kRoundings * 5e-7, "log density of a mixture");
+  c.at_most(worst, kRoundings * 5e-7, "log density of a mixture");
   compare(grad_z, exact_z, "its gradient by z"), compare(grad_mu, exact_mu, "its gradient by mu");
   compare(grad_logvar, exact_logvar, "its gradient by logvar");
   compare(grad_weights, exact_weights, "its gradient by the weights");
+}
+
+// Normals as their bits, to standard output; of a file with those of another machine, how far these are from them.
+void normals(Checks& c, const char* path) {
+  const int64_t seed = 99, D = 1 << 20;
+  std::vector<float> zeros(D), z(D), others(D);
+  double log_ratio = 0, log_q = 0;
+  SampleParams p;
+  p.q.B = 1, p.q.D = D, p.seed = &seed;
+  p.q.mu = p.q.logvar = view(zeros.data(), DType::f32, 0, D, D);
+  p.z = view(z.data(), DType::f32, 0, D, D), p.log_ratio = &log_ratio, p.log_q = &log_q;
+  kernels().sample[0](p, 0, 1);
+  if (!path) {
+    std::fwrite(z.data(), sizeof(float), z.size(), stdout);
+    return;
+  }
+  std::FILE* file = std::fopen(path, "rb");
+  c.expect(file && std::fread(others.data(), sizeof(float), others.size(), file) == others.size(), path, 0, 0);
+  if (file) std::fclose(file);
+  const auto place = [](float f) {  // among all floats, in their order
+    int32_t bits;
+    std::memcpy(&bits, &f, 4);
+    return int64_t(bits < 0 ? INT32_MIN - bits : bits);
+  };
+  int64_t worst = 0, differ = 0;
+  for (int64_t i = 0; i < D; ++i) {
+    const int64_t ulps = std::abs(place(z[i]) - place(others[i]));
+    worst = std::max(worst, ulps), differ += ulps != 0;
+  }
+  std::printf("%lld of %lld normals differ, by at most %lld ulp\n", (long long)differ, (long long)D, (long long)worst);
+  c.at_most(double(worst), 4, "ulps between normals");
 }
 
 }  // namespace
@@ -326,12 +361,12 @@ constexpr bool kWidestAlone = true;
 constexpr bool kWidestAlone = false;
 #endif
 
-int main(int argc, char**) {
+int main(int argc, char** argv) {
   Checks c;
-  if (argc > 1) {  // `fastelbo_tests broken`
-    split_broken(c);
-    return c.failed != 0;
-  }
+  const std::string what = argc > 1 ? argv[1] : "";
+  if (what == "broken") split_broken(c);
+  if (what == "normals") normals(c, argv[2]);
+  if (what == "broken" || what == "normals") return c.failed != 0;
   int skipped = 0;
   for (int i = 0; i < isa_count(); ++i) {
     const IsaInfo& isa = isa_info(i);
@@ -363,7 +398,7 @@ int main(int argc, char**) {
     }
     split_anywhere(c, isa.table());
     samples(c, isa.table());
-    split(c, isa.table());
+    split(c, isa.table(), what == "quick");
   }
   std::printf("%d passed, %d failed, %d skipped\n", c.passed, c.failed, skipped);
   return c.failed != 0;

@@ -22,6 +22,8 @@ FASTELBO_HD Lanes mul_wide(Lanes a, Lanes b) {
   return Lanes(_mm256_mul_epu32(__m256i(a), __m256i(b)));
 #elif FASTELBO_HAS_SSE
   return Lanes(_mm_mul_epu32(__m128i(a), __m128i(b)));
+#elif FASTELBO_HAS_NEON
+  return Lanes(vmull_u32(vmovn_u64(uint64x2_t(a)), vmovn_u64(uint64x2_t(b))));
 #else
   const Lanes low = Lanes{} + 0xffffffffu;
   return (a & low) * (b & low);

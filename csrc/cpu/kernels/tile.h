@@ -37,20 +37,33 @@ FASTELBO_HD To convert_out(T v) {
   }
 }
 
+// Several halves at a time: the compiler does not vectorize the scalar conversion.
 #if FASTELBO_HAS_F16C
-// Eight halves at a time: the compiler does not vectorize the scalar conversion.
+#define FASTELBO_HALVES 8
+FASTELBO_HD void halves_in(float* to, const Half* from) {
+  _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+FASTELBO_HD void halves_out(Half* to, const float* from) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(_mm256_loadu_ps(from), 0));
+}
+#elif FASTELBO_HAS_NEON
+#define FASTELBO_HALVES 4
+FASTELBO_HD void halves_in(float* to, const Half* from) {
+  vst1q_f32(to, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&from->bits))));
+}
+FASTELBO_HD void halves_out(Half* to, const float* from) {
+  vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from))));
+}
+#endif
+#ifdef FASTELBO_HALVES
 inline void halves_in(float* __restrict to, const Half* __restrict from, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  }
+  for (; i + FASTELBO_HALVES <= n; i += FASTELBO_HALVES) halves_in(to + i, from + i);
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 inline void halves_out(Half* __restrict to, const float* __restrict from, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-  }
+  for (; i + FASTELBO_HALVES <= n; i += FASTELBO_HALVES) halves_out(to + i, from + i);
   for (; i < n; ++i) to[i] = to_half(from[i]);
 }
 inline void halves_out(Half* __restrict to, const double* __restrict from, int64_t n) {  // rare
@@ -86,7 +99,7 @@ inline void gather(T* __restrict to, const View& v, const From* from, int64_t be
     const From* __restrict p = from + offset;
     T* __restrict q = to + index;
     if (step == 1) {
-#if FASTELBO_HAS_F16C
+#ifdef FASTELBO_HALVES
       if constexpr (__is_same(From, Half) && __is_same(T, float)) return halves_in(q, p, count);
 #endif
 #pragma omp simd
@@ -107,7 +120,7 @@ inline void scatter(const T* __restrict from, const View& v, To* to, int64_t beg
     To* __restrict p = to + offset;
     const T* __restrict q = from + index;
     if (step == 1) {
-#if FASTELBO_HAS_F16C
+#ifdef FASTELBO_HALVES
       if constexpr (__is_same(To, Half)) return halves_out(p, q, count);
 #endif
 #pragma omp simd

@@ -24,7 +24,7 @@
 #define FASTELBO_HAS_SSE (FASTELBO_X86_LEVEL >= 2)
 #define FASTELBO_HAS_F16C (FASTELBO_X86_LEVEL >= 3)  // converts eight half-precision numbers at a time
 #if defined(__aarch64__) && !defined(__CUDACC__)
-#define FASTELBO_HAS_NEON 1  // converts four
+#define FASTELBO_HAS_NEON 1  // converts four; bfloat16 is shifted, since only ARMv8.6 converts it
 #else
 #define FASTELBO_HAS_NEON 0
 #endif

@@ -425,7 +425,7 @@ void split(Checks& c, const KernelTable& t, bool quick) {
   for (const bool is_double : {false, true}) {
     for (const int64_t D : {1, 2, 3, 8, 15, 16, 17, 34, 70, 511, 512, 514, 1030, 4096, 4098, 8200}) {
       for (const Shape& s : {Shape{1, 1, D}, Shape{1, 5, D}, Shape{3, 2, D}, Shape{70, 9, D}}) {
-        if (s.K * s.B * s.D > (quick ? 2000 : 50000)) continue;
+        if (s.K * s.B * s.D > (quick ? 1000 : 50000)) continue;
         for (int i = 0; i < 3; ++i) log_prob(c, t, s, is_double, turn += 5);
         for (int i = 0; i < 3; ++i) latent(c, t, s, is_double, turn += 5);
         log_mean_exp(c, t, s, is_double);

@@ -71,11 +71,12 @@ struct BetaBinomialOf {
     return stirling(z);
   }
 
-  // log gamma(z + k) - log gamma(z) and the like: what Stirling's series adds for z, to sign times it, and to digamma
+  // log gamma(z + k) - log gamma(z) and the like: what Stirling's series adds for z, to sign times it, and to digamma.
+  // 0 of equal ones: a compiler may fuse the last product of either into the difference.
   template <class T>
   FASTELBO_HD static void add_pair(T from, T to, T& value, T& slope) {
     const Stirling<T> of_from = stirling_of(from), of_to = stirling_of(to);
-    value = of_to.tail - of_from.tail;
+    value = to == from ? T(0) : of_to.tail - of_from.tail;
     slope = T(0.5) * ((to - from) / from / to) + (of_from.digamma - of_to.digamma);
   }
 

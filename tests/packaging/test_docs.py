@@ -43,12 +43,13 @@ def test_docstrings_keep_their_characters(site: Path) -> None:
     assert "[B, *event] or [K, B, *event]" in (site / "fastelbo.html").read_text()
 
 
+class Undocumented:
+    """A class."""
+
+    def method(self) -> None: ...
+
+
 def test_a_public_name_without_a_docstring_is_refused() -> None:
-    class Undocumented:
-        """A class."""
-
-        def method(self) -> None: ...
-
     module = types.ModuleType("module", "A module.")
     module.Undocumented, module.__all__ = Undocumented, ["Undocumented"]
     with pytest.raises(ValueError, match=r"need a docstring: .*Undocumented\.method"):

@@ -37,25 +37,25 @@ struct Panels {
   typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
   Vector v[kVectors];
 
-  static FASTELBO_HD Unaligned& at(T* p, int i) { return *reinterpret_cast<Unaligned*>(p + i * kLength); }
-  static FASTELBO_HD const Unaligned& at(const T* p, int i) {
-    return *reinterpret_cast<const Unaligned*>(p + i * kLength);
-  }
+  // By value: a reference would lose the alignment of its type with clang.
+  static FASTELBO_HD Vector load(const T* p, int i) { return *reinterpret_cast<const Unaligned*>(p + i * kLength); }
+  static FASTELBO_HD void store(T* p, int i, Vector x) { *reinterpret_cast<Unaligned*>(p + i * kLength) = x; }
+
   FASTELBO_HD explicit Panels(const T* p) {
     FASTELBO_UNROLL(16)
-    for (int i = 0; i < kVectors; ++i) v[i] = at(p, i);
+    for (int i = 0; i < kVectors; ++i) v[i] = load(p, i);
   }
   FASTELBO_HD void store(T* p) const {
     FASTELBO_UNROLL(16)
-    for (int i = 0; i < kVectors; ++i) at(p, i) = v[i];
+    for (int i = 0; i < kVectors; ++i) store(p, i, v[i]);
   }
   FASTELBO_HD void add(T factor, const T* p) {
     FASTELBO_UNROLL(16)
-    for (int i = 0; i < kVectors; ++i) v[i] += factor * at(p, i);
+    for (int i = 0; i < kVectors; ++i) v[i] += factor * load(p, i);
   }
   FASTELBO_HD void add_to(T factor, T* p) const {
     FASTELBO_UNROLL(16)
-    for (int i = 0; i < kVectors; ++i) at(p, i) += factor * v[i];
+    for (int i = 0; i < kVectors; ++i) store(p, i, load(p, i) + factor * v[i]);
   }
 };
 

@@ -1,6 +1,6 @@
 # make demo          trains a VAE on handwritten digits with the fused loss and with plain PyTorch, side by side
 # make test          C++ tests, then Python tests; PYTHON=python3.12 TORCH=2.11.0: with those, in a folder of build
-# make test-clang    the C++ tests and the tests of the ops with clang++, in build/clang; CLANG=clang++-19: with that one
+# make test-clang    the C++ tests and the tests of the ops with clang++, in a copy; CLANG=clang++-19: with that one
 # make test-all      the slow tests too (every instruction set, all kernels of CUDA on the host, Inductor), and the packages'
 # make bench         compares with eager PyTorch, torch.compile and other packages, in under 10 minutes
 # make bench-quick   a part of the benchmarks, in about 40 seconds
@@ -71,14 +71,15 @@ test-all: test test-integrations
 
 # -Werror also says which `omp simd` loop clang did not vectorize.
 CLANG_TESTS = elbo latent mixture multi_sample threads twins values
+CLANG_COPY = build/$(notdir $(CLANG))
 test-clang: export CXX = $(CLANG)
 test-clang: .venv/base .venv/dev
-	$(call copy,build/clang)
-	$(VENV) cd build/clang && FASTELBO_CUDA=0 CFLAGS=-Werror python setup.py build_ext --inplace
-	$(VENV) cd build/clang && cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$$(which python)
-	cmake --build build/clang/build/cmake
-	ctest --test-dir build/clang/build/cmake --output-on-failure
-	$(VENV) cd build/clang && python -m fastelbo info && python -m pytest -n auto --maxprocesses 8 --dist worksteal \
+	$(call copy,$(CLANG_COPY))
+	$(VENV) cd $(CLANG_COPY) && FASTELBO_CUDA=0 CFLAGS=-Werror python setup.py build_ext --inplace
+	$(VENV) cd $(CLANG_COPY) && cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$$(which python)
+	$(VENV) cmake --build $(CLANG_COPY)/build/cmake
+	$(VENV) ctest --test-dir $(CLANG_COPY)/build/cmake --output-on-failure
+	$(VENV) cd $(CLANG_COPY) && python -m fastelbo info && python -m pytest -n auto --maxprocesses 8 --dist worksteal \
 		-m "$(MARKS)" $(patsubst %,tests/ops/test_%.py,$(CLANG_TESTS))
 
 test-integrations: .venv/built .venv-integrations/base

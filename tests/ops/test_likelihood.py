@@ -24,6 +24,7 @@ from torch.nn.functional import logsigmoid
 
 import fastelbo
 from fastelbo import likelihoods
+from fastelbo._internal import domains
 from fastelbo.losses import likelihood_mean, likelihood_sample
 from fastelbo.reference import COUNTS, read_data
 
@@ -328,7 +329,10 @@ def test_infinity_comes_through(dtype):
         assert log_prob(name)(recon[:1], recon[:1]).isnan()
 
 
-def test_unknown_values_outside_the_unit_interval_are_nan():
+def test_unknown_values_outside_the_unit_interval_are_nan(monkeypatch):
+    """Where the values are not looked at, as in most calls."""
+    monkeypatch.setattr(domains, "_calls", {})
+    monkeypatch.setattr(domains, "FIRST", 0)
     probs = torch.tensor([-0.1, 1.1, 0.5])
     assert log_prob("bernoulli_probs")(probs, torch.tensor([0.5, 0.5, 0.5])).isnan().tolist() == [True, True, False]
 

@@ -100,8 +100,10 @@ TORCH_LIBRARY(fastelbo, m) {
       "_ppca_residual(Tensor x, Tensor basis, Tensor b, Tensor coords, Tensor mean, Tensor weight, bool[3] needs) "
       "-> (Tensor residual, Tensor cross, Tensor sum)");
 
-  // sparse: X [N, D] in the CSR form, int64 starts [N + 1], and columns, int32 or int64, which rise in every row. On
-  // the CPU alone. X matrix [N, M] of the matrix [D, M], in its dtype
+  // sparse: X [N, D] in the CSR form, int64 starts [N + 1], and columns, int32 or int64, which rise in every row;
+  // on the CPU alone
+  //
+  // X matrix [N, M] of the matrix [D, M], in its dtype
   m.def("_csr_matmul(Tensor starts, Tensor columns, Tensor values, Tensor matrix) -> Tensor");
   // X' matrix [D, M] of the matrix [N, M]
   m.def("_csr_matmul_t(Tensor starts, Tensor columns, Tensor values, Tensor matrix, SymInt D) -> Tensor");

@@ -137,8 +137,8 @@ class PPCA(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  #
         if sample_weight is not None:
             N = int(torch.count_nonzero(data.weights_of(sample_weight, N, torch.device("cpu"))))  # type: ignore[arg-type]
         fitted, solver = self._unfitted(), self.solver
-        if self.method == "eig" and solver == "auto":
-            solver = automatic(N, D, fitted.asked)
+        if self.method == "eig" and solver == "auto" and automatic(N, D, fitted.asked) == "full":
+            solver = "full"
         if self.method == "eig" and (solver == "covariance" or (solver == "full" and N > D)):
             return self._update(None, X, sample_weight)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))

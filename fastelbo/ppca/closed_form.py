@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from fastelbo.ppca import data
 from fastelbo.ppca.choice import Components, choose
 from fastelbo.ppca.data import Batch, Dataset, dense
-from fastelbo.ppca.krylov import krylov
+from fastelbo.ppca.krylov import BEYOND, krylov
 from fastelbo.ppca.moments import Moments, Sums
 from fastelbo.ppca.result import FitReport, Found, Parameters, best_of_subspace, canonical, check_components, check_rank
 from fastelbo.reference import read_data
@@ -23,6 +23,7 @@ EPS = torch.finfo(torch.float64).eps
 SOLVERS = ("auto", "full", "covariance", "krylov")
 LARGE = 1000  # rows and columns, from which on "krylov" is the faster one
 FEW = 5  # components: at most one in so many of the smaller size
+MODERATE = 5000  # the smaller size, up to which "auto" goes on to "full" where "krylov" does not converge
 
 
 def automatic(rows: float, D: int, M: Components) -> str:
@@ -40,6 +41,7 @@ def eig(
     With more than D rows, or for "covariance", the D by D covariance is summed over the batches; else the rows are
     kept, in their dtype, and the N by N Gram matrix gives the same eigenvalues.
     """
+    asked, in_memory = solver, dataset.is_array
     kept: list[Batch] = []  # as long as they are at most D rows
     moments: Moments | None = None
     sums = Sums()
@@ -48,6 +50,7 @@ def eig(
         if solver == "auto":
             again = dataset.again
             solver = automatic(dataset.rows, x.shape[1], dataset.n_components) if again else "full"
+        in_memory &= isinstance(x, Tensor)
         if solver == "krylov":
             sums.update(x, weight)
             continue
@@ -60,7 +63,12 @@ def eig(
                     moments.update(*kept.pop(0))
     solver = next((s for s in dataset.processes.gather(solver) if s != "auto"), "full")  # one may have no rows
     if solver == "krylov":
-        return krylov(dataset, sums.mean(dataset), min_sigma2, max_iter, tol, generator)
+        goes_on = asked == "auto" and in_memory and min(dataset.N, dataset.D) <= MODERATE
+        most = min(max_iter, _passes_like_full(dataset)) if goes_on else max_iter
+        found = krylov(dataset, sums.mean(dataset), min_sigma2, most, tol, generator)
+        return (
+            eig(dataset, min_sigma2, "full", max_iter, tol, generator) if goes_on and not found[1].converged else found
+        )
     if solver == "full" and dataset.N <= dataset.D:
         return _of_rows(kept, dataset, min_sigma2)
     moments = moments or Moments(dataset.D, dataset.device)
@@ -68,6 +76,15 @@ def eig(
         moments.update(*batch)
     moments.reduce(dataset.processes)
     return of_moments(moments, dataset.n_components, min_sigma2, solver)
+
+
+def _passes_like_full(dataset: Dataset) -> int:
+    """Those of "krylov" that take as long as "full", by operations: 4 N D n in float64, of twice the time, and some
+    20 n^3 for n = min(N, D) eigenvectors; 4 N D k, and 32 D k^2 to orthogonalize, for a pass with k vectors."""
+    N, D, M = dataset.N, dataset.D, dataset.n_components
+    assert isinstance(M, int)
+    n, k = min(N, D), M + BEYOND
+    return int((4 * N * D * n + 20 * n**3) / (4 * D * k * (N + 8 * k)))
 
 
 def of_moments(moments: Moments, n_components: Components, min_sigma2: float, solver: str = "full") -> Found:

@@ -67,15 +67,15 @@ def matrix(X: Any, name: str, shape: str = "[N, D]") -> Tensor:
     return x
 
 
-def _equal_weights(x: Tensor | Rows) -> Tensor:
-    return torch.ones((), dtype=torch.float64, device=x.device).expand(len(x))
-
-
-def weighted(X: object, sample_weight: object) -> Batch:
-    """The rows of X [N, D] whose weight is not 0, and their weights; None is 1 each."""
-    x = matrix(X, "X").detach()
+def weighted(X: object, sample_weight: object, name: str = "X") -> AnyBatch:
+    """The rows of X [N, D], dense or sparse, whose weight is not 0, and their weights; None is 1 each."""
+    rows = Rows.of(X)
+    read = matrix(X if rows is None else rows.values.new_zeros(0, rows.shape[1]), name)
+    x = read.detach() if rows is None else rows
     w = weights_of(sample_weight, len(x), x.device)
-    return (x, _equal_weights(x)) if w is None else _positive(x, w)
+    if w is None:
+        return x, torch.ones((), dtype=torch.float64, device=x.device).expand(len(x))
+    return (x, w) if bool(w.all()) else (x[w > 0], w[w > 0])
 
 
 def weights_of(sample_weight: object, N: int, device: torch.device) -> Tensor | None:
@@ -91,18 +91,6 @@ def weights_of(sample_weight: object, N: int, device: torch.device) -> Tensor | 
     if not bool(w.any()):
         raise ValueError(f"sample_weight must have a weight that is not zero; all {len(w)} are")
     return w
-
-
-def _positive(x: Tensor, w: Tensor) -> Batch:
-    return (x, w) if bool(w.all()) else (x[w > 0], w[w > 0])
-
-
-def _sparse(rows: Rows, name: str, sample_weight: object = None) -> AnyBatch:
-    matrix(rows.values.new_zeros(0, rows.shape[1]), name)  # its errors
-    w = weights_of(sample_weight, len(rows), rows.device)
-    if w is None or bool(w.all()):
-        return rows, _equal_weights(rows) if w is None else w
-    return rows[w > 0], w[w > 0]
 
 
 def dense(batches: Iterable[AnyBatch]) -> Iterator[Batch]:
@@ -146,16 +134,15 @@ def batches_of(X: Any) -> Any:
 
 def rows_of(X: Any, sample_weight: object) -> Iterable[Batch]:
     """The rows of one array or sparse matrix X [N, D] whose weight is not 0, with their weights, dense, in pieces."""
-    rows = Rows.of(X)
-    return dense(pieces(*(weighted(X, sample_weight) if rows is None else _sparse(rows, "X", sample_weight))))
+    return dense(pieces(*weighted(X, sample_weight)))
 
 
 def _batches(X: Any, anew: str, sample_weight: Any) -> Callable[[], Iterable[AnyBatch]]:
     """X, an array or an iterable of batches, as a function that starts a new pass over the data; anew: what asks for
     several, or nothing."""
     X = batches_of(X)
-    if (sparse := Rows.of(X)) is not None or _is_array(X):
-        rows = weighted(X, sample_weight) if sparse is None else _sparse(sparse, "X", sample_weight)
+    if _is_array(X):
+        rows = weighted(X, sample_weight)
         return lambda: [rows]
     if sample_weight is not None:
         raise TypeError(f"sample_weight must be None unless X is one array; X is {type(X).__name__}")
@@ -171,17 +158,12 @@ def _batches(X: Any, anew: str, sample_weight: Any) -> Callable[[], Iterable[Any
         for batch in X:
             # a DataLoader of a TensorDataset gives lists: data, and labels
             batch = batch[0] if isinstance(batch, tuple | list) else batch
-            if (sparse := Rows.of(batch)) is not None:
-                yield _sparse(sparse, "a batch of X")
-                continue
-            rows = _numbers(batch, "a batch of X", "[n, D]")
-            if rows.dim() < 2:
+            if (rows := Rows.of(batch)) is None and (batch := _numbers(batch, "a batch of X", "[n, D]")).dim() < 2:
                 raise ValueError(
                     f"X must be one array, or an iterable of batches [n, D]; got {type(X).__name__} of single rows: "
                     "give numpy.asarray(X), or torch.stack(X) of tensors"
                 )
-            x = matrix(rows, "a batch of X").detach()
-            yield x, _equal_weights(x)
+            yield weighted(batch if rows is None else rows, None, "a batch of X")
 
     return batches
 
@@ -234,6 +216,7 @@ class Dataset:
         # what is known before the first pass: whether there may be another one, and of how many rows
         shape = getattr(X, "shape", None)
         self.again = shape is not None or not isinstance(X, Iterator)
+        self.is_array = _is_array(X) and processes.group is None
         self.rows = math.inf if shape is None or processes.group is not None else int(shape[0])
         processes.agree("n_components", n_components)
 

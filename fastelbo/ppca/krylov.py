@@ -98,13 +98,15 @@ class _Rows:
         squares = torch.zeros((), dtype=torch.float64, device=block.device)
         # float64 has the digits that are left of the trace once the first eigenvalues are taken off
         traced = not math.isnan(self.trace) and dtype != torch.float64
+        shift = self.mean @ block.double()  # sparse rows are centered by what the mean would give, and their sums
+        sums = torch.zeros_like(shift)
         size = max(16, PIECE_ELEMENTS // len(center))
         for piece, weights in self._dataset.pieces():
             equal = weights.stride(0) == 0
             if isinstance(piece, Rows):
-                y = piece @ block - (self.mean @ block.double()).to(dtype)
-                y *= weights.to(dtype)[:, None]
-                found += piece.transposed_matmul(y).double() - self.mean[:, None] * y.sum(0, dtype=torch.float64)
+                y = (piece @ block - shift.to(dtype)) * weights.to(dtype)[:, None]
+                found += piece.transposed_matmul(y).double()
+                sums += y.sum(0, dtype=torch.float64)
                 if not traced:
                     distance = piece.squares() - 2 * (piece @ self.mean[:, None])[:, 0] + self.mean @ self.mean
                     squares += weights @ distance
@@ -119,6 +121,7 @@ class _Rows:
                 found += factor * (r.mT @ (r @ block)).double()
                 if not traced:
                     squares += factor * r.square().sum(0, dtype=torch.float64).sum()
+        found.addr_(self.mean, sums, alpha=-1)
         total = self._dataset.N  # the mean of the weights of a pass is 1
         self._dataset.processes.sum(found, *([] if traced else [squares]))
         if not traced:

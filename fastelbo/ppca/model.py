@@ -399,7 +399,8 @@ class PPCA(nn.Module):
                 else. "covariance" does so by the D by D covariance alone, without scaling the columns: a third of the
                 time for D^3. "krylov" takes O(N D M) per pass and no D by D matrix: the first M eigenvectors, by block
                 Krylov iterations. "auto" is "krylov" from 1,000 rows and columns on, if M is at most a fifth of them
-                and X can be read again; else "full".
+                and X can be read again; else "full". Of a dense array of at most 5,000 rows or columns, it goes on to
+                "full" where "krylov" has taken as long and did not converge.
 
         Returns:
             self, with a new `fit_report`.

@@ -18,6 +18,7 @@ from fastelbo.likelihoods import LOG_2PI
 from fastelbo.ppca.algebra import product
 from fastelbo.ppca.result import Parameters
 from fastelbo.ppca.sparse import Rows
+from fastelbo.reference import compute_dtype
 
 # of |x|^2 + |b|^2: where less is left orthogonal to W, differences of squares have lost the digits that a float32, or a
 # float64, result has, and the row is read as a dense one
@@ -55,25 +56,25 @@ def by_rows(method: _F) -> _F:
             return method(self, tile.numpy() if rows.is_numpy else tile, *latents)
 
         W, _, log_sigma2 = parameters = self._values(x)
-        dense(rows.values.new_zeros(0, rows.shape[1]), *(t[:0] for t in latents))  # its errors
+        none = rows.values.new_zeros(0, rows.shape[1])
+        self._with_latents(none, *(t[:0] for t in latents)) if latents else self._data(none)  # their errors
         given = [t for t in (*parameters, *latents) if isinstance(t, Tensor)]
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
         if wants_grad or rows.device.type != "cpu" or bool(rows.values.isnan().any()):
             return _of_tiles(rows, dense, latents)
         with torch.no_grad():
-            row, short, exact = shortened(rows, parameters, SHARE[W.dtype if W.dtype in SHARE else torch.float32])
+            row, short, exact = shortened(rows, parameters, SHARE[compute_dtype(W)])
             found = method(self._of(short), row, *(torch.as_tensor(t).double() for t in latents))
-            parts = list(found) if isinstance(found, tuple) else [found]
+            first, *others = found if isinstance(found, tuple) else (found,)
             if is_density:
-                parts[0] += (len(W) - row.shape[1]) * -0.5 * (LOG_2PI + log_sigma2.double())
-            first = parts[0] = parts[0].to(W.dtype)
+                first = first + (len(W) - row.shape[1]) * -0.5 * (LOG_2PI + log_sigma2.double())
+            first, *others = (t.to(W.dtype) for t in (first, *others))
             for a, b, tile in rows.tiles(where=~exact):
                 left = ~exact[a:b]
                 part = dense(tile[left], *(t[a:b][left] for t in latents))
-                first[a:b][left] = torch.as_tensor(part[0] if isinstance(found, tuple) else part)
-        parts = [t.to(W.dtype) for t in parts]
-        results = tuple(t.numpy() if rows.is_numpy else t for t in parts)
-        return results if isinstance(found, tuple) else results[0]
+                first[a:b][left] = torch.as_tensor(part[0] if others else part)
+        results = tuple(t.numpy() if rows.is_numpy else t for t in (first, *others))
+        return results if others else results[0]
 
     return cast(_F, call)
 

@@ -29,6 +29,8 @@ class Rows:
     @classmethod
     def of(cls, X: Any) -> "Rows | None":
         """Of a sparse matrix of scipy, or a torch tensor of the layouts CSR, CSC or COO; None of anything else."""
+        if isinstance(X, Rows):
+            return X
         if isinstance(X, Tensor):
             if X.layout is torch.strided or X.dim() != 2:
                 return None

@@ -459,6 +459,23 @@ def _inputs(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float3
     return x.detach(), [recon, *(t for t in others if t is not None)]
 
 
+def _rounding(name: str, x: Tensor, parameters: list[Tensor]) -> Tensor:
+    """The relative error of the gradients in units of eps [..., D], where a compiler fuses other products in the loop
+    for another kind of x. The responsibilities of a mixture have that of a difference of two log p."""
+    if name != "nb_mixture":
+        return torch.ones(x.shape)
+    first, second, theta, _, counts = (t.detach().double().reshape(-1, 1) for t in (*parameters, x))
+    a, b = (fastelbo.log_prob((mean, theta), counts, likelihood="nb_mean").abs() for mean in (first, second))
+    return (1 + a + b).view_as(x)
+
+
+def _assert_rounded(found: Tensor, expected: Tensor, units: Tensor | int) -> None:
+    """Equal but for so many eps, relative, or absolute where that is more."""
+    allowed = units * torch.finfo(found.dtype).eps * expected.double().abs().clamp_min(1)
+    off = (found.double() - expected.double()).abs() - allowed
+    assert (off <= 0).all(), f"{off.max():.1e} beyond what is allowed"
+
+
 @every_likelihood
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_integers_are_the_counts_themselves(name, dtype):
@@ -469,17 +486,18 @@ def test_integers_are_the_counts_themselves(name, dtype):
     if len(learned) < len(parameters):  # of so many trials
         parameters[-1] = parameters[-1] + 33_000
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    expected = _found(name, x.to(compute).requires_grad_(), *parameters)[:-1]
+    expected, units = _found(name, x.to(compute).requires_grad_(), *parameters)[:-1], _rounding(name, x, parameters)
     for kind in (*COUNTS, torch.uint8):
         data = x.to(kind)
         if kind == torch.uint8:
             expected = _found(name, data.to(compute).requires_grad_(), *parameters)[:-1]
+            units = _rounding(name, data, parameters)
         for laid in (data, data.T.contiguous().T):
             value = fastelbo.log_prob(joined(*parameters), laid, likelihood=name)
             found = [value.detach(), *torch.autograd.grad(value.sum(), learned)]
-            for a, b in zip(found, expected, strict=True):
-                tolerance = 16 * torch.finfo(a.dtype).eps
-                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+            _assert_rounded(found[0], expected[0], 16)
+            for a, b in zip(found[1:], expected[1:], strict=True):
+                _assert_rounded(a, b, 16 * units)
 
 
 @every_likelihood
@@ -500,7 +518,7 @@ def test_what_is_no_count_has_probability_0(name, dtype):
     """-inf with a gradient of 0, in a row of others too; NaN stays NaN; under a mask neither is read."""
     for bad, expected in ((-1.0, -inf), (-0.5, -inf), (-inf, -inf), (inf, -inf), (nan, nan)):
         x, parameters = _inputs(name, (3, 41), dtype)
-        clean = _found(name, x.clone().requires_grad_(), *parameters)
+        clean, units = _found(name, x.clone().requires_grad_(), *parameters), _rounding(name, x, parameters)
         x[1, 17] = bad
         value, *grads = _found(name, x.clone().requires_grad_(), *parameters)
         assert value[1].item() == expected or (math.isnan(expected) and value[1].isnan())
@@ -513,8 +531,7 @@ def test_what_is_no_count_has_probability_0(name, dtype):
         assert masked.isfinite().all()
         learned = [t for t in parameters if t.requires_grad]
         for g, c in zip(torch.autograd.grad(masked.sum(), learned), clean[1:], strict=False):
-            tolerance = 4 * torch.finfo(dtype).eps
-            torch.testing.assert_close(g[keep], c[keep], rtol=tolerance, atol=tolerance)
+            _assert_rounded(g[keep], c[keep], 4 * units[keep])
             assert g[1, 17] == 0
 
 

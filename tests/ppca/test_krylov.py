@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -115,6 +116,21 @@ def test_auto_is_krylov_for_few_components_of_large_data(monkeypatch):
     assert solver(x, 25) == "full"  # many components
     assert solver(x[:100]) == "full"  # few rows
     assert solver(iter(x.split(100))) == "full"  # which can be read once
+
+
+def test_auto_goes_on_to_full_where_krylov_does_not_converge(monkeypatch):
+    """But for what "full" would hold in memory: sparse data, batches."""
+    monkeypatch.setattr(closed_form, "LARGE", 120)
+    x = rows(torch.cat([torch.full((40,), 5.0, dtype=F64), torch.ones(80, dtype=F64)]), 400)
+    found, exact = PPCA(8).fit(x), PPCA(8).fit(x, solver="full")
+    assert found.fit_report.solver == "full" and found.fit_report.converged
+    assert all(torch.equal(p, q) for p, q in zip(found.parameters(), exact.parameters(), strict=True))
+    for X in (scipy.sparse.csr_array(x), list(x.split(100))):
+        with pytest.warns(RuntimeWarning, match="The solver krylov did not converge"):
+            PPCA(8).fit(X, max_iter=30)
+    monkeypatch.setattr(closed_form, "MODERATE", 119)
+    with pytest.warns(RuntimeWarning, match="The solver krylov did not converge"):
+        PPCA(8).fit(x, max_iter=30)
 
 
 def test_what_is_no_solver_and_what_cannot_be_read_again():

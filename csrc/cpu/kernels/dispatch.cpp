@@ -29,13 +29,18 @@ const KernelTable& table();
 
 namespace {
 
+#ifdef FASTELBO_X86_ISAS
+bool has_f16c() {  // clang 14 knows no __builtin_cpu_supports("f16c")
+  unsigned leaf[4] = {};
+  __get_cpuid(1, &leaf[0], &leaf[1], &leaf[2], &leaf[3]);
+  return leaf[2] & bit_F16C;
+}
+#endif
+
 // In ascending order.
 const IsaInfo* isas(int* count) {
 #ifdef FASTELBO_X86_ISAS
-  unsigned leaf[4] = {};
-  __get_cpuid(1, &leaf[0], &leaf[1], &leaf[2], &leaf[3]);
-  const bool f16c = leaf[2] & bit_F16C;  // clang 14 knows no __builtin_cpu_supports("f16c")
-  static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
+  static const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   static const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const IsaInfo list[] = {

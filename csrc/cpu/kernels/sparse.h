@@ -29,7 +29,7 @@ struct CsrColumns {
   }
 };
 
-// Vectors [Count][64 / kVectorBytes] of a panel of 64 Count bytes, which stay in registers.
+// 64 kCount bytes of a row, which stay in registers.
 template <int kCount, class T>
 struct Panels {
   static constexpr int kVectors = kCount * 64 / kVectorBytes, kLength = kVectorBytes / int(sizeof(T));
@@ -59,7 +59,7 @@ struct Panels {
   }
 };
 
-// f(panel, lane) of every panel of up to 256 bytes, 128 with 16 registers of 16 bytes.
+// Calls f<kCount>(lane) for the lanes in panels of up to 256 bytes, 128 with 16 registers of 16 bytes.
 template <class T, class F>
 FASTELBO_HD void for_panels(int64_t lanes, F f) {
   constexpr int kMost = kVectorBytes == 16 ? 2 : 4;
@@ -69,7 +69,7 @@ FASTELBO_HD void for_panels(int64_t lanes, F f) {
   for (; lane < lanes; lane += kPanel) f.template operator()<1>(lane);
 }
 
-// Calls f(columns, numbers, n) for the numbers [begin, end) of X, in pieces.
+// Calls f(first, numbers, n) for the numbers [begin, end) of X, in pieces.
 template <class T, class F>
 FASTELBO_HD void for_chunks(const CsrParams& p, int64_t begin, int64_t end, F f) {
   alignas(64) T buffer[kCsrChunk];

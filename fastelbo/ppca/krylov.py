@@ -20,7 +20,8 @@ from fastelbo.reference import read_data
 
 BEYOND = 10  # vectors of a block beyond M
 BLOCKS = 8  # of a basis, at most
-PIECE_ELEMENTS = 1 << 19  # of the centered rows at a time, which two products read
+PIECE_ELEMENTS = 1 << 19  # of the centered rows at a time, which two products read; at least 3 k rows, since the sum
+# over pieces, [D, k] in float64, is read and written for every one
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -100,7 +101,7 @@ class _Rows:
         traced = not math.isnan(self.trace) and dtype != torch.float64
         shift = self.mean @ block.double()  # sparse rows are centered by what the mean would give, and their sums
         sums = torch.zeros_like(shift)
-        size = max(16, PIECE_ELEMENTS // len(center))
+        size = max(3 * block.shape[1], PIECE_ELEMENTS // len(center))
         for piece, weights in self._dataset.pieces():
             equal = weights.stride(0) == 0
             if isinstance(piece, Rows):

@@ -62,7 +62,7 @@ wheels: .venv/built .venv/dev
 	$(VENV) pip wheel --no-build-isolation --no-deps -w build/wheel .
 	$(VENV) pip install --no-deps --target build/wheel/tried build/wheel/*.whl
 	$(VENV) cd build/wheel/tried && grep "Requires-Dist: torch" fastelbo-*.dist-info/METADATA && python -m fastelbo info
-	$(VENV) auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' build/wheel/*.whl \
+	$(VENV) auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' build/wheel/*.whl \
 		-w dist/torch-$$(python -c "import torch; print('.'.join(torch.__version__.split('.')[:2]))")
 endif
 

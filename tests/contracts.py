@@ -34,6 +34,11 @@ def _r(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
+def _batch(b: int) -> int:
+    """Of the functions that take every pair of a batch."""
+    return min(max(b, 2), 4000)
+
+
 def _unit(*shape: int) -> Tensor:
     return torch.rand(shape, dtype=torch.float64) * 0.9 + 0.05
 
@@ -233,11 +238,12 @@ FUNCTIONS = {
         fastelbo.mixture_log_prob, lambda b, d: [_r(K, b, d), _r(3, d), 0.5 * _r(3, d), _r(K, 1, 1)]
     ),
     "total_correlation": Function(
-        lambda z, mu, lv: fastelbo.total_correlation(z, mu, lv, 50), lambda b, d: [_r(K, b, d), _r(b, d), _r(b, d)]
+        lambda z, mu, lv: fastelbo.total_correlation(z, mu, lv, 50),
+        lambda b, d: [_r(K, _batch(b), d), _r(_batch(b), d), _r(_batch(b), d)],
     ),
     "total_correlation, stratified": Function(
         lambda z, mu, lv: fastelbo.total_correlation(z, mu, lv, 500_000, weights="mss"),
-        lambda b, d: [_r(max(b, 2), d), _r(max(b, 2), d), _r(max(b, 2), d)],
+        lambda b, d: [_r(_batch(b), d), _r(_batch(b), d), _r(_batch(b), d)],
     ),
     "ppca_log_prob": Function(fastelbo.ppca_log_prob, lambda n, d: [_r(n, d), _r(d, 2), _r(d), _r()], roundings=2 + 2),
     "ppca_log_prob, missing": Function(

@@ -55,7 +55,10 @@ def mask_like(mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 def weighted(weight: float | Tensor, kl: Tensor) -> Tensor:
     """weight kl; a weight of 0 leaves nothing of an infinite KL, nor a gradient (0 times infinity is NaN)."""
-    return weight * torch.where(kl.isinf() & (weight == 0), 0.0, kl)
+    if isinstance(weight, Tensor):
+        return weight * torch.where(kl.isinf() & (weight == 0), 0.0, kl)
+    # torch 2.15 compiles a graph for each float of which a comparison is in the graph
+    return weight * (kl if weight != 0 else torch.where(kl.isinf(), 0.0, kl))
 
 
 def compiling() -> bool:

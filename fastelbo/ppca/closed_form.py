@@ -36,7 +36,8 @@ def automatic(rows: float, D: int, M: Components) -> str:
 def eig(
     dataset: Dataset, min_sigma2: float, solver: str, max_iter: int, tol: float, generator: Generator | None
 ) -> Found:
-    """The maximum. "krylov" sums the columns in its first pass; the others need no second one.
+    """The maximum. "krylov" sums the columns in its first pass; the others need no second one, but for "auto", which
+    goes on to "full" where "krylov" has taken as long.
 
     With more than D rows, or for "covariance", the D by D covariance is summed over the batches; else the rows are
     kept, in their dtype, and the N by N Gram matrix gives the same eigenvalues.
@@ -66,9 +67,9 @@ def eig(
         goes_on = asked == "auto" and in_memory and min(dataset.N, dataset.D) <= MODERATE
         most = min(max_iter, _passes_like_full(dataset)) if goes_on else max_iter
         found = krylov(dataset, sums.mean(dataset), min_sigma2, most, tol, generator)
-        return (
-            eig(dataset, min_sigma2, "full", max_iter, tol, generator) if goes_on and not found[1].converged else found
-        )
+        if found[1].converged or not goes_on:
+            return found
+        return eig(dataset, min_sigma2, "full", max_iter, tol, generator)
     if solver == "full" and dataset.N <= dataset.D:
         return _of_rows(kept, dataset, min_sigma2)
     moments = moments or Moments(dataset.D, dataset.device)

@@ -69,8 +69,9 @@ def test_every_function_and_op():
 @pytest.mark.slow
 @pytest.mark.parametrize("file", OPS)
 def test_file(file):
-    """Of the two half types one, but for the values of every function above."""
-    assert_passed(run(LIBRARY, file, "-k", f"not ({' or '.join(filter(None, (OPS[file], 'bfloat16')))})"))
+    """The half types in the likelihoods alone, and in the values of every function above: all read them alike."""
+    halves = "bfloat16" if file == "ops/test_likelihood.py" else "float16"
+    assert_passed(run(LIBRARY, file, "-k", f"not ({' or '.join(filter(None, (OPS[file], halves)))})"))
 
 
 def test_every_kernel_of_the_cpu_is_replaced():

@@ -65,8 +65,8 @@ def cuda_obstacle(sources: list[str]) -> str | None:
 
 
 PROBE = """
-#if !defined(__clang__) && __GNUC__ < 11 || defined(__clang__) && __clang_major__ < 14
-#error this is not g++ 11 or later, or clang 14 or later
+#if !defined(__clang__) && __GNUC__ < 12 || defined(__clang__) && __clang_major__ < 14
+#error this is not g++ 12 or later, or clang 14 or later
 #endif
 #include <Python.h>
 #include <vector>
@@ -165,7 +165,7 @@ if CUDA_CHOICE == "1" and obstacle:
 os.environ.setdefault("CXX", "g++")
 if COMPILES & set(sys.argv):  # what cannot work is refused here, before anything is compiled
     if wrong := compiler_obstacle():
-        sys.exit(f"fastelbo needs g++ 11 or clang 14, or later, and Python's headers; CXX={os.environ['CXX']}: {wrong}")
+        sys.exit(f"fastelbo needs g++ 12 or clang 14, or later, and Python's headers; CXX={os.environ['CXX']}: {wrong}")
     if not os.environ.get("MAX_JOBS"):
         memory = memory_gb()
         if memory < COMPILER_GB:

@@ -140,8 +140,8 @@ def test_a_torch_that_is_missing_or_too_old(run_setup: Run, monkeypatch: pytest.
     ("compiler", "says"),
     [
         ("not-there", "CXX=not-there: No such file or directory"),
-        ("g++ -D__clang__ -D__clang_major__=13", "this is not g++ 11 or later, or clang 14 or later"),
-        ("g++ -U__GNUC__ -D__GNUC__=10", "this is not g++ 11 or later, or clang 14 or later"),
+        ("g++ -D__clang__ -D__clang_major__=13", "this is not g++ 12 or later, or clang 14 or later"),
+        ("g++ -U__GNUC__ -D__GNUC__=11", "this is not g++ 12 or later, or clang 14 or later"),
         ("g++ -std=c++2099", "-std=c++2099"),
         ("g++ -nostdinc", "No such file or directory"),
         ("false", "CXX=false: it exits with 1"),
@@ -151,7 +151,7 @@ def test_a_compiler_that_cannot_compile_it(run_setup: Run, compiler: str, says: 
     with pytest.raises(SystemExit) as refused:
         run_setup(CXX=compiler)
     (line,) = str(refused.value).splitlines()
-    assert line.startswith("fastelbo needs g++ 11 or clang 14, or later, and Python's headers") and says in line
+    assert line.startswith("fastelbo needs g++ 12 or clang 14, or later, and Python's headers") and says in line
     run_setup("sdist", CXX=compiler)  # compiles nothing
 
 

@@ -354,12 +354,36 @@ void (*const kMaths[])(Checks&) = {math_baseline, math_avx2, math_avx512};
 void (*const kMaths[])(Checks&) = {math_baseline};
 #endif
 
-// What work items share is the same on every instruction set: the slow ThreadSanitizer takes the widest one.
+// For ThreadSanitizer, which is slow: split() alone starts threads, and what they share is the same on every
+// instruction set, of which it takes the widest.
 #ifdef __SANITIZE_THREAD__
-constexpr bool kWidestAlone = true;
+constexpr bool kThreadsAlone = true;
 #else
-constexpr bool kWidestAlone = false;
+constexpr bool kThreadsAlone = false;
 #endif
+
+void on_one_thread(Checks& c, const KernelTable& table) {
+  for (int64_t D = 1; D <= 70; ++D) bernoulli(c, table, D, 1, false);
+  for (const int64_t D : {511, 512, 513, 784, 4096, 4097, 9000}) {
+    for (const int64_t stride : {1, 3}) {
+      bernoulli(c, table, D, stride, false);
+      bernoulli(c, table, D, stride, true);
+    }
+  }
+  for (const int64_t D : {1, 15, 784, 4097}) {
+    shared_gradients(c, table, D);
+    if (D <= kSegment) multi_sample(c, table, D);
+  }
+  for (const int64_t N : {1, 15, 64, 130, 1100}) {
+    for (const int64_t C : {1, 3, 33}) {
+      for (const int64_t M : {1, 2, 7, 18}) {
+        for (const bool per_dimension : {false, true}) mixture(c, table, N, C, M, per_dimension);
+      }
+    }
+  }
+  split_anywhere(c, table);
+  samples(c, table);
+}
 
 int main(int argc, char** argv) {
   Checks c;
@@ -375,29 +399,9 @@ int main(int argc, char** argv) {
       ++skipped;
       continue;
     }
-    if (kWidestAlone && i + 1 < isa_count() && isa_info(i + 1).supported) continue;
-    kMaths[i](c);
+    if (kThreadsAlone && i + 1 < isa_count() && isa_info(i + 1).supported) continue;
     std::printf("kernels, %s\n", isa.name);
-    for (int64_t D = 1; D <= 70; ++D) bernoulli(c, isa.table(), D, 1, false);
-    for (const int64_t D : {511, 512, 513, 784, 4096, 4097, 9000}) {
-      for (const int64_t stride : {1, 3}) {
-        bernoulli(c, isa.table(), D, stride, false);
-        bernoulli(c, isa.table(), D, stride, true);
-      }
-    }
-    for (const int64_t D : {1, 15, 784, 4097}) {
-      shared_gradients(c, isa.table(), D);
-      if (D <= kSegment) multi_sample(c, isa.table(), D);
-    }
-    for (const int64_t N : {1, 15, 64, 130, 1100}) {
-      for (const int64_t C : {1, 3, 33}) {
-        for (const int64_t M : {1, 2, 7, 18}) {
-          for (const bool per_dimension : {false, true}) mixture(c, isa.table(), N, C, M, per_dimension);
-        }
-      }
-    }
-    split_anywhere(c, isa.table());
-    samples(c, isa.table());
+    if (!kThreadsAlone) kMaths[i](c), on_one_thread(c, isa.table());
     split(c, isa.table(), what == "quick");
   }
   std::printf("%d passed, %d failed, %d skipped\n", c.passed, c.failed, skipped);

@@ -102,9 +102,14 @@ def test_the_best_instruction_set_is_chosen():
         assert "avx2" in INFO["isas_of_this_cpu"]
 
 
-@pytest.mark.parametrize("isa", INFO["isas"])
 @pytest.mark.parametrize(
-    "files", [["values"], pytest.param(["likelihood", "latent"], marks=pytest.mark.slow)], ids=" ".join
+    "isa, files",
+    [
+        *((isa, ["values"]) for isa in INFO["isas"]),
+        # beside the C++ tests of every one, which have the layouts and tails
+        pytest.param("avx2", ["likelihood", "latent"], marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_instruction_set_against_the_reference(isa, files):
     """The value and gradient tests once more, in a process that uses it; of the two half types one, but for values."""

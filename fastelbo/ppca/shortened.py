@@ -8,6 +8,7 @@ the D - M - 1 other directions, the row is 0 and its density that of N(0, s2). B
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any, TypeVar, cast
 
 import torch
@@ -43,14 +44,14 @@ def shortened(rows: Rows, parameters: Parameters, share: float) -> tuple[Tensor,
 def by_rows(method: _F) -> _F:
     """A method of x [N, D], and of mu and logvar [N, M], also for sparse x. Where a gradient is asked for, where cells
     are NaN, and on devices other than the CPU, in dense tiles."""
-    is_density = method.__name__ in ("log_prob", "elbo")  # of D dimensions
+    is_density, arguments = method.__name__ in ("log_prob", "elbo"), signature(method)  # the density is of D dimensions
 
     @wraps(method)
     def call(self: Any, x: Any, *latents: Any, **named: Any) -> Any:
         rows = Rows.of(x)
         if rows is None:
             return method(self, x, *latents, **named)
-        latents = (*latents, *(named[name] for name in ("mu", "logvar") if name in named))
+        latents = arguments.bind(self, x, *latents, **named).args[2:]
 
         def dense(tile: Tensor, *latents: Any) -> Any:
             return method(self, tile.numpy() if rows.is_numpy else tile, *latents)

@@ -190,6 +190,8 @@ def test_what_is_refused():
         model.posterior(sp.csr_matrix(x.numpy()))
     with pytest.raises(ValueError, match=r"x must be \[N, D\] with D=40"):
         model.log_prob(sp.csr_matrix(x[:, :5].numpy()))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+        model.log_prob(sp.csr_matrix(x.numpy()), mask=None)
 
 
 @pytest.mark.parametrize("kind", [sp.csr_matrix, sp.csr_array, sp.csc_matrix])

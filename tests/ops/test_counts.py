@@ -470,7 +470,8 @@ def _rounding(name: str, x: Tensor, parameters: list[Tensor]) -> Tensor:
 
 
 def _assert_rounded(found: Tensor, expected: Tensor, units: Tensor | int) -> None:
-    """Equal but for so many eps, relative, or absolute where that is more."""
+    """Equal but for so many eps, relative, or absolute where that is more; of one dtype and shape."""
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     allowed = units * torch.finfo(found.dtype).eps * expected.double().abs().clamp_min(1)
     off = (found.double() - expected.double()).abs() - allowed
     assert (off <= 0).all(), f"{off.max():.1e} beyond what is allowed"

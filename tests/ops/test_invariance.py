@@ -109,7 +109,7 @@ def test_the_best_instruction_set_is_chosen():
         # beside the C++ tests of every one, which have the layouts and tails
         pytest.param("avx2", ["likelihood", "latent"], marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_instruction_set_against_the_reference(isa, files):
     """The value and gradient tests once more, in a process that uses it; of the two half types one, but for values."""
